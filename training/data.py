@@ -1,0 +1,190 @@
+"""A folder in LLaVA's format as a torch Dataset: one entry in, ids, labels and pixels out.
+
+Faults are found as early as they can be. At construction every entry is validated
+(`training.records`) and every image file must be there; on access images are decoded and the ids
+built. By default the first fault raises a `DataError`. With ``skip_bad=True`` construction also
+decodes every image and encodes every conversation, drops what is faulty, and lists it in
+``dataset.skipped``: so the length is known, and no entry is ever replaced by another.
+
+Left out: shuffling and sharding (the sampler's), augmentation, EXIF rotation, and any choice of
+image geometry (the processor's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, NotRequired, TypedDict
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import ProcessorMixin
+
+from training.records import DataError, Sample, fault, read_samples
+from training.template import Encoded, Encoder, TemplateName
+
+# What Pillow raises on damaged files; SyntaxError is how it reports a broken PNG chunk.
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class Item(TypedDict):
+    """One sample: T tokens; pixel_values is absent for text alone."""
+
+    input_ids: Tensor  # (T,) int64
+    labels: Tensor  # (T,) int64, -100 on everything that gpt did not say
+    pixel_values: NotRequired[Tensor]  # (n_images, 3, H, W) float32
+
+
+class Skip(NamedTuple):
+    """An entry left out because ``skip_bad`` was on: its place in the file, its id, and why."""
+
+    index: int
+    id: str | None
+    reason: str
+
+
+class LlavaDataset(Dataset[Item]):
+    """LLaVA json as a map-style dataset of `Item`s.
+
+    Attributes:
+        samples: the validated entries in file order; ``samples[i].kind`` and ``.turns`` belong to
+            item i.
+        skipped: the entries left out (always empty unless ``skip_bad``).
+    """
+
+    def __init__(
+        self,
+        json_path: str | Path,
+        image_root: str | Path,
+        processor: ProcessorMixin,
+        *,
+        template: TemplateName = "chat",
+        system: str = "",
+        max_length: int = 2048,
+        skip_bad: bool = False,
+        image_cache_mb: int = 0,
+    ) -> None:
+        """Args:
+        json_path: a LLaVA ``.json`` or ``.jsonl`` file (`training.records`).
+        image_root: the folder that image paths are relative to.
+        processor: a transformers processor with a fixed image size, such as `LlavaProcessor`.
+        template: ``chat`` or ``pretrain`` (`training.template`).
+        system: a line before the first turn of ``chat``.
+        max_length: most tokens a sample may have, image tokens included. A longer one is a
+            fault: cutting it could cut an image or the answer.
+        skip_bad: leave faulty entries out, counted and listed, instead of raising.
+        image_cache_mb: keep processed images in memory up to this size, per process.
+
+        Raises:
+            DataError: the file is unusable, an entry is faulty, or (skip_bad) none is sound.
+            ValueError: a bad max_length, template or processor.
+        """
+        if max_length < 1:
+            raise ValueError(f"max_length: got {max_length}, expected at least 1")
+        self.json_path, self.image_root = Path(json_path), Path(image_root)
+        self.max_length, self.skip_bad = max_length, skip_bad
+        self.encoder = Encoder(processor, template, system)
+        self.image_processor = processor.image_processor
+        self.samples: list[Sample] = []
+        self.skipped: list[Skip] = []
+        self._cache: dict[Path, Tensor] = {}
+        self._cache_left = image_cache_mb << 20
+        self._known_files: dict[Path, bool] = {}
+        for index, entry in enumerate(self._entries()):
+            try:
+                self.samples.append(self._checked(entry))
+            except DataError as error:
+                if not skip_bad:
+                    raise
+                name = None if isinstance(entry, DataError) else entry.place.id
+                self.skipped.append(Skip(index, name, str(error)))
+        if self.skipped:
+            self._report_skips()
+        if not self.samples:
+            raise DataError(f"{json_path}: all {len(self.skipped)} entries is faulty")
+
+    def __len__(self) -> int:
+        """How many entries are sound."""
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Item:
+        """Item ``index``; raises `DataError` if an image is damaged or the sample is too long."""
+        sample = self.samples[index]
+        ids, labels = self._encoded(sample)
+        item = Item(
+            input_ids=torch.tensor(ids, dtype=torch.int64),
+            labels=torch.tensor(labels, dtype=torch.int64),
+        )
+        if sample.images:
+            pixels = [self._pixels(sample, i) for i in range(len(sample.images))]
+            item["pixel_values"] = torch.stack(pixels)
+        return item
+
+    def image_path(self, image: str) -> Path:
+        """Where an image named by an entry lies."""
+        return self.image_root / image
+
+    def _entries(self) -> Iterator[Sample | DataError]:
+        entries = read_samples(self.json_path)
+        if not self.skip_bad:
+            return entries
+        # Decoding every image takes time that a user should see pass.
+        console = Console(stderr=True)
+        return iter(track(list(entries), f"checking {self.json_path.name}", console=console))
+
+    def _checked(self, entry: Sample | DataError) -> Sample:
+        """The entry if it is sound, else its fault: cheap checks, or with skip_bad all of them."""
+        if isinstance(entry, DataError):
+            raise entry
+        for i, image in enumerate(entry.images):
+            path = self.image_path(image)
+            if path not in self._known_files:
+                self._known_files[path] = path.is_file()
+            if not self._known_files[path]:
+                raise fault(entry.place, f"image[{i}]", f"no such file: {path}", "an image file")
+        if self.skip_bad:
+            self._encoded(entry)
+            for i in range(len(entry.images)):
+                self._opened(entry, i)
+        return entry
+
+    def _encoded(self, sample: Sample) -> Encoded:
+        encoded = self.encoder.encode(sample)
+        length = len(encoded.input_ids)
+        if length > self.max_length:
+            got = f"{length} tokens"
+            raise fault(sample.place, "conversations", got, f"at most max_length {self.max_length}")
+        return encoded
+
+    def _opened(self, sample: Sample, i: int) -> Image.Image:
+        path = self.image_path(sample.images[i])
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except BROKEN_IMAGE as error:
+            got = f"{path}: {type(error).__name__}: {error}"
+            raise fault(sample.place, f"image[{i}]", got, "an image that decodes whole") from error
+
+    def _pixels(self, sample: Sample, i: int) -> Tensor:
+        """Processed pixels (3, H, W) of one image, from the cache if they are kept there."""
+        path = self.image_path(sample.images[i])
+        pixels = self._cache.get(path)
+        if pixels is None:
+            image = self._opened(sample, i)
+            pixels = self.image_processor(images=image, return_tensors="pt").pixel_values[0]
+            if pixels.nbytes <= self._cache_left:  # when full nothing is evicted: order is random
+                self._cache_left -= pixels.nbytes
+                self._cache[path] = pixels
+        return pixels
+
+    def _report_skips(self) -> None:
+        first = self.skipped[0].reason
+        total = len(self.skipped) + len(self.samples)
+        print(
+            f"{self.json_path}: skipped {len(self.skipped)} of {total} entries, "
+            f"listed in dataset.skipped; the first: {first}"
+        )

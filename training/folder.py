@@ -1,0 +1,132 @@
+"""An ordinary LLaVA folder on disk, written whole or not at all.
+
+    images/{train,test}/*.png
+    pretrain.json  train.json                    for the teacher: captions; all training questions
+    student_pretrain.json  student_train.json    the limited subset students learn from
+    test.json                                    held out; every entry has its "kind"
+    dataset.json                                 what the folder was made from
+
+``student_pretrain.json`` holds only what ``student_train.json`` says too, so that a student with a
+captioning stage has seen no more labels than one without. A folder is written under another name
+and renamed when complete; asked for again with the same settings it is reused, with others refused.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from training.processing import collect_words
+from training.records import IMAGE_MARK
+
+Record = dict[str, Any]
+SPLITS = ("pretrain", "train", "student_pretrain", "student_train", "test")
+
+
+@dataclass(frozen=True)
+class LlavaFolder:
+    """Paths of a finished folder; image paths in its json files are relative to ``root``."""
+
+    root: Path
+
+    def json(self, split: str) -> Path:
+        """The json file of one of `SPLITS`."""
+        if split not in SPLITS:
+            raise ValueError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
+        return self.root / f"{split}.json"
+
+    def settings(self) -> Record:
+        """What the folder was made from, with the number of entries of each split."""
+        return json.loads((self.root / "dataset.json").read_text(encoding="utf-8"))
+
+    def words(self) -> list[str]:
+        """Every word of its questions and answers, held-out ones included (they are templates)."""
+        return collect_words(*(self.json(split) for split in SPLITS))
+
+
+def record(name: str, image: str, kind: str, question: str, answer: str) -> Record:
+    """One entry of LLaVA's json: an image, one question about it, its answer."""
+    return {
+        "id": name,
+        "image": image,
+        "kind": kind,
+        "conversations": [
+            {"from": "human", "value": f"{IMAGE_MARK}\n{question}"},
+            {"from": "gpt", "value": answer},
+        ],
+    }
+
+
+def write_folder(
+    out_dir: str | Path,
+    settings: Record,
+    fill: Callable[[Path], dict[str, Sequence[Record]]],
+) -> LlavaFolder:
+    """Make (or reuse) the folder ``out_dir``.
+
+    Args:
+        out_dir: the folder to write.
+        settings: what its contents depend on; json values only.
+        fill: given an empty folder, writes the images there and returns the entries of each split.
+
+    Raises:
+        FileExistsError: ``out_dir`` exists and was not made with these settings.
+    """
+    out_dir = Path(out_dir)
+    folder = LlavaFolder(out_dir)
+    if out_dir.exists():
+        _check_same(folder, settings)
+        return folder
+    partial = out_dir.with_name(f"{out_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted
+    partial.mkdir(parents=True)
+    splits = fill(partial)
+    for split in SPLITS:
+        _write_json(partial / f"{split}.json", list(splits[split]))
+    entries = {split: len(splits[split]) for split in SPLITS}
+    _write_json(partial / "dataset.json", {**settings, "entries": entries})
+    partial.rename(out_dir)
+    return folder
+
+
+def _check_same(folder: LlavaFolder, settings: Record) -> None:
+    way_out = "name another folder or remove this one"
+    try:
+        made = folder.settings()
+    except (OSError, json.JSONDecodeError):
+        raise FileExistsError(
+            f"out_dir: {folder.root} exists and is not a finished data folder; {way_out}"
+        ) from None
+    wanted = json.loads(json.dumps(settings))
+    different = {key for key in wanted.keys() | made.keys() if wanted.get(key) != made.get(key)}
+    for key in sorted(different - {"entries"}):
+        raise FileExistsError(
+            f"out_dir: {folder.root} was made with {key} = {made.get(key)!r}, "
+            f"expected {wanted.get(key)!r}; {way_out}"
+        )
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def progress_bar(title: str, total: int, show: bool) -> Iterator[Callable[[], None]]:
+    """A bar on stderr; call what it yields once for each step done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,128 @@
+"""How does a conversation become token ids, and which of them are labels?
+
+Two templates, as LLaVA's stages use them (``</s>`` is the tokenizer's own end of sequence):
+
+* ``chat``: ``USER: <image>\\n{q} ASSISTANT: {a}</s>USER: {q2} ASSISTANT: {a2}</s>``; labels are
+  each answer, with the space before it, and its ``</s>``. An optional system line comes first.
+* ``pretrain``: ``<image>{caption}``, the question discarded; labels are all after the images. The published recipe ends a caption with a line break and **no end of sequence**, so a model
+  trained with this template alone does not learn to stop: stopping is learned in the chat stages.
+  A tokenizer that drops white space (`training.processing`'s does) drops that line break too.
+
+Ids are built piece by piece, never by tokenising a whole string and measuring prefixes: the
+boundary between prompt and answer is then exact for every tokenizer, and the prompt used for
+generation is the same ids that training saw. Each ``<image>`` becomes as many image tokens as the
+processor makes of one image. A human turn with one image has it moved to its front, as LLaVA and
+LLaVA-KD do (half of LLaVA's captions data writes it last); with several, they stay where they are.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from transformers import ProcessorMixin
+
+from training.processing import image_tokens
+from training.records import IMAGE_MARK, Sample, fault
+
+IGNORE = -100
+TemplateName = Literal["chat", "pretrain"]
+CACHED_PIECES = 1 << 16  # templated questions repeat; beyond this many texts nothing more is kept
+
+
+class Encoded(NamedTuple):
+    """Token ids of one sample and, at the same positions, its labels (-100: no label)."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+class Encoder:
+    """Turns `Sample`s into ids and labels with one processor and one template."""
+
+    def __init__(
+        self, processor: ProcessorMixin, template: TemplateName = "chat", system: str = ""
+    ) -> None:
+        """Args:
+        processor: a transformers processor with a tokenizer and an image token (`LlavaProcessor`).
+        template: ``chat`` or ``pretrain``, as the module describes them.
+        system: a line before the first turn of ``chat``; none by default.
+
+        Raises:
+            ValueError: an unknown template, a tokenizer without an end-of-sequence token, or an
+                image processor whose number of tokens per image is not fixed.
+        """
+        if template not in ("chat", "pretrain"):
+            raise ValueError(f"template: got {template!r}, expected 'chat' or 'pretrain'")
+        self.tokenizer = processor.tokenizer
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("processor: its tokenizer has no eos_token, which ends every answer")
+        self.template, self.system = template, f"{system} " if system else ""
+        self.image_id: int = processor.image_token_id
+        self.tokens_per_image = image_tokens(processor)
+        self._pieces: dict[str, tuple[int, ...]] = {}
+        start = self.tokenizer("").input_ids[:1]  # what the tokenizer itself puts before any text
+        self._start = start if start == [self.tokenizer.bos_token_id] else []
+
+    def encode(self, sample: Sample) -> Encoded:
+        """Ids and labels of a whole sample.
+
+        Raises:
+            DataError: an answer holds a word the tokenizer does not know, a text spells out the
+                image token, or ``pretrain`` meets a sample that is not images and one caption.
+        """
+        if self.template == "pretrain":
+            return self._caption(sample)
+        ids: list[int] = []
+        labels: list[int] = []
+        for i, (_, answer) in enumerate(sample.turns):
+            prompt = self.prompt(sample, i)
+            said = [*self._answer(sample, i, f" {answer}"), self.tokenizer.eos_token_id]
+            ids += prompt + said
+            labels += [IGNORE] * len(prompt) + said
+        return Encoded(ids, labels)
+
+    def prompt(self, sample: Sample, turn: int = 0) -> list[int]:
+        """Ids of one human turn up to and including ``ASSISTANT:``, or of the images alone.
+
+        ``prompt(sample)`` is what generation of the first answer starts from.
+        """
+        if self.template == "pretrain":
+            return [*self._start, *[self.image_id] * (len(sample.images) * self.tokens_per_image)]
+        human = sample.turns[turn][0]
+        if human.count(IMAGE_MARK) == 1:
+            human = f"{IMAGE_MARK}\n{human.replace(IMAGE_MARK, '').strip()}"
+        opening, start = (self.system, self._start) if turn == 0 else ("", [])
+        ids = list(start)
+        for i, text in enumerate(f"{opening}USER: {human} ASSISTANT:".split(IMAGE_MARK)):
+            if i:
+                ids += [self.image_id] * self.tokens_per_image
+            ids += self._tokens(sample, 2 * turn, text)
+        return ids
+
+    def _caption(self, sample: Sample) -> Encoded:
+        if not sample.images or len(sample.turns) != 1:
+            got = f"{len(sample.images)} image(s) and {len(sample.turns)} turn(s)"
+            expected = "images and one turn (template 'pretrain')"
+            raise fault(sample.place, "conversations", got, expected)
+        prompt, caption = self.prompt(sample), self._answer(sample, 0, f"{sample.turns[0][1]}\n")
+        return Encoded([*prompt, *caption], [IGNORE] * len(prompt) + [*caption])
+
+    def _answer(self, sample: Sample, turn: int, text: str) -> tuple[int, ...]:
+        """Ids of what gpt says; a label must be a word the model could say."""
+        ids = self._tokens(sample, 2 * turn + 1, text)
+        unknown = self.tokenizer.unk_token_id
+        if not ids or (unknown is not None and unknown in ids):
+            field = f"conversations[{2 * turn + 1}].value"
+            raise fault(sample.place, field, repr(text), "only words the tokenizer knows")
+        return ids
+
+    def _tokens(self, sample: Sample, message: int, text: str) -> tuple[int, ...]:
+        ids = self._pieces.get(text)
+        if ids is None:
+            ids = tuple(self.tokenizer(text, add_special_tokens=False).input_ids) if text else ()
+            if len(self._pieces) < CACHED_PIECES:
+                self._pieces[text] = ids
+        if self.image_id in ids:
+            field = f"conversations[{message}].value"
+            raise fault(sample.place, field, repr(text), f"images marked as {IMAGE_MARK} only")
+        return ids
