@@ -1,0 +1,114 @@
+"""A data folder and models small enough that a stage of a few steps takes a second.
+
+Images are squares of one colour on a 16x16 canvas; the question is their colour. Some samples are
+text alone, one has two images and two turns, so that every batch is uneven.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import LlavaProcessor, SiglipVisionConfig, SiglipVisionModel
+
+from training.config import Config, DataConfig, LossConfig, ModelConfig, StageConfig
+from training.models import build_model, save_model
+from training.processing import build_processor
+
+COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200), "grey": (90, 90, 90)}
+WORDS = [*COLOURS, "what", "colour", "and", "this", "is", "say"]
+
+
+def write_data(root: Path, samples: int = 14) -> Path:
+    """A LLaVA folder: data.json (captions.json the same images) and images/."""
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    names = list(COLOURS)
+    for name, rgb in COLOURS.items():
+        Image.new("RGB", (16, 16), rgb).save(root / "images" / f"{name}.png")
+    chat, captions = [], []
+    for i in range(samples):
+        name, other = names[i % 4], names[(i + 1) % 4]
+        caption = {"id": f"c{i}", "image": f"images/{name}.png"}
+        captions.append(caption | {"conversations": turns("<image>\nsay", f"this is {name}")})
+        if i % 5 == 4:
+            chat.append(
+                {"id": f"t{i}", "kind": "text", "conversations": turns(f"say {name}", name)}
+            )
+        elif i % 5 == 3:
+            images = [f"images/{name}.png", f"images/{other}.png"]
+            both = turns("<image>\n<image>\nwhat colour", f"{name} and {other}")
+            both += turns("what is this", other)
+            chat.append({"id": f"m{i}", "kind": "pair", "image": images, "conversations": both})
+        else:
+            one = turns("<image>\nwhat colour is this", name)
+            entry = {"id": f"s{i}", "kind": "colour", "image": f"images/{name}.png"}
+            chat.append(entry | {"conversations": one})
+    (root / "data.json").write_text(json.dumps(chat))
+    (root / "captions.json").write_text(json.dumps(captions))
+    return root
+
+
+def turns(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def processor() -> LlavaProcessor:
+    return build_processor(WORDS, image_size=16, patch_size=8)
+
+
+def write_tower(path: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    config = SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        vision_use_head=False,
+    )
+    SiglipVisionModel(config).save_pretrained(path)
+    processor().save_pretrained(path)
+    return path
+
+
+def model_config(tower: Path, hidden: int = 16, layers: int = 1) -> ModelConfig:
+    return ModelConfig(
+        vision=str(tower), processor=str(tower), hidden=hidden, layers=layers, heads=2
+    )
+
+
+def write_teacher(path: Path, tower: Path) -> Path:
+    model, its_processor = build_model(model_config(tower, hidden=24), seed=7)
+    save_model(model, its_processor, path)
+    return path
+
+
+def run_config(root: Path, out: Path, *, stages: tuple[str, ...] = ("dpt", "sft", "dft")) -> Config:
+    """A run over the data, tower and teacher below `root` (written if they are not there)."""
+    if not (root / "data.json").is_file():
+        write_data(root)
+        write_tower(root / "tower")
+        write_teacher(root / "teacher", root / "tower")
+    stage = StageConfig(steps=6, batch_size=4, lr=1e-2, loss=LossConfig(backend="eager"))
+    return Config(
+        out=str(out),
+        stages=stages,
+        teacher=str(root / "teacher"),
+        model=model_config(root / "tower"),
+        data=DataConfig(
+            captions=str(root / "captions.json"),
+            conversations=str(root / "data.json"),
+            held_out=str(root / "data.json"),
+            image_root=str(root),
+        ),
+        pt=stage,
+        dpt=stage,
+        sft=stage,
+        dft=stage,
+        log_steps=1,
+        save_steps=2,
+        threads=1,
+    )

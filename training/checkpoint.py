@@ -1,0 +1,91 @@
+"""How does a run survive being killed at any moment? Checkpoints that are whole or absent.
+
+`transformers.Trainer` writes the files of a checkpoint one after another into its final folder, so a kill in between
+leaves a folder that looks like a checkpoint and is not one; resuming from it fails, or silently starts the optimiser
+afresh. Here a checkpoint is written to a staging folder, listed in a manifest (file names and sizes), synced to disk,
+and renamed: a rename is atomic. Older checkpoints are removed only after that. A folder without a manifest, or whose
+files are not as listed (a full disk, a broken copy), is passed over on resume with a message.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+PREFIX = "checkpoint-"
+MANIFEST = "manifest.json"
+STAGING = ".incomplete"
+
+
+def publish(staged: Path, target: Path, keep: int) -> None:
+    """Make the staged folder the checkpoint `target`, then remove all but the `keep` newest."""
+    sizes = {str(p.relative_to(staged)): p.stat().st_size for p in staged.rglob("*") if p.is_file()}
+    (staged / MANIFEST).write_text(json.dumps(sizes, indent=1))
+    for path in staged.rglob("*"):
+        _sync(path)
+    _sync(staged)
+    discard(target)
+    os.replace(staged, target)
+    _sync(target.parent)
+    for old in _numbered(target.parent)[:-keep]:
+        discard(old)
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint; renamed first, so that a kill half-way leaves no half checkpoint."""
+    if folder.exists():
+        doomed = folder.parent / STAGING / f"discarded-{folder.name}"
+        shutil.rmtree(doomed, ignore_errors=True)
+        doomed.parent.mkdir(exist_ok=True)
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint in `folder`, and a message for each newer one that is not whole."""
+    messages = []
+    for path in reversed(_numbered(folder)):
+        why = fault(path)
+        if why is None:
+            return path, messages
+        messages.append(f"{path}: ignored, not a whole checkpoint: {why}")
+    return None, messages
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser step at which a checkpoint was taken."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None."""
+    manifest = checkpoint / MANIFEST
+    if not manifest.is_file():
+        return f"no {MANIFEST}"
+    try:
+        sizes = json.loads(manifest.read_text())
+    except json.JSONDecodeError:
+        return f"{MANIFEST} is cut short"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, expected {size}"
+    return None
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Checkpoint folders by step, oldest first."""
+    found = [p for p in folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=step_of)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

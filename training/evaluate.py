@@ -1,0 +1,152 @@
+"""What did the model learn? Exact match by question kind, and perplexity of the answers, on held-out data.
+
+Exact match means: greedy decoding writes the answer, to its end token, word for word. One forward pass over question
+and answer decides it, with no decoding: greedy decoding writes the answer if and only if, after every prefix of it,
+the most likely token is the next one. (A test holds this against `model.generate`.) In a conversation of several turns
+each answer is judged after the given earlier ones.
+
+Perplexity is exp of the mean negative log-likelihood over all answer tokens, end tokens included. Logits are made for
+the answer rows only, a block at a time, so a head of 152k rows is no problem.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import LlavaForConditionalGeneration
+
+import mllmkd_kernels as mk
+from training.collate import LlavaCollator
+from training.data import LlavaDataset
+
+ROW_BLOCK = 1024  # logits of this many answer rows at a time
+NO_KIND = "all"
+CAPTION = "caption"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Held-out results; accuracies are shares of samples whose every answer is exact."""
+
+    kinds: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    perplexity: float = math.nan
+    tokens: int = 0
+
+    @property
+    def questions(self) -> float:
+        """Accuracy over all samples that are questions, that is, not captions."""
+        asked = {kind: n for kind, n in self.counts.items() if kind != CAPTION}
+        return sum(self.kinds[k] * n for k, n in asked.items()) / max(sum(asked.values()), 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Scores:
+        """The inverse of `to_dict`."""
+        return cls(**values)
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in self.kinds.items())
+        return f"exact match {self.questions:.3f} ({kinds}), perplexity {self.perplexity:.3f}"
+
+
+def evaluate(
+    model: LlavaForConditionalGeneration,
+    dataset: LlavaDataset,
+    collator: LlavaCollator,
+    *,
+    batch_size: int = 256,
+    title: str = "held-out",
+) -> Scores:
+    """Score `model` on every sample of `dataset`, which must be encoded with the chat template."""
+    right: dict[str, int] = defaultdict(int)
+    counts: dict[str, int] = defaultdict(int)
+    nll, tokens, at = 0.0, 0, 0
+    for exact, row_nll in answers(model, dataset, collator, batch_size, title):
+        for sample, hit in zip(dataset.samples[at : at + len(exact)], exact.tolist(), strict=True):
+            kind = sample.kind or NO_KIND
+            counts[kind] += 1
+            right[kind] += hit
+        at += len(exact)
+        nll += float(row_nll.double().sum())
+        tokens += len(row_nll)
+    kinds = {kind: right[kind] / counts[kind] for kind in sorted(counts)}
+    ordered = {kind: counts[kind] for kind in kinds}
+    return Scores(kinds, ordered, math.exp(nll / max(tokens, 1)), tokens)
+
+
+@torch.no_grad()
+def answers(
+    model: LlavaForConditionalGeneration,
+    dataset: LlavaDataset,
+    collator: LlavaCollator,
+    batch_size: int,
+    title: str,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For each batch of `dataset`, in order: exact (B,) bool, and NLL of its answer tokens (N,)."""
+    was_training = model.training
+    model.eval()
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)  # pyright: ignore[reportArgumentType]
+    for batch in tqdm(loader, desc=title, unit="batch", leave=False):
+        batch = {key: value.to(model.device) for key, value in batch.items()}
+        labels = batch.pop("labels")[:, 1:]
+        inputs = mk.head_inputs(model, **batch)
+        rows = labels != -100
+        best, nll = _score(inputs, inputs.hidden[:, :-1][rows], labels[rows])
+        correct = torch.ones_like(rows)
+        correct[rows] = best == labels[rows]
+        yield correct.all(dim=1), nll
+    model.train(was_training)
+
+
+def _score(
+    head: mk.HeadInputs,
+    hidden: torch.Tensor,  # (N, D)
+    labels: torch.Tensor,  # (N,)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Most likely token and negative log-likelihood of the label, for each answer row."""
+    best, nll = [], []
+    for h, y in zip(hidden.split(ROW_BLOCK), labels.split(ROW_BLOCK), strict=True):
+        logits = F.linear(h, head.weight, head.bias).float()
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        best.append(logits.argmax(dim=-1))
+        nll.append(F.cross_entropy(logits, y, reduction="none"))
+    if not best:
+        return labels, hidden.new_zeros(0)
+    return torch.cat(best), torch.cat(nll)
+
+
+def generate_answer(
+    model: LlavaForConditionalGeneration,
+    dataset: LlavaDataset,
+    processor: Any,
+    index: int,
+    max_new_tokens: int = 16,
+) -> str:
+    """What the model itself writes, greedily, to the first question of sample `index`."""
+    prompt = torch.tensor([dataset.encoder.prompt(dataset.samples[index])], device=model.device)
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    item = dataset[index]
+    if "pixel_values" in item:
+        inputs["pixel_values"] = item["pixel_values"].to(model.device)
+    written = model.generate(
+        **inputs,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=processor.tokenizer.eos_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+    new = written[0, prompt.shape[1] :]
+    return processor.tokenizer.decode(new, skip_special_tokens=True).strip()

@@ -1,0 +1,235 @@
+"""How does a run go? Model → for each stage: freeze, data, trainer, save, evaluate. Top to bottom, once.
+
+    out/config.yaml            the configuration; a run is only continued with the same one
+    out/1-dpt/checkpoint-N     while the stage runs
+    out/1-dpt/history.json     the loss curve: loss, the four terms, lr, tokens/s, peak memory
+    out/1-dpt/scores.json      held-out accuracy and perplexity after the stage
+    out/1-dpt/model            the finished model and processor; its presence means the stage is done
+
+Started again, a run takes up where it was: finished stages are read from disk, an unfinished one continues from its
+newest whole checkpoint, with the same data order and the same loss curve.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, TrainingArguments
+
+from training import checkpoint, settings
+from training.collate import LlavaCollator
+from training.config import Config, StageConfig, require
+from training.data import LlavaDataset
+from training.evaluate import Scores, evaluate
+from training.models import build_model, load_model, same_vocabulary, save_model
+from training.stages import STAGES, Stage, freeze, loss_of
+from training.step import DistillStep
+from training.template import TemplateName
+from training.trainer import DistillTrainer
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage left behind."""
+
+    name: str
+    model: Path
+    history: list[dict[str, float]]
+    summary: dict[str, float]  # steps, seconds, tokens_per_second, peak_gib
+    scores: Scores | None
+
+
+def run(config: Config, say: Say = print) -> list[StageResult]:
+    """Train the configured model through its stages; continue what an earlier call left unfinished."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    out = Path(config.out)
+    _claim(out, config)
+    model, processor = build_model(config.model, config.seed)
+    teacher = _teacher(config, processor)
+    results = []
+    for number, name in enumerate(config.stages, 1):
+        folder = out / f"{number}-{name}"
+        if not (folder / "model").is_dir():
+            _train(config, STAGES[name], model, processor, teacher, folder, say)
+        else:
+            say(f"{folder}: already done")
+            model, processor = load_model(folder / "model")
+        results.append(_result(config, name, model, processor, folder, say))
+    return results
+
+
+def _train(
+    config: Config,
+    stage: Stage,
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    teacher: LlavaForConditionalGeneration | None,
+    folder: Path,
+    say: Say,
+) -> None:
+    """One stage, from the start or from its newest checkpoint, to `folder/model`."""
+    options = config.stage(stage.name)
+    freeze(model, stage)
+    if config.grad_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    dataset = load_data(config, processor, stage.data, stage.template)
+    step = DistillStep(
+        model, teacher if stage.needs_teacher else None, loss_of(stage, options.loss)
+    )
+    steps = options.steps or math.ceil(
+        options.epochs * math.ceil(len(dataset) / options.batch_size)
+    )
+    trainer = DistillTrainer(
+        step,
+        _arguments(config, options, steps, folder),
+        processor=processor,
+        dataset=dataset,
+        collator=LlavaCollator(processor),
+        title=folder.name,
+    )
+    resume, ignored = checkpoint.newest(folder)
+    for message in ignored:
+        say(message)
+    if resume is not None:
+        say(f"{folder}: resuming from {resume.name}")
+    if resume is not None and checkpoint.step_of(resume) >= steps:
+        trainer._load_from_checkpoint(str(resume))  # killed between the last step and the model
+        history, summary = _read(resume / "trainer_state.json")["log_history"], {}
+    else:
+        trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+        history = trainer.state.log_history
+        summary = {"seconds": trainer.meter.seconds}
+    curve = [entry for entry in history if "loss" in entry]
+    _write(folder / "history.json", curve)
+    _write(folder / "summary.json", {"steps": steps, **summary, **_rates(curve)})
+    save_model(model, processor, folder / "model")
+    for path in folder.glob(f"{checkpoint.PREFIX}*"):
+        shutil.rmtree(path)
+
+
+def _rates(curve: list[dict[str, float]]) -> dict[str, float]:
+    return {key: curve[-1][key] for key in ("tokens_per_second", "peak_gib")} if curve else {}
+
+
+def load_data(
+    config: Config, processor: LlavaProcessor, field: str, template: TemplateName
+) -> LlavaDataset:
+    """The dataset that `data.<field>` names, encoded with `template`."""
+    path = require(getattr(config.data, field), f"data.{field}", "this stage's data")
+    return LlavaDataset(
+        path,
+        config.data.image_root,
+        processor,
+        max_length=config.data.max_length,
+        skip_bad=config.data.skip_bad,
+        template=template,
+        image_cache_mb=config.data.image_cache_mb,
+    )
+
+
+def _teacher(config: Config, processor: LlavaProcessor) -> LlavaForConditionalGeneration | None:
+    needed = [name for name in config.stages if STAGES[name].needs_teacher]
+    if not needed:
+        return None
+    path = require(config.teacher, "teacher", f"stage {needed[0]} compares with a teacher")
+    teacher, its_processor = load_model(path)
+    same_vocabulary(processor, its_processor)
+    return teacher
+
+
+def _arguments(config: Config, options: StageConfig, steps: int, folder: Path) -> TrainingArguments:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = options.micro_batch or math.ceil(options.batch_size / world)
+    if options.batch_size % (micro * world):
+        raise settings.ConfigError(
+            f"batch_size: got {options.batch_size}, expected a multiple of micro_batch x devices "
+            f"({micro} x {world})"
+        )
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=options.batch_size // (micro * world),
+        learning_rate=options.lr,
+        lr_scheduler_type=options.schedule,
+        warmup_steps=math.ceil(options.warmup * steps),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.clip,
+        logging_steps=config.log_steps,
+        logging_nan_inf_filter=False,  # a NaN in the loss curve is to be seen
+        save_steps=config.save_steps,
+        save_total_limit=config.keep,
+        seed=config.seed,
+        data_seed=config.seed,
+        bf16=config.precision == "bf16",
+        dataloader_num_workers=config.data.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        report_to=["tensorboard"] if config.tensorboard else [],
+    )
+
+
+def _result(
+    config: Config,
+    name: str,
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    folder: Path,
+    say: Say,
+) -> StageResult:
+    scores = None
+    if config.data.held_out is not None:
+        file = folder / "scores.json"
+        if not file.is_file():
+            held_out = load_data(config, processor, "held_out", "chat")
+            size = config.eval_batch_size
+            title = f"{folder.name} held-out"
+            found = evaluate(
+                model, held_out, LlavaCollator(processor), batch_size=size, title=title
+            )
+            _write(file, found.to_dict())
+        scores = Scores.from_dict(_read(file))
+        say(f"{folder}: {scores}")
+    history, summary = _read(folder / "history.json"), _read(folder / "summary.json")
+    return StageResult(name, folder / "model", history, summary, scores)
+
+
+def _claim(out: Path, config: Config) -> None:
+    """Write the configuration, or make sure that `out` was started with the same one."""
+    file = out / "config.yaml"
+    if file.is_file():
+        if not config.resume:
+            raise settings.ConfigError(
+                f"out: {out} is in use and resume is false; remove it or name another folder"
+            )
+        changed = list(settings.differences(settings.load(Config, file), config))
+        if changed:
+            raise settings.ConfigError(
+                f"out: {out} was started with another configuration ({'; '.join(changed)}); "
+                "go back to it, remove the folder or name another"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(settings.dump(config))
+
+
+def _write(path: Path, value: Any) -> None:
+    """Write json so that `path` is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.incomplete")
+    staging.write_text(json.dumps(value, indent=1))
+    os.replace(staging, path)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text())
