@@ -1,0 +1,38 @@
+"""Distillation losses for multimodal LLMs from hidden states and ``lm_head`` weights, never
+building the logits.
+
+Read the names below downwards and you follow the data: a model is run up to its head, rows are
+chosen, losses are computed and their gradients leave. `mllmkd_kernels.reference` holds the
+definitions.
+"""
+
+from mllmkd_kernels.distill import DistillOutput, fused_linear_distill
+from mllmkd_kernels.divergence import Divergence
+from mllmkd_kernels.llava_kd import HeadInputs, LlavaKDLoss, LlavaKDOutput
+from mllmkd_kernels.logprob import fused_linear_logprob
+from mllmkd_kernels.models import head_inputs
+from mllmkd_kernels.plan import Plan, explain
+from mllmkd_kernels.relation import fused_linear_relation, head_gram, relation_cosine
+from mllmkd_kernels.rows import RowCounts, image_seqlens, response_rows, visual_rows
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DistillOutput",
+    "Divergence",
+    "HeadInputs",
+    "LlavaKDLoss",
+    "LlavaKDOutput",
+    "Plan",
+    "RowCounts",
+    "explain",
+    "fused_linear_distill",
+    "fused_linear_logprob",
+    "fused_linear_relation",
+    "head_gram",
+    "head_inputs",
+    "image_seqlens",
+    "relation_cosine",
+    "response_rows",
+    "visual_rows",
+]

@@ -1,0 +1,7 @@
+"""Who does the arithmetic? One module a backend, each with the same functions and the same argument
+order.
+
+``distill_rows``, ``logprob_rows``, ``logprob_grad``, ``relation_stats`` and ``relation_grad`` are
+the whole interface; `ops.py` calls them and knows nothing else of a backend. `eager` documents
+them.
+"""

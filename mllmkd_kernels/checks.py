@@ -1,0 +1,141 @@
+"""Is the input what it must be? Every public function asks here; an error names argument, value and
+expectation.
+
+Nothing in this file looks at the data of a tensor (that would synchronise with a GPU and break
+tracing): shapes, dtypes and devices only. Label values are checked by the kernels.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def floating(name: str, x: Tensor, ndim: int) -> None:
+    """`x` is a floating tensor of `ndim` dimensions."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.ndim != ndim:
+        raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(x.shape)}")
+
+
+def head(who: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """hidden (N, D), weight (V, D), bias (V,), on one device."""
+    floating(f"{who}hidden", hidden, 2)
+    floating(f"{who}weight", weight, 2)
+    if hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{who}weight: its rows have {weight.shape[1]} entries, "
+            f"but {who}hidden has size {hidden.shape[1]}"
+        )
+    same_device(f"{who}weight", weight, f"{who}hidden", hidden)
+    if bias is not None:
+        floating(f"{who}bias", bias, 1)
+        if bias.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"{who}bias: got {bias.shape[0]} entries for a head of {weight.shape[0]} tokens"
+            )
+        same_device(f"{who}bias", bias, f"{who}hidden", hidden)
+
+
+def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """`x` lies where `other` does."""
+    if x.device != other.device:
+        raise ValueError(f"{name}: is on {x.device}, but {other_name} is on {other.device}")
+
+
+def same_rows(name: str, rows: int, other_name: str, other_rows: int) -> None:
+    """Teacher and student select the same number of rows."""
+    if rows != other_rows:
+        raise ValueError(
+            f"{name}: has {rows} rows, but {other_name} has {other_rows}; rows must correspond"
+        )
+
+
+def labels(name: str, x: Tensor, rows: int, hidden: Tensor) -> None:
+    """int64 (N,) on the device of the hidden states."""
+    if not isinstance(x, Tensor) or x.dtype != torch.int64:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected an int64 tensor, got {got}")
+    if x.ndim != 1 or x.shape[0] != rows:
+        raise ValueError(f"{name}: expected shape ({rows},), got {tuple(x.shape)}")
+    same_device(name, x, "hidden", hidden)
+
+
+def vocabulary(vocab_size: int | None, *sizes: int) -> int:
+    """The shared vocabulary: `vocab_size`, by default the smallest head."""
+    least = min(sizes)
+    if vocab_size is None:
+        vocab_size = least
+    if not 1 <= vocab_size <= least:
+        raise ValueError(
+            f"vocab_size: got {vocab_size}, expected 1 to {least} (heads of {sizes} tokens)"
+        )
+    return vocab_size
+
+
+def temperature(value: float) -> float:
+    """A positive number."""
+    if not value > 0:
+        raise ValueError(f"temperature: expected a positive number, got {value}")
+    return float(value)
+
+
+def softcap(name: str, value: float | None) -> float:
+    """None (no soft-cap, encoded 0.0) or a positive number."""
+    if value is None:
+        return 0.0
+    if not value > 0:
+        raise ValueError(f"{name}: expected None or a positive number, got {value}")
+    return float(value)
+
+
+def workspace(value: float | None) -> float:
+    """A positive budget in MiB, or None for the default (encoded -1.0)."""
+    if value is None:
+        return -1.0
+    if not value > 0:
+        raise ValueError(f"workspace_mb: expected None or a positive number of MiB, got {value}")
+    return float(value)
+
+
+def row_weight(name: str, value: float | Tensor, rows: int, like: Tensor) -> Tensor | None:
+    """A weight per row (N,) in fp32 (fp64 beside fp64 rows); a float stands for all rows, 0.0
+    for none.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if isinstance(value, Tensor):
+        if value.ndim != 1 or value.shape[0] != rows:
+            raise ValueError(
+                f"{name}: expected a number or shape ({rows},), got {tuple(value.shape)}"
+            )
+        same_device(name, value, "hidden", like)
+        return value.to(dtype)
+    if not isinstance(value, int | float):
+        raise TypeError(
+            f"{name}: expected a number or a tensor of shape ({rows},), got {type(value).__name__}"
+        )
+    return (
+        None if value == 0 else torch.full((rows,), float(value), dtype=dtype, device=like.device)
+    )
+
+
+def cu_seqlens(name: str, x: Tensor, rows: int) -> None:
+    """int32 prefix sum of rows per image; its values are checked where they are read on the
+    host.
+    """
+    if not isinstance(x, Tensor) or x.dtype != torch.int32 or x.ndim != 1 or x.shape[0] < 1:
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name}: expected int32 of shape (images + 1,), got {got}")
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        ends = x.tolist()
+        if ends[0] != 0 or ends[-1] != rows or any(b < a for a, b in pairwise(ends)):
+            raise ValueError(
+                f"{name}: expected a non-decreasing prefix sum from 0 to {rows}, got {ends}"
+            )

@@ -1,0 +1,159 @@
+"""How far is the student from the labels and from the teacher, without ever building the logits?
+
+Hidden states enter here: `fused_linear_distill` checks its arguments, settles the vocabulary and
+the row weights and calls the operator in `ops.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mllmkd_kernels import checks, ops
+from mllmkd_kernels.divergence import Divergence
+
+
+@dataclass(frozen=True)
+class DistillOutput:
+    """What `fused_linear_distill` returns.
+
+    Attributes:
+        loss: scalar, fp32 (fp64 for fp64 inputs), differentiable.
+        ce: (N,) cross-entropy of every row in nats, detached; 0 where there is no label.
+        kd: (N,) divergence of every row, detached; 0 without a teacher.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast as ``F.linear`` would under autocast, and nothing outside it."""
+    device = next((t.device.type for t in tensors if t is not None), "cpu")
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def wants(*tensors: Tensor | None) -> tuple[bool, ...]:
+    """Which tensors get a gradient: a frozen one, or any under ``torch.no_grad``, costs nothing."""
+    return tuple(t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors)
+
+
+def fused_linear_distill(
+    student_hidden: Tensor,  # (N, D_s)
+    student_weight: Tensor,  # (V_s, D_s)
+    teacher_hidden: Tensor | None = None,  # (N, D_t)
+    teacher_weight: Tensor | None = None,  # (V_t, D_t)
+    labels: Tensor | None = None,  # (N,)
+    *,
+    ce_weight: float | Tensor = 0.0,
+    kd_weight: float | Tensor = 1.0,
+    divergence: str | Divergence = "forward_kl",
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    student_bias: Tensor | None = None,  # (V_s,)
+    teacher_bias: Tensor | None = None,  # (V_t,)
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    vocab_size: int | None = None,
+    backend: str = "auto",
+    workspace_mb: float | None = None,
+) -> DistillOutput:
+    """Cross-entropy and distillation of N tokens from hidden states and heads (LLaVA-KD, eq. 2–3).
+
+    ``L = Σ_n ce_weight[n]·CE_n + kd_weight[n]·D_n``. The weights carry the normalisation: for a
+    mean over the valid tokens of a whole optimiser step pass ``1 / number_of_them``. Rows whose
+    weight is 0 contribute exactly 0.
+
+    Args:
+        student_hidden, student_weight: last hidden states (after the final norm) and
+            ``lm_head.weight``. Floating, in any mix of fp32, bf16, fp16 (or fp64); products
+            accumulate in fp32 and logits stay fp32.
+        teacher_hidden, teacher_weight: likewise; they never receive gradients. Both None for
+            cross-entropy alone.
+        labels: int64 next tokens of the rows, already shifted; `ignore_index` rows have no
+            cross-entropy.
+        ce_weight: weight of each row's cross-entropy, a number or (N,). Labels are needed where it
+            is not 0.
+        kd_weight: weight of each row's divergence. Multiply by T² here for Hinton's scaling; it is
+            never applied silently.
+        divergence: a name or a `Divergence`; its docstring has the definitions and conventions.
+        temperature: T of ``softmax(z/T)`` in the divergence, both models. The cross-entropy takes
+            none.
+        student_bias, teacher_bias: biases of the heads; −inf masks a token.
+        student_softcap, teacher_softcap: c of ``c·tanh(z/c)``, as in Gemma 2.
+        vocab_size: the real vocabulary; default the smaller head. Columns beyond it belong to
+            neither distribution: both heads are sliced and renormalised, gradients there are zero.
+        backend: "auto", "cpu" (C++) or "eager".
+        workspace_mb: budget in MiB for the logits that exist at one time; default
+            `plan.WORKSPACE_MB`.
+
+    Returns:
+        `DistillOutput` with the loss and the per-row terms. Gradients come in the dtype of what
+        they are for.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device, named with what was
+            expected.
+        IndexError: a label outside the vocabulary (on the CPU; a device-side assertion elsewhere).
+        RuntimeError: a gradient of the loss is differentiated again.
+    """
+    rows = _check_heads(
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
+    )
+    heads = [student_weight.shape[0]] + (
+        [] if teacher_weight is None else [teacher_weight.shape[0]]
+    )
+    vocab = checks.vocabulary(vocab_size, *heads)
+    table = Divergence.of(divergence)
+    ce_rows = checks.row_weight("ce_weight", ce_weight, rows, student_hidden)
+    kd_rows = checks.row_weight("kd_weight", kd_weight, rows, student_hidden)
+    if labels is not None:
+        checks.labels("labels", labels, rows, student_hidden)
+    elif ce_rows is not None:
+        raise ValueError("labels: expected next tokens, because ce_weight is not 0; got None")
+    if (
+        teacher_hidden is None or kd_rows is None
+    ):  # no divergence: the teacher's head is not read at all
+        teacher_hidden = teacher_weight = teacher_bias = kd_rows = None
+    hs, ws, bs = autocast(student_hidden, student_weight, student_bias)
+    teacher = (teacher_hidden, teacher_weight, teacher_bias)
+    ht, wt, bt = autocast(*(None if t is None else t.detach() for t in teacher))
+    assert hs is not None and ws is not None
+    loss, ce, kd, *_ = ops.linear_distill(
+        hs, ws, bs, ht, wt, bt,
+        labels if ce_rows is not None else None, ce_rows, kd_rows,
+        table.name, table.param, checks.temperature(temperature),
+        checks.softcap("student_softcap", student_softcap),
+        checks.softcap("teacher_softcap", teacher_softcap),
+        vocab, ignore_index, *wants(hs, ws, bs),
+        backend, checks.workspace(workspace_mb),
+    )  # fmt: skip
+    return DistillOutput(loss, ce.detach(), kd.detach())
+
+
+def _check_heads(
+    hs: Tensor,
+    ws: Tensor,
+    bs: Tensor | None,
+    ht: Tensor | None,
+    wt: Tensor | None,
+    bt: Tensor | None,
+) -> int:
+    """Both heads are well formed and their rows correspond; the number of rows."""
+    checks.head("student_", hs, ws, bs)
+    if (ht is None) != (wt is None):
+        missing, given = ("hidden", "weight") if ht is None else ("weight", "hidden")
+        raise ValueError(
+            f"teacher_{missing}: got None, but teacher_{given} was given; pass both or neither"
+        )
+    if ht is not None and wt is not None:
+        checks.head("teacher_", ht, wt, bt)
+        checks.same_rows("teacher_hidden", ht.shape[0], "student_hidden", hs.shape[0])
+        checks.same_device("teacher_hidden", ht, "student_hidden", hs)
+    return hs.shape[0]

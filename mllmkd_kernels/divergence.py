@@ -1,0 +1,209 @@
+"""What does it cost that the student says q where the teacher says p?
+
+Every divergence of this package is a sum over the vocabulary, ``D = Σ_k f(p_k, q_k)``, of the two
+softmaxes ``p`` (teacher) and ``q`` (student). Its gradient with respect to the student's logits
+``a`` is ``∂D/∂a = q ∘ (g − Σ_k q_k g_k)`` with ``g = ∂f/∂q``, so a divergence is one row of one
+table: `f` and `g`. The C++ kernels carry the same rows under the same names.
+
+How the terms are written decides whether the answer survives in fp32. With ``u = log q − log p``:
+
+* ``f`` is given up to a multiple of ``q − p``, which sums to zero over the vocabulary. Chosen
+  right, every term is second-order small where the models agree: forward KL is ``Σ p (expm1(u) −
+  u)``, not ``Σ p log(p/q)``, whose terms of both signs cancel.
+* ``g`` is given up to a constant, which ``g − Σ q g`` removes. Chosen to vanish at ``u = 0``, the
+  difference is not one of two large numbers.
+* Where ``|u|`` is large the plain form in p and q is used, because ``p · expm1(u)`` may overflow
+  where ``q − p`` cannot.
+
+All divergences are built from one function, the KL to a mixture: ``KL(p ‖ λp + (1−λ)q)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: name → (name of its parameter or None, default). The order is that of DESIGN's table.
+PARAMETERS: dict[str, tuple[str | None, float]] = {
+    "forward_kl": (None, 0.0),
+    "reverse_kl": (None, 0.0),
+    "jsd": ("beta", 0.5),
+    "skew_forward_kl": ("lam", 0.1),
+    "skew_reverse_kl": ("lam", 0.1),
+    "total_variation": (None, 0.0),
+    "soft_cross_entropy": (None, 0.0),
+}
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence by name, with its parameter where it has one.
+
+    ================== =============================================
+    ========================================= name               value
+              parameter ================== =============================================
+              =========================================
+    forward_kl         Σ p log(p/q)                                  –
+    reverse_kl         Σ q log(q/p)                                  –
+    jsd                β KL(p‖m) + (1−β) KL(q‖m), m = βp + (1−β)q    ``beta`` in (0, 1), default 0.5
+    skew_forward_kl    KL(p ‖ λp + (1−λ)q)                           ``lam`` in (0, 1), default 0.1
+    skew_reverse_kl    KL(q ‖ (1−λ)p + λq)                           ``lam`` in (0, 1), default 0.1
+    total_variation    ½ Σ |p − q|                                   –
+    soft_cross_entropy −Σ p log q (= forward KL + H(p))              –
+    ================== =============================================
+    =========================================
+
+    Conventions elsewhere, since they are easily taken the wrong way round (p teacher, q student):
+
+    * ``beta`` is the teacher's share of the mixture ``m``. TRL and GKD (arXiv 2306.13649, eq. 1)
+      use the same value with the same meaning inside (0, 1), and define β = 0 as forward KL and β =
+      1 as reverse KL; Liger likewise. Here the end points are divergences of their own: a JSD with
+      β = 0 would be identically zero.
+    * ``lam`` is the share of the *first* argument in the mixture. DistiLLM (arXiv 2402.03898)
+      writes the skew KL with the same α: ``skew_forward_kl`` is its SKL, ``skew_reverse_kl`` its
+      SRKL, and 0.1 is its default.
+    * No T² is applied for a temperature. For Hinton's scaling multiply ``kd_weight`` by T².
+
+    Raises:
+        ValueError: unknown name, a parameter the divergence does not have, or one outside (0, 1).
+    """
+
+    name: str = "forward_kl"
+    beta: float | None = None
+    lam: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in PARAMETERS:
+            raise ValueError(
+                f"divergence: got {self.name!r}, expected one of {', '.join(PARAMETERS)}"
+            )
+        mine, _ = PARAMETERS[self.name]
+        for key in ("beta", "lam"):
+            value = getattr(self, key)
+            if value is None:
+                continue
+            if key != mine:
+                raise ValueError(
+                    f"divergence: {self.name!r} has no parameter {key!r} (got {key}={value})"
+                )
+            if not 0.0 < value < 1.0:
+                raise ValueError(
+                    f"divergence: {key} of {self.name!r} must lie in (0, 1), got {value}"
+                )
+
+    @property
+    def param(self) -> float:
+        """The parameter's value, 0.0 for a divergence without one."""
+        key, default = PARAMETERS[self.name]
+        value = None if key is None else getattr(self, key)
+        return default if value is None else float(value)
+
+    @classmethod
+    def of(cls, divergence: str | Divergence) -> Divergence:
+        """Accept a name or a `Divergence`."""
+        if isinstance(divergence, Divergence):
+            return divergence
+        if not isinstance(divergence, str):
+            raise TypeError(
+                f"divergence: expected a name or a Divergence, got {type(divergence).__name__}"
+            )
+        return cls(divergence)
+
+
+def _times(p: Tensor, x: Tensor) -> Tensor:
+    """p · x with 0 · ±inf = 0: a token the model gives no mass (a masked logit) contributes
+    nothing.
+    """
+    return torch.where(p == 0, torch.zeros_like(p), p * x)
+
+
+def _log_mix(u: Tensor, w: float) -> Tensor:
+    """log((1 − w) + w eᵘ), exact near u = 0 and without overflow for large u."""
+    if w == 1.0:
+        return u
+    tail = torch.log1p((1 - w) * torch.expm1(-u.abs()))
+    return torch.where(u > 0, u + tail, torch.log1p(w * torch.expm1(u.clamp(max=0))))
+
+
+def _second_order(u: Tensor, w: float) -> Tensor:
+    """φ(u) = x − log1p(x) with x = w · expm1(u): the non-negative, second-order small value of
+    one token, |u| < 1.
+    """
+    x = w * torch.expm1(u)
+    if u.dtype == torch.float64:
+        return x - (u if w == 1.0 else torch.log1p(x))
+    if w == 1.0:  # expm1(u) − u by its series where the difference would cancel
+        series = u * u * _polynomial(u, (1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040))
+        return torch.where(u.abs() < 0.25, series, x - u)
+    series = x * x * _polynomial(x, (1 / 2, -1 / 3, 1 / 4, -1 / 5, 1 / 6, -1 / 7, 1 / 8))
+    return torch.where(x.abs() < 0.1, series, x - torch.log1p(x))
+
+
+def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    value = torch.full_like(x, coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        value = value * x + c
+    return value
+
+
+def _kl_to_mixture(p: Tensor, q: Tensor, u: Tensor, lam: float) -> Tensor:
+    """Terms of KL(p ‖ λp + (1−λ)q), with (1−λ)(q − p) added to each; u = log q − log p."""
+    w = 1.0 - lam
+    near = p * _second_order(u.clamp(-1, 1), w)
+    far = w * (q - p) - _times(p, _log_mix(u, w))
+    return torch.where(u.abs() < 1, near, far)
+
+
+def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """u = log q − log p, 0 where both models mask the token."""
+    both_masked = (log_p == -torch.inf) & (log_q == -torch.inf)
+    return torch.where(both_masked, torch.zeros_like(log_q), log_q - log_p)
+
+
+def values(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Row values D of normalised log-probabilities `log_p`, `log_q` (N, V): returns (N,) in
+    their dtype.
+    """
+    p, q, u, lam = log_p.exp(), log_q.exp(), _log_ratio(log_p, log_q), divergence.param
+    match divergence.name:
+        case "forward_kl" | "skew_forward_kl":
+            terms = _kl_to_mixture(p, q, u, lam)
+        case "reverse_kl" | "skew_reverse_kl":
+            terms = _kl_to_mixture(q, p, -u, lam)
+        case "jsd":
+            terms = lam * _kl_to_mixture(p, q, u, lam)
+            terms = terms + (1 - lam) * _kl_to_mixture(q, p, -u, 1 - lam)
+        case "total_variation":
+            terms = 0.5 * _difference(p, q, u).abs()
+        case _:  # soft_cross_entropy
+            terms = -_times(p, log_q)
+    return terms.sum(-1)
+
+
+def _difference(p: Tensor, q: Tensor, u: Tensor) -> Tensor:
+    """q − p, as p · expm1(u) where the two are close."""
+    return torch.where(u.abs() < 1, p * torch.expm1(u.clamp(-1, 1)), q - p)
+
+
+def gradients(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """∂D/∂a (N, V) for student log-probabilities `log_q` = log_softmax(a)."""
+    p, q, u, lam = log_p.exp(), log_q.exp(), _log_ratio(log_p, log_q), divergence.param
+    w = 1.0 - lam
+    match divergence.name:
+        case "forward_kl" | "soft_cross_entropy":
+            return _difference(p, q, u)
+        case "reverse_kl":
+            slope = u
+        case "jsd":
+            slope = -w * _log_mix(-u, lam)
+        case "skew_forward_kl":
+            slope = -w * torch.expm1(-_log_mix(u, w))
+        case "skew_reverse_kl":
+            mix = _log_mix(-u, w)
+            slope = -mix - lam * torch.expm1(-mix)
+        case _:  # total_variation
+            slope = 0.5 * torch.sign(u)
+    mean = _times(q, slope).sum(-1, keepdim=True)
+    return _times(q, slope - mean)

@@ -1,0 +1,110 @@
+"""How can a loss of the logits need no logits? Through the Gram matrix of the head.
+
+With ``Z = H Wᵀ`` the relation matrix of an image is ``R = Z Zᵀ = H (WᵀW) Hᵀ``: a D × D matrix ``G =
+WᵀW`` replaces all P × V logits. Of R only three scalars per image are kept, ``<R_s,R_s>``,
+``<R_t,R_t>``, ``<R_s,R_t>``, so R itself is seen tile by tile. With ``a = ‖R_s‖``, ``b = ‖R_t‖``:
+
+    L = mean over images of 1 − <R_s,R_t>/(ab)
+    dR_s = −(R_t/(ab) − <R_s,R_t>·R_s/(a³b)),   M = dR_s H_s,   dH_s = 2 M G_s,   dG_s = H_sᵀ M,
+    dW_s = W (dG + dGᵀ)
+
+``G = None`` stands for the identity: the relation of features. Tiles are fp32, sums over tiles
+fp64: entries of R reach V·z² ≈ 1e6 while ``1 − cos`` of a nearly aligned pair is 1e-4.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mllmkd_kernels.backends import eager
+
+
+def gram(
+    weight: Tensor,  # (≥V, D)
+    bias: Tensor | None,  # (≥V,)
+    vocab: int,
+) -> Tensor:
+    """G = WᵀW over the first `vocab` rows, (D, D) fp32 (fp64 for fp64); a bias is an extra
+    column of W.
+    """
+    acc = eager.accumulation_dtype(weight, bias)
+    size = weight.shape[1] + (bias is not None)
+    g = torch.zeros(size, size, dtype=acc, device=weight.device)
+    for rows in eager._chunks(vocab, eager.VOCAB_SLICE):
+        w = _with_bias(weight[rows], None if bias is None else bias[rows], acc)
+        g.addmm_(w.mT, w)
+    return g
+
+
+def gram_backward(
+    dg: Tensor,  # (D, D)
+    weight: Tensor,  # (≥V, D)
+    bias: Tensor | None,  # (≥V,)
+    vocab: int,
+) -> tuple[Tensor, Tensor]:
+    """dW = W (dG + dGᵀ) in the weight's dtype, zero beyond `vocab`; db is its last column
+    (empty without a bias).
+    """
+    acc, d = dg.dtype, weight.shape[1]
+    dw = torch.zeros_like(weight)
+    db = torch.zeros_like(bias) if bias is not None else weight.new_empty(0)
+    symmetric = dg + dg.mT
+    for rows in eager._chunks(vocab, eager.VOCAB_SLICE):
+        product = _with_bias(weight[rows], None if bias is None else bias[rows], acc) @ symmetric
+        dw[rows] = product[:, :d].to(dw.dtype)
+        if bias is not None:
+            db[rows] = product[:, d].to(db.dtype)
+    return dw, db
+
+
+def relation(
+    backend: ModuleType,
+    hs: Tensor,  # (N, D_s)
+    gs: Tensor | None,  # (D_s, D_s)
+    ht: Tensor,  # (N, D_t)
+    gt: Tensor | None,  # (D_t, D_t)
+    cu_seqlens: Tensor,  # (images + 1,)
+    want_dh: bool,
+    want_dg: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (scalar) and the unscaled gradients dh (N, D_s), dg (D_s, D_s); an unwanted one
+    comes back empty.
+    """
+    acc = eager.accumulation_dtype(hs, gs, ht, gt)
+    hs, ht = hs.to(acc).contiguous(), ht.to(acc).contiguous()
+    ks, kt = hs if gs is None else hs @ gs.to(acc), ht if gt is None else ht @ gt.to(acc)
+    loss, coef = cosine_of_stats(backend.relation_stats(hs, ks, ht, kt, cu_seqlens), cu_seqlens)
+    dh = dg = hs.new_empty(0)
+    if want_dh or want_dg:
+        m = backend.relation_grad(hs, ks, ht, kt, cu_seqlens, coef)
+        if want_dh:
+            dh = 2 * m if gs is None else (m @ gs.to(acc)).mul_(2)
+        if want_dg:
+            dg = hs.mT @ m
+    return loss.to(acc), dh, dg.clone() if dg is dh else dg
+
+
+def cosine_of_stats(stats: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean loss and, per image, the factors of R_t and R_s in dR_s, from the (images, 3) inner
+    products.
+
+    An image without rows has nothing to align: loss 0. One whose R vanishes has no direction: loss
+    1 (the value of ``F.cosine_similarity``), gradient 0.
+    """
+    ss, tt, st = stats.unbind(1)
+    empty = (cu_seqlens.diff() == 0).to(stats.device)
+    flat = (ss == 0) | (tt == 0)
+    norms = torch.where(flat, 1.0, ss.sqrt() * tt.sqrt())
+    images = max(stats.shape[0], 1)
+    per_image = torch.where(flat, 1.0, 1 - st / norms).masked_fill_(empty, 0)
+    factor_t = torch.where(flat, 0.0, -1 / norms)
+    factor_s = torch.where(flat, 0.0, st / (norms * torch.where(flat, 1.0, ss)))
+    return per_image.sum() / images, torch.stack((factor_t, factor_s), 1) / images
+
+
+def _with_bias(weight: Tensor, bias: Tensor | None, acc: torch.dtype) -> Tensor:
+    weight = weight.to(acc)
+    return weight if bias is None else torch.cat((weight, bias.to(acc)[:, None]), 1)

@@ -1,0 +1,375 @@
+"""The four terms of LLaVA-KD and their weights, from two models' hidden states.
+
+``L = ce·L_reg + response·L_res + visual·L_vis + relation·L_rel`` (arXiv 2410.16236, eq. 2–6):
+cross-entropy and KL on the response rows, KL on the visual rows, relation of the visual logits of
+each image. The first three are *one* sweep over both heads, because every row carries its own two
+weights; the fourth goes through the Gram matrices of the heads.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mllmkd_kernels.distill import fused_linear_distill
+from mllmkd_kernels.divergence import Divergence
+from mllmkd_kernels.relation import fused_linear_relation, head_gram
+from mllmkd_kernels.rows import RowCounts, image_seqlens, response_rows, visual_rows
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """What enters a model's ``lm_head``, and the head itself.
+
+    Attributes:
+        hidden: (B, T, D) last hidden states, after the final norm.
+        weight: (V, D).
+        bias: (V,) or None.
+        softcap: c of ``c·tanh(z/c)`` on the logits, or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+
+
+class LlavaKDOutput(NamedTuple):
+    """The loss and its four terms.
+
+    The terms are means in nats (`relation` in [0, 2]) before their weights are applied, detached:
+    with the counts of a whole optimiser step they are this micro-batch's share, and sum to the
+    step's mean. A term that was not asked for, or has no rows, is 0.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    response_kl: Tensor
+    visual_kl: Tensor
+    relation: Tensor
+
+
+class LlavaKDLoss(nn.Module):
+    """LLaVA-KD's loss for any pair of models that share a vocabulary.
+
+    Args:
+        ce, response, visual, relation: weights of the four terms; the paper's are 1, 1, 1, 0.5 (its
+            released code has 1 for all four). A weight of 0 skips the work of its term.
+        temperature: T of both softmaxes in the two KL terms.
+        divergence: what the two KL terms use, a name or a `Divergence`.
+        ignore_index: label of positions without one.
+        vocab_size: shared vocabulary, default the smaller head.
+        response_shift: False distils the *unshifted* answer positions, as the released code of
+            LLaVA-MoD and LLAVADI does against its papers; cross-entropy is shifted either way.
+        relation_batch: True flattens the batch into one cosine, as the released LLaVA-KD code does;
+            the paper's form, the default, has one per image.
+        backend, workspace_mb: as in `fused_linear_distill`.
+
+    Raises:
+        ValueError: a negative weight, an unknown divergence.
+    """
+
+    def __init__(
+        self,
+        ce: float = 1.0,
+        response: float = 1.0,
+        visual: float = 1.0,
+        relation: float = 0.5,
+        temperature: float = 1.0,
+        divergence: str | Divergence = "forward_kl",
+        *,
+        ignore_index: int = -100,
+        vocab_size: int | None = None,
+        response_shift: bool = True,
+        relation_batch: bool = False,
+        backend: str = "auto",
+        workspace_mb: float | None = None,
+    ) -> None:
+        super().__init__()
+        for name, weight in (
+            ("ce", ce),
+            ("response", response),
+            ("visual", visual),
+            ("relation", relation),
+        ):
+            if not weight >= 0:
+                raise ValueError(f"{name}: expected a weight >= 0, got {weight}")
+        self.ce, self.response, self.visual, self.relation = ce, response, visual, relation
+        self.temperature, self.divergence = temperature, Divergence.of(divergence)
+        self.ignore_index, self.vocab_size = ignore_index, vocab_size
+        self.response_shift, self.relation_batch = response_shift, relation_batch
+        self.backend, self.workspace_mb = backend, workspace_mb
+        self._grams: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
+
+    def forward(
+        self,
+        student: HeadInputs,
+        teacher: HeadInputs | None,
+        labels: Tensor,  # (B, T)
+        image_mask: Tensor | None = None,  # (B, T) bool
+        *,
+        num_items_in_batch: RowCounts | int | Tensor | None = None,
+        image_lens: Tensor | list[int] | None = None,
+        teacher_labels: Tensor | None = None,  # (B, T')
+        teacher_image_mask: Tensor | None = None,  # (B, T')
+    ) -> LlavaKDOutput:
+        """The loss of one micro-batch.
+
+        Args:
+            student, teacher: heads and hidden states; a None teacher leaves cross-entropy alone
+                (the SFT stage).
+            labels: (B, T) int64, unshifted, `ignore_index` where there is none.
+            image_mask: (B, T) bool, True at image positions. None, or no True: no visual terms, as
+                for text alone.
+            num_items_in_batch: what the means divide by. `RowCounts` over the whole optimiser step
+                is exact under gradient accumulation and data parallelism. A single number counts
+                response rows; the visual terms, for which it says nothing, are then means of this
+                micro-batch weighted by its share of response rows. None means the rows of this
+                micro-batch.
+            image_lens: visual rows of each image in order; None takes each run of image positions
+                for one image.
+            teacher_labels, teacher_image_mask: (B, T') where the teacher's sequence has other
+                positions.
+
+        Raises:
+            ValueError: shapes that do not fit; teacher and student select different numbers of rows
+                (both named).
+        """
+        _check_batch(student, labels, image_mask)
+        shape = labels.shape
+        mask = (
+            torch.zeros(shape, dtype=torch.bool, device=labels.device)
+            if image_mask is None
+            else image_mask
+        )
+        rows_s = _Rows.select(self, labels, mask)
+        cu = image_seqlens(mask, image_lens)
+        rows_t = rows_s
+        if teacher is not None:
+            t_labels = labels if teacher_labels is None else teacher_labels
+            t_mask = mask if teacher_image_mask is None else teacher_image_mask
+            _check_batch(teacher, t_labels, t_mask, "teacher_")
+            rows_t = _Rows.select(self, t_labels, t_mask)
+            rows_s.check_against(rows_t)
+        norms = _Norms.of(num_items_in_batch, rows_s, cu.numel() - 1)
+        ce, response_kl, visual_kl, loss = self._rows_loss(student, teacher, rows_s, rows_t, norms)
+        relation = loss.new_zeros(())
+        if teacher is not None and self.relation and rows_s.visual.numel():
+            share = (cu.numel() - 1) / norms.images
+            relation = self._relation(student, teacher, rows_s, rows_t, cu) * share
+            loss = loss + self.relation * relation
+        return LlavaKDOutput(loss, ce, response_kl, visual_kl, relation.detach())
+
+    def _rows_loss(
+        self,
+        student: HeadInputs,
+        teacher: HeadInputs | None,
+        rows_s: _Rows,
+        rows_t: _Rows,
+        norms: _Norms,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Cross-entropy and both KL terms in one sweep: (ce, response_kl, visual_kl, weighted
+        loss).
+        """
+        segments = rows_s.segments(self, teacher is not None)
+        device = student.hidden.device
+        ce_weight, kd_weight, following = (
+            torch.cat(parts).to(device)
+            for parts in zip(*(s.columns(norms, self) for s in segments), strict=True)
+        )
+        out = fused_linear_distill(
+            _take(student.hidden, [getattr(rows_s, s.rows) for s in segments]),
+            student.weight,
+            None
+            if teacher is None
+            else _take(teacher.hidden, [getattr(rows_t, s.rows) for s in segments]),
+            None if teacher is None else teacher.weight,
+            following,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            divergence=self.divergence,
+            temperature=self.temperature,
+            ignore_index=self.ignore_index,
+            student_bias=student.bias,
+            teacher_bias=None if teacher is None else teacher.bias,
+            student_softcap=student.softcap,
+            teacher_softcap=None if teacher is None else teacher.softcap,
+            vocab_size=self.vocab_size,
+            backend=self.backend,
+            workspace_mb=self.workspace_mb,
+        )
+        sums = {
+            "ce": out.loss.new_zeros(()),
+            "response": out.loss.new_zeros(()),
+            "visual": out.loss.new_zeros(()),
+        }
+        start = 0
+        for s in segments:
+            rows = slice(start, start + s.index.numel())
+            start = rows.stop
+            if s.has_ce:
+                sums["ce"] = sums["ce"] + out.ce[rows].sum() / norms.response
+            if s.kd:
+                sums[s.kd] = sums[s.kd] + out.kd[rows].sum() / getattr(norms, s.kd)
+        return sums["ce"], sums["response"], sums["visual"], out.loss
+
+    def _relation(
+        self, student: HeadInputs, teacher: HeadInputs, rows_s: _Rows, rows_t: _Rows, cu: Tensor
+    ) -> Tensor:
+        """Relation of the visual logits, mean over images, with the Gram matrices of frozen
+        heads kept.
+        """
+        if self.relation_batch:
+            cu = cu[[0, -1]]
+        vocab = self.vocab_size or min(student.weight.shape[0], teacher.weight.shape[0])
+        capped = student.softcap is not None or teacher.softcap is not None
+        return fused_linear_relation(
+            _take(student.hidden, [rows_s.visual]),
+            student.weight,
+            _take(teacher.hidden, [rows_t.visual]),
+            teacher.weight,
+            cu,
+            student_gram=None if capped else self._frozen_gram("student", student, vocab),
+            teacher_gram=None if capped else self._frozen_gram("teacher", teacher, vocab),
+            student_bias=student.bias,
+            teacher_bias=teacher.bias,
+            student_softcap=student.softcap,
+            teacher_softcap=teacher.softcap,
+            vocab_size=vocab,
+            backend=self.backend,
+        )
+
+    def _frozen_gram(self, who: str, head: HeadInputs, vocab: int) -> Tensor | None:
+        """The Gram of a frozen head, computed once; None for a trained one. Kept until the
+        weight changes in any way.
+        """
+        trained = who == "student" and (
+            head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+        )
+        if trained:
+            self._grams.pop(who, None)
+            return None
+        weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+        key = (_identity(head.weight), None if head.bias is None else _identity(head.bias), vocab)
+        if who not in self._grams or self._grams[who][0] != key:
+            self._grams[who] = key, head_gram(weight, bias, vocab_size=vocab)
+        return self._grams[who][1]
+
+
+class _Segment(NamedTuple):
+    """Rows that share their terms: their indices, next tokens, whether they have CE, and which
+    KL they feed.
+    """
+
+    rows: str  # attribute of _Rows: the teacher's own indices stand under the same name
+    index: Tensor
+    following: Tensor
+    has_ce: bool
+    kd: str  # "response", "visual" or "" for none
+
+    def columns(self, norms: _Norms, loss: LlavaKDLoss) -> tuple[Tensor, Tensor, Tensor]:
+        ones = torch.ones(self.index.numel(), dtype=torch.float32, device=self.index.device)
+        ce = loss.ce / norms.response if self.has_ce else 0.0
+        kd = getattr(loss, self.kd) / getattr(norms, self.kd) if self.kd else 0.0
+        return ones * ce, ones * kd, self.following
+
+
+class _Rows(NamedTuple):
+    """Flat row indices of one model's batch."""
+
+    response: Tensor
+    following: Tensor  # next tokens of the response rows
+    visual: Tensor
+    unshifted: Tensor | None  # response rows of the KL where it is not shifted
+
+    @classmethod
+    def select(cls, loss: LlavaKDLoss, labels: Tensor, image_mask: Tensor) -> _Rows:
+        index, following = response_rows(labels, loss.ignore_index)
+        unshifted = None
+        if not loss.response_shift:
+            unshifted = (labels.reshape(-1) != loss.ignore_index).nonzero().squeeze(1)
+        return cls(index, following, visual_rows(image_mask), unshifted)
+
+    def segments(self, loss: LlavaKDLoss, with_teacher: bool) -> list[_Segment]:
+        def unlabelled(index: Tensor) -> Tensor:
+            return torch.full_like(index, loss.ignore_index)
+
+        kd = "response" if with_teacher and loss.response and self.unshifted is None else ""
+        found = [_Segment("response", self.response, self.following, True, kd)]
+        if with_teacher and loss.response and self.unshifted is not None:
+            found.append(
+                _Segment("unshifted", self.unshifted, unlabelled(self.unshifted), False, "response")
+            )
+        if with_teacher and loss.visual:
+            found.append(_Segment("visual", self.visual, unlabelled(self.visual), False, "visual"))
+        return found
+
+    def check_against(self, teacher: _Rows) -> None:
+        """Rows correspond one to one, or it is an error: nothing is skipped."""
+        for name in ("response", "visual"):
+            mine, other = getattr(self, name).numel(), getattr(teacher, name).numel()
+            if mine != other:
+                raise ValueError(
+                    f"{name} rows: the student selects {mine}, the teacher {other}; "
+                    "tokenizers, templates or image processors of the two differ"
+                )
+
+
+class _Norms(NamedTuple):
+    """What the means divide by, never zero: a term without rows is 0, not 0/0."""
+
+    response: Tensor
+    visual: Tensor
+    images: Tensor
+
+    @classmethod
+    def of(cls, given: RowCounts | int | Tensor | None, rows: _Rows, images: int) -> _Norms:
+        local = RowCounts(rows.response.numel(), rows.visual.numel(), images)
+        if given is None:
+            counts = local
+        elif isinstance(given, RowCounts):
+            counts = given
+        else:
+            share = max(local.response, 1) / torch.as_tensor(given, dtype=torch.float32)
+            counts = RowCounts(given, local.visual / share, local.images / share)
+        device = rows.response.device
+        tensors = (torch.as_tensor(c, dtype=torch.float32, device=device) for c in counts)
+        return cls(*(t.clamp(min=torch.finfo(torch.float32).tiny) for t in tensors))
+
+
+def _identity(weight: Tensor) -> tuple[Any, ...]:
+    """Equal only for the same live tensor, unmodified: a weak reference compares by identity, a
+    version counts writes.
+    """
+    return weakref.ref(weight), weight._version
+
+
+def _take(hidden: Tensor, indices: list[Tensor]) -> Tensor:
+    """Rows of (B, T, D) by flat index, packed (N, D)."""
+    return hidden.flatten(0, 1)[torch.cat(indices)]
+
+
+def _check_batch(
+    head: HeadInputs, labels: Tensor, image_mask: Tensor | None, who: str = ""
+) -> None:
+    if head.hidden.ndim != 3:
+        raise ValueError(
+            f"{who or 'student.'}hidden: expected (B, T, D), got shape {tuple(head.hidden.shape)}"
+        )
+    expected = tuple(head.hidden.shape[:2])
+    if tuple(labels.shape) != expected:
+        raise ValueError(
+            f"{who}labels: expected shape {expected} as of the hidden states, "
+            f"got {tuple(labels.shape)}"
+        )
+    if image_mask is not None and (
+        tuple(image_mask.shape) != expected or image_mask.dtype != torch.bool
+    ):
+        raise ValueError(
+            f"{who}image_mask: expected bool of shape {expected}, "
+            f"got {image_mask.dtype} {tuple(image_mask.shape)}"
+        )

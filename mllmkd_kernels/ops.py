@@ -1,0 +1,412 @@
+"""Where do gradients leave? Every operator of the package: schema, fake implementation and autograd
+formula together.
+
+The operators are functional: they return the loss *and* the gradients of the tensors that want one,
+formed in the same pass, and autograd only scales them. So a frozen tensor costs nothing (its
+`want_` flag is false), a second backward over a retained graph gives the same gradient (saved
+tensors are never modified), and `torch.compile` sees an ordinary differentiable operator.
+Differentiating a gradient again raises: it would need the Hessian of the loss.
+
+The choice of backend and chunk is made inside the operator, from real shapes, so tracing never
+depends on it.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllmkd_kernels import gram, plan, softcapped
+from mllmkd_kernels.backends import cpu, eager
+
+_MODULES: dict[str, ModuleType] = {"eager": eager, "cpu": cpu}
+_NAMESPACE = "mllmkd_kernels"
+
+
+def _module(backend: str, device: torch.device) -> ModuleType:
+    return _MODULES[plan.choose_backend(backend, device)[0]]
+
+
+def _no_double_backward(op: Any) -> None:
+    """Register an autograd formula that refuses: `op` computes a gradient."""
+
+    def refuse(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(
+            "mllmkd_kernels: a gradient of this loss was differentiated again; double backward "
+            "is not supported. Use mllmkd_kernels.reference for second derivatives."
+        )
+
+    op.register_autograd(refuse)
+
+
+# --- linear_distill: CE and a divergence of two heads
+# -------------------------------------------------------------
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::linear_distill", mutates_args=())
+def linear_distill(
+    hs: Tensor,
+    ws: Tensor,
+    bs: Tensor | None,
+    ht: Tensor | None,
+    wt: Tensor | None,
+    bt: Tensor | None,
+    labels: Tensor | None,
+    ce_weight: Tensor | None,
+    kd_weight: Tensor | None,
+    divergence: str,
+    param: float,
+    temperature: float,
+    cap_s: float,
+    cap_t: float,
+    vocab: int,
+    ignore_index: int,
+    want_dh: bool,
+    want_dw: bool,
+    want_db: bool,
+    backend: str,
+    workspace_mb: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, ce (N,), kd (N,), dh, dw, db): see `backends.eager.distill_rows`."""
+    with_teacher = ht is not None and wt is not None
+    chosen = plan.distill_plan(
+        hs.shape[0],
+        vocab,
+        hs.shape[1],
+        ht.shape[1] if ht is not None else 0,
+        want_dh=want_dh,
+        want_dw=want_dw,
+        dtype=eager.accumulation_dtype(hs, ws, ht, wt),
+        device=hs.device,
+        backend=backend,
+        workspace_mb=workspace_mb if workspace_mb > 0 else None,
+    )
+    return _MODULES[chosen.backend].distill_rows(
+        hs, ws, bs,
+        ht if with_teacher else None, wt if with_teacher else None, bt,
+        labels, ce_weight, kd_weight,
+        divergence, param, temperature, cap_s, cap_t, vocab, ignore_index,
+        want_dh, want_dw, want_db, chosen.chunk_rows,
+    )  # fmt: skip
+
+
+@linear_distill.register_fake
+def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature,
+      cap_s, cap_t, vocab, ignore_index, want_dh, want_dw, want_db, backend, workspace_mb):  # fmt: skip
+    acc = eager.accumulation_dtype(hs, ws, bs, ht, wt, bt)
+    rows = hs.new_empty(hs.shape[0], dtype=acc)
+    dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
+    dw = ws.new_empty(ws.shape if want_dw else (0,))
+    db = hs.new_empty(ws.shape[0] if want_db else 0, dtype=acc)
+    return hs.new_empty((), dtype=acc), rows, torch.empty_like(rows), dh, dw, db
+
+
+def _distill_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hs, ws, bs = inputs[:3]
+    _, ce, kd, dh, dw, db = output
+    ctx.set_materialize_grads(
+        False
+    )  # an unused output must not cost a V × D tensor of zeros in backward
+    ctx.save_for_backward(hs, ws, bs, ce, kd, dh, dw, db)
+    ctx.wants = inputs[16:19]
+
+
+def _distill_backward(
+    ctx: Any, grad: Tensor | None, *others: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * 21
+    if any(g is not None for g in others):
+        raise RuntimeError(
+            "mllmkd_kernels: only the loss is differentiable; ce and kd are diagnostics"
+        )
+    if grad is None:
+        return tuple(grads)
+    hs, ws, bs, ce, kd, dh, dw, db = ctx.saved_tensors
+    want_dh, want_dw, want_db = ctx.wants
+    if want_dh:
+        grads[0] = scale_gradient(dh, grad, hs)
+    if want_dw:
+        grads[1] = scale_gradient(dw, grad, ws)
+    if want_db:
+        grads[2] = scale_gradient(db, grad, bs)
+    if ctx.needs_input_grad[7]:
+        grads[7] = scale_gradient(ce, grad, ce)
+    if ctx.needs_input_grad[8]:
+        grads[8] = scale_gradient(kd, grad, kd)
+    return tuple(grads)
+
+
+linear_distill.register_autograd(_distill_backward, setup_context=_distill_context)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::scale_gradient", mutates_args=())
+def scale_gradient(saved: Tensor, grad: Tensor, like: Tensor) -> Tensor:
+    """saved · grad, a new tensor in the dtype of `like`: the last step of every backward here."""
+    return (saved * grad.to(saved.dtype) if saved.dtype.itemsize >= 4 else saved * grad).to(
+        like.dtype
+    )
+
+
+@scale_gradient.register_fake
+def _(saved, grad, like):
+    return torch.empty_like(saved, dtype=like.dtype)
+
+
+_no_double_backward(scale_gradient)
+
+
+# --- linear_logprob: log-probability of given tokens
+# --------------------------------------------------------------
+
+
+def _logprob_chunk(
+    h: Tensor, vocab: int, acc: torch.dtype, backend: ModuleType, workspace_mb: float
+) -> int:
+    blocks = 1 if backend is cpu else 3
+    budget = workspace_mb if workspace_mb > 0 else None
+    return plan.chunk_rows(h.shape[0], vocab, blocks, acc.itemsize, budget)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::linear_logprob", mutates_args=())
+def linear_logprob(
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    labels: Tensor,
+    temperature: float,
+    cap: float,
+    vocab: int,
+    ignore_index: int,
+    want_dh: bool,
+    want_dw: bool,
+    want_db: bool,
+    backend: str,
+    workspace_mb: float,
+) -> tuple[Tensor, Tensor]:
+    """(log-probability (N,), log-sum-exp (N,)): see `backends.eager.logprob_rows`."""
+    module = _module(backend, h.device)
+    chunk = _logprob_chunk(h, vocab, eager.accumulation_dtype(h, w, b), module, workspace_mb)
+    return module.logprob_rows(h, w, b, labels, temperature, cap, vocab, ignore_index, chunk)
+
+
+@linear_logprob.register_fake
+def _(
+    h,
+    w,
+    b,
+    labels,
+    temperature,
+    cap,
+    vocab,
+    ignore_index,
+    want_dh,
+    want_dw,
+    want_db,
+    backend,
+    workspace_mb,
+):
+    logp = h.new_empty(h.shape[0], dtype=eager.accumulation_dtype(h, w, b))
+    return logp, torch.empty_like(logp)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::linear_logprob_backward", mutates_args=())
+def linear_logprob_backward(
+    grad: Tensor,
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    labels: Tensor,
+    lse: Tensor,
+    temperature: float,
+    cap: float,
+    vocab: int,
+    ignore_index: int,
+    want_dh: bool,
+    want_dw: bool,
+    want_db: bool,
+    backend: str,
+    workspace_mb: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dh, dw, db in the dtypes of h, w, b: see `backends.eager.logprob_grad`."""
+    module = _module(backend, h.device)
+    chunk = _logprob_chunk(h, vocab, lse.dtype, module, workspace_mb)
+    dh, dw, db = module.logprob_grad(
+        grad.to(lse.dtype).contiguous(), h, w, b, labels, lse,
+        temperature, cap, vocab, ignore_index, want_dh, want_dw, want_db, chunk,
+    )  # fmt: skip
+    return dh.to(h.dtype), dw, db if b is None else db.to(b.dtype)
+
+
+@linear_logprob_backward.register_fake
+def _(grad, h, w, b, labels, lse, temperature, cap, vocab, ignore_index,
+      want_dh, want_dw, want_db, backend, workspace_mb):  # fmt: skip
+    db = h.new_empty(w.shape[0] if want_db else 0, dtype=lse.dtype if b is None else b.dtype)
+    return h.new_empty(h.shape if want_dh else (0,)), w.new_empty(w.shape if want_dw else (0,)), db
+
+
+def _logprob_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    h, w, b, labels, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(h, w, b, labels, output[1])
+
+
+def _logprob_backward(
+    ctx: Any, grad: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * 13
+    if grad is None:
+        return tuple(grads)
+    h, w, b, labels, lse = ctx.saved_tensors
+    dh, dw, db = linear_logprob_backward(grad, h, w, b, labels, lse, *ctx.options)
+    want_dh, want_dw, want_db = ctx.options[4:7]
+    grads[:3] = dh if want_dh else None, dw if want_dw else None, db if want_db else None
+    return tuple(grads)
+
+
+linear_logprob.register_autograd(_logprob_backward, setup_context=_logprob_context)
+_no_double_backward(linear_logprob_backward)
+
+
+# --- head_gram and the relation losses
+# ----------------------------------------------------------------------------
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::head_gram", mutates_args=())
+def head_gram(w: Tensor, b: Tensor | None, vocab: int) -> Tensor:
+    """G = WᵀW, (D, D), or (D + 1, D + 1) with a bias: see `gram.gram`."""
+    return gram.gram(w, b, vocab)
+
+
+@head_gram.register_fake
+def _(w, b, vocab):
+    size = w.shape[1] + (b is not None)
+    return w.new_empty(size, size, dtype=eager.accumulation_dtype(w, b))
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::head_gram_backward", mutates_args=())
+def head_gram_backward(
+    dg: Tensor, w: Tensor, b: Tensor | None, vocab: int
+) -> tuple[Tensor, Tensor]:
+    """dW and db of `head_gram`: see `gram.gram_backward`."""
+    return gram.gram_backward(dg, w, b, vocab)
+
+
+@head_gram_backward.register_fake
+def _(dg, w, b, vocab):
+    return torch.empty_like(w), w.new_empty(0) if b is None else torch.empty_like(b)
+
+
+def _gram_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    w, b, ctx.vocab = inputs
+    ctx.save_for_backward(w, b)
+
+
+def _gram_backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
+    w, b = ctx.saved_tensors
+    dw, db = head_gram_backward(dg, w, b, ctx.vocab)
+    return dw, None if b is None else db, None
+
+
+head_gram.register_autograd(_gram_backward, setup_context=_gram_context)
+_no_double_backward(head_gram_backward)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::relation", mutates_args=())
+def relation(
+    hs: Tensor,
+    gs: Tensor | None,
+    ht: Tensor,
+    gt: Tensor | None,
+    cu_seqlens: Tensor,
+    want_dh: bool,
+    want_dg: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, dh, dg): see `gram.relation`."""
+    return gram.relation(_module(backend, hs.device), hs, gs, ht, gt, cu_seqlens, want_dh, want_dg)
+
+
+@relation.register_fake
+def _(hs, gs, ht, gt, cu_seqlens, want_dh, want_dg, backend):
+    acc = eager.accumulation_dtype(hs, gs, ht, gt)
+    d = hs.shape[1]
+    dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
+    return hs.new_empty((), dtype=acc), dh, hs.new_empty((d, d) if want_dg else (0,), dtype=acc)
+
+
+def _relation_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], inputs[1], *output[1:])
+    ctx.wants = inputs[5:7]
+
+
+def _relation_backward(
+    ctx: Any, grad: Tensor | None, *others: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * 8
+    if grad is None:
+        return tuple(grads)
+    hs, gs, dh, dg = ctx.saved_tensors
+    want_dh, want_dg = ctx.wants
+    if want_dh:
+        grads[0] = scale_gradient(dh, grad, hs)
+    if want_dg:
+        grads[1] = scale_gradient(dg, grad, gs)
+    return tuple(grads)
+
+
+relation.register_autograd(_relation_backward, setup_context=_relation_context)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::relation_softcapped", mutates_args=())
+def relation_softcapped(
+    hs: Tensor,
+    ws: Tensor,
+    bs: Tensor | None,
+    ht: Tensor,
+    wt: Tensor,
+    bt: Tensor | None,
+    cu_seqlens: Tensor,
+    cap_s: float,
+    cap_t: float,
+    vocab: int,
+    want_dh: bool,
+    want_dw: bool,
+    want_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, dh, dw, db): see `softcapped.relation`."""
+    acc = eager.accumulation_dtype(hs, ws, bs, ht, wt, bt)
+    student = softcapped.Head(hs, ws, bs, cap_s, vocab, acc)
+    teacher = softcapped.Head(ht, wt, bt, cap_t, vocab, acc)
+    return softcapped.relation(student, teacher, cu_seqlens, want_dh, want_dw, want_db)
+
+
+@relation_softcapped.register_fake
+def _(hs, ws, bs, ht, wt, bt, cu_seqlens, cap_s, cap_t, vocab, want_dh, want_dw, want_db):
+    acc = eager.accumulation_dtype(hs, ws, bs, ht, wt, bt)
+    dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
+    db = hs.new_empty(ws.shape[0] if want_db else 0, dtype=acc)
+    return hs.new_empty((), dtype=acc), dh, ws.new_empty(ws.shape if want_dw else (0,)), db
+
+
+def _softcapped_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:3], *output[1:])
+    ctx.wants = inputs[10:13]
+
+
+def _softcapped_backward(
+    ctx: Any, grad: Tensor | None, *others: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * 13
+    if grad is not None:
+        likes, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        for i, (like, gradient, wanted) in enumerate(zip(likes, saved, ctx.wants, strict=True)):
+            grads[i] = scale_gradient(gradient, grad, like) if wanted else None
+    return tuple(grads)
+
+
+relation_softcapped.register_autograd(_softcapped_backward, setup_context=_softcapped_context)

@@ -1,0 +1,104 @@
+"""What is each loss? The definitions, in plain PyTorch over whole logits, runnable in fp64.
+
+Nothing here is fast and nothing is clever: every backend is tested against these functions, and the
+C++ and Triton sources quote them. Autograd differentiates them as they stand.
+
+Shapes, here and everywhere: N rows (tokens), V vocabulary, C rows of a chunk, D hidden size, P
+visual rows of one image; ``_s`` student, ``_t`` teacher; the gradient of ``x`` is ``dx``.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mllmkd_kernels.divergence import Divergence
+
+
+def logits(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (≥V, D)
+    bias: Tensor | None = None,  # (≥V,)
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """z = h Wᵀ + b over the first `vocab_size` columns, soft-capped to c·tanh(z/c) where c is
+    given: (N, V).
+    """
+    z = hidden @ weight[:vocab_size].mT
+    if bias is not None:
+        z = z + bias[:vocab_size]
+    return softcap * torch.tanh(z / softcap) if softcap else z
+
+
+def divergence_rows(a: Tensor, b: Tensor, divergence: str | Divergence = "forward_kl") -> Tensor:
+    """D(softmax(b) teacher, softmax(a) student) of every row of a, b (N, V): (N,)."""
+    divergence = Divergence.of(divergence)
+    log_q, log_p, c = a.log_softmax(-1), b.log_softmax(-1), divergence.param
+    p, q = log_p.exp(), log_q.exp()
+
+    def kl(x: Tensor, log_x: Tensor, log_m: Tensor) -> Tensor:
+        return torch.where(x > 0, x * (log_x - log_m), x * 0).sum(-1)
+
+    def log_mixture(share_p: float) -> Tensor:
+        return (share_p * p + (1 - share_p) * q).log()
+
+    match divergence.name:
+        case "forward_kl":
+            return kl(p, log_p, log_q)
+        case "reverse_kl":
+            return kl(q, log_q, log_p)
+        case "jsd":
+            return c * kl(p, log_p, log_mixture(c)) + (1 - c) * kl(q, log_q, log_mixture(c))
+        case "skew_forward_kl":
+            return kl(p, log_p, log_mixture(c))
+        case "skew_reverse_kl":
+            return kl(q, log_q, log_mixture(1 - c))
+        case "total_variation":
+            return 0.5 * (p - q).abs().sum(-1)
+        case _:  # soft_cross_entropy
+            return kl(p, torch.zeros_like(p), log_q)
+
+
+def linear_distill(
+    z_s: Tensor,  # (N, V) student logits
+    z_t: Tensor | None,  # (N, V) teacher logits
+    labels: Tensor | None = None,  # (N,)
+    *,
+    ce_weight: float | Tensor = 0.0,
+    kd_weight: float | Tensor = 1.0,
+    divergence: str | Divergence = "forward_kl",
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """L = Σ_n ce_weight[n]·CE_n + kd_weight[n]·D_n; returns (L, CE (N,), D (N,)). CE takes no
+    temperature.
+    """
+    ce = kd = z_s.new_zeros(z_s.shape[0])
+    if labels is not None:
+        ce = F.cross_entropy(z_s, labels, ignore_index=ignore_index, reduction="none")
+    if z_t is not None:
+        kd = divergence_rows(z_s / temperature, z_t / temperature, divergence)
+    return (ce_weight * ce).sum() + (kd_weight * kd).sum(), ce, kd
+
+
+def relation_cosine(y_s: Tensor, y_t: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Mean over images of 1 − <R_s, R_t>/(‖R_s‖‖R_t‖), R = Y Yᵀ of an image's rows (raw,
+    LLaVA-KD eq. 5).
+    """
+    ends = cu_seqlens.tolist()
+    losses = []
+    for start, end in pairwise(ends):
+        r_s, r_t = (y[start:end] @ y[start:end].mT for y in (y_s, y_t))
+        losses.append(1 - (r_s * r_t).sum() / (r_s.norm() * r_t.norm()))
+    return torch.stack(losses).mean() if losses else (y_s * 0).sum()
+
+
+def linear_logprob(
+    z: Tensor, labels: Tensor, temperature: float = 1.0, ignore_index: int = -100
+) -> Tensor:
+    """log softmax(z/T)[label] of every row, 0 where the label is `ignore_index`: (N,)."""
+    return -F.cross_entropy(z / temperature, labels, ignore_index=ignore_index, reduction="none")

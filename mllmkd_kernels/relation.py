@@ -1,0 +1,183 @@
+"""Do the visual tokens of an image relate to each other in the student as they do in the teacher?
+(LLaVA-KD's RDist)
+
+Per image ``R = Y Yᵀ`` of its rows, raw: no softmax, no normalisation. The loss is 1 − cos(R_s,
+R_t), averaged over images. Rows are packed, image after image; `cu_seqlens` is their int32 prefix
+sum, as in flash-attention.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mllmkd_kernels import checks, ops
+from mllmkd_kernels.distill import autocast, wants
+
+
+def relation_cosine(
+    student: Tensor,  # (rows, D_s) or (B, P, D_s)
+    teacher: Tensor,  # (rows, D_t) or (B, P, D_t)
+    cu_seqlens: Tensor | None = None,  # (images + 1,)
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Mean over images of ``1 − <R_s,R_t>/(‖R_s‖‖R_t‖)`` with R = Y Yᵀ of the rows themselves: a
+    scalar.
+
+    Args:
+        student, teacher: features (or logits) of corresponding rows, floating; the sizes D may
+            differ. Only the student receives a gradient. (B, P, D) means B images of P rows.
+        cu_seqlens: int32 prefix sum of rows per image; None means one image.
+        backend: "auto", "cpu" or "eager".
+
+    Returns:
+        fp32 scalar (fp64 for fp64 inputs) in [0, 2]. An image without rows counts as 0, one whose R
+        vanishes as 1.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or row counts that do not fit, named.
+    """
+    if isinstance(student, Tensor) and student.ndim == 3:
+        student, cu_seqlens = _unpack("student", student, cu_seqlens)
+    if isinstance(teacher, Tensor) and teacher.ndim == 3:
+        teacher, _ = _unpack("teacher", teacher, None)
+    checks.floating("student", student, 2)
+    checks.floating("teacher", teacher, 2)
+    cu = _images(student, teacher, cu_seqlens, "student", "teacher")
+    return ops.relation(student, None, teacher.detach(), None, cu, *wants(student), False, backend)[
+        0
+    ]
+
+
+def head_gram(
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """G = WᵀW, to compute once and keep while a head is frozen: (D, D) fp32, (D + 1, D + 1) with a
+    bias.
+
+    Args:
+        weight, bias: the head, floating. A trainable one makes G differentiable.
+        vocab_size: rows that take part. For a pair of heads of different sizes pass the smaller to
+            both.
+
+    Raises:
+        TypeError, ValueError: as `fused_linear_distill`.
+    """
+    checks.floating("weight", weight, 2)
+    if bias is not None:
+        checks.floating("bias", bias, 1)
+        if bias.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"bias: got {bias.shape[0]} entries for a head of {weight.shape[0]} tokens"
+            )
+    return ops.head_gram(weight, bias, checks.vocabulary(vocab_size, weight.shape[0]))
+
+
+def fused_linear_relation(
+    student_hidden: Tensor,  # (rows, D_s)
+    student_weight: Tensor,  # (V_s, D_s)
+    teacher_hidden: Tensor,  # (rows, D_t)
+    teacher_weight: Tensor,  # (V_t, D_t)
+    cu_seqlens: Tensor | None = None,  # (images + 1,)
+    *,
+    student_gram: Tensor | None = None,  # (D_s, D_s)
+    teacher_gram: Tensor | None = None,  # (D_t, D_t)
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    vocab_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`relation_cosine` of the logits Z = H Wᵀ + b, exactly, without logits: R = H (WᵀW) Hᵀ
+    (LLaVA-KD eq. 5).
+
+    Args:
+        student_hidden, student_weight, teacher_hidden, teacher_weight, *_bias: the heads as in
+            `fused_linear_distill`; only the student's receive gradients.
+        cu_seqlens: int32 prefix sum of visual rows per image; None means one image.
+        student_gram, teacher_gram: cached `head_gram` of a frozen head (with its bias and this
+            `vocab_size`). A cached student Gram cuts the gradient of the weight, so it is refused
+            while the weight requires one, unless the Gram itself is differentiable.
+        *_softcap: a soft-capped head has no Gram; the vocabulary is streamed instead, at the cost
+            of the logits.
+        vocab_size: shared columns; default the smaller head.
+        backend: "auto", "cpu" or "eager".
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, named with what was expected.
+    """
+    checks.head("student_", student_hidden, student_weight, student_bias)
+    checks.head("teacher_", teacher_hidden, teacher_weight, teacher_bias)
+    vocab = checks.vocabulary(vocab_size, student_weight.shape[0], teacher_weight.shape[0])
+    cu = _images(student_hidden, teacher_hidden, cu_seqlens, "student_hidden", "teacher_hidden")
+    caps = [
+        checks.softcap("student_softcap", student_softcap),
+        checks.softcap("teacher_softcap", teacher_softcap),
+    ]
+    hs, ws, bs = autocast(student_hidden, student_weight, student_bias)
+    ht, wt, bt = autocast(teacher_hidden, teacher_weight, teacher_bias)
+    assert hs is not None and ws is not None and ht is not None and wt is not None
+    ht, wt, bt = ht.detach(), wt.detach(), None if bt is None else bt.detach()
+    if any(caps):
+        if student_gram is not None or teacher_gram is not None:
+            raise ValueError(
+                "student_gram, teacher_gram: a soft-capped pair has no Gram matrix; pass None"
+            )
+        args = hs, ws, bs, ht, wt, bt, cu, *caps, vocab, *wants(hs, ws, bs)
+        return ops.relation_softcapped(*args)[0]
+    if student_gram is not None and any(wants(ws, bs)) and not student_gram.requires_grad:
+        raise ValueError(
+            "student_gram: a cached Gram would cut the gradient of student_weight, which requires "
+            "one; pass None, or freeze the head"
+        )
+    gs = _gram_of("student_", student_gram, ws, bs, vocab)
+    gt = _gram_of("teacher_", teacher_gram, wt, bt, vocab).detach()
+    hs, ht = _with_ones(hs, bs), _with_ones(ht, bt)
+    return ops.relation(hs, gs, ht, gt, cu, *wants(hs, gs), backend)[0]
+
+
+def _gram_of(
+    who: str, cached: Tensor | None, weight: Tensor, bias: Tensor | None, vocab: int
+) -> Tensor:
+    """The cached Gram if it fits the head, else a new one."""
+    if cached is None:
+        return head_gram(weight, bias, vocab_size=vocab)
+    checks.floating(f"{who}gram", cached, 2)
+    size = weight.shape[1] + (bias is not None)
+    if tuple(cached.shape) != (size, size):
+        raise ValueError(f"{who}gram: expected shape ({size}, {size}), got {tuple(cached.shape)}")
+    checks.same_device(f"{who}gram", cached, f"{who}weight", weight)
+    return cached
+
+
+def _with_ones(hidden: Tensor, bias: Tensor | None) -> Tensor:
+    """A bias is one more hidden feature that is always 1."""
+    return hidden if bias is None else torch.cat((hidden, torch.ones_like(hidden[:, :1])), 1)
+
+
+def _unpack(name: str, x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B, P, D) → packed rows and their prefix sum."""
+    if cu_seqlens is not None:
+        raise ValueError(
+            f"cu_seqlens: {name} of shape {tuple(x.shape)} is already B images; pass None"
+        )
+    images, rows, _ = x.shape
+    ends = torch.arange(images + 1, dtype=torch.int32, device=x.device) * rows
+    return x.flatten(0, 1), ends.to(torch.int32)
+
+
+def _images(
+    student: Tensor, teacher: Tensor, cu: Tensor | None, name_s: str, name_t: str
+) -> Tensor:
+    """The prefix sum of rows per image, one image by default, checked against both models' rows."""
+    checks.same_rows(name_t, teacher.shape[0], name_s, student.shape[0])
+    checks.same_device(name_t, teacher, name_s, student)
+    if cu is None:
+        return torch.tensor([0, student.shape[0]], dtype=torch.int32)
+    checks.cu_seqlens("cu_seqlens", cu, student.shape[0])
+    return cu
