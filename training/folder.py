@@ -114,6 +114,11 @@ def _check_same(folder: LlavaFolder, settings: Record) -> None:
         )
 
 
+def write_lines(path: Path, entries: Sequence[Record]) -> None:
+    """Write one json object a line."""
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+
+
 def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

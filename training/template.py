@@ -4,8 +4,9 @@ Two templates, as LLaVA's stages use them (``</s>`` is the tokenizer's own end o
 
 * ``chat``: ``USER: <image>\\n{q} ASSISTANT: {a}</s>USER: {q2} ASSISTANT: {a2}</s>``; labels are
   each answer, with the space before it, and its ``</s>``. An optional system line comes first.
-* ``pretrain``: ``<image>{caption}``, the question discarded; labels are all after the images. The published recipe ends a caption with a line break and **no end of sequence**, so a model
-  trained with this template alone does not learn to stop: stopping is learned in the chat stages.
+* ``pretrain``: ``<image>{caption}``, the question discarded; labels are all after the images. The
+  published recipe ends a caption with a line break and **no end of sequence**, so a model trained
+  with this template alone does not learn to stop: stopping is learned in the chat stages.
   A tokenizer that drops white space (`training.processing`'s does) drops that line break too.
 
 Ids are built piece by piece, never by tokenising a whole string and measuring prefixes: the
