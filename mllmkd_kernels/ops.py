@@ -42,8 +42,53 @@ def _no_double_backward(op: Any) -> None:
     op.register_autograd(refuse)
 
 
-# --- linear_distill: CE and a divergence of two heads
-# -------------------------------------------------------------
+# --- what all of them share ----------------------------------------------------------------------
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::scale_gradient", mutates_args=())
+def scale_gradient(saved: Tensor, grad: Tensor, like: Tensor) -> Tensor:
+    """saved · grad, a new tensor in the dtype of `like`: the last step of every backward here."""
+    out = torch.empty_like(saved, dtype=like.dtype)
+    wide = torch.promote_types(saved.dtype, torch.float32)  # rounded once, from an exact factor
+    for rows in eager._chunks(saved.shape[0], eager.VOCAB_SLICE):
+        out[rows] = saved[rows].to(wide) * grad.to(wide)
+    return out
+
+
+@scale_gradient.register_fake
+def _(saved, grad, like):
+    return torch.empty_like(saved, dtype=like.dtype)
+
+
+_no_double_backward(scale_gradient)
+
+
+def _gradients_formed_in_forward(op: Any, arguments: int, gradient_of: dict[int, int]) -> None:
+    """Autograd of an `op` that returns the loss first and d loss/d input i as output `gradient_of[i]`.
+
+    Backward only scales; the outputs besides the loss are not differentiable.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)  # an unused output must not cost a V x D tensor of zeros
+        gradients = (output[o] for o in gradient_of.values())
+        ctx.save_for_backward(*(inputs[i] for i in gradient_of), *gradients)
+
+    def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+        if any(g is not None for g in others):
+            raise RuntimeError("mllmkd_kernels: only the loss is differentiable, not its terms")
+        grads: list[Tensor | None] = [None] * arguments
+        if grad is not None:
+            likes = ctx.saved_tensors[: len(gradient_of)]
+            gradients = ctx.saved_tensors[len(gradient_of) :]
+            for i, like, gradient in zip(gradient_of, likes, gradients, strict=True):
+                grads[i] = scale_gradient(gradient, grad, like) if ctx.needs_input_grad[i] else None
+        return tuple(grads)
+
+    op.register_autograd(backward, setup_context=setup_context)
+
+
+# --- linear_distill: CE and a divergence of two heads ---------------------------------------------
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::linear_distill", mutates_args=())
@@ -94,8 +139,8 @@ def linear_distill(
 
 
 @linear_distill.register_fake
-def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature,
-      cap_s, cap_t, vocab, ignore_index, want_dh, want_dw, want_db, backend, workspace_mb):  # fmt: skip
+def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature, cap_s,
+      cap_t, vocab, ignore_index, want_dh, want_dw, want_db, backend, workspace_mb):  # fmt: skip
     acc = eager.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     rows = hs.new_empty(hs.shape[0], dtype=acc)
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
@@ -104,62 +149,10 @@ def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, t
     return hs.new_empty((), dtype=acc), rows, torch.empty_like(rows), dh, dw, db
 
 
-def _distill_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hs, ws, bs = inputs[:3]
-    _, ce, kd, dh, dw, db = output
-    ctx.set_materialize_grads(
-        False
-    )  # an unused output must not cost a V × D tensor of zeros in backward
-    ctx.save_for_backward(hs, ws, bs, ce, kd, dh, dw, db)
-    ctx.wants = inputs[16:19]
+_gradients_formed_in_forward(linear_distill, 21, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2})
 
 
-def _distill_backward(
-    ctx: Any, grad: Tensor | None, *others: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 21
-    if any(g is not None for g in others):
-        raise RuntimeError(
-            "mllmkd_kernels: only the loss is differentiable; ce and kd are diagnostics"
-        )
-    if grad is None:
-        return tuple(grads)
-    hs, ws, bs, ce, kd, dh, dw, db = ctx.saved_tensors
-    want_dh, want_dw, want_db = ctx.wants
-    if want_dh:
-        grads[0] = scale_gradient(dh, grad, hs)
-    if want_dw:
-        grads[1] = scale_gradient(dw, grad, ws)
-    if want_db:
-        grads[2] = scale_gradient(db, grad, bs)
-    if ctx.needs_input_grad[7]:
-        grads[7] = scale_gradient(ce, grad, ce)
-    if ctx.needs_input_grad[8]:
-        grads[8] = scale_gradient(kd, grad, kd)
-    return tuple(grads)
-
-
-linear_distill.register_autograd(_distill_backward, setup_context=_distill_context)
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::scale_gradient", mutates_args=())
-def scale_gradient(saved: Tensor, grad: Tensor, like: Tensor) -> Tensor:
-    """saved · grad, a new tensor in the dtype of `like`: the last step of every backward here."""
-    return (saved * grad.to(saved.dtype) if saved.dtype.itemsize >= 4 else saved * grad).to(
-        like.dtype
-    )
-
-
-@scale_gradient.register_fake
-def _(saved, grad, like):
-    return torch.empty_like(saved, dtype=like.dtype)
-
-
-_no_double_backward(scale_gradient)
-
-
-# --- linear_logprob: log-probability of given tokens
-# --------------------------------------------------------------
+# --- linear_logprob: log-probability of given tokens ----------------------------------------------
 
 
 def _logprob_chunk(
@@ -270,8 +263,7 @@ linear_logprob.register_autograd(_logprob_backward, setup_context=_logprob_conte
 _no_double_backward(linear_logprob_backward)
 
 
-# --- head_gram and the relation losses
-# ----------------------------------------------------------------------------
+# --- head_gram and the relation losses ------------------------------------------------------------
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::head_gram", mutates_args=())
@@ -337,28 +329,7 @@ def _(hs, gs, ht, gt, cu_seqlens, want_dh, want_dg, backend):
     return hs.new_empty((), dtype=acc), dh, hs.new_empty((d, d) if want_dg else (0,), dtype=acc)
 
 
-def _relation_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0], inputs[1], *output[1:])
-    ctx.wants = inputs[5:7]
-
-
-def _relation_backward(
-    ctx: Any, grad: Tensor | None, *others: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 8
-    if grad is None:
-        return tuple(grads)
-    hs, gs, dh, dg = ctx.saved_tensors
-    want_dh, want_dg = ctx.wants
-    if want_dh:
-        grads[0] = scale_gradient(dh, grad, hs)
-    if want_dg:
-        grads[1] = scale_gradient(dg, grad, gs)
-    return tuple(grads)
-
-
-relation.register_autograd(_relation_backward, setup_context=_relation_context)
+_gradients_formed_in_forward(relation, 8, {0: 1, 1: 2})
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::relation_softcapped", mutates_args=())
@@ -392,21 +363,4 @@ def _(hs, ws, bs, ht, wt, bt, cu_seqlens, cap_s, cap_t, vocab, want_dh, want_dw,
     return hs.new_empty((), dtype=acc), dh, ws.new_empty(ws.shape if want_dw else (0,)), db
 
 
-def _softcapped_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:3], *output[1:])
-    ctx.wants = inputs[10:13]
-
-
-def _softcapped_backward(
-    ctx: Any, grad: Tensor | None, *others: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 13
-    if grad is not None:
-        likes, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        for i, (like, gradient, wanted) in enumerate(zip(likes, saved, ctx.wants, strict=True)):
-            grads[i] = scale_gradient(gradient, grad, like) if wanted else None
-    return tuple(grads)
-
-
-relation_softcapped.register_autograd(_softcapped_backward, setup_context=_softcapped_context)
+_gradients_formed_in_forward(relation_softcapped, 13, {0: 1, 1: 2, 2: 3})
