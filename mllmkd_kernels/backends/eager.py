@@ -89,7 +89,8 @@ def distill_rows(
                 da = div.gradients(table, log_p, log_q)
                 dz += _scale_rows(da, weight / temperature)
         if dz is not None:
-            grads.add(rows, _through_softcap_(dz, z, cap_s))
+            dead = _dead_rows(hs, rows, labels, ce_weight, kd_weight, ignore_index)
+            grads.add(rows, _through_softcap_(dz, z, cap_s), dead=dead)
     return loss.to(acc), ce, kd, *grads.result()
 
 
@@ -141,7 +142,7 @@ def logprob_grad(
         weight = -torch.where(labels[rows] == ignore_index, 0, grad[rows].to(acc)) / temperature
         q = (z / temperature - lse[rows, None]).exp_()
         dz = _scale_rows(_minus_one_hot_(q, labels[rows], ignore_index), weight)
-        grads.add(rows, _through_softcap_(dz, z, cap))
+        grads.add(rows, _through_softcap_(dz, z, cap), dead=weight == 0)
     return grads.result()
 
 
@@ -202,12 +203,16 @@ class _Gradients:
         self.dh, self.dw, self.db = zeros(dh, *h.shape), zeros(dw, *w.shape), zeros(db, w.shape[0])
         self.wanted = dh or dw or db
 
-    def add(self, rows: slice, dz: Tensor, columns: slice | None = None) -> None:
+    def add(
+        self, rows: slice, dz: Tensor, columns: slice | None = None, dead: Tensor | None = None
+    ) -> None:
         """Fold in dz (rows, columns); by default the columns are the first `dz.shape[1]` of the
-        vocabulary.
+        vocabulary. `dead` marks rows of zero weight: they may hold NaN, and 0 · NaN is NaN.
         """
         first = 0 if columns is None else columns.start
         h = self.h[rows].to(self.acc)
+        if dead is not None:
+            h, dz = h.masked_fill(dead[:, None], 0), dz.masked_fill_(dead[:, None], 0)
         for part in _chunks(dz.shape[1], VOCAB_SLICE):
             tokens = slice(first + part.start, first + part.stop)
             if self.dh is not None:
@@ -218,12 +223,13 @@ class _Gradients:
             self.db[first : first + dz.shape[1]] += dz.sum(0)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        none = torch.empty(0, dtype=self.acc, device=self.h.device)
-        dw = none.to(self.w.dtype) if self.dw is None else self.dw.to(self.w.dtype)
+        def none(dtype: torch.dtype) -> Tensor:  # a new one each time: outputs may not alias
+            return torch.empty(0, dtype=dtype, device=self.h.device)
+
         return (
-            none if self.dh is None else self.dh,
-            dw,
-            none.clone() if self.db is None else self.db,
+            none(self.acc) if self.dh is None else self.dh,
+            none(self.w.dtype) if self.dw is None else self.dw.to(self.w.dtype),
+            none(self.acc) if self.db is None else self.db,
         )
 
 
@@ -279,6 +285,21 @@ def _scale_rows(dz: Tensor, weight: Tensor) -> Tensor:
     """weight[n]·dz[n], exactly 0 for a row of zero weight whatever it holds."""
     scaled = dz.mul_(weight[:, None].to(dz.dtype))
     return scaled.masked_fill_((weight == 0)[:, None], 0)
+
+
+def _dead_rows(
+    hs: Tensor,
+    rows: slice,
+    labels: Tensor | None,
+    ce_weight: Tensor | None,
+    kd_weight: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    """Which of `rows` have no weight at all, neither for a label nor for the teacher."""
+    dead = torch.ones(rows.stop - rows.start, dtype=torch.bool, device=hs.device)
+    if labels is not None and ce_weight is not None:
+        dead = (ce_weight[rows] == 0) | (labels[rows] == ignore_index)
+    return dead if kd_weight is None else dead & (kd_weight[rows] == 0)
 
 
 def _cross_entropy(
