@@ -48,10 +48,11 @@ def _no_double_backward(op: Any) -> None:
 @torch.library.custom_op(f"{_NAMESPACE}::scale_gradient", mutates_args=())
 def scale_gradient(saved: Tensor, grad: Tensor, like: Tensor) -> Tensor:
     """saved · grad, a new tensor in the dtype of `like`: the last step of every backward here."""
-    out = torch.empty_like(saved, dtype=like.dtype)
-    wide = torch.promote_types(saved.dtype, torch.float32)  # rounded once, from an exact factor
+    if saved.dtype.itemsize >= 4:
+        return (saved * grad.to(saved.dtype)).to(like.dtype)
+    out = torch.empty_like(saved, dtype=like.dtype)  # 16 bits: multiply in fp32 and round once
     for rows in eager._chunks(saved.shape[0], eager.VOCAB_SLICE):
-        out[rows] = saved[rows].to(wide) * grad.to(wide)
+        out[rows] = saved[rows].float() * grad.float()
     return out
 
 
@@ -64,7 +65,7 @@ _no_double_backward(scale_gradient)
 
 
 def _gradients_formed_in_forward(op: Any, arguments: int, gradient_of: dict[int, int]) -> None:
-    """Autograd of an `op` that returns the loss first and d loss/d input i as output `gradient_of[i]`.
+    """Autograd of an `op` whose output 0 is the loss and `gradient_of[i]` d loss / d input i.
 
     Backward only scales; the outputs besides the loss are not differentiable.
     """
