@@ -9,6 +9,7 @@ visual rows of one image; ``_s`` student, ``_t`` teacher; the gradient of ``x`` 
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -40,11 +41,11 @@ def divergence_rows(a: Tensor, b: Tensor, divergence: str | Divergence = "forwar
     log_q, log_p, c = a.log_softmax(-1), b.log_softmax(-1), divergence.param
     p, q = log_p.exp(), log_q.exp()
 
-    def kl(x: Tensor, log_x: Tensor, log_m: Tensor) -> Tensor:
-        return torch.where(x > 0, x * (log_x - log_m), x * 0).sum(-1)
+    def kl(x: Tensor, log_x: Tensor, log_m: Tensor) -> Tensor:  # 0 · log(0/m) is 0
+        return (x * torch.where(x > 0, log_x - log_m, 0)).sum(-1)
 
-    def log_mixture(share_p: float) -> Tensor:
-        return (share_p * p + (1 - share_p) * q).log()
+    def log_mixture(share_p: float) -> Tensor:  # not the log of a sum that may underflow to 0
+        return torch.logaddexp(log_p + math.log(share_p), log_q + math.log(1 - share_p))
 
     match divergence.name:
         case "forward_kl":
