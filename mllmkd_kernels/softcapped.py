@@ -39,7 +39,7 @@ class Head:
             b = None if self.b is None else self.b[columns]
             size = columns.stop - columns.start
             z = eager._logits(self.h[rows], self.w[columns], b, size, self.acc)
-            yield columns, eager._softcap_(z, self.cap)
+            yield columns, eager._softcap_(z, self.cap, self.h[rows])
 
     def strip(self, image: slice, strip: slice) -> Tensor:
         """R of the rows `strip` (relative to the image) against all rows of the image."""

@@ -71,15 +71,15 @@ def distill_rows(
     grads = _Gradients(hs, ws, acc, want_dh, want_dw, want_db)
     _check_labels(labels, vocab, ignore_index)
     for rows in _chunks(hs.shape[0], chunk_rows):
-        z = _logits(hs[rows], ws, bs, vocab, acc)
-        z = _softcap_(z, cap_s)
+        z = _softcap_(_logits(hs[rows], ws, bs, vocab, acc), cap_s, hs[rows])
         dz = torch.zeros_like(z) if grads.wanted else None
         if labels is not None and ce_weight is not None:
             ce[rows] = _cross_entropy(z, labels[rows], ce_weight[rows], ignore_index, dz)
             valid = (ce_weight[rows] != 0) & (labels[rows] != ignore_index)
             loss += torch.where(valid, ce_weight[rows] * ce[rows], 0).sum(dtype=torch.float64)
         if ht is not None and wt is not None and kd_weight is not None:
-            b = _softcap_(_logits(ht[rows], wt, bt, vocab, acc), cap_t).div_(temperature)
+            b = _softcap_(_logits(ht[rows], wt, bt, vocab, acc), cap_t, ht[rows])
+            b = b.div_(temperature)
             log_p = b.log_softmax(-1)
             log_q = (z / temperature).log_softmax(-1)
             kd[rows] = div.values(table, log_p, log_q)
@@ -112,7 +112,7 @@ def logprob_rows(
     logp, lse = (torch.zeros(h.shape[0], dtype=acc, device=h.device) for _ in range(2))
     _check_labels(labels, vocab, ignore_index)
     for rows in _chunks(h.shape[0], chunk_rows):
-        a = _softcap_(_logits(h[rows], w, b, vocab, acc), cap).div_(temperature)
+        a = _softcap_(_logits(h[rows], w, b, vocab, acc), cap, h[rows]).div_(temperature)
         lse[rows] = _logsumexp(a)
         logp[rows] = _at_label(a, labels[rows], ignore_index) - lse[rows]
     return logp.masked_fill_(labels == ignore_index, 0), lse
@@ -138,7 +138,7 @@ def logprob_grad(
     acc = accumulation_dtype(h, w, b)
     grads = _Gradients(h, w, acc, want_dh, want_dw, want_db)
     for rows in _chunks(h.shape[0], chunk_rows):
-        z = _softcap_(_logits(h[rows], w, b, vocab, acc), cap)
+        z = _softcap_(_logits(h[rows], w, b, vocab, acc), cap, h[rows])
         weight = -torch.where(labels[rows] == ignore_index, 0, grad[rows].to(acc)) / temperature
         q = (z / temperature - lse[rows, None]).exp_()
         dz = _scale_rows(_minus_one_hot_(q, labels[rows], ignore_index), weight)
@@ -254,8 +254,14 @@ def _logits(h: Tensor, w: Tensor, b: Tensor | None, vocab: int, acc: torch.dtype
     return z if b is None else z.add_(b[:vocab])
 
 
-def _softcap_(z: Tensor, cap: float) -> Tensor:
-    return z.div_(cap).tanh_().mul_(cap) if cap else z
+def _softcap_(z: Tensor, cap: float, h: Tensor) -> Tensor:
+    """c·tanh(z/c) of the logits of `h`; NaN for a row of h that holds an inf, which tanh would
+    hide.
+    """
+    if not cap:
+        return z
+    broken = ~h.isfinite().all(1, keepdim=True)
+    return z.div_(cap).tanh_().mul_(cap).masked_fill_(broken, torch.nan)
 
 
 def _through_softcap_(dz: Tensor, z: Tensor, cap: float) -> Tensor:
