@@ -13,7 +13,7 @@ from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import LlavaProcessor
 
 from training.data import Item
 from training.template import IGNORE
@@ -29,10 +29,13 @@ class Batch(TypedDict):
 
 
 class LlavaCollator:
-    """Right-pads `Item`s into a `Batch`."""
+    """Right-pads `Item`s into a `Batch`.
 
-    def __init__(self, processor: ProcessorMixin) -> None:
-        """Raises ValueError if the processor's tokenizer has no pad token."""
+    Raises:
+        ValueError: the processor's tokenizer has no pad token.
+    """
+
+    def __init__(self, processor: LlavaProcessor) -> None:
         if processor.tokenizer.pad_token_id is None:
             raise ValueError("processor: its tokenizer has no pad_token, which fills short samples")
         self.pad_id: int = processor.tokenizer.pad_token_id

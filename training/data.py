@@ -22,13 +22,14 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import ProcessorMixin
+from transformers import LlavaProcessor
 
 from training.records import DataError, Sample, fault, read_samples
 from training.template import Encoded, Encoder, TemplateName
 
 # What Pillow raises on damaged files; SyntaxError is how it reports a broken PNG chunk.
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+WHOLE_IMAGE = "an image file that decodes whole"
 
 
 class Item(TypedDict):
@@ -40,7 +41,7 @@ class Item(TypedDict):
 
 
 class Skip(NamedTuple):
-    """An entry left out because ``skip_bad`` was on: its place in the file, its id, and why."""
+    """An entry left out by ``skip_bad``: its place among the file's entries, its id, and why."""
 
     index: int
     id: str | None
@@ -49,6 +50,21 @@ class Skip(NamedTuple):
 
 class LlavaDataset(Dataset[Item]):
     """LLaVA json as a map-style dataset of `Item`s.
+
+    Args:
+        json_path: a LLaVA ``.json`` or ``.jsonl`` file (`training.records`).
+        image_root: the folder that image paths are relative to.
+        processor: any `LlavaProcessor` whose images all have one size.
+        template: ``chat`` or ``pretrain`` (`training.template`).
+        system: a line before the first turn of ``chat``.
+        max_length: most tokens a sample may have, image tokens included. A longer one is a
+            fault: cutting it could cut an image or the answer.
+        skip_bad: leave faulty entries out, counted and listed, instead of raising.
+        image_cache_mb: keep processed images in memory up to this size, per process.
+
+    Raises:
+        DataError: the file is unusable, an entry is faulty, or (skip_bad) none is sound.
+        ValueError: a bad max_length, image_cache_mb, template or processor.
 
     Attributes:
         samples: the validated entries in file order; ``samples[i].kind`` and ``.turns`` belong to
@@ -60,7 +76,7 @@ class LlavaDataset(Dataset[Item]):
         self,
         json_path: str | Path,
         image_root: str | Path,
-        processor: ProcessorMixin,
+        processor: LlavaProcessor,
         *,
         template: TemplateName = "chat",
         system: str = "",
@@ -68,23 +84,10 @@ class LlavaDataset(Dataset[Item]):
         skip_bad: bool = False,
         image_cache_mb: int = 0,
     ) -> None:
-        """Args:
-        json_path: a LLaVA ``.json`` or ``.jsonl`` file (`training.records`).
-        image_root: the folder that image paths are relative to.
-        processor: a transformers processor with a fixed image size, such as `LlavaProcessor`.
-        template: ``chat`` or ``pretrain`` (`training.template`).
-        system: a line before the first turn of ``chat``.
-        max_length: most tokens a sample may have, image tokens included. A longer one is a
-            fault: cutting it could cut an image or the answer.
-        skip_bad: leave faulty entries out, counted and listed, instead of raising.
-        image_cache_mb: keep processed images in memory up to this size, per process.
-
-        Raises:
-            DataError: the file is unusable, an entry is faulty, or (skip_bad) none is sound.
-            ValueError: a bad max_length, template or processor.
-        """
         if max_length < 1:
             raise ValueError(f"max_length: got {max_length}, expected at least 1")
+        if image_cache_mb < 0:
+            raise ValueError(f"image_cache_mb: got {image_cache_mb}, expected 0 or more")
         self.json_path, self.image_root = Path(json_path), Path(image_root)
         self.max_length, self.skip_bad = max_length, skip_bad
         self.encoder = Encoder(processor, template, system)
@@ -93,19 +96,19 @@ class LlavaDataset(Dataset[Item]):
         self.skipped: list[Skip] = []
         self._cache: dict[Path, Tensor] = {}
         self._cache_left = image_cache_mb << 20
-        self._known_files: dict[Path, bool] = {}
+        self._image_faults: dict[Path, str | None] = {}  # images are shared: look at each once
         for index, entry in enumerate(self._entries()):
             try:
                 self.samples.append(self._checked(entry))
             except DataError as error:
                 if not skip_bad:
                     raise
-                name = None if isinstance(entry, DataError) else entry.place.id
-                self.skipped.append(Skip(index, name, str(error)))
+                self.skipped.append(Skip(index, error.id, str(error)))
+        self._image_faults.clear()
         if self.skipped:
             self._report_skips()
         if not self.samples:
-            raise DataError(f"{json_path}: all {len(self.skipped)} entries is faulty")
+            raise DataError(f"{json_path}: all of its {len(self.skipped)} entries are faulty")
 
     def __len__(self) -> int:
         """How many entries are sound."""
@@ -142,14 +145,12 @@ class LlavaDataset(Dataset[Item]):
             raise entry
         for i, image in enumerate(entry.images):
             path = self.image_path(image)
-            if path not in self._known_files:
-                self._known_files[path] = path.is_file()
-            if not self._known_files[path]:
-                raise fault(entry.place, f"image[{i}]", f"no such file: {path}", "an image file")
+            if path not in self._image_faults:
+                self._image_faults[path] = self._image_fault(path)
+            if (got := self._image_faults[path]) is not None:
+                raise fault(entry.place, f"image[{i}]", got, WHOLE_IMAGE)
         if self.skip_bad:
             self._encoded(entry)
-            for i in range(len(entry.images)):
-                self._opened(entry, i)
         return entry
 
     def _encoded(self, sample: Sample) -> Encoded:
@@ -160,21 +161,27 @@ class LlavaDataset(Dataset[Item]):
             raise fault(sample.place, "conversations", got, f"at most max_length {self.max_length}")
         return encoded
 
-    def _opened(self, sample: Sample, i: int) -> Image.Image:
-        path = self.image_path(sample.images[i])
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except BROKEN_IMAGE as error:
-            got = f"{path}: {type(error).__name__}: {error}"
-            raise fault(sample.place, f"image[{i}]", got, "an image that decodes whole") from error
+    def _image_fault(self, path: Path) -> str | None:
+        """Why an image is unusable, or None: looked for, and with skip_bad decoded."""
+        if not path.is_file():
+            return f"no such file: {path}"
+        if self.skip_bad:
+            try:
+                _decoded(path)
+            except BROKEN_IMAGE as error:
+                return _damage(path, error)
+        return None
 
     def _pixels(self, sample: Sample, i: int) -> Tensor:
         """Processed pixels (3, H, W) of one image, from the cache if they are kept there."""
         path = self.image_path(sample.images[i])
         pixels = self._cache.get(path)
         if pixels is None:
-            image = self._opened(sample, i)
+            try:
+                image = _decoded(path)
+            except BROKEN_IMAGE as error:
+                got = _damage(path, error)
+                raise fault(sample.place, f"image[{i}]", got, WHOLE_IMAGE) from error
             pixels = self.image_processor(images=image, return_tensors="pt").pixel_values[0]
             if pixels.nbytes <= self._cache_left:  # when full nothing is evicted: order is random
                 self._cache_left -= pixels.nbytes
@@ -188,3 +195,12 @@ class LlavaDataset(Dataset[Item]):
             f"{self.json_path}: skipped {len(self.skipped)} of {total} entries, "
             f"listed in dataset.skipped; the first: {first}"
         )
+
+
+def _decoded(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")  # decodes all of it
+
+
+def _damage(path: Path, error: Exception) -> str:
+    return f"{path}: {type(error).__name__}: {error}"

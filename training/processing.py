@@ -3,7 +3,7 @@
 `build_processor` makes a `LlavaProcessor` from a list of words: a word-level tokenizer for small
 models trained from scratch, and SigLIP's image processor in its Pillow form, so torchvision is not
 needed. Saved with ``save_pretrained`` it is read back by ``AutoProcessor`` alone. Any other
-processor with a fixed image size works with `training.data` just as well; only the demo needs
+`LlavaProcessor` with one image size works with `training.data` just as well; only the demo needs
 this one. The size of a model's head is not decided here: it may be larger than the tokenizer.
 """
 
@@ -16,7 +16,7 @@ from typing import Literal
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
-from transformers import LlavaProcessor, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from training.records import IMAGE_MARK, DataError, read_samples
@@ -118,7 +118,7 @@ def _tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def image_tokens(processor: ProcessorMixin) -> int:
+def image_tokens(processor: LlavaProcessor) -> int:
     """How many tokens the processor makes of one image.
 
     Raises:

@@ -30,6 +30,8 @@ class DataError(ValueError):
     Takes one string so that a data-loader worker can hand it to the parent process unchanged.
     """
 
+    id: str | None = None  # the faulty entry's id, where it has one
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -46,7 +48,9 @@ class Place:
 
 def fault(place: Place, field: str, got: object, expected: str) -> DataError:
     """The one wording of a data fault: place, field, what came, what was expected."""
-    return DataError(f"{place}: field {field!r}: got {got}, expected {expected}")
+    error = DataError(f"{place}: field {field!r}: got {got}, expected {expected}")
+    error.id = place.id
+    return error
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from transformers import ProcessorMixin
+from transformers import LlavaProcessor
 
 from training.processing import image_tokens
 from training.records import IMAGE_MARK, Sample, fault
@@ -38,20 +38,21 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Turns `Sample`s into ids and labels with one processor and one template."""
+    """Turns `Sample`s into ids and labels with one processor and one template.
 
-    def __init__(
-        self, processor: ProcessorMixin, template: TemplateName = "chat", system: str = ""
-    ) -> None:
-        """Args:
-        processor: a transformers processor with a tokenizer and an image token (`LlavaProcessor`).
+    Args:
+        processor: its tokenizer, image token and image size decide the ids.
         template: ``chat`` or ``pretrain``, as the module describes them.
         system: a line before the first turn of ``chat``; none by default.
 
-        Raises:
-            ValueError: an unknown template, a tokenizer without an end-of-sequence token, or an
-                image processor whose number of tokens per image is not fixed.
-        """
+    Raises:
+        ValueError: an unknown template, a tokenizer without an end-of-sequence token, or an
+            image processor whose number of tokens per image is not fixed.
+    """
+
+    def __init__(
+        self, processor: LlavaProcessor, template: TemplateName = "chat", system: str = ""
+    ) -> None:
         if template not in ("chat", "pretrain"):
             raise ValueError(f"template: got {template!r}, expected 'chat' or 'pretrain'")
         self.tokenizer = processor.tokenizer

@@ -1,0 +1,202 @@
+"""Are the ids and labels of a conversation exactly the ones the template says, token by token?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, LlavaProcessor
+
+from tests.training.llava_files import TOKENS, WORDS, entry, processor
+from training.processing import build_processor
+from training.records import DataError, Place, Sample, parse_sample
+from training.template import Encoder
+
+PLACE = Place(Path("d.json"), "index 0")
+NO = "·"  # stands for "no label" in the expected label rows below
+IMAGE = " ".join(["<image>"] * TOKENS)
+
+
+def sample(*messages: str, image: str | list[str] | None = None) -> Sample:
+    return parse_sample(PLACE, entry(*messages, image=image))
+
+
+def check(encoder: Encoder, one: Sample, tokens: str, labels: str) -> None:
+    """Compare with rows of words: ids word by word, labels the same with · where there is none."""
+    encoded = encoder.encode(one)
+    words = encoder.tokenizer.convert_ids_to_tokens(encoded.input_ids)
+    assert words == tokens.split()
+    said = [NO if i == -100 else encoder.tokenizer.convert_ids_to_tokens(i) for i in encoded.labels]
+    assert said == labels.split()
+
+
+def test_one_question() -> None:
+    check(
+        Encoder(processor()),
+        sample("<image>\nwhat is this ?", "a coat", image="a.png"),
+        f"USER: {IMAGE} what is this ? ASSISTANT: a coat </s>",
+        "·       · · · ·  ·    ·  ·    · ·          a coat </s>",
+    )
+
+
+def test_two_turns_label_both_answers() -> None:
+    check(
+        Encoder(processor()),
+        sample("<image>\nwhat is it", "coat", "how many", "two", image="a.png"),
+        f"USER: {IMAGE} what is it ASSISTANT: coat </s> USER: how many ASSISTANT: two </s>",
+        "·       · · · · ·    ·  ·  ·          coat </s> ·     ·   ·    ·          two </s>",
+    )
+
+
+def test_text_alone() -> None:
+    check(
+        Encoder(processor()),
+        sample("what is it", "a bag"),
+        "USER: what is it ASSISTANT: a bag </s>",
+        "·     ·    ·  ·  ·          a bag </s>",
+    )
+
+
+def test_several_images_stay_where_they_are() -> None:
+    check(
+        Encoder(processor()),
+        sample("is <image> a <image> ?", "no", image=["a.png", "b.png"]),
+        f"USER: is {IMAGE} a {IMAGE} ? ASSISTANT: no </s>",
+        "·       · · · · · · · · · · · ·          no </s>",
+    )
+
+
+def test_image_in_a_later_turn() -> None:
+    check(
+        Encoder(processor()),
+        sample("what", "coat", "<image>\nis it", "yes", image="a.png"),
+        f"USER: what ASSISTANT: coat </s> USER: {IMAGE} is it ASSISTANT: yes </s>",
+        "·     ·    ·          coat </s> ·     · · · · ·  ·  ·          yes </s>",
+    )
+
+
+def test_a_single_image_moves_to_the_front() -> None:
+    last = sample("what is it\n<image>", "coat", image="a.png")
+    first = sample("<image>\nwhat is it", "coat", image="a.png")
+    encoder = Encoder(processor())
+    assert encoder.encode(last) == encoder.encode(first)
+
+
+def test_system_line_comes_once() -> None:
+    check(
+        Encoder(processor(), system="this is a coat"),
+        sample("what", "bag", "how", "two"),
+        "this is a coat USER: what ASSISTANT: bag </s> USER: how ASSISTANT: two </s>",
+        "·    ·  · ·    ·     ·    ·          bag </s> ·     ·   ·          two </s>",
+    )
+
+
+def test_pretrain_labels_all_after_the_images_and_has_no_end() -> None:
+    check(
+        Encoder(processor(), "pretrain"),
+        sample("<image>\nwhat is this", "a coat", image="a.png"),
+        f"{IMAGE} a coat",
+        "· · · ·  a coat",
+    )
+
+
+@pytest.mark.parametrize(
+    "one",
+    [sample("what", "a coat"), sample("<image>what", "coat", "how", "two", image="a.png")],
+    ids=["text", "two_turns"],
+)
+def test_pretrain_wants_images_and_one_turn(one: Sample) -> None:
+    with pytest.raises(DataError, match="expected images and one turn"):
+        Encoder(processor(), "pretrain").encode(one)
+
+
+@pytest.mark.parametrize("template", ["chat", "pretrain"])
+def test_prompt_is_what_training_saw_before_the_answer(template: str) -> None:
+    encoder = Encoder(processor(), template)  # type: ignore[arg-type]
+    one = sample("<image>\nwhat is it", "a coat", image="a.png")
+    ids, labels = encoder.encode(one)
+    prompt = encoder.prompt(one)
+    assert ids[: len(prompt)] == prompt
+    assert labels[len(prompt) - 1] == -100 and labels[len(prompt)] != -100
+
+
+def test_answer_of_unknown_words_is_a_fault() -> None:
+    encoder = Encoder(processor())
+    with pytest.raises(DataError, match=r"conversations\[3\].value.*zebra.*tokenizer knows"):
+        encoder.encode(sample("what", "a coat", "what", "a zebra"))
+    unknown = encoder.encode(sample("zebra", "a coat")).input_ids[1]
+    assert unknown == encoder.tokenizer.unk_token_id  # in a question it is only an unknown word
+
+
+def test_spelled_out_image_token_is_a_fault() -> None:
+    other = processor()
+    other.tokenizer.add_special_tokens({"additional_special_tokens": ["<|pad|>"]})
+    other.image_token = "<|pad|>"
+    other.image_token_id = other.tokenizer.convert_tokens_to_ids("<|pad|>")
+    with pytest.raises(DataError, match=r"conversations\[0\].*images marked as <image> only"):
+        Encoder(other).encode(sample("<image> what <|pad|>", "a coat", image="a.png"))
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match=r"template: got 'plain', expected 'chat' or 'pretrain'"):
+        Encoder(processor(), "plain")  # type: ignore[arg-type]
+    mute = processor()
+    mute.tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no eos_token"):
+        Encoder(mute)
+    loose = processor()
+    loose.image_processor.size = {"shortest_edge": 16}
+    with pytest.raises(ValueError, match="expected a fixed height and width"):
+        Encoder(loose)
+
+
+def subword_processor(folder: Path) -> LlavaProcessor:
+    """A byte-level BPE tokenizer that puts a start token before every text, as Llama's do."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    specials = ["<s>", "</s>", "<pad>", "<image>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    fast.save_pretrained(folder)
+    whole = build_processor([], image_size=16, patch_size=8)
+    return LlavaProcessor(
+        image_processor=whole.image_processor,
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        patch_size=8,
+        vision_feature_select_strategy="full",
+    )
+
+
+def test_subword_tokenizer_keeps_start_token_spaces_and_line_breaks(tmp_path: Path) -> None:
+    whole = subword_processor(tmp_path)
+    encoder = Encoder(whole)
+    one = sample("<image>\nwhat is it?", "a coat", "how\nmany", "two", image="a.png")
+    ids, labels = encoder.encode(one)
+    assert whole.tokenizer.decode(ids, skip_special_tokens=False) == (
+        f"<s>USER: {'<image>' * TOKENS}\nwhat is it? ASSISTANT: a coat</s>"
+        "USER: how\nmany ASSISTANT: two</s>"
+    )
+    said = [i for i in labels if i != -100]
+    assert whole.tokenizer.decode(said, skip_special_tokens=False) == " a coat</s> two</s>"
+    assert [i for i, label in zip(ids, labels, strict=True) if label != -100] == said
+    caption = Encoder(whole, "pretrain").encode(sample("<image>", "a coat", image="a.png"))
+    assert whole.tokenizer.decode(caption.input_ids) == f"<s>{'<image>' * TOKENS}a coat\n"
+    assert caption.labels[: TOKENS + 1] == [-100] * (TOKENS + 1)
+    assert caption.labels[TOKENS + 1 :] == caption.input_ids[TOKENS + 1 :]
