@@ -204,6 +204,6 @@ def gradients(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
             mix = _log_mix(-u, w)
             slope = -mix - lam * torch.expm1(-mix)
         case _:  # total_variation
-            slope = 0.5 * torch.sign(u)
+            slope = 0.5 * torch.where(u.isnan(), u, torch.sign(u))  # sign(NaN) would be 0
     mean = _times(q, slope).sum(-1, keepdim=True)
     return _times(q, slope - mean)

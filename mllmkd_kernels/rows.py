@@ -58,12 +58,15 @@ def image_seqlens(image_mask: Tensor, image_lens: Tensor | list[int] | None = No
             is an image.
 
     Raises:
-        ValueError: `image_lens` does not sum to the number of image positions.
+        ValueError: `image_lens` has a negative entry or does not sum to the number of image
+            positions.
     """
     if image_lens is None:
         lens = _runs(image_mask)
     else:
         lens = torch.as_tensor(image_lens, dtype=torch.int64, device=image_mask.device)
+        if (lens < 0).any():
+            raise ValueError(f"image_lens: expected lengths of at least 0, got {lens.tolist()}")
         rows = int(image_mask.sum())
         if int(lens.sum()) != rows:
             raise ValueError(
