@@ -79,7 +79,8 @@ def run(p: Problem, backend: str, divergence: Any = "forward_kl", **overrides: A
     bs = None if p.bs is None else p.bs.clone().requires_grad_()
     ce_weight, kd_weight = p.weights()
     options = {
-        "ce_weight": ce_weight, "kd_weight": kd_weight, "divergence": divergence, "student_bias": bs,
+        "ce_weight": ce_weight, "kd_weight": kd_weight, "divergence": divergence,
+        "student_bias": bs,
         "teacher_bias": p.bt, "backend": backend, **p.options, **overrides,
     }  # fmt: skip
     out = mk.fused_linear_distill(hs, ws, p.ht, p.wt, p.labels, **options)

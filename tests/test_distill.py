@@ -142,6 +142,7 @@ def test_a_broken_hidden_state_is_never_a_number(
     assert got.kd[1].isnan() and got.loss.isnan()
     assert got.kd[others].isfinite().all() and got.ce[others].isfinite().all()
     assert got.ce[1].isnan() == (side == "student")
+    assert got.dh[1].isnan().all() and got.dh[others].isfinite().all() and got.dw.isnan().any()
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
