@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 from transformers import LlavaProcessor
 
+from training.collate import Batch
+from training.data import Item
 from training.processing import build_processor
 
 TALK = "a bag ? a coat . how many there is it this what yes no two"
@@ -46,3 +49,9 @@ def paint(path: Path, grey: int, size: int = SIZE) -> Path:
     """Save a grey image; after processing every value is grey / 127.5 - 1."""
     Image.new("RGB", (size, size), (grey, grey, grey)).save(path)
     return path
+
+
+def pixels(item: Item | Batch) -> Tensor:
+    """The images of an item or batch that has some."""
+    assert "pixel_values" in item
+    return item["pixel_values"]

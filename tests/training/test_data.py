@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.training.llava_files import SIZE, TOKENS, entry, paint, processor, write
+from tests.training.llava_files import SIZE, TOKENS, entry, paint, pixels, processor, write
 from training.collate import LlavaCollator
 from training.data import LlavaDataset
 from training.records import DataError
@@ -58,9 +58,9 @@ def test_pixels_are_the_entry_s_own_images_in_order(root: Path) -> None:
     two = entry("<image> <image> how many", "two", image=["white.png", "grey.png"])
     data = dataset(root, [question(), two, entry("what", "a bag")])
     assert len(data) == 3
-    assert data[0]["pixel_values"].shape == (1, 3, SIZE, SIZE)
-    assert data[0]["pixel_values"].unique().tolist() == [-1.0]
-    both = data[1]["pixel_values"]
+    assert pixels(data[0]).shape == (1, 3, SIZE, SIZE)
+    assert pixels(data[0]).unique().tolist() == [-1.0]
+    both = pixels(data[1])
     assert both.shape == (2, 3, SIZE, SIZE) and both.dtype == torch.float32
     # 255 / 127.5 - 1 = 1 and 51 / 127.5 - 1 = -0.6
     torch.testing.assert_close(both.mean(dim=(1, 2, 3)), torch.tensor([1.0, -0.6]))
@@ -115,7 +115,7 @@ def test_skips_are_counted_listed_and_announced(
     ]
     data = dataset(root, entries, skip_bad=True, max_length=20)
     assert [one.id for one in data.samples] == ["ok", "ok2"]
-    assert data[1]["pixel_values"].unique().tolist() == [1.0]  # ok2's own image
+    assert pixels(data[1]).unique().tolist() == [1.0]  # ok2's own image
     assert [(skip.index, skip.id) for skip in data.skipped] == [
         (0, None),
         (2, "lost"),
@@ -175,7 +175,7 @@ def test_image_cache_returns_the_same_pixels_and_keeps_its_budget(root: Path) ->
     cached._cache_left = 2 * 3 * SIZE * SIZE * 4  # room for two of the three images
     for _ in range(2):
         for i in range(3):
-            assert torch.equal(cached[i]["pixel_values"], plain[i]["pixel_values"])
+            assert torch.equal(pixels(cached[i]), pixels(plain[i]))
     assert len(cached._cache) == 2 and cached._cache_left == 0
     assert not plain._cache
 
@@ -191,14 +191,14 @@ def test_colour_modes_become_rgb(root: Path) -> None:
 
     for mode, colour in (("L", 51), ("RGBA", (51, 51, 51, 255)), ("P", 0), ("1", 1)):
         Image.new(mode, (SIZE, SIZE), colour).save(root / "mode.png")
-        assert dataset(root, [question("mode.png")])[0]["pixel_values"].shape[1] == 3
+        assert pixels(dataset(root, [question("mode.png")])[0]).shape[1] == 3
 
 
 def test_worker_processes_deliver_items_and_faults(root: Path) -> None:
     good = dataset(root, [question(), question("white.png")])
     loader = DataLoader(good, 2, num_workers=1, collate_fn=LlavaCollator(processor()))
     (batch,) = loader
-    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [-1.0, 1.0]
+    assert pixels(batch)[:, 0, 0, 0].tolist() == [-1.0, 1.0]
     bad = dataset(root, [question(damage(root, "cut"), "hurt")])
     loader = DataLoader(bad, 1, num_workers=1, collate_fn=LlavaCollator(processor()))
     with pytest.raises(DataError, match="id 'hurt'"):

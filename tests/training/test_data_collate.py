@@ -11,7 +11,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from tests.training.llava_files import PATCH, SIZE, TOKENS, processor
+from tests.training.llava_files import PATCH, SIZE, TOKENS, pixels, processor
 from training.collate import LlavaCollator
 from training.data import Item
 
@@ -53,7 +53,7 @@ def model() -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=IMAGE,
+        image_token_index=IMAGE,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )
@@ -75,9 +75,9 @@ def test_right_padding() -> None:
 
 def test_images_of_all_samples_in_order() -> None:
     items = [item(12, 2, seed=1), item(4, 0), item(7, 1, seed=2)]
-    pixels = LlavaCollator(processor())(items)["pixel_values"]
-    assert torch.equal(pixels[:2], items[0]["pixel_values"])
-    assert torch.equal(pixels[2:], items[2]["pixel_values"])
+    images = pixels(LlavaCollator(processor())(items))
+    assert torch.equal(images[:2], pixels(items[0]))
+    assert torch.equal(images[2:], pixels(items[2]))
 
 
 def test_text_alone_has_no_pixels() -> None:
@@ -93,7 +93,8 @@ def test_model_sees_each_sample_of_a_mixed_batch_as_it_sees_it_alone() -> None:
         alone = llava(**collate([one])).logits[0]
         torch.testing.assert_close(batch[row, : len(alone)], alone, atol=1e-6, rtol=1e-5)
     # and the images matter: the comparison above would not notice if they were ignored
-    other = {**items[0], "pixel_values": items[0]["pixel_values"] + 1}
+    other = items[0].copy()
+    other["pixel_values"] = pixels(items[0]) + 1
     assert not torch.allclose(llava(**collate([other])).logits, llava(**collate(items[:1])).logits)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.training.llava_files import pixels
 from training.data import LlavaDataset
 from training.folder import SPLITS, LlavaFolder
 from training.garments import CLASSES, FILES, PACKAGE_FOLDER, GarmentError, Photos, photo_arrays
@@ -36,9 +37,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> LlavaFolder:
     return write(tmp_path_factory.mktemp("data") / "scenes")
 
 
-def write(out: Path, **options: int) -> LlavaFolder:
-    sizes = {"train_n": TRAIN_N, "test_n": TEST_N, "student_n": STUDENT_N, "seed": 3}
-    return write_scenes(out, **{**sizes, **options}, progress=False, photos=fake_photos())
+def write(
+    out: Path,
+    train_n: int = TRAIN_N,
+    test_n: int = TEST_N,
+    student_n: int = STUDENT_N,
+    seed: int = 3,
+) -> LlavaFolder:
+    return write_scenes(
+        out,
+        train_n=train_n,
+        test_n=test_n,
+        student_n=student_n,
+        seed=seed,
+        progress=False,
+        photos=fake_photos(),
+    )
 
 
 def entries(folder: LlavaFolder, split: str) -> list[dict]:
@@ -160,7 +174,7 @@ def test_folder_trains_like_anyone_s(folder: LlavaFolder) -> None:
     for split in SPLITS:
         template = "pretrain" if "pretrain" in split else "chat"
         data = LlavaDataset(folder.json(split), folder.root, processor, template=template)
-        assert data[0]["pixel_values"].shape == (1, 3, 64, 64)
+        assert pixels(data[0]).shape == (1, 3, 64, 64)
         unknown = processor.tokenizer.unk_token_id
         assert all(unknown not in data.encoder.encode(one).input_ids for one in data.samples)
 
