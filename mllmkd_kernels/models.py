@@ -148,8 +148,7 @@ def _with_replaced(model: nn.Module, path: str, replacement: nn.Module) -> Any:
     """Copy the modules along `path`, ending in `replacement`; all the rest is shared."""
     child, _, rest = path.partition(".")
     shadow = copy.copy(model)
-    for bound_to_the_model in ("forward", "_compiled_call_impl"):
-        vars(shadow).pop(bound_to_the_model, None)
+    vars(shadow).pop("forward", None)  # put there by accelerate: bound to the real module
     shadow._modules = dict(model._modules)
     shadow._modules[child] = (
         _with_replaced(model.get_submodule(child), rest, replacement) if rest else replacement

@@ -138,6 +138,8 @@ def test_nested_heads_compiled_parts_and_arguments_that_models_write_to() -> Non
     inputs = head_inputs(Nested(model), **batch, mm_encoder_outputs=vision)
     assert torch.equal(inputs.hidden, expected) and inputs.weight is model.lm_head.weight
     assert vision == {}
+    model.forward = model.forward  # as accelerate's hooks leave it, bound to this very module
+    assert torch.equal(head_inputs(Nested(model), **batch, mm_encoder_outputs={}).hidden, expected)
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
