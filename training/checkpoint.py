@@ -1,10 +1,11 @@
 """How does a run survive being killed at any moment? Checkpoints that are whole or absent.
 
-`transformers.Trainer` writes the files of a checkpoint one after another into its final folder, so a kill in between
-leaves a folder that looks like a checkpoint and is not one; resuming from it fails, or silently starts the optimiser
-afresh. Here a checkpoint is written to a staging folder, listed in a manifest (file names and sizes), synced to disk,
-and renamed: a rename is atomic. Older checkpoints are removed only after that. A folder without a manifest, or whose
-files are not as listed (a full disk, a broken copy), is passed over on resume with a message.
+`transformers.Trainer` writes the files of a checkpoint one after another into its final folder, so
+a kill in between leaves a folder that looks like a checkpoint and is not one; resuming from it
+fails, or silently starts the optimiser afresh. Here a checkpoint is written to a staging folder,
+listed in a manifest (file names and sizes), synced to disk, and renamed: a rename is atomic. Older
+checkpoints are removed only after that. A folder without a manifest, or whose files are not as
+listed (a full disk, a broken copy), is passed over on resume with a message.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def discard(folder: Path) -> None:
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint in `folder`, and a message for each newer one that is not whole."""
+    """The newest whole checkpoint in `folder`, and a message for each newer one that is not
+    whole."""
     messages = []
     for path in reversed(_numbered(folder)):
         why = fault(path)

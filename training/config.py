@@ -1,9 +1,11 @@
-"""What can be set in a training run? Every field, its default and its meaning; nothing else reads options.
+"""What can be set in a training run? Every field, its default and its meaning; nothing else reads
+options.
 
-A `Config` describes one model and the stages it goes through, in order. A teacher is a run with stages `pt, sft`; a
-distilled student is a run with stages `dpt, sft, dft` and `teacher` pointing at the teacher's folder. The defaults are
-LLaVA-KD's (RECIPES: batch 256 at 1e-3 for the projector stages, 128 at 2e-5 for the others, cosine, warm-up 3%, no
-weight decay, loss weights 1, 1, 1, 0.5); `recipes.py` has complete configurations as functions.
+A `Config` describes one model and the stages it goes through, in order. A teacher is a run with
+stages `pt, sft`; a distilled student is a run with stages `dpt, sft, dft` and `teacher` pointing at
+the teacher's folder. The defaults are LLaVA-KD's (RECIPES: batch 256 at 1e-3 for the projector
+stages, 128 at 2e-5 for the others, cosine, warm-up 3%, no weight decay, loss weights 1, 1, 1, 0.5);
+`recipes.py` has complete configurations as functions.
 """
 
 from __future__ import annotations
@@ -54,13 +56,15 @@ class ModelConfig:
         check(self)
         if self.hidden % self.heads:
             raise ConfigError(
-                f"ModelConfig.hidden: got {self.hidden}, expected a multiple of heads ({self.heads})"
+                f"ModelConfig.hidden: got {self.hidden}, "
+                f"expected a multiple of heads ({self.heads})"
             )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """LLaVA-format data: json files of conversations and the folder their image paths start from."""
+    """LLaVA-format data: json files of conversations and the folder their image paths start
+    from."""
 
     captions: str | None = setting(
         None, "json(l) of image captions, for the projector stages pt and dpt"
@@ -85,7 +89,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the four terms: L = ce·CE + response·KL_response + visual·KL_visual + relation·L_relation."""
+    """Weights of the four terms: L = ce·CE + response·KL_response + visual·KL_visual +
+    relation·L_relation."""
 
     ce: float = setting(1.0, "weight of the cross-entropy on the labels", ge=0)
     response: float = setting(
@@ -188,7 +193,8 @@ class Config:
         if self.save_steps % self.log_steps:
             # a checkpoint inside a logging window would lose the window's first half on resume
             raise ConfigError(
-                f"Config.save_steps: got {self.save_steps}, expected a multiple of log_steps ({self.log_steps})"
+                f"Config.save_steps: got {self.save_steps}, "
+                f"expected a multiple of log_steps ({self.log_steps})"
             )
 
     def stage(self, name: str) -> StageConfig:

@@ -1,12 +1,14 @@
-"""What did the model learn? Exact match by question kind, and perplexity of the answers, on held-out data.
+"""What did the model learn? Exact match by question kind, and perplexity of the answers, on held-
+out data.
 
-Exact match means: greedy decoding writes the answer, to its end token, word for word. One forward pass over question
-and answer decides it, with no decoding: greedy decoding writes the answer if and only if, after every prefix of it,
-the most likely token is the next one. (A test holds this against `model.generate`.) In a conversation of several turns
-each answer is judged after the given earlier ones.
+Exact match means: greedy decoding writes the answer, to its end token, word for word. One forward
+pass over question and answer decides it, with no decoding: greedy decoding writes the answer if and
+only if, after every prefix of it, the most likely token is the next one. (A test holds this against
+`model.generate`.) In a conversation of several turns each answer is judged after the given earlier
+ones.
 
-Perplexity is exp of the mean negative log-likelihood over all answer tokens, end tokens included. Logits are made for
-the answer rows only, a block at a time, so a head of 152k rows is no problem.
+Perplexity is exp of the mean negative log-likelihood over all answer tokens, end tokens included.
+Logits are made for the answer rows only, a block at a time, so a head of 152k rows is no problem.
 """
 
 from __future__ import annotations

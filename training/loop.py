@@ -1,13 +1,14 @@
-"""How does a run go? Model → for each stage: freeze, data, trainer, save, evaluate. Top to bottom, once.
+"""How does a run go? Model → for each stage: freeze, data, trainer, save, evaluate. Top to bottom,
+once.
 
     out/config.yaml            the configuration; a run is only continued with the same one
     out/1-dpt/checkpoint-N     while the stage runs
     out/1-dpt/history.json     the loss curve: loss, the four terms, lr, tokens/s, peak memory
     out/1-dpt/scores.json      held-out accuracy and perplexity after the stage
-    out/1-dpt/model            the finished model and processor; its presence means the stage is done
+    out/1-dpt/model            the finished model and processor: the stage is done
 
-Started again, a run takes up where it was: finished stages are read from disk, an unfinished one continues from its
-newest whole checkpoint, with the same data order and the same loss curve.
+Started again, a run takes up where it was: finished stages are read from disk, an unfinished one
+continues from its newest whole checkpoint, with the same data order and the same loss curve.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class StageResult:
 
 
 def run(config: Config, say: Say = print) -> list[StageResult]:
-    """Train the configured model through its stages; continue what an earlier call left unfinished."""
+    """Train the configured model through its stages; continue what an earlier call left
+    unfinished."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     out = Path(config.out)

@@ -1,8 +1,9 @@
-"""How fast and how large is a stage? Tokens per second and peak memory, measured the same way everywhere.
+"""How fast and how large is a stage? Tokens per second and peak memory, measured the same way
+everywhere.
 
-On a GPU the peak is PyTorch's own. On a CPU it is the process's peak resident set, which Linux lets a process
-reset, so each stage reports its own peak; where that is refused the peak is the process's since its start, and
-`peak_is_since_start` says so.
+On a GPU the peak is PyTorch's own. On a CPU it is the process's peak resident set, which Linux lets
+a process reset, so each stage reports its own peak; where that is refused the peak is the process's
+since its start, and `peak_is_since_start` says so.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """Which model is trained, and how is it loaded and saved without anything going missing?
 
-Every model here is an ordinary `LlavaForConditionalGeneration`: a vision tower, a two-layer GELU projector
-(`mlp2x_gelu`: Linear(C, D) → GELU → Linear(D, D)) and a causal LM. It is put together from a tower and a language model
-(`assemble`), or loaded from a folder (`load_model`), and saved with its processor (`save_model`) so that
-`AutoModelForImageTextToText` and `AutoProcessor` load it with no help from this package.
+Every model here is an ordinary `LlavaForConditionalGeneration`: a vision tower, a two-layer GELU
+projector (`mlp2x_gelu`: Linear(C, D) → GELU → Linear(D, D)) and a causal LM. It is put together
+from a tower and a language model (`assemble`), or loaded from a folder (`load_model`), and saved
+with its processor (`save_model`) so that `AutoModelForImageTextToText` and `AutoProcessor` load it
+with no help from this package.
 
-A checkpoint of another architecture is an error that names what differs. Missing, surplus or misshapen weights are too:
-several published trainers load with `strict=False` and train whatever happened to be initialised at random.
+A checkpoint of another architecture is an error that names what differs. Missing, surplus or
+misshapen weights are too: several published trainers load with `strict=False` and train whatever
+happened to be initialised at random.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ IMAGE_TOKEN = "<image>"
 
 
 class CheckpointError(ValueError):
-    """A folder that does not hold the model that was expected; the message names the folder and the difference."""
+    """A folder that does not hold the model that was expected; the message names the folder and
+    the difference."""
 
 
 def build_model(
@@ -71,7 +74,8 @@ def assemble(
     feature_layer: int = -2,
     feature_strategy: str = "full",
 ) -> LlavaForConditionalGeneration:
-    """A LLaVA from a vision tower and a causal LM, whose weights are copied; the projector is new."""
+    """A LLaVA from a vision tower and a causal LM, whose weights are copied; the projector is
+    new."""
     config = LlavaConfig(
         vision_config=tower.config,  # pyright: ignore[reportArgumentType]
         text_config=language.config,  # pyright: ignore[reportArgumentType]
@@ -94,7 +98,8 @@ def load_model(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """A saved model and its processor.
 
-    Raises `CheckpointError` if the folder is not a LLaVA checkpoint, or if a weight is missing, surplus or misshapen.
+    Raises `CheckpointError` if the folder is not a LLaVA checkpoint, or if a weight is missing,
+    surplus or misshapen.
     """
     _expect_llava(path)
     try:
@@ -117,7 +122,7 @@ _FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 def load_state(model: nn.Module, state: dict[str, torch.Tensor], origin: str | Path) -> None:
     """Load `state` into `model`; every key must be there and fit.
 
-    Raises `CheckpointError` naming `origin` and the keys that are missing, surplus or of another shape.
+    Raises `CheckpointError` naming `origin` and the keys that are missing, surplus or misshapen.
     """
     own = model.state_dict()
     faults = {
@@ -136,7 +141,8 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], origin: str | P
 
 
 def load_tower(path: str) -> nn.Module:
-    """A vision tower (SigLIP or CLIP vision model) from a folder or hub name; a whole SigLIP gives its vision half."""
+    """A vision tower (SigLIP or CLIP vision model) from a folder or hub name; a whole SigLIP
+    gives its vision half."""
     model = AutoModel.from_pretrained(path)
     tower = getattr(model, "vision_model", model) if hasattr(model, "text_model") else model
     if not hasattr(tower.config, "patch_size"):
@@ -148,7 +154,8 @@ def load_tower(path: str) -> nn.Module:
 def load_processor(
     path: str | None, vision: str | None = None, language: str | None = None
 ) -> LlavaProcessor:
-    """The processor in `path`, or one put together from the tower's image processor and the LM's tokenizer."""
+    """The processor in `path`, or one put together from the tower's image processor and the LM's
+    tokenizer."""
     if path is not None:
         processor = AutoProcessor.from_pretrained(path)
         if not isinstance(processor, LlavaProcessor):
@@ -174,7 +181,8 @@ def load_processor(
 def save_model(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, path: str | Path
 ) -> None:
-    """Write model and processor to `path`: under another name first, then renamed, so `path` is whole or absent."""
+    """Write model and processor to `path`: under another name first, then renamed, so `path` is
+    whole or absent."""
     target = Path(path)
     staging = target.with_name(f".{target.name}.incomplete")
     shutil.rmtree(staging, ignore_errors=True)
@@ -188,9 +196,10 @@ def save_model(
 def share_tower(
     student: LlavaForConditionalGeneration, teacher: LlavaForConditionalGeneration
 ) -> bool:
-    """Let the teacher use the student's vision tower if the two are equal, weight by weight; say whether they are.
+    """Let the teacher use the student's vision tower if the two are equal; say whether they are.
 
-    Then the tower is in memory once and runs once a batch; each model applies its own projector to its output.
+    Equal means weight by weight, and read at the same layer. Then the tower is in memory once and
+    runs once a batch; each model applies its own projector to its output.
     """
     ours, theirs = student.model.vision_tower, teacher.model.vision_tower
     same_output = _selection(student.config) == _selection(teacher.config)
@@ -205,7 +214,8 @@ def image_features(
     model: LlavaForConditionalGeneration,
     pixel_values: torch.Tensor,  # (n_images, 3, H, W)
 ) -> torch.Tensor:  # (n_images, P, C)
-    """The tower's hidden states that the projector reads; what `LlavaModel.get_image_features` projects."""
+    """The tower's hidden states that the projector reads; what `LlavaModel.get_image_features`
+    projects."""
     layers, strategy = _selection(model.config)
     states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
     chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
@@ -213,13 +223,14 @@ def image_features(
 
 
 def same_vocabulary(student: LlavaProcessor, teacher: LlavaProcessor) -> None:
-    """Raise `CheckpointError` unless both tokenizers give every word the same id: the losses compare column by column."""
+    """Raise `CheckpointError` unless both tokenizers give every word the same id: the losses
+    compare column by column."""
     ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     if ours != theirs:
         odd = sorted(set(ours.items()) ^ set(theirs.items()))[:6]
         raise CheckpointError(
-            f"teacher: its tokenizer ({len(theirs)} tokens) differs from the student's ({len(ours)}), for instance "
-            f"{odd}; distillation needs one vocabulary"
+            f"teacher: its tokenizer ({len(theirs)} tokens) differs from the student's "
+            f"({len(ours)}), for instance {odd}; distillation needs one vocabulary"
         )
 
 
@@ -234,7 +245,7 @@ def _language_model(config: ModelConfig, processor: LlavaProcessor) -> nn.Module
     sizes = Qwen2Config(
         vocab_size=config.vocab_size or tokens,
         hidden_size=config.hidden,
-        intermediate_size=4 * config.hidden,
+        intermediate_size=-(-8 * config.hidden // 96) * 32,  # 8/3 D, up to a multiple of 32
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
         num_key_value_heads=config.heads,
@@ -248,14 +259,16 @@ def _language_model(config: ModelConfig, processor: LlavaProcessor) -> nn.Module
 
 
 def _grow_vocabulary(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
-    """Give the LM a row for every token, `<image>` included; it may have more rows than tokens (padding)."""
+    """Give the LM a row for every token, `<image>` included; it may have more rows than tokens
+    (padding)."""
     tokens = len(processor.tokenizer)
     if model.get_output_embeddings().weight.shape[0] < tokens:
         model.resize_token_embeddings(tokens)
 
 
 def _expect_llava(path: str | Path) -> None:
-    """Look at config.json before transformers does: its own message for another architecture is hard to read."""
+    """Look at config.json before transformers does: its own message for another architecture is
+    hard to read."""
     if not Path(path).is_dir():
         return  # a hub name: transformers resolves it
     config_file = Path(path) / "config.json"

@@ -1,12 +1,14 @@
 """How does a YAML file or `--set key=value` become a checked, typed configuration?
 
-One small engine for frozen dataclasses. A field is declared once, with `setting(default, help, ...)`; from that
-declaration come the type check, the range check, the command line (`--set sft.lr=1e-3`), the YAML form and the text
-of `--help`, so they cannot drift apart. A field may be `int`, `float`, `str`, `bool`, `X | None`, `tuple[X, ...]` or
-another dataclass, and nothing else: a configuration is data, not code.
+One small engine for frozen dataclasses. A field is declared once, with `setting(default, help,
+...)`; from that declaration come the type check, the range check, the command line (`--set
+sft.lr=1e-3`), the YAML form and the text of `--help`, so they cannot drift apart. A field may be
+`int`, `float`, `str`, `bool`, `X | None`, `tuple[X, ...]` or another dataclass, and nothing else: a
+configuration is data, not code.
 
-Every fault is a `ConfigError` that says which field (by its dotted path), what came, and what was expected. An unknown
-field is an error that names the nearest valid one; there is no extra-keys-allowed mode.
+Every fault is a `ConfigError` that says which field (by its dotted path), what came, and what was
+expected. An unknown field is an error that names the nearest valid one; there is no extra-keys-
+allowed mode.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the field, the value and the expectation."""
+    """A configuration that cannot be used; the message names the field, the value and the
+    expectation."""
 
 
 class Text(str):
@@ -47,7 +50,8 @@ def setting(
 
 
 def section(cls: type[T], help: str, **overrides: Any) -> T:
-    """Declare a nested group of fields, with other defaults than the class's own where `overrides` says so."""
+    """Declare a nested group of fields, with other defaults than the class's own where
+    `overrides` says so."""
     return dataclasses.field(default_factory=lambda: cls(**overrides), metadata={"help": help})
 
 
@@ -63,7 +67,9 @@ def check(config: Any) -> None:
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "", base: T | None = None) -> T:
-    """`values` (nested mappings, as YAML gives them) as a `cls`; fields not named keep `base`'s value, or the default.
+    """`values` (nested mappings, as YAML gives them) as a `cls`.
+
+    Fields not named keep `base`'s value, or the default.
 
     Raises `ConfigError` for an unknown field, a wrong type or a value out of range.
     """
@@ -89,7 +95,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "", base: T | No
 def load(
     cls: type[T], path: str | Path | None, overrides: Sequence[str] = (), base: T | None = None
 ) -> T:
-    """A `cls` from an optional YAML file and `key.sub=value` overrides, in that order, over `base`."""
+    """A `cls` from an optional YAML file and `key.sub=value` overrides, in that order, over
+    `base`."""
     config = base if base is not None else cls()
     if path is not None:
         config = build(cls, _read(Path(path)), base=config)
@@ -121,7 +128,8 @@ def dump(config: Any) -> str:
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    """One line `field: old -> new` for every field in which two configurations of one class differ."""
+    """One line `field: old -> new` for every field in which two configurations of one class
+    differ."""
     for item in dataclasses.fields(old):
         path = f"{where}.{item.name}" if where else item.name
         a, b = getattr(old, item.name), getattr(new, item.name)
@@ -161,7 +169,8 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _convert(value: Any, hint: Any, meta: Mapping[str, Any], where: str) -> Any:
-    """`value` as type `hint`, or a `ConfigError`; the only place that decides what a type accepts."""
+    """`value` as type `hint`, or a `ConfigError`; the only place that decides what a type
+    accepts."""
     fault = ConfigError(f"{where}: got {value!r}, expected {_expected(hint, meta)}")
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, hint):  # pyright: ignore[reportArgumentType]

@@ -7,8 +7,9 @@
 | `sft` | both | projector, LM | conversations | CE; no teacher |
 | `dft` | student | projector, LM | conversations | CE + α·response + β·visual + γ·relation |
 
-LLaVA-KD (arXiv 2410.16236), section 3; weights 1, 1, 0.5 by default. The vision tower is frozen always. With `trains`
-the projector only, the LM and its head are frozen, so that the losses form no `dW`. A stage of one's own is one row.
+LLaVA-KD (arXiv 2410.16236), section 3; weights 1, 1, 0.5 by default. The vision tower is frozen
+always. With `trains` the projector only, the LM and its head are frozen, so that the losses form no
+`dW`. A stage of one's own is one row.
 """
 
 from __future__ import annotations

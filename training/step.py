@@ -5,9 +5,10 @@
                                    └── teacher's projector ─► teacher LM ─► hidden (B, T, Dt) ─┤
     labels (B, T), image mask (B, T) ──────────────────────────────────────── LlavaKDLoss ◄────┘
 
-I images, P rows each. Neither `lm_head` is ever called: the loss takes the hidden states and both head weights. The
-step is one `nn.Module`, so that a data-parallel wrapper sees a forward; the teacher hides in a tuple, which keeps it
-out of `parameters()`, `state_dict()` and every wrapper. What it leaves out: sharded models (FSDP, ZeRO-3).
+I images, P rows each. Neither `lm_head` is ever called: the loss takes the hidden states and both
+head weights. The step is one `nn.Module`, so that a data-parallel wrapper sees a forward; the
+teacher hides in a tuple, which keeps it out of `parameters()`, `state_dict()` and every wrapper.
+What it leaves out: sharded models (FSDP, ZeRO-3).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ TERMS = ("ce", "response_kl", "visual_kl", "relation")
 
 
 class DistillStep(nn.Module):
-    """Student (trained) and teacher (frozen, may be absent) as one module whose forward is the loss."""
+    """Student (trained) and teacher (frozen, may be absent) as one module whose forward is the
+    loss."""
 
     accepts_loss_kwargs = True  # tells transformers.Trainer that the loss is normalised already
 
@@ -83,7 +85,8 @@ class DistillStep(nn.Module):
         self,
         pixel_values: torch.Tensor | None,  # (I, 3, H, W)
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Student's and teacher's view of the images, (I, P, C) each; one tower pass where both agree."""
+        """Student's and teacher's view of the images, (I, P, C) each; one tower pass where both
+        agree."""
         if pixel_values is None:
             return None, None
         ours = image_features(self.student, pixel_values)
@@ -107,7 +110,8 @@ def _hidden(
 
 
 def count_rows(batches: list[dict[str, torch.Tensor]], image_token_id: int) -> mk.RowCounts:
-    """The rows that each mean in the loss is over, counted over every micro-batch of an optimiser step."""
+    """The rows that each mean in the loss is over, counted over every micro-batch of an
+    optimiser step."""
     response = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     visual = sum(int((batch["input_ids"] == image_token_id).sum()) for batch in batches)
     images = sum(len(batch["pixel_values"]) for batch in batches if "pixel_values" in batch)

@@ -1,9 +1,12 @@
-"""What is different from `transformers.Trainer`? Four things; all else (loop, accelerate, resume, logging) is its own.
+"""What is different from `transformers.Trainer`? Four things; all else (loop, accelerate, resume,
+logging) is its own.
 
-1. **Normaliser.** Each mean of the loss is over the rows of the whole optimiser step: every micro-batch of every rank.
-   `_get_num_items_in_batch` counts them and the loss divides by the counts, so accumulating 4 micro-batches gives the
-   big batch's gradient, however uneven they are. (With a mean-reduced loss the stock trainer gives 4 times it.)
-2. **Checkpoints** are whole or absent (`training.checkpoint`), hold the student alone, and load strictly.
+1. **Normaliser.** Each mean of the loss is over the rows of the whole optimiser step: every micro-
+   batch of every rank. `_get_num_items_in_batch` counts them and the loss divides by the counts, so
+   accumulating 4 micro-batches gives the big batch's gradient, however uneven they are. (With a
+   mean-reduced loss the stock trainer gives 4 times it.)
+2. **Checkpoints** are whole or absent (`training.checkpoint`), hold the student alone, and load
+   strictly.
 3. **Logs** carry the four terms apart, tokens per second and peak memory.
 4. **The bar** shows them.
 """
@@ -62,7 +65,8 @@ class DistillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: mk.RowCounts | None = None,  # pyright: ignore[reportIncompatibleMethodOverride]
     ) -> Any:
-        """This micro-batch's share of the step's loss, times the number of ranks (DDP averages gradients)."""
+        """This micro-batch's share of the step's loss, times the number of ranks (DDP averages
+        gradients)."""
         output = model(**inputs, counts=num_items_in_batch)
         self.meter.add(int(inputs["attention_mask"].sum()))
         self.terms += torch.stack([getattr(output, term).detach() for term in TERMS])
@@ -79,7 +83,8 @@ class DistillTrainer(Trainer):
         return counts
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the four terms (means over the steps since the last entry), tokens/s and peak memory."""
+        """Add the four terms (means over the steps since the last entry), tokens/s and peak
+        memory."""
         if "loss" in logs:
             steps = self.state.global_step - self._last_logged
             means = self.accelerator.reduce(self.terms / steps, reduction="sum")
@@ -114,7 +119,8 @@ class DistillTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
-        """Weights of a checkpoint into the student; `CheckpointError` where they do not fit exactly."""
+        """Weights of a checkpoint into the student; `CheckpointError` where they do not fit
+        exactly."""
         loaded, _ = load_model(resume_from_checkpoint)
         load_state(self.step.student, loaded.state_dict(), resume_from_checkpoint)
 

@@ -1,0 +1,122 @@
+"""One entry point: `python -m training run | eval | demo | show`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from training import settings
+from training.config import Config
+from training.recipes import RECIPES, DemoConfig
+
+EPILOG = "Every field of a run's configuration (--config FILE.yaml, or --set FIELD=VALUE):\n\n{}"
+DEMO_EPILOG = "Every field of the demo (--set FIELD=VALUE):\n\n{}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and run; faults of the user's are one line on stderr, exit status
+    2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.function(options)
+    except _faults() as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _faults() -> tuple[type[Exception], ...]:
+    """What is the user's to mend; anything else keeps its traceback."""
+    from training.garments import GarmentError
+    from training.models import CheckpointError
+    from training.records import DataError
+
+    return settings.ConfigError, CheckpointError, DataError, GarmentError, FileExistsError
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    fields = EPILOG.format("\n".join(settings.describe(Config)))
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__, epilog=fields)
+    parser.formatter_class = raw
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, function, text in (
+        ("run", _run, "train a model through its stages; given again, continue"),
+        ("show", _show, "print the configuration that `run` would use, as YAML"),
+    ):
+        command = commands.add_parser(name, help=text, epilog=fields, formatter_class=raw)
+        command.add_argument("--config", metavar="FILE.yaml", help="configuration file")
+        command.add_argument(
+            "--recipe", choices=sorted(RECIPES), help="a complete one to start from"
+        )
+        command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+        command.set_defaults(function=function)
+    command = commands.add_parser("eval", help="score a saved model on a LLaVA json file")
+    command.add_argument("model", help="folder of a LlavaForConditionalGeneration")
+    command.add_argument("json", help="held-out data, LLaVA format")
+    command.add_argument("--image-root", default=".", help="folder the image paths start from")
+    command.add_argument("--batch-size", type=int, default=256)
+    command.set_defaults(function=_eval)
+    fields = DEMO_EPILOG.format("\n".join(settings.describe(DemoConfig)))
+    text = "teacher, SFT student and distilled student, compared"
+    command = commands.add_parser("demo", help=text, epilog=fields, formatter_class=raw)
+    for flag in ("--seeds", "--data", "--out", "--garments"):
+        command.add_argument(flag, help=f"the same as --set {flag[2:]}=...")
+    command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    command.set_defaults(function=_demo)
+    return parser
+
+
+def _config(options: argparse.Namespace) -> Config:
+    base = RECIPES[options.recipe]() if options.recipe else None
+    return settings.load(Config, options.config, options.set, base)
+
+
+def _run(options: argparse.Namespace) -> None:
+    config = _config(options)
+    _quiet()
+    from training.loop import run
+
+    run(config)
+
+
+def _show(options: argparse.Namespace) -> None:
+    print(settings.dump(_config(options)), end="")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    _quiet()
+    from training.collate import LlavaCollator
+    from training.data import LlavaDataset
+    from training.evaluate import evaluate
+    from training.models import load_model
+
+    model, processor = load_model(options.model)
+    data = LlavaDataset(Path(options.json), options.image_root, processor)
+    print(evaluate(model, data, LlavaCollator(processor), batch_size=options.batch_size))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    flags = ("seeds", "data", "out", "garments")
+    given = [f"{flag}={getattr(options, flag)}" for flag in flags if getattr(options, flag)]
+    config = settings.load(DemoConfig, None, [*given, *options.set])
+    _quiet()
+    from training.demo import demo
+
+    demo(config)
+
+
+def _quiet() -> None:
+    """No bars for writing and reading weights, nothing from a hub: the stages' own bars are
+    enough."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

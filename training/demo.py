@@ -1,0 +1,135 @@
+"""Does distillation help? Teacher, SFT student and distilled student on real photographs, in
+minutes.
+
+    data     a LLaVA-format folder; everything below is trained from it as from anyone's data
+    tower    a small SigLIP, trained as a classifier on all training photos, then frozen and shared
+    teacher  192 wide, 4 layers: PT + SFT on all the training questions
+    sft      64 wide, 2 layers: SFT alone on the limited data, as many steps as the distilled one
+    long     the same for as many *seconds* as the distilled one took
+    distilled  the same student, same limited data: DPT → SFT → DFT with the teacher
+
+Students of one seed start from the same weights. Everything is kept in `out` and continued if the
+command is given again; `training.report` turns what is there into a table, pictures and a verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+
+from training import recipes
+from training.data import LlavaDataset
+from training.easy_vqa import write_easy_vqa
+from training.folder import LlavaFolder
+from training.garments import photo_arrays
+from training.loop import StageResult, run
+from training.processing import build_processor
+from training.recipes import DemoConfig
+from training.report import Report, Run, write_report
+from training.scenes import write_scenes
+from training.tower import photo_tower, question_tower, save_tower
+
+console = Console(stderr=True)
+
+
+def demo(config: DemoConfig) -> Report:
+    """Run the whole demo and write its report; returns what the report shows."""
+    start = time.perf_counter()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    with part("data"):
+        folder = make_data(config)
+    with part("vision tower"):
+        make_tower(config, folder)
+    with part("teacher: PT, SFT"):
+        runs = [Run("teacher", 0, run(recipes.demo_teacher(config), say))]
+    for seed in range(config.seeds):
+        runs += students(config, seed)
+    for name, loss in recipes.ABLATION.items() if config.ablation else ():
+        for seed in range(config.seeds):
+            with part(f"ablation: {name}, seed {seed}"):
+                slug = "ablation-" + "".join(c if c.isalnum() else "-" for c in name)
+                variant = recipes.demo_distilled(config, seed, slug, loss)
+                runs.append(Run(name, seed, run(variant, say)))
+    with part("report"):
+        report = write_report(config, runs, folder, time.perf_counter() - start)
+    return report
+
+
+def students(config: DemoConfig, seed: int) -> list[Run]:
+    """The three students of one seed."""
+    with part(f"student by SFT alone, seed {seed}"):
+        plain = run(recipes.demo_sft(config, seed, config.student_steps, "sft"), say)
+    with part(f"student by DPT, SFT, DFT, seed {seed}"):
+        distilled = run(recipes.demo_distilled(config, seed, "distilled", config.loss), say)
+    ratio = _seconds(distilled) / _seconds(plain)
+    steps = max(config.student_steps, round(config.student_steps * ratio))
+    with part(f"student by SFT alone for as long ({ratio:.1f} x the steps), seed {seed}"):
+        long = run(recipes.demo_sft(config, seed, steps, "long"), say)
+    return [
+        Run("SFT, equal steps", seed, plain),
+        Run("SFT, equal time", seed, long),
+        Run("distilled", seed, distilled),
+    ]
+
+
+def make_data(config: DemoConfig) -> LlavaFolder:
+    """The LLaVA-format folder, written or reused."""
+    out = config.folder / "data"
+    if config.data == "easy-vqa":
+        return write_easy_vqa(out, student_n=config.student_n)
+    return write_scenes(
+        out,
+        train_n=config.train_n,
+        test_n=config.test_n,
+        student_n=config.student_n,
+        garments=config.garments,
+    )
+
+
+def make_tower(config: DemoConfig, folder: LlavaFolder) -> None:
+    """The shared vision tower and processor in `out/tower`, trained or reused."""
+    path = config.folder / "tower"
+    if path.is_dir():
+        say(f"{path}: already there")
+        return
+    sizes = config.tower
+    processor = build_processor(
+        folder.words(), image_size=sizes.image_size, patch_size=sizes.patch_size
+    )
+    start = time.perf_counter()
+    if config.data == "scenes":
+        tower, accuracy = photo_tower(sizes, photo_arrays(config.garments))
+    else:
+        questions = LlavaDataset(folder.json("train"), folder.root, processor, image_cache_mb=1_500)
+        tower, accuracy = question_tower(sizes, questions)
+    staging = path.with_name(".tower.incomplete")
+    save_tower(tower, accuracy, staging)
+    processor.save_pretrained(staging)
+    facts = {"accuracy": accuracy, "seconds": time.perf_counter() - start}
+    (staging / "tower.json").write_text(json.dumps(facts))
+    staging.rename(path)
+    say(f"{path}: accuracy of its probe {accuracy:.3f}")
+
+
+def say(message: str) -> None:
+    """One line on stderr, out of the way of the progress bars."""
+    console.print(message, highlight=False, markup=False)
+
+
+@contextmanager
+def part(title: str) -> Iterator[None]:
+    """Announce a part of the demo, and the seconds it took."""
+    console.rule(title, align="left")
+    start = time.perf_counter()
+    yield
+    say(f"{title}: {time.perf_counter() - start:.0f} s")
+
+
+def _seconds(stages: list[StageResult]) -> float:
+    return sum(stage.summary["seconds"] for stage in stages)

@@ -1,0 +1,264 @@
+"""What did the demo find? A table, a verdict that follows from it, and where they were measured.
+
+The folder `out/report` holds report.md (all of it, pictures included), table.json and table.csv
+(one row a run, not averaged), and the pictures of `training.pictures`. The verdict is a rule, not a
+judgement: distillation is said to help only if, over the seeds, the distilled students' mean
+accuracy on held-out questions exceeds the SFT students' by more than the spread, which is the
+larger of the two sample standard deviations. One seed has no spread, and says so.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+import mllmkd_kernels as mk
+from training import pictures, settings
+from training.evaluate import CAPTION, Scores
+from training.folder import LlavaFolder
+from training.loop import StageResult
+from training.recipes import DemoConfig
+from training.step import TERMS
+
+TEACHER, EQUAL_STEPS, EQUAL_TIME, DISTILLED = (
+    "teacher",
+    "SFT, equal steps",
+    "SFT, equal time",
+    "distilled",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained model: which, from which seed, and its stages."""
+
+    name: str
+    seed: int
+    stages: list[StageResult]
+
+    @property
+    def scores(self) -> Scores:
+        """Held-out scores after the last stage."""
+        scores = self.stages[-1].scores
+        if scores is None:
+            raise ValueError(
+                f"{self.name}, seed {self.seed}: no held-out scores; set data.held_out"
+            )
+        return scores
+
+    def row(self) -> dict[str, float]:
+        """The run's numbers, in the order of the table's columns."""
+        last = self.stages[-1]
+        row = {"questions": self.scores.questions, **self.scores.kinds}
+        row["perplexity"] = self.scores.perplexity
+        row |= {term: last.history[-1][term] for term in TERMS}
+        row["steps"] = sum(stage.summary["steps"] for stage in self.stages)
+        row["seconds"] = sum(stage.summary["seconds"] for stage in self.stages)
+        row["tokens_per_second"] = last.summary["tokens_per_second"]
+        row["peak_gib"] = max(stage.summary["peak_gib"] for stage in self.stages)
+        return row
+
+
+@dataclass(frozen=True)
+class Report:
+    """The finished report."""
+
+    folder: Path
+    rows: dict[str, list[dict[str, float]]]  # by model name, one entry a seed
+    verdict: str
+
+
+def write_report(config: DemoConfig, runs: list[Run], data: LlavaFolder, seconds: float) -> Report:
+    """Write `out/report` and print the table and the verdict."""
+    folder = config.folder / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, list[dict[str, float]]] = {}
+    for run in runs:
+        rows.setdefault(run.name, []).append(run.row())
+    verdict = judge(rows)
+    first = [run for run in runs if run.seed == 0]
+    pictures.loss_curves(first, folder / "loss.png")
+    pictures.stage_accuracy(runs, folder / "stages.png")
+    shown = [run for run in first if run.name in (TEACHER, EQUAL_STEPS, DISTILLED)]
+    pictures.answer_grid(shown, data, folder / "answers.png")
+    _write_rows(runs, folder)
+    text = _markdown(config, rows, verdict, data, seconds)
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    console = Console()
+    console.print(_terminal_table(rows))
+    console.print(verdict, highlight=False)
+    console.print(f"whole demo: {seconds:.0f} s; report: {folder / 'report.md'}", highlight=False)
+    return Report(folder, rows, verdict)
+
+
+def judge(rows: dict[str, list[dict[str, float]]]) -> str:
+    """The verdict, by the rule in the module's docstring."""
+    ours = [row["questions"] for row in rows[DISTILLED]]
+    parts = []
+    for name in (EQUAL_STEPS, EQUAL_TIME):
+        theirs = [row["questions"] for row in rows[name]]
+        margin = statistics.mean(ours) - statistics.mean(theirs)
+        text = f"distilled minus {name}: {100 * margin:+.1f} points"
+        if len(ours) < 2:
+            parts.append(f"{text} (one seed, so no spread: SEEDS=3 measures it)")
+            continue
+        spread = max(statistics.stdev(ours), statistics.stdev(theirs))
+        won = sum(a > b for a, b in zip(ours, theirs, strict=True))
+        holds = "more" if margin > spread else "NOT more"
+        parts.append(
+            f"{text} in the mean of {len(ours)} seeds, {holds} than the spread "
+            f"({100 * spread:.1f}); ahead in {won} of {len(ours)}"
+        )
+    return ". ".join(parts) + "."
+
+
+def machine() -> dict[str, str]:
+    """Where the figures were measured."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            cpu = line.split(":", 1)[1].strip()
+            break
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return {
+        "processor": f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
+        "memory": f"{memory:.0f} GiB",
+        "versions": f"mllmkd_kernels {mk.__version__}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}",
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here)]
+    try:
+        name = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"
+    return name.stdout.strip()[:12] + (" with uncommitted changes" if dirty.stdout.strip() else "")
+
+
+def table(rows: dict[str, list[dict[str, float]]]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: one line a model, mean ± sample standard deviation where there are
+    seeds."""
+    columns = list(next(iter(rows.values()))[0])
+    header = ["model", *(_TITLES.get(column, column) for column in columns)]
+    lines = []
+    for name, seeds in rows.items():
+        lines.append([name, *(_cell(column, [row[column] for row in seeds]) for column in columns)])
+    return header, lines
+
+
+_TITLES = {
+    "questions": "questions (all but captions)",
+    "ce": "CE",
+    "response_kl": "KL response",
+    "visual_kl": "KL visual",
+    "tokens_per_second": "tokens/s",
+    "peak_gib": "peak GiB",
+}
+_FORMATS: dict[str, Callable[[float], str]] = {
+    "steps": lambda x: f"{x:.0f}",
+    "seconds": lambda x: f"{x:.0f}",
+    "tokens_per_second": lambda x: f"{x:.0f}",
+    "peak_gib": lambda x: f"{x:.2f}",
+}
+
+
+def _cell(column: str, values: list[float]) -> str:
+    show = _FORMATS.get(column, lambda x: f"{x:.3f}")
+    if column in TERMS and not any(values):
+        return "–"  # not a term of this model's last stage
+    mean = show(statistics.mean(values))
+    return mean if len(values) < 2 else f"{mean} ± {show(statistics.stdev(values))}"
+
+
+def _terminal_table(rows: dict[str, list[dict[str, float]]]) -> Table:
+    """The table on its side: models are few, figures many, terminals narrow."""
+    header, lines = table(rows)
+    shown = Table(title="held-out exact match, perplexity, final loss terms, cost")
+    for name in ("", *(line[0] for line in lines)):
+        shown.add_column(name, justify="right" if name else "left")
+    for i, title in enumerate(header[1:], 1):
+        shown.add_row(title, *(line[i] for line in lines))
+    return shown
+
+
+def _write_rows(runs: list[Run], folder: Path) -> None:
+    records: list[dict[str, Any]] = [{"model": r.name, "seed": r.seed, **r.row()} for r in runs]
+    (folder / "table.json").write_text(
+        json.dumps({"machine": machine(), "runs": records}, indent=1)
+    )
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(records[0]))
+    writer.writeheader()
+    writer.writerows(records)
+    (folder / "table.csv").write_text(text.getvalue())
+
+
+def _markdown(
+    config: DemoConfig,
+    rows: dict[str, list[dict[str, float]]],
+    verdict: str,
+    data: LlavaFolder,
+    seconds: float,
+) -> str:
+    header, lines = table(rows)
+    # on its side, like the terminal's: models are columns
+    sides = list(zip(header, *lines, strict=True))
+    grid = [sides[0], ("---",) * len(sides[0]), *sides[1:]]
+    tower = json.loads((config.folder / "tower" / "tower.json").read_text())
+    entries = data.settings()["entries"]
+    facts = "\n".join(f"- {name}: {value}" for name, value in machine().items())
+    changed = "\n".join(f"- {line}" for line in settings.differences(DemoConfig(), config))
+    return f"""# Demo report
+
+**{verdict}**
+
+{chr(10).join("| " + " | ".join(row) + " |" for row in grid)}
+
+Exact match on {entries["test"]} held-out questions ("{CAPTION}" counts only if every word is
+right); perplexity of their answers; loss terms unweighted, mean over the last logged steps of the
+last stage; tokens/s of the last stage. Students learned from {entries["student_train"]} questions
+(their captions are among those), the teacher from {entries["train"]}. **The vision tower that all
+models share was trained with the labels of all training images** (accuracy of its probe
+{tower["accuracy"]:.3f}, {tower["seconds"]:.0f} s): the limited data limit what the students'
+projectors and language models see, not what the tower has seen. Language models start from random
+weights.
+
+![loss curves](loss.png)
+
+![accuracy after each stage](stages.png)
+
+![held-out images and answers](answers.png)
+
+## Where and how
+
+{facts}
+- whole demo: {seconds:.0f} s in the call that wrote this report
+
+Changed from the defaults:
+
+{changed or "- nothing"}
+"""
