@@ -48,7 +48,6 @@ _IMAGE_ARGUMENTS = (
 # Which positions are image. 3-D RoPE (Qwen2.5-VL) and the two-way attention among image tokens
 # (Gemma 3, PaliGemma) are made from these; without them those classes quietly do something else.
 _LAYOUT_ARGUMENTS = ("mm_token_type_ids", "token_type_ids")
-_TOWERS = ("vision_tower", "vision_model")
 
 
 def head_inputs(model: nn.Module, **batch: Any) -> HeadInputs:
@@ -99,48 +98,6 @@ def head_inputs(model: nn.Module, **batch: Any) -> HeadInputs:
     return HeadInputs(hidden=hidden, weight=head.weight, bias=head.bias, softcap=softcap)
 
 
-def shared_vision(
-    teacher: nn.Module, student: nn.Module, **images: Any
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run one vision tower for two models; each gets its own projector's `mm_encoder_outputs`.
-
-        vision_t, vision_s = shared_vision(teacher, student, pixel_values=pixels)
-        head_inputs(student, input_ids=ids, attention_mask=mask, mm_encoder_outputs=vision_s)
-
-    Both models must hold the *same module* as their tower (equal copies would have to be compared
-    at every step). Selecting layers, dropping the first token and projecting stay each class's
-    own `get_image_features`. Gradients: the student's projector gets its own; the teacher's part
-    has a graph only where something in it is trained. Models take `mm_encoder_outputs` since
-    transformers 5.18.
-
-    Args:
-        teacher: a model with `get_image_features` whose tower is apart from its projector: Llava,
-            LlavaOnevision, InternVL, Idefics3, SmolVLM, Gemma 3, PaliGemma. Not Qwen-VL, whose
-            tower ends in a projection to its own language model's width.
-        student: likewise.
-        **images: what `get_image_features` takes: `pixel_values`, for some classes `image_sizes`.
-
-    Returns:
-        The teacher's and the student's `mm_encoder_outputs`.
-
-    Raises:
-        TypeError: a model has no separate vision tower.
-        ValueError: the towers are different modules, or the models call it differently.
-    """
-    teacher, student = _unwrap(teacher), _unwrap(student)
-    tower_t, path_t = _find_tower(teacher)
-    tower_s, path_s = _find_tower(student)
-    if tower_t is not tower_s:
-        raise ValueError(
-            "student: its vision tower is not the teacher's; to run one for both, make it the "
-            f"same module: student.{path_s} = teacher.{path_t}"
-        )
-    once = _RunOnce(tower_t)
-    vision_t = _with_replaced(teacher, path_t, once).get_image_features(**images)
-    vision_s = _with_replaced(student, path_s, once).get_image_features(**images)
-    return {"image": vision_t}, {"image": vision_s}
-
-
 # --- one module replaced in a shallow copy ------------------------------------------------------
 
 
@@ -182,27 +139,6 @@ class _Recorder(_StandIn):
     def forward(self, hidden: Tensor) -> Tensor:  # (B, T, D) -> (1, 1, V)
         self.seen.append(hidden)
         return self.answer.view([1] * (hidden.dim() - 1) + [-1])
-
-
-class _RunOnce(_StandIn):
-    """Stands where a vision tower stood: the second call gets the first call's output."""
-
-    def __init__(self, tower: nn.Module) -> None:
-        super().__init__(tower)
-        self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self.output: Any = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.call is None:
-            self.call = (args, kwargs)
-            self.output = self.__dict__["real"](*args, **kwargs)
-        elif not _same(self.call, (args, kwargs)):
-            raise ValueError(
-                "student: it calls the shared vision tower unlike the teacher: "
-                f"({_described(args, kwargs)}) and ({_described(*self.call)}); run the tower for "
-                "each, or give both the same feature layers and dtype"
-            )
-        return copy.copy(self.output)  # classes write their projected features onto it
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -280,19 +216,6 @@ def _find_head(model: Any) -> tuple[nn.Linear, str]:
             "(V, D) tensor, whole and in memory: gather it if sharded, keep it out of offloading"
         )
     return head, _path_of(model, head)
-
-
-def _find_tower(model: Any) -> tuple[nn.Module, str]:
-    """The vision tower and its path."""
-    owner = getattr(model, "base_model", model)
-    for attribute in _TOWERS:
-        tower = getattr(owner, attribute, None)
-        if isinstance(tower, nn.Module) and hasattr(model, "get_image_features"):
-            return tower, _path_of(model, tower)
-    raise TypeError(
-        f"model: {type(model).__name__} has no vision tower apart from its projector "
-        f"(looked for {' and '.join(_TOWERS)})"
-    )
 
 
 def _path_of(model: nn.Module, part: nn.Module) -> str:

@@ -15,17 +15,15 @@ import torch.nn.functional as F
 import transformers as tf
 from torch import Tensor, nn
 
-from mllmkd_kernels.models import head_inputs, shared_vision
+from mllmkd_kernels.models import head_inputs
 from tests.tiny_models import (
     MODELS,
     TEXT,
     VISION,
     WITH_IMAGES,
-    WITH_TOWER,
     D,
     V,
     build,
-    llava,
     pixels,
     text_only,
     tokens,
@@ -158,57 +156,11 @@ def test_gradient_checkpointing() -> None:
 # --- one vision pass for two models -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", WITH_TOWER)
-def test_shared_vision_equals_two_passes(name: str) -> None:
-    teacher, batch = build(name)
-    student = MODELS[name][0]()[0].eval()  # other random weights
-    owner = "vision_tower" if hasattr(student.model, "vision_tower") else "vision_model"
-    setattr(student.model, owner, getattr(teacher.model, owner))
-    images = {key: batch[key] for key in ("pixel_values", "image_sizes") if key in batch}
-    text = {key: value for key, value in batch.items() if key != "pixel_values"}
-    calls: list[int] = []
-    getattr(teacher.model, owner).register_forward_hook(lambda *_: calls.append(1))
-    for vision, model in zip(
-        shared_vision(teacher, student, **images), (teacher, student), strict=True
-    ):
-        assert calls == [1]
-        for _ in range(2):  # models write to the mapping they are given: not to the caller's
-            hidden = head_inputs(model, **text, mm_encoder_outputs=vision).hidden
-            assert calls == [1] and list(vision) == ["image"]
-        torch.testing.assert_close(hidden, head_inputs(model, **batch).hidden)
-        calls.pop()
-
-
-def test_shared_vision_trains_the_students_projector_alone() -> None:
-    teacher, batch = build("llava-siglip-full")
-    student = llava(tf.SiglipVisionConfig(**VISION), hidden=64)[0]  # wider than its teacher
-    teacher.requires_grad_(False)
-    student.model.vision_tower = teacher.model.vision_tower
-    vision_t, vision_s = shared_vision(teacher, student, pixel_values=batch.pop("pixel_values"))
-    assert not any(part.requires_grad for part in vision_t["image"].pooler_output)
-    head_inputs(student, **batch, mm_encoder_outputs=vision_s).hidden.sum().backward()
-    assert all(p.grad is not None for p in student.model.multi_modal_projector.parameters())
-    assert all(p.grad is None for p in teacher.parameters())
-
-
 class Brighter(tf.LlavaForConditionalGeneration):
     """Shows its tower something else than its teacher does."""
 
     def get_image_features(self, pixel_values: Tensor, **rest: Any) -> Any:
         return super().get_image_features(2 * pixel_values, **rest)
-
-
-def test_shared_vision_refuses() -> None:
-    teacher, batch = build("llava-siglip-full")
-    student = Brighter(teacher.config)
-    images = {"pixel_values": batch["pixel_values"]}
-    with pytest.raises(ValueError, match=r"student\.model\.vision_tower = teacher\.model\.vision"):
-        shared_vision(teacher, student, **images)
-    student.model.vision_tower = teacher.model.vision_tower
-    with pytest.raises(ValueError, match="calls the shared vision tower unlike the teacher"):
-        shared_vision(teacher, student, **images)
-    with pytest.raises(TypeError, match="Qwen2VLForConditionalGeneration has no vision tower"):
-        shared_vision(teacher, build("qwen2-vl")[0], **images)
 
 
 # --- refusals -----------------------------------------------------------------------------------

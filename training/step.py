@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import mllmkd_kernels as mk
 from training.models import image_features, share_tower
@@ -103,10 +102,12 @@ def _hidden(
     """The model run up to its head, given the tower's output."""
     if features is None:
         return mk.head_inputs(model, **text)
-    projected = model.model.multi_modal_projector(features)
-    # a new dict each time: LlavaModel.forward writes into the one it is given
-    images = {"image": BaseModelOutputWithPooling(pooler_output=list(projected))}
-    return mk.head_inputs(model, **text, mm_encoder_outputs=images)
+    input_ids = text["input_ids"]
+    embedded = model.get_input_embeddings()(input_ids)
+    at_image = (input_ids == model.config.image_token_id).unsqueeze(-1)
+    projected = model.model.multi_modal_projector(features).to(embedded.dtype)
+    embedded = embedded.masked_scatter(at_image.expand_as(embedded), projected)
+    return mk.head_inputs(model, inputs_embeds=embedded, attention_mask=text["attention_mask"])
 
 
 def count_rows(batches: list[dict[str, torch.Tensor]], image_token_id: int) -> mk.RowCounts:
