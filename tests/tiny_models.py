@@ -226,7 +226,6 @@ MODELS: dict[str, tuple[Callable[[], Built], int, float | None]] = {
 }
 WITH_IMAGES = [name for name, (_, rows, _) in MODELS.items() if rows]
 # The classes whose tower ends before their projector.
-WITH_TOWER = [name for name in WITH_IMAGES if not name.startswith("qwen")]
 
 
 def build(name: str) -> Built:
