@@ -13,6 +13,7 @@ depends on it.
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +31,23 @@ def _module(backend: str, device: torch.device) -> ModuleType:
     return _MODULES[plan.choose_backend(backend, device)[0]]
 
 
+def _operator(name: str) -> Any:
+    """Register an operator. Autocast ends here: public functions cast their arguments as it would,
+    and from then on products are fp32, or the logits would be rounded to 16 bits after all.
+    """
+
+    def register(f: Any) -> Any:
+        @functools.wraps(f)
+        def without_autocast(*arguments: Any) -> Any:
+            device = next(x.device.type for x in arguments if isinstance(x, Tensor))
+            with torch.autocast(device, enabled=False):
+                return f(*arguments)
+
+        return torch.library.custom_op(f"{_NAMESPACE}::{name}", mutates_args=())(without_autocast)
+
+    return register
+
+
 def _no_double_backward(op: Any) -> None:
     """Register an autograd formula that refuses: `op` computes a gradient."""
 
@@ -45,7 +63,7 @@ def _no_double_backward(op: Any) -> None:
 # --- what all of them share ----------------------------------------------------------------------
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::scale_gradient", mutates_args=())
+@_operator("scale_gradient")
 def scale_gradient(saved: Tensor, grad: Tensor, like: Tensor) -> Tensor:
     """saved · grad, a new tensor in the dtype of `like`: the last step of every backward here."""
     if saved.dtype.itemsize >= 4:
@@ -92,7 +110,7 @@ def _gradients_formed_in_forward(op: Any, arguments: int, gradient_of: dict[int,
 # --- linear_distill: CE and a divergence of two heads ---------------------------------------------
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::linear_distill", mutates_args=())
+@_operator("linear_distill")
 def linear_distill(
     hs: Tensor,
     ws: Tensor,
@@ -164,7 +182,7 @@ def _logprob_chunk(
     return plan.chunk_rows(h.shape[0], vocab, blocks, acc.itemsize, budget)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::linear_logprob", mutates_args=())
+@_operator("linear_logprob")
 def linear_logprob(
     h: Tensor,
     w: Tensor,
@@ -206,7 +224,7 @@ def _(
     return logp, torch.empty_like(logp)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::linear_logprob_backward", mutates_args=())
+@_operator("linear_logprob_backward")
 def linear_logprob_backward(
     grad: Tensor,
     h: Tensor,
@@ -267,7 +285,7 @@ _no_double_backward(linear_logprob_backward)
 # --- head_gram and the relation losses ------------------------------------------------------------
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::head_gram", mutates_args=())
+@_operator("head_gram")
 def head_gram(w: Tensor, b: Tensor | None, vocab: int) -> Tensor:
     """G = WᵀW, (D, D), or (D + 1, D + 1) with a bias: see `gram.gram`."""
     return gram.gram(w, b, vocab)
@@ -279,7 +297,7 @@ def _(w, b, vocab):
     return w.new_empty(size, size, dtype=eager.accumulation_dtype(w, b))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::head_gram_backward", mutates_args=())
+@_operator("head_gram_backward")
 def head_gram_backward(
     dg: Tensor, w: Tensor, b: Tensor | None, vocab: int
 ) -> tuple[Tensor, Tensor]:
@@ -307,7 +325,7 @@ head_gram.register_autograd(_gram_backward, setup_context=_gram_context)
 _no_double_backward(head_gram_backward)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::relation", mutates_args=())
+@_operator("relation")
 def relation(
     hs: Tensor,
     gs: Tensor | None,
@@ -333,7 +351,7 @@ def _(hs, gs, ht, gt, cu_seqlens, want_dh, want_dg, backend):
 _gradients_formed_in_forward(relation, 8, {0: 1, 1: 2})
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::relation_softcapped", mutates_args=())
+@_operator("relation_softcapped")
 def relation_softcapped(
     hs: Tensor,
     ws: Tensor,
