@@ -1,0 +1,123 @@
+"""How much memory does a step need beyond its inputs and gradients? Measured by the kernel.
+
+Each figure comes from a fresh child process, because a used heap hides what an allocation costs.
+The child builds the inputs, warms up on a tiny problem (thread pools and vendor libraries allocate
+once, whatever the size), returns free memory to the system, resets the kernel's high-water mark of
+resident memory and runs one forward and backward. Then
+
+    extra = VmHWM after − VmRSS before − bytes of the gradients that the step returns.
+
+The high-water mark (``VmHWM``, reset through ``/proc/self/clear_refs``) is kept by the kernel at
+every page fault, so nothing is sampled and no peak is missed. Linux only; elsewhere a row says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mllmkd_kernels as mk
+from benchmarks.methods import FLOOR, METHODS, Method, select
+from benchmarks.problem import make
+from benchmarks.shapes import DTYPES, Case, Suite
+from benchmarks.vetting import Vetting
+
+
+def steps(suite: Suite, only: tuple[str, ...]) -> int:
+    """How often `measure` will call `tick`."""
+    return sum(len(_methods(case, only)) for case in suite.memory)
+
+
+def measure(
+    suite: Suite, only: tuple[str, ...], vetting: Vetting, tick: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """One row per case and method; `tick` is called with a description at every step."""
+    rows = []
+    for case in suite.memory:
+        methods = _methods(case, only)
+        verdicts = vetting.verdicts(methods, case)
+        gc.collect()
+        for method in methods:
+            tick(f"{case.title}: {method.label}")
+            verdict = verdicts[method.key]
+            row = {
+                "case": asdict(case), "method": method.key, "label": method.label,
+                "version": method.version(), "status": verdict.status, "reason": verdict.reason,
+                "predicted_bytes": predicted(method, case),
+            }  # fmt: skip
+            rows.append(row | (_in_child(method, case) if verdict.status == "ok" else {}))
+    return rows
+
+
+def predicted(method: Method, case: Case) -> int | None:
+    """What `mllmkd_kernels.explain` says of our methods; None for what it does not plan."""
+    if not method.key.startswith("mk-") or method.missing() or case.loss == "relation":
+        return None
+    return mk.explain(
+        case.rows, case.vocab, case.d_s, 0 if case.loss == "ce" else case.d_t,
+        train_head=case.train_head, dtype=DTYPES[case.dtype], backend=method.key[3:],
+    ).workspace_bytes  # fmt: skip
+
+
+def _methods(case: Case, only: tuple[str, ...]) -> list[Method]:
+    """The floor computes no loss: its memory means nothing."""
+    return [method for method in select(case.loss, only) if method.key != FLOOR.key]
+
+
+def _in_child(method: Method, case: Case) -> dict[str, Any]:
+    """``extra_bytes``, or a status and reason where the child could not say."""
+    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    try:
+        extra = pool.submit(_child, method.key, case, torch.get_num_threads()).result()
+        return {"extra_bytes": extra}
+    except BrokenProcessPool:
+        return {"status": "failed", "reason": "the child process was killed: out of memory?"}
+    except Exception as error:  # other people's code: whatever it raises becomes a row
+        return {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+    finally:
+        pool.shutdown()
+
+
+def _child(key: str, case: Case, threads: int) -> int:
+    """Runs in the child: bytes that one step needs beyond inputs and gradients."""
+    torch.set_num_threads(threads)
+    method = next(method for method in METHODS if method.key == key)
+    warm_up = make(_small(case))
+    method.build(warm_up)()
+    del warm_up
+    problem = make(case)
+    run = method.build(problem)
+    rise = peak_rise(run)
+    gradients = [t.grad for t in (problem.hs, problem.ws) if t.grad is not None]
+    return rise - sum(gradient.nbytes for gradient in gradients)
+
+
+def peak_rise(run: Callable[[], object]) -> int:
+    """How far the resident memory of this process rises above its present level during `run`."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # free heap would absorb allocations unseen
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+    before = _status_bytes("VmRSS")
+    run()
+    return _status_bytes("VmHWM") - before
+
+
+def _small(case: Case) -> Case:
+    """Few rows and tokens, the same kind of work."""
+    return replace(case, rows=min(case.rows, 16), vocab_s=512, vocab_t=512)
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"memory: /proc/self/status has no {field}")

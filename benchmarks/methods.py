@@ -1,0 +1,207 @@
+"""Who computes it? Every method behind one signature.
+
+``build(problem)`` does what a trainer does once per run (buffers, the cached Gram matrix of a
+frozen head) and returns ``run``; each ``run()`` is one forward and backward: it leaves gradients in
+``problem.hs.grad`` and ``problem.ws.grad`` and returns the detached loss. All of them compute the
+same loss, a mean over the N rows:
+
+    ce+kl      mean CE(z_s, labels) + mean KL(p_t ‖ p_s)
+    ce, kl     one of the two
+    relation   1 − cos(R_s, R_t), R = Z Zᵀ, one image
+
+"floor" is not a method but the yardstick: the matrix products alone. Methods of other projects are
+in `peers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mllmkd_kernels as mk
+from benchmarks import peers
+from benchmarks.problem import Problem
+from mllmkd_kernels import plan
+
+Run = Callable[[], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to compute a loss and its gradients.
+
+    Attributes:
+        key: short name, for ``--only`` and the JSON.
+        label: name in tables and plots.
+        losses: which of `shapes.LOSSES` it computes.
+        build: prepares a problem and returns one forward and backward.
+        missing: why it cannot run here, "" if it can.
+        version: of the project it comes from.
+    """
+
+    key: str
+    label: str
+    losses: frozenset[str]
+    build: Callable[[Problem], Run]
+    missing: Callable[[], str] = lambda: ""
+    version: Callable[[], str] = lambda: f"torch {torch.__version__}"
+
+
+# --- ours --------------------------------------------------------------------------------------
+
+
+def _ours(backend: str) -> Method:
+    def build(problem: Problem) -> Run:
+        loss = _our_relation if problem.case.loss == "relation" else _our_distill
+        forward = loss(problem, backend)
+
+        def run() -> Tensor:
+            value = forward()
+            value.backward()
+            return value.detach()
+
+        return run
+
+    def missing() -> str:
+        try:
+            plan.choose_backend(backend, torch.device("cpu"))
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    return Method(
+        f"mk-{backend}",
+        f"mllmkd_kernels, {backend} backend",
+        frozenset({"ce+kl", "ce", "kl", "relation"}),
+        build,
+        missing,
+        lambda: f"mllmkd_kernels {mk.__version__}",
+    )
+
+
+def _our_distill(problem: Problem, backend: str) -> Callable[[], Tensor]:
+    mean = 1 / problem.case.rows
+    loss = problem.case.loss
+
+    def forward() -> Tensor:
+        return mk.fused_linear_distill(
+            problem.hs, problem.ws, problem.ht, problem.wt, problem.labels,
+            ce_weight=0.0 if loss == "kl" else mean, kd_weight=mean, backend=backend,
+        ).loss  # fmt: skip
+
+    return forward
+
+
+def _our_relation(problem: Problem, backend: str) -> Callable[[], Tensor]:
+    ht, wt = problem.teacher()
+    vocab = problem.case.vocab
+    gram_t = mk.head_gram(wt, vocab_size=vocab)
+    frozen = not problem.case.train_head
+    gram_s = mk.head_gram(problem.ws, vocab_size=vocab) if frozen else None
+
+    def forward() -> Tensor:
+        return mk.fused_linear_relation(
+            problem.hs, problem.ws, ht, wt,
+            student_gram=gram_s, teacher_gram=gram_t, backend=backend,
+        )  # fmt: skip
+
+    return forward
+
+
+# --- plain PyTorch, whole logits ---------------------------------------------------------------
+
+
+def _eager(problem: Problem) -> Run:
+    """What trainers do: logits in the model's dtype, widened by ``.float()``, autograd for the
+    rest.
+    """
+    vocab, labels = problem.case.vocab, problem.labels
+
+    def logits(h: Tensor, w: Tensor) -> Tensor:
+        return F.linear(h, w)[:, :vocab].float()
+
+    def forward() -> Tensor:
+        z_s = logits(problem.hs, problem.ws)
+        if problem.case.loss == "ce":
+            return F.cross_entropy(z_s, labels)
+        with torch.no_grad():
+            z_t = logits(*problem.teacher())
+        if problem.case.loss == "relation":
+            r_s, r_t = z_s @ z_s.mT, z_t @ z_t.mT
+            return 1 - F.cosine_similarity(r_s.flatten(), r_t.flatten(), dim=0)
+        kl = F.kl_div(z_s.log_softmax(-1), z_t.softmax(-1), reduction="batchmean")
+        return kl if problem.case.loss == "kl" else F.cross_entropy(z_s, labels) + kl
+
+    def run() -> Tensor:
+        loss = forward()
+        loss.backward()
+        return loss.detach()
+
+    return run
+
+
+# --- the floor ---------------------------------------------------------------------------------
+
+
+def _floor(problem: Problem) -> Run:
+    """The matrix products alone through ``torch.mm``, into buffers that exist already: no
+    allocation, no loss, no gradient bookkeeping. Inputs of 16 bits give 16-bit logits, as
+    ``torch.mm`` has it.
+    """
+    hs, ws = problem.hs.detach(), problem.ws.detach()[: problem.case.vocab]
+    z_s = torch.empty(hs.shape[0], ws.shape[0], dtype=hs.dtype)
+    dh, dw = torch.empty_like(hs), torch.empty_like(ws)
+    teacher = None
+    if problem.case.loss != "ce":
+        ht, wt = problem.teacher()
+        teacher = ht, wt[: problem.case.vocab].mT, torch.empty_like(z_s)
+
+    def run() -> None:
+        torch.mm(hs, ws.mT, out=z_s)
+        if teacher is not None:
+            torch.mm(teacher[0], teacher[1], out=teacher[2])
+        torch.mm(z_s, ws, out=dh)
+        if problem.case.train_head:
+            torch.mm(z_s.mT, hs, out=dw)
+
+    return run
+
+
+FLOOR = Method("floor", "matrix products alone (floor)", frozenset({"ce+kl", "ce", "kl"}), _floor)
+EAGER = Method(
+    "torch-eager",
+    "PyTorch, whole logits",
+    frozenset({"ce+kl", "ce", "kl", "relation"}),
+    _eager,
+)
+OURS = tuple(_ours(backend) for backend in reversed(plan.BACKENDS))
+
+
+def _peer(peer: peers.Peer) -> Method:
+    return Method(peer.key, peer.label, peer.losses, peer.build, peer.missing, peer.version)
+
+
+METHODS = (FLOOR, EAGER, *OURS, *(_peer(peer) for peer in peers.PEERS))
+
+
+def ours_by_default() -> Method:
+    """What ``backend="auto"`` means on this machine: the method the promises are about."""
+    chosen, _ = plan.choose_backend("auto", torch.device("cpu"))
+    return next(method for method in OURS if method.key == f"mk-{chosen}")
+
+
+def select(loss: str, only: tuple[str, ...] = ()) -> list[Method]:
+    """The methods that compute `loss`, restricted to the keys `only` if any are given.
+
+    Raises:
+        ValueError: a key that does not exist.
+    """
+    known = [method.key for method in METHODS]
+    unknown = [key for key in only if key not in known]
+    if unknown:
+        raise ValueError(f"only: got {', '.join(unknown)}, expected some of {', '.join(known)}")
+    return [m for m in METHODS if loss in m.losses and (not only or m.key in only)]

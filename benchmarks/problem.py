@@ -1,0 +1,86 @@
+"""Which tensors? The inputs of a case, the same for every method.
+
+Hidden states are standard normal and heads scaled so that logits have a standard deviation of 2.5:
+peaked distributions, as those of language models are. Uniform random inputs, the habit of published
+benchmarks, make a softmax that is nearly flat and flatter every method's accuracy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.shapes import DTYPES, Case
+
+LOGIT_STD = 2.5
+
+
+@dataclass
+class Problem:
+    """Inputs of a case; heads and hidden states are leaves, gradients land in their ``.grad``."""
+
+    case: Case
+    hs: Tensor  # (N, D_s), requires grad
+    ws: Tensor  # (V_s, D_s), requires grad where the case trains the head
+    ht: Tensor | None  # (N, D_t); None for "ce"
+    wt: Tensor | None  # (V_t, D_t)
+    labels: Tensor  # (N,) int64
+
+    def teacher(self) -> tuple[Tensor, Tensor]:
+        """(ht, wt), for a loss that has a teacher."""
+        if self.ht is None or self.wt is None:
+            raise ValueError(f"problem: loss {self.case.loss!r} has no teacher")
+        return self.ht, self.wt
+
+    def forget_gradients(self) -> None:
+        """As ``zero_grad(set_to_none=True)`` between steps."""
+        self.hs.grad = self.ws.grad = None
+
+    def as_leaves(self) -> Problem:
+        """Mark what gets a gradient."""
+        self.hs.requires_grad_(True)
+        self.ws.requires_grad_(self.case.train_head)
+        return self
+
+
+def make(case: Case, seed: int = 0) -> Problem:
+    """The tensors of `case`: teacher and student independent, far from convergence."""
+    rng = torch.Generator().manual_seed(seed)
+    dtype = DTYPES[case.dtype]
+    hs, ws = _hidden(case.rows, case.d_s, dtype, rng), _head(case.vocab_s, case.d_s, dtype, rng)
+    ht = wt = None
+    if case.loss != "ce":
+        ht, wt = _hidden(case.rows, case.d_t, dtype, rng), _head(case.vocab_t, case.d_t, dtype, rng)
+    labels = torch.randint(case.vocab, (case.rows,), generator=rng)
+    return Problem(case, hs, ws, ht, wt, labels).as_leaves()
+
+
+def make_near(case: Case, epsilon: float, seed: int = 0) -> Problem:
+    """A rung of the ladder: both models share a head, ``h_t = h_s + ε·noise``."""
+    if case.d_s != case.d_t or case.vocab_s != case.vocab_t:
+        raise ValueError(
+            f"case: a ladder compares equal shapes, got D {case.d_s} and {case.d_t}, "
+            f"V {case.vocab_s} and {case.vocab_t}"
+        )
+    rng = torch.Generator().manual_seed(seed)
+    dtype = DTYPES[case.dtype]
+    h = torch.randn(case.rows, case.d_s, generator=rng)
+    noise = torch.randn(case.rows, case.d_s, generator=rng)
+    ws = _head(case.vocab_s, case.d_s, dtype, rng)
+    ht = (h + epsilon * noise).to(dtype)
+    labels = torch.randint(case.vocab, (case.rows,), generator=rng)
+    return Problem(case, h.to(dtype), ws, ht, ws.detach(), labels).as_leaves()
+
+
+def _hidden(rows: int, d: int, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
+    return torch.randn(rows, d, generator=rng).to(dtype)
+
+
+def _head(vocab: int, d: int, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
+    """Drawn a slice at a time, so that building a bf16 head never holds an fp32 one."""
+    w = torch.empty(vocab, d, dtype=dtype)
+    for part in w.split(8192):
+        part.copy_(torch.randn(part.shape, generator=rng).mul_(LOGIT_STD / d**0.5))
+    return w

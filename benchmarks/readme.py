@@ -1,0 +1,115 @@
+"""Where do the README's figures come from? From the newest record, between two markers.
+
+``python -m benchmarks readme`` rewrites the block, ``--check`` only says whether it is current. So
+no figure in the README is typed by hand, and a test notices one that is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.methods import EAGER
+from benchmarks.record import load
+from benchmarks.report import machine_line
+from benchmarks.shapes import DTYPES, Case, headline
+from benchmarks.tables import Table, markdown, mebibytes, seconds, times
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def block(path: Path, root: Path) -> str:
+    """What stands between the markers for the record at `path`; links are relative to `root`."""
+    record = load(path)
+    case = headline("bf16")
+    parts = [
+        f"CE + forward KL of {case.rows:,} tokens, V {case.vocab:,}, Ds {case.d_s}, Dt "
+        f"{case.d_t:,}; forward and backward, student head trained. Memory is what a step needs "
+        "beyond inputs and gradients.",
+        markdown(_headline_table(record)),
+        "The teacher is the student plus noise ε; relative error of the gradient, bf16 inputs:",
+        markdown(_ladder_table(record)),
+    ]
+    if relation := _relation_lines(record):
+        parts.append(relation)
+    folder = path.with_suffix("")
+    name = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.name
+    if (folder / "accuracy_ladder.png").exists():
+        parts.append(
+            f"![Relative gradient error as the student converges]({name}/accuracy_ladder.png)"
+        )
+    parts.append(f"{machine_line(record)} [Everything that was measured]({name}/report.md).")
+    return "\n\n".join(parts)
+
+
+def rewritten(text: str, new_block: str) -> str:
+    """`text` with the block replaced.
+
+    Raises:
+        ValueError: a marker is missing, repeated, or the two are the wrong way round.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"readme: expected one {BEGIN} and one {END} after it")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{new_block}\n{END}{rest.split(END)[1]}"
+
+
+def _headline_table(record: dict[str, Any]) -> Table:
+    speed = _headline_rows(record["speed"])
+    memory = _headline_rows(record["memory"])
+    labels = dict.fromkeys(r["label"] for r in record["speed"] if r["case"]["loss"] == "ce+kl")
+    rows = []
+    for label in labels:
+        cells: list[str] = []
+        for dtype in DTYPES:
+            fast, small = speed.get((dtype, label), {}), memory.get((dtype, label), {})
+            if fast.get("status", "ok") != "ok":
+                cells += [fast["status"], "", "", ""]
+                continue
+            cells += [
+                seconds(fast["median_s"]) if "median_s" in fast else "–",
+                times(fast.get("over_floor")),
+                times(fast.get("times_eager")),
+                mebibytes(small.get("extra_bytes")),
+            ]
+        rows.append((label, *cells))
+    heads = ("time", "over floor", "faster", "memory")
+    return Table("", "", ("", *(f"{d} {h}" for d in DTYPES for h in heads)), rows)
+
+
+def _headline_rows(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    cases = {headline(dtype): dtype for dtype in DTYPES}
+    return {(cases[c], r["label"]): r for r in rows if (c := Case(**r["case"])) in cases}
+
+
+def _ladder_table(record: dict[str, Any]) -> Table:
+    rows = [row for row in record["accuracy"] if row["case"]["dtype"] == "bf16"]
+    epsilons = sorted({row["epsilon"] for row in rows}, reverse=True)
+    body = []
+    for label in dict.fromkeys(row["label"] for row in rows):
+        mine = {row["epsilon"]: row for row in rows if row["label"] == label}
+        cells = (
+            f"{mine[e]['gradient']:.2%}" if "gradient" in mine[e] else mine[e]["status"]
+            for e in epsilons
+        )
+        body.append((label, *cells))
+    return Table("", "", ("", *(f"ε = {e:g}" for e in epsilons)), body)
+
+
+def _relation_lines(record: dict[str, Any]) -> str:
+    """Our default backend against whole logits, a sentence a case."""
+    ours = record["judged_method"]
+    memory = {(r["method"], Case(**r["case"])): r.get("extra_bytes") for r in record["memory"]}
+    lines = []
+    for row in record["speed"]:
+        case = Case(**row["case"])
+        if case.loss != "relation" or row["method"] != ours or row["status"] != "ok":
+            continue
+        head = "trained" if case.train_head else "frozen"
+        lines.append(
+            f"- Relation loss of one image's {case.rows} rows, {case.dtype}, head {head}: "
+            f"{times(row['times_eager'])} faster than through the logits, "
+            f"{mebibytes(memory.get((ours, case)))} extra instead of "
+            f"{mebibytes(memory.get((EAGER.key, case)))}."
+        )
+    return "\n".join(lines)

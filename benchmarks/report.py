@@ -1,0 +1,76 @@
+"""What does one read afterwards? The terminal's tables, and a page with the figures in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from benchmarks import plots
+from benchmarks.tables import markdown, tables
+
+CAPTIONS = {
+    "time_over_floor": "Time over the matrix products alone.",
+    "memory_against_rows": "Peak memory beyond inputs and gradients.",
+    "accuracy_ladder": "Relative gradient error as the student converges.",
+}
+
+
+def show(record: dict[str, Any], console: Console) -> None:
+    """Print every table and every promise."""
+    for table in tables(record):
+        drawn = RichTable(
+            title=escape(table.title), caption=escape(table.note), title_justify="left"
+        )
+        for n, column in enumerate(table.columns):
+            drawn.add_column(escape(column), justify="right" if n else "left", overflow="fold")
+        for row in table.rows:
+            drawn.add_row(*map(escape, row))
+        console.print(drawn)
+    console.print(f"\n[bold]Promises[/bold], for {escape(record['judged'])}")
+    for target in record["targets"]:
+        mark = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "[dim]  – [/dim]"}
+        line = escape(f"{target['promise']}: {target['found']}")
+        console.print(f"  {mark[target['holds']]}  {line}", highlight=False)
+
+
+def write(record: dict[str, Any], folder: Path) -> Path:
+    """Write ``report.md`` and its figures into `folder`; returns the page's path."""
+    figures = plots.draw(record, folder)
+    parts = ["# Benchmark report", machine_line(record), *_promises(record)]
+    for figure in figures:
+        parts += [f"![{CAPTIONS[figure.stem]}]({figure.name})"]
+    for table in tables(record):
+        parts += [f"## {table.title}", table.note, markdown(table)]
+    page = folder / "report.md"
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return page
+
+
+def machine_line(record: dict[str, Any]) -> str:
+    """Machine, versions and commit in a sentence."""
+    m = record["machine"]
+    missing = [name for name, version in m["peers"].items() if version is None]
+    peers = [f"{name} {version}" for name, version in m["peers"].items() if version]
+    text = (
+        f"{m['cpu']}, {m['cores']} cores ({m['vector_units']}), {m['memory_gib']} GiB, "
+        f"{m['threads']} threads, {m['system']}; Python {m['python']}, torch {m['torch']}, "
+        f"mllmkd_kernels {m['mllmkd_kernels']} at {m['commit'] or 'no commit'}"
+    )
+    if peers:
+        text += f"; {', '.join(peers)}"
+    if missing:
+        text += f"; not installed: {', '.join(missing)}"
+    return f"{text}. Measured {record['date'][:10]}, {record['rounds']} rounds."
+
+
+def _promises(record: dict[str, Any]) -> list[str]:
+    mark = {True: "pass", False: "**fail**", None: "–"}
+    lines = [
+        f"- {mark[target['holds']]}: {target['promise']}: {target['found']}"
+        for target in record["targets"]
+    ]
+    return [f"Promises, for {record['judged']}:", "\n".join(lines)]

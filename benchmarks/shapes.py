@@ -1,0 +1,195 @@
+"""What is measured? Named shapes: pairs of real models, and the suites made of them.
+
+A `Case` is one loss on one shape. Sizes are those of the published teacher-student pairs, because a
+method's rank changes with them: Ds « Dt and V ≈ 152k is what LLaVA-KD trains, and no published
+benchmark of a fused loss has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+#: Which loss: CE + forward KL of the same rows (a distillation step), CE alone, forward KL alone,
+#: or the relation loss of the logits of one image.
+LOSSES = ("ce+kl", "ce", "kl", "relation")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A published teacher and student: hidden sizes, rows of both heads, visual rows per image."""
+
+    d_t: int
+    d_s: int
+    vocab_t: int
+    vocab_s: int
+    image_rows: int
+    note: str
+
+
+#: Vocabularies that differ are the point of some pairs: the tail of the larger head is padding.
+PAIRS = {
+    "qwen1.5-4b-0.5b": Pair(2560, 1024, 151936, 151936, 728, "LLaVA-KD-1B, the paper's main pair"),
+    "qwen1.5-4b-1.8b": Pair(2560, 2048, 151936, 151936, 728, "LLaVA-KD-2B"),
+    "qwen2.5-3b-0.5b": Pair(2048, 896, 151936, 151936, 728, "LLaVA-KD's released scripts"),
+    "qwen2.5-7b-1.5b": Pair(3584, 1536, 152064, 151936, 728, "vocabularies differ"),
+    "qwen2-7b-0.5b": Pair(3584, 896, 152064, 151936, 576, "LLaVA-MoD; vocabularies differ"),
+    "llava1.5-13b-1.4b": Pair(5120, 2048, 32000, 32000, 576, "LLaVADI: a small vocabulary"),
+    # Not a published pair: Qwen2.5-3B -> 0.5B with a vocabulary that leaves eager PyTorch room on a
+    # laptop. The project's promises are stated for it, with 1,024 rows.
+    "headline": Pair(2048, 896, 65536, 65536, 729, "Qwen2.5-3B → 0.5B, V cut to 65,536"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One loss, forward and backward, on one shape.
+
+    Attributes:
+        pair: key of `PAIRS`, or any name for a shape of its own.
+        rows: N. For "relation" the visual rows of one image.
+        d_t, d_s, vocab_t, vocab_s: sizes of both heads; d_t and vocab_t are not read by "ce".
+        dtype: "fp32" or "bf16", of hidden states and heads alike.
+        train_head: whether the student's head gets a gradient (DFT) or is frozen (DPT).
+        loss: one of `LOSSES`.
+    """
+
+    pair: str
+    rows: int
+    d_t: int
+    d_s: int
+    vocab_t: int
+    vocab_s: int
+    dtype: str = "fp32"
+    train_head: bool = True
+    loss: str = "ce+kl"
+
+    @property
+    def vocab(self) -> int:
+        """V, the columns both models share."""
+        return self.vocab_s if self.loss == "ce" else min(self.vocab_t, self.vocab_s)
+
+    @property
+    def floor_flops(self) -> int:
+        """2·m·n·k of the matrix products that no exact method through logits avoids."""
+        gradients = 1 + int(self.train_head)
+        teacher = 0 if self.loss == "ce" else self.d_t
+        flops = 2 * self.rows * self.vocab * (teacher + self.d_s * (1 + gradients))
+        if self.loss == "relation":  # R_s, R_t and dR·Z_s, each N x N x V
+            flops += 2 * self.rows**2 * self.vocab * 3
+        return flops
+
+    @property
+    def input_bytes(self) -> int:
+        """Hidden states and heads."""
+        teacher = 0 if self.loss == "ce" else (self.rows + self.vocab_t) * self.d_t
+        return (teacher + (self.rows + self.vocab_s) * self.d_s) * DTYPES[self.dtype].itemsize
+
+    @property
+    def gradient_bytes(self) -> int:
+        """dh, and dw where the head is trained."""
+        rows = self.rows + (self.vocab_s if self.train_head else 0)
+        return rows * self.d_s * DTYPES[self.dtype].itemsize
+
+    @property
+    def title(self) -> str:
+        """One line that names the case completely."""
+        head = "head trained" if self.train_head else "head frozen"
+        teacher = "" if self.loss == "ce" else f" Dt {self.d_t:,}"
+        return (
+            f"{self.loss}, {self.dtype}, {head}: {self.pair}, "
+            f"N {self.rows:,} V {self.vocab:,} Ds {self.d_s:,}{teacher}"
+        )
+
+
+def case(pair: str, rows: int, dtype: str, train_head: bool = True, loss: str = "ce+kl") -> Case:
+    """The case of a named pair."""
+    p = PAIRS[pair]
+    return Case(pair, rows, p.d_t, p.d_s, p.vocab_t, p.vocab_s, dtype, train_head, loss)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Accuracy near convergence: the teacher is the student plus noise ε, ε falling."""
+
+    case: Case
+    epsilons: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01, 0.003)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What one run measures."""
+
+    name: str
+    note: str
+    speed: tuple[Case, ...]
+    memory: tuple[Case, ...]
+    accuracy: tuple[Ladder, ...]
+    rounds: int = field(default=5)
+
+
+def headline(dtype: str) -> Case:
+    """The shape that the project's promises are about."""
+    return case("headline", 1024, dtype)
+
+
+# Small on purpose (rows and hidden size do not change a relative error, the vocabulary does), and
+# the sizes of the published comparison of rounding schemes, so that its figures can be compared.
+_LADDER = Case("ladder", 64, 256, 256, 32000, 32000, loss="kl")
+
+
+def _cpu_suite() -> Suite:
+    big = tuple(headline(dtype) for dtype in DTYPES)
+    # N 512 where only the ratio is wanted: half the time of the headline for the same ratio.
+    frozen = tuple(case("headline", 512, dtype, train_head=False) for dtype in DTYPES)
+    real = (
+        case("qwen2.5-3b-0.5b", 128, "bf16"),
+        case("qwen2-7b-0.5b", 128, "bf16", train_head=False),
+    )
+    cross_entropy = (case("headline", 256, "bf16", loss="ce"),)
+    relation = tuple(
+        case("headline", 729, dtype, train_head, "relation")
+        for dtype, train_head in (("fp32", False), ("bf16", False), ("bf16", True))
+    )
+    sweep = tuple(case("headline", rows, "bf16") for rows in (256, 512, 2048))
+    return Suite(
+        "cpu",
+        "two CPU cores, minutes",
+        speed=big + frozen + real + cross_entropy + relation,
+        memory=big + sweep + frozen[1:] + relation,
+        accuracy=tuple(Ladder(replace(_LADDER, dtype=dtype)) for dtype in DTYPES),
+    )
+
+
+def _quick_suite() -> Suite:
+    small = Case("quick", 128, 512, 256, 16384, 16384)
+    cases = tuple(replace(small, dtype=dtype) for dtype in DTYPES)
+    relation = (replace(small, dtype="bf16", loss="relation"),)
+    ladder = replace(_LADDER, vocab_t=8000, vocab_s=8000, dtype="bf16")
+    return Suite(
+        "quick",
+        "under a minute: that everything runs; too small for the promises",
+        speed=cases + relation,
+        memory=cases[1:],
+        accuracy=(Ladder(ladder, (0.3, 0.03)),),
+    )
+
+
+def _tiny_suite() -> Suite:
+    tiny = Case("tiny", 24, 24, 16, 640, 608)
+    relation = replace(tiny, loss="relation", dtype="bf16")
+    ladder = replace(tiny, loss="kl", d_t=16, vocab_t=608)
+    return Suite(
+        "tiny",
+        "seconds: for testing the suite itself; its figures mean nothing",
+        speed=(tiny, replace(tiny, dtype="bf16", train_head=False), relation),
+        memory=(replace(tiny, rows=12), tiny),
+        accuracy=(Ladder(ladder, (0.3, 0.03)), Ladder(replace(ladder, dtype="bf16"), (0.3, 0.03))),
+        rounds=2,
+    )
+
+
+SUITES = {suite.name: suite for suite in (_cpu_suite(), _quick_suite(), _tiny_suite())}

@@ -1,0 +1,107 @@
+"""How long does a step take? Forward and backward, methods interleaved in one process.
+
+Rounds go A B C, A B C, …: a machine that slows down (heat, a neighbour) slows every method of that
+round, and a ratio formed *within* a round does not see it. So ratios are medians of per-round
+ratios, seconds are medians with minimum and maximum beside them. Gradients are dropped between
+steps, outside the clock, as ``zero_grad(set_to_none=True)`` does.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+from benchmarks.methods import EAGER, FLOOR, Method, Run, select
+from benchmarks.problem import Problem, make
+from benchmarks.shapes import Case, Suite
+from benchmarks.vetting import Verdict, Vetting
+
+
+def steps(suite: Suite, only: tuple[str, ...], rounds: int) -> int:
+    """How often `measure` will call `tick`."""
+    return sum((rounds + 1) * len(select(case.loss, only)) for case in suite.speed)
+
+
+def measure(
+    suite: Suite,
+    only: tuple[str, ...],
+    rounds: int,
+    vetting: Vetting,
+    tick: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """One row per case and method; `tick` is called with a description at every step."""
+    table: list[dict[str, Any]] = []
+    for case in suite.speed:
+        methods = select(case.loss, only)
+        verdicts = vetting.verdicts(methods, case)
+        seconds = _seconds(make(case), methods, verdicts, rounds, tick)
+        gc.collect()  # the inputs of one case leave before those of the next come
+        table += [_row(case, method, verdicts[method.key], seconds) for method in methods]
+    return table
+
+
+def _seconds(
+    problem: Problem,
+    methods: Sequence[Method],
+    verdicts: Mapping[str, Verdict],
+    rounds: int,
+    tick: Callable[[str], None],
+) -> dict[str, list[float]]:
+    """key → seconds of every round, for the methods that may be measured."""
+    fit = [method for method in methods if verdicts[method.key].status == "ok"]
+    runs = {method.key: method.build(problem) for method in fit}
+    seconds: dict[str, list[float]] = {method.key: [] for method in fit}
+    for turn in range(rounds + 1):
+        for method in methods:
+            tick(f"{problem.case.title}: {method.label}")
+            if method.key in runs:
+                spent = _once(runs[method.key], problem)
+                if turn:  # the first round is warm-up: code is compiled, pages are mapped
+                    seconds[method.key].append(spent)
+    return seconds
+
+
+def _once(run: Run, problem: Problem) -> float:
+    problem.forget_gradients()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _row(
+    case: Case, method: Method, verdict: Verdict, seconds: Mapping[str, list[float]]
+) -> dict[str, Any]:
+    row = {
+        "case": asdict(case),
+        "method": method.key,
+        "label": method.label,
+        "version": method.version(),
+        "status": verdict.status,
+        "reason": verdict.reason,
+        "errors": None if verdict.errors is None else asdict(verdict.errors),
+    }
+    if method.key in seconds:
+        row |= figures(case, seconds[method.key], seconds)
+    return row
+
+
+def figures(case: Case, mine: list[float], everyone: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Median, spread and ratios of the seconds of one method, given everyone's of the same rounds.
+
+    ``over_floor`` is time over the time of the matrix products alone, ``times_eager`` how many
+    times faster than eager PyTorch; None where the other was not measured.
+    """
+    floor, eager = everyone.get(FLOOR.key), everyone.get(EAGER.key)
+    return {
+        "seconds": mine,
+        "median_s": median(mine),
+        "min_s": min(mine),
+        "max_s": max(mine),
+        "over_floor": floor and median(m / f for m, f in zip(mine, floor, strict=True)),
+        "times_eager": eager and median(e / m for m, e in zip(mine, eager, strict=True)),
+        "gflops": case.floor_flops / median(mine) / 1e9,
+    }

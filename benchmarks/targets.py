@@ -1,0 +1,101 @@
+"""Which promises hold? Pass or fail, from the figures of a record.
+
+They are stated for the headline shape (N 1024, V 65,536, Ds 896, Dt 2048; CE + forward KL, forward
+and backward, student head trained) and for what ``backend="auto"`` chooses on the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.methods import EAGER
+from benchmarks.shapes import DTYPES, headline
+
+#: Time over the matrix products alone, at most.
+OVER_FLOOR = 1.15
+#: Times faster than eager PyTorch, at least.
+TIMES_EAGER = {"fp32": 1.35, "bf16": 1.8}
+#: Extra memory as a share of eager PyTorch's, at most.
+MEMORY_SHARE = 1 / 3
+
+
+@dataclass(frozen=True)
+class Target:
+    """One promise.
+
+    Attributes:
+        promise: in words.
+        found: the figure in words.
+        holds: None where this run did not measure it.
+    """
+
+    promise: str
+    found: str
+    holds: bool | None
+
+
+def judge(record: dict[str, Any], method: str) -> list[dict[str, Any]]:
+    """Every promise, judged for the method key `method`, as dictionaries for the record."""
+    found = []
+    for dtype in DTYPES:
+        found += _speed(record.get("speed", []), method, dtype)
+        found.append(_memory(record.get("memory", []), method, dtype))
+    for dtype in DTYPES:
+        found.append(_accuracy(record.get("accuracy", []), method, dtype))
+    return [asdict(target) for target in found]
+
+
+def _speed(rows: list[dict[str, Any]], method: str, dtype: str) -> list[Target]:
+    row = _headline(rows, method, dtype)
+    least = TIMES_EAGER[dtype]
+    return [
+        _target(
+            f"{dtype}: at most {OVER_FLOOR:.2f}x the time of the matrix products alone",
+            row.get("over_floor"), "{:.2f}x", lambda x: x <= OVER_FLOOR,
+        ),
+        _target(
+            f"{dtype}: at least {least:.2f}x faster than eager PyTorch",
+            row.get("times_eager"), "{:.2f}x", lambda x: x >= least,
+        ),
+    ]  # fmt: skip
+
+
+def _memory(rows: list[dict[str, Any]], method: str, dtype: str) -> Target:
+    mine = _headline(rows, method, dtype).get("extra_bytes")
+    eager = _headline(rows, EAGER.key, dtype).get("extra_bytes")
+    return _target(
+        f"{dtype}: extra memory at most 1/3 of eager PyTorch's",
+        mine / eager if mine is not None and eager else None,
+        "{:.0%} of it", lambda x: x <= MEMORY_SHARE,
+    )  # fmt: skip
+
+
+def _accuracy(rows: list[dict[str, Any]], method: str, dtype: str) -> Target:
+    limit = "0.3%" if dtype == "bf16" else "3e-6/ε"
+    mine = [r for r in rows if r["method"] == method and r["case"]["dtype"] == dtype]
+    shares = [r["gradient"] / r["contract"] if "gradient" in r else float("nan") for r in mine]
+    return _target(
+        f"{dtype}: gradient error at most {limit} on every rung of the ladder",
+        _worst(shares), "worst rung at {:.0%} of the limit", lambda x: x <= 1,
+    )  # fmt: skip
+
+
+def _worst(shares: Iterable[float]) -> float | None:
+    """The largest, NaN if any is (a rung without a figure fails), None of nothing."""
+    shares = list(shares)
+    return max(shares, key=lambda x: (x != x, x)) if shares else None
+
+
+def _headline(rows: list[dict[str, Any]], method: str, dtype: str) -> dict[str, Any]:
+    case = asdict(headline(dtype))
+    return next((r for r in rows if r["method"] == method and r["case"] == case), {})
+
+
+def _target(
+    promise: str, value: float | None, words: str, holds: Callable[[float], bool]
+) -> Target:
+    if value is None:
+        return Target(promise, "not measured", None)
+    return Target(promise, words.format(value), holds(value))

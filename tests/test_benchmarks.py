@@ -1,0 +1,356 @@
+"""Does the benchmark suite measure what it says? Its figures are published, so they are tested."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import memory, methods, peers, readme, record, speed, targets, truth, vetting
+from benchmarks.__main__ import ROOT, main
+from benchmarks.problem import Problem, make, make_near
+from benchmarks.shapes import SUITES, Case, headline
+from mllmkd_kernels import reference
+
+TINY = SUITES["tiny"]
+#: What backend="auto" is on this machine.
+OURS = methods.ours_by_default()
+#: Vocabularies that differ, and no size a multiple of another.
+CASE = Case("test", rows=7, d_t=9, d_s=5, vocab_t=41, vocab_s=37)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The JSON of `all` on the tiny suite: every sub-command once, children included."""
+    out = tmp_path_factory.mktemp("bench")
+    only = f"floor,torch-eager,{OURS.key}"
+    assert main(["all", "--suite", "tiny", "--only", only, "--out", str(out)]) == 0
+    (path,) = out.glob("*.json")
+    return path
+
+
+# --- the figures ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_every_section_has_a_figure_for_every_method(run: Path) -> None:
+    found = record.load(run)
+    for section, methods_there in (
+        ("speed", {"floor", "torch-eager", OURS.key}),
+        ("memory", {"torch-eager", OURS.key}),
+        ("accuracy", {"torch-eager", OURS.key}),
+    ):
+        assert {row["method"] for row in found[section]} == methods_there
+        assert {row["status"] for row in found[section]} == {"ok"}, section
+    for row in found["speed"]:
+        assert len(row["seconds"]) == TINY.rounds
+        assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"]
+        if row["case"]["loss"] != "relation":
+            assert row["over_floor"] > 0 and row["times_eager"] > 0
+    for row in found["accuracy"]:
+        if row["method"] == OURS.key:
+            assert row["gradient"] <= row["contract"]
+
+
+@pytest.mark.slow
+def test_a_run_says_where_it_was_made_and_names_no_host(run: Path) -> None:
+    found = record.load(run)
+    assert found["machine"]["cpu"] and found["machine"]["cores"] >= 1
+    assert found["machine"]["torch"] == torch.__version__
+    assert "-tiny-" in run.name and not record.publishable(found)
+    text = run.read_text() + (run.with_suffix("") / "report.md").read_text()
+    assert str(ROOT) not in text
+    if len(platform.node()) > 3:
+        assert platform.node() not in text
+
+
+@pytest.mark.slow
+def test_the_report_shows_every_figure_it_links(run: Path) -> None:
+    folder = run.with_suffix("")
+    page = (folder / "report.md").read_text()
+    for name in ("time_over_floor", "memory_against_rows", "accuracy_ladder"):
+        assert f"({name}.png)" in page
+        assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert page.count("not measured") == 6  # the promises are about the headline shape
+
+
+def test_ratios_are_formed_within_a_round() -> None:
+    # The machine is ten times slower in round 2: medians of seconds would say 2.5, no round does.
+    seconds = {"mine": [2.0, 20.0, 3.0], "floor": [1.0, 10.0, 1.2], "torch-eager": [4.0, 40.0, 6.0]}
+    row = speed.figures(CASE, seconds["mine"], seconds)
+    assert row["median_s"] == 3.0
+    assert row["over_floor"] == 2.0
+    assert row["times_eager"] == 2.0
+
+
+def test_a_method_without_floor_has_no_ratio() -> None:
+    row = speed.figures(CASE, [1.0, 2.0], {"mine": [1.0, 2.0]})
+    assert row["over_floor"] is None and row["times_eager"] is None
+
+
+def test_floor_flops_of_the_headline_are_the_four_products() -> None:
+    # Student logits, dh, dw over Ds 896 and teacher logits over Dt 2048.
+    assert headline("fp32").floor_flops == 2 * 1024 * 65536 * (3 * 896 + 2048)
+    frozen = replace(headline("fp32"), train_head=False)
+    assert frozen.floor_flops == 2 * 1024 * 65536 * (2 * 896 + 2048)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux /proc")
+def test_peak_rise_sees_memory_that_is_already_free_again() -> None:
+    mib = 2**20
+    rise = memory.peak_rise(lambda: [torch.ones(64 * mib // 4), None][1])
+    assert 62 * mib < rise < 72 * mib
+    assert memory.peak_rise(lambda: None) < 2 * mib
+
+
+# --- the truth, and what is not measured ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["ce+kl", "ce", "kl", "relation"])
+@pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
+def test_truth_is_the_reference_in_fp64(loss: str, train_head: bool) -> None:
+    problem = make(replace(CASE, loss=loss, train_head=train_head))
+    h, w = problem.hs.detach().double(), problem.ws.detach().double()
+    h.requires_grad_(True), w.requires_grad_(True)
+    vocab = problem.case.vocab
+    z_s = reference.logits(h, w, vocab_size=vocab)
+    z_t = None
+    if loss != "ce":
+        ht, wt = problem.teacher()
+        z_t = reference.logits(ht.double(), wt.double(), vocab_size=vocab)
+    if loss == "relation":
+        assert z_t is not None
+        expected = reference.relation_cosine(z_s, z_t, torch.tensor([0, 7]))
+    else:
+        _, ce, kd = reference.linear_distill(
+            z_s, z_t, problem.labels if loss != "kl" else None, ce_weight=1.0
+        )
+        expected = ce.mean() + kd.mean()
+    expected.backward()
+    found = truth.truth(problem)
+    assert torch.allclose(found.loss, expected, rtol=1e-12)
+    assert h.grad is not None and truth.relative(found.dh, h.grad) < 1e-12
+    if train_head:
+        assert w.grad is not None and found.dw is not None
+        assert truth.relative(found.dw, w.grad) < 1e-12
+    else:
+        assert found.dw is None
+
+
+@pytest.mark.parametrize("loss", ["ce+kl", "ce", "kl", "relation"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_plain_pytorch_and_ours_compute_the_same_loss(loss: str, dtype: str) -> None:
+    case = replace(CASE, loss=loss, dtype=dtype)
+    verdicts = vetting.Vetting().verdicts([methods.EAGER, *methods.OURS], case)
+    for key, verdict in verdicts.items():
+        assert verdict.status in ("ok", "missing"), (key, verdict.reason)
+    assert verdicts["torch-eager"].status == verdicts["mk-eager"].status == "ok"
+
+
+def _broken(run: methods.Run | None, key: str, missing: str = "") -> methods.Method:
+    def build(problem: Problem) -> methods.Run:
+        right = methods.EAGER.build(problem)
+
+        def half() -> torch.Tensor | None:
+            loss = right()
+            assert problem.hs.grad is not None
+            problem.hs.grad *= 0.5
+            return loss
+
+        return run or half
+
+    return methods.Method(key, key, frozenset({"ce+kl"}), build, lambda: missing)
+
+
+def test_a_method_that_is_wrong_fails_or_is_missing_becomes_a_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def out_of_memory() -> None:
+        raise RuntimeError("no memory left")
+
+    peer = replace(peers.PEERS[0], module="no_such_module")
+    unusable = (
+        _broken(None, "half-gradient"),
+        _broken(out_of_memory, "raises"),
+        _broken(lambda: None, "returns-nothing"),
+        _broken(None, "absent", peer.missing()),
+    )
+    monkeypatch.setattr(methods, "METHODS", (methods.EAGER, *unusable))
+    suite = replace(TINY, speed=(CASE,))
+    rows = {r["method"]: r for r in speed.measure(suite, (), 1, vetting.Vetting(), lambda _: None)}
+    assert rows["torch-eager"]["status"] == "ok"
+    assert rows["half-gradient"]["status"] == "wrong"
+    assert "gradient off by" in rows["half-gradient"]["reason"]
+    assert (rows["raises"]["status"], rows["raises"]["reason"]) == (
+        "failed", "RuntimeError: no memory left",
+    )  # fmt: skip
+    assert rows["returns-nothing"]["status"] == "failed"
+    assert rows["absent"]["status"] == "missing" and "no_such_module" in rows["absent"]["reason"]
+    assert all("median_s" not in rows[method.key] for method in unusable)
+
+
+def test_a_nan_is_wrong() -> None:
+    assert truth.verdict(truth.Errors(float("nan"), 0.0, 0.0), "bf16")
+    assert truth.verdict(truth.Errors(0.0, float("nan"), None), "bf16")
+    assert not truth.verdict(truth.Errors(0.0, 0.0, None), "bf16")
+
+
+def test_a_ladder_needs_equal_shapes() -> None:
+    with pytest.raises(ValueError, match="D 5 and 9"):
+        make_near(CASE, 0.1)
+
+
+# --- promises ------------------------------------------------------------------------------------
+
+
+def _record(**changes: Any) -> dict[str, Any]:
+    """A publishable record with figures that keep every promise, unless changed."""
+    figures = {"over_floor": 1.1, "times_eager": 2.0, "extra": 100, "share": 0.5} | changes
+    speed_rows, memory_rows, accuracy_rows = [], [], []
+    for dtype in ("fp32", "bf16"):
+        case = asdict(headline(dtype))
+        for method in (methods.EAGER, methods.OURS[-1]):
+            ours = method is not methods.EAGER
+            same = {"case": case, "method": method.key, "label": method.label, "status": "ok"}
+            speed_rows.append(
+                same
+                | {"median_s": 1.0, "over_floor": figures["over_floor"] if ours else 2.2,
+                   "times_eager": figures["times_eager"] if ours else 1.0}
+            )  # fmt: skip
+            memory_rows.append(same | {"extra_bytes": figures["extra"] if ours else 300})
+            ladder = {"case": case | {"loss": "kl"}, "epsilon": 0.1, "contract": 1e-3}
+            accuracy_rows.append(same | ladder | {"gradient": figures["share"] * 1e-3})
+    return record.new(replace(TINY, name="cpu"), 5) | {
+        "speed": speed_rows, "memory": memory_rows, "accuracy": accuracy_rows,
+        "judged_method": "mk-eager", "judged": "ours", "targets": [],
+    }  # fmt: skip
+
+
+def test_promises_that_hold() -> None:
+    found = targets.judge(_record(), "mk-eager")
+    assert len(found) == 8
+    assert all(target["holds"] is True for target in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "fail"),
+    [
+        ({"over_floor": 1.16}, 2),
+        ({"times_eager": 1.5}, 1),  # enough for fp32, not for bf16
+        ({"times_eager": 1.3}, 2),
+        ({"extra": 101}, 2),
+        ({"share": 1.01}, 2),
+        ({"share": float("nan")}, 2),
+    ],
+)
+def test_promises_that_do_not_hold(change: dict[str, float], fail: int) -> None:
+    found = targets.judge(_record(**change), "mk-eager")
+    assert sum(target["holds"] is False for target in found) == fail
+
+
+def test_a_promise_that_was_not_measured_is_neither() -> None:
+    found = targets.judge(_record() | {"speed": [], "memory": [], "accuracy": []}, "mk-eager")
+    assert {target["holds"] for target in found} == {None}
+
+
+# --- records and the README ----------------------------------------------------------------------
+
+
+def test_only_whole_runs_are_published_and_the_newest_by_its_own_date(tmp_path: Path) -> None:
+    assert record.newest(tmp_path) is None
+    whole = _record()
+    for date in ("2026-03-01T00:00:00Z", "2026-01-01T00:00:00Z"):  # the older is written last
+        record.save(whole | {"date": date}, tmp_path)
+    part = {name: value for name, value in whole.items() if name != "memory"}
+    for other in (
+        part,
+        whole | {"suite": "quick"},
+        whole | {"only": ["floor"]},
+        whole | {"rounds": 4},
+    ):
+        record.save(other | {"date": "2026-09-01T00:00:00Z"}, tmp_path)
+    newest = record.newest(tmp_path)
+    assert newest is not None and newest.name.endswith("2026-03-01.json")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 0}'])
+def test_a_file_that_is_no_record_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "odd.json").write_text(text)
+    with pytest.raises(ValueError, match=r"odd\.json"):
+        record.load(tmp_path / "odd.json")
+
+
+def test_readme_is_rewritten_and_then_current(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = record.save(_record(), tmp_path)
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{readme.BEGIN}\ntyped by hand\n{readme.END}\nafter\n")
+    command = ["readme", "--json", str(path), "--readme", str(page)]
+    assert main([*command, "--check"]) == 1
+    assert "stale" in capsys.readouterr().out
+    assert main(command) == 0
+    assert main([*command, "--check"]) == 0
+    text = page.read_text()
+    assert text.startswith(f"before\n{readme.BEGIN}\n") and text.endswith(f"{readme.END}\nafter\n")
+    assert "typed by hand" not in text
+    assert "| mllmkd_kernels, eager backend | 1.00 s | 1.10x | 2.00x | 0 MiB |" in text
+
+
+@pytest.mark.parametrize(
+    "text", ["", readme.BEGIN, readme.END + readme.BEGIN, 2 * (readme.BEGIN + readme.END)]
+)
+def test_readme_without_its_markers_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="bench:begin"):
+        readme.rewritten(text, "new")
+
+
+def test_the_readme_of_this_repository_is_current() -> None:
+    path = record.newest(record.RESULTS)
+    if path is None:
+        pytest.skip("no full run has been published under benchmarks/results yet")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.rewritten(text, readme.block(path, ROOT)) == text, (
+        "README.md is stale or was edited by hand: python -m benchmarks readme"
+    )
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def test_an_unknown_method_is_refused_before_anything_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["speed", "--suite", "tiny", "--only", "floor,nobody"]) == 2
+    assert "got nobody, expected some of floor" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize("rounds", ["0", "-1", "many"])
+def test_rounds_are_positive(rounds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["speed", "--rounds", rounds])
+    assert "expected a positive number" in capsys.readouterr().err
+
+
+def test_help_names_every_command_and_method(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for word in ("speed", "memory", "accuracy", "all", "readme", *(m.key for m in methods.METHODS)):
+        assert word in text
+
+
+@pytest.mark.parametrize("command", ["speed", "accuracy"])
+def test_one_section_alone(command: str, tmp_path: Path) -> None:
+    out = ["--suite", "tiny", "--only", "torch-eager,mk-eager", "--rounds", "1"]
+    assert main([command, *out, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    assert f"-tiny-{command}-" in path.name
+    found = json.loads(path.read_text())
+    assert [name for name in record.SECTIONS if name in found] == [command]
