@@ -86,12 +86,13 @@ $(DEPS_STAMP): $(VENV_STAMP) pyproject.toml constraints.txt
 
 # Compiled in place and by setup.py itself rather than through pip: ninja then compiles only what
 # changed, and a missing compiler is reported on the terminal, where pip would swallow the message.
+# torch looks for ninja on PATH only, and without it compiles one file after another.
 # The old module goes first, so that a failed build leaves none rather than one that is out of date.
 # FORCE: without a built module (no compiler yet, or a mistake in csrc/) every run tries again.
 $(EXT_STAMP): $(DEPS_STAMP) setup.py $(SOURCES) $(if $(wildcard mllmkd_kernels/_C*.so),,FORCE)
-	$(SAY) "Building the C++ extension (about a minute the first time)"
+	$(SAY) "Building the C++ extension (a minute or two the first time)"
 	@rm -f mllmkd_kernels/_C*.so
-	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
 FORCE:
