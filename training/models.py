@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -104,9 +105,12 @@ def load_model(
     _expect_llava(path)
     try:
         model, info = LlavaForConditionalGeneration.from_pretrained(
-            path, output_loading_info=True, dtype="auto"
+            path,
+            output_loading_info=True,
+            dtype="auto",
+            ignore_mismatched_sizes=True,  # reported below, by key, instead of in a log
         )
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be loaded as a LLaVA model: {error}") from error
     faults = {
         name: sorted(map(str, keys)) for name, keys in info.items() if name in _FAULTS and keys
