@@ -106,23 +106,24 @@ def workspace(value: float | None) -> float:
 
 
 def row_weight(name: str, value: float | Tensor, rows: int, like: Tensor) -> Tensor | None:
-    """A weight per row (N,) in fp32 (fp64 beside fp64 rows); a float stands for all rows, 0.0
-    for none.
+    """A weight per row (N,), on the device of `like`; a float stands for all rows, 0.0 for none.
+    The caller narrows it to the accumulation dtype, which depends on the teacher too.
     """
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if isinstance(value, Tensor):
         if value.ndim != 1 or value.shape[0] != rows:
             raise ValueError(
                 f"{name}: expected a number or shape ({rows},), got {tuple(value.shape)}"
             )
         same_device(name, value, "hidden", like)
-        return value.to(dtype)
+        return value
     if not isinstance(value, int | float):
         raise TypeError(
             f"{name}: expected a number or a tensor of shape ({rows},), got {type(value).__name__}"
         )
     return (
-        None if value == 0 else torch.full((rows,), float(value), dtype=dtype, device=like.device)
+        None
+        if value == 0
+        else torch.full((rows,), float(value), dtype=torch.float64, device=like.device)
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mllmkd_kernels import checks, ops
+from mllmkd_kernels.backends.eager import accumulation_dtype
 from mllmkd_kernels.divergence import Divergence
 
 
@@ -125,9 +126,11 @@ def fused_linear_distill(
     teacher = (teacher_hidden, teacher_weight, teacher_bias)
     ht, wt, bt = autocast(*(None if t is None else t.detach() for t in teacher))
     assert hs is not None and ws is not None
+    acc = accumulation_dtype(hs, ws, bs, ht, wt, bt)
     loss, ce, kd, *_ = ops.linear_distill(
         hs, ws, bs, ht, wt, bt,
-        labels if ce_rows is not None else None, ce_rows, kd_rows,
+        labels if ce_rows is not None else None,
+        *(None if w is None else w.to(acc) for w in (ce_rows, kd_rows)),
         table.name, table.param, checks.temperature(temperature),
         checks.softcap("student_softcap", student_softcap),
         checks.softcap("teacher_softcap", teacher_softcap),
