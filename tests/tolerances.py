@@ -34,13 +34,19 @@ TOLERANCES: dict[str, Tolerance] = {
         4, 3e-6, "fp32 logits carry 1e-7 · √D, through exp and a product over V columns"
     ),
     "16-bit gradient": Tolerance(
-        4, 3e-3, "the contract: one rounding to bf16 is 0.17% in the mean, a second one of dz 0.14%"
+        4,
+        5e-3,
+        "two roundings to bf16, of dz and of the result, are 0.24% where many entries "
+        "average and up to 0.39% each where few do, as in one row; the ladder grants 0.3%",
     ),
     "relation": Tolerance(
         4, 1e-5, "1 − cos of fp32 entries of R: 1e-7 · √2·loss / loss for a loss of 1e-3 and above"
     ),
     "vanishing": Tolerance(
         0, 1e-6, "what is 0 but for cancellation comes out as fp32 rounding of what cancels"
+    ),
+    "vanishing 16-bit": Tolerance(
+        0, 5e-3, "and as 16-bit rounding of it where dz is 16-bit: its columns then sum to that"
     ),
 }
 
@@ -97,7 +103,8 @@ def check(
     error = relative_error(got, want)
     granted = floor + (0.0 if naive is None else k * _finite(relative_error(naive, want)))
     if want.isfinite().all() and want.double().norm() < 1e-9 * cancels:
-        granted, why = TOLERANCES["vanishing"].floor * cancels, TOLERANCES["vanishing"].why
+        _, floor, why = TOLERANCES["vanishing 16-bit" if "16-bit" in row else "vanishing"]
+        granted = floor * cancels
         error = (got.double() - want.double()).norm().item()
     assert error <= granted, f"{what}: error {error:.3g} > {granted:.3g} ({row}: {why})"
 
