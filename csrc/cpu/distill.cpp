@@ -1,0 +1,239 @@
+// Cross-entropy and divergence from hidden states, with gradients: two sweeps over the vocabulary per chunk of rows.
+//
+//   sweep 1  tiles of z_s and z_t are multiplied, kept (2·C·V numbers, the whole workspace), and reduced to
+//            log-sum-exps while still in cache;
+//   sweep 2  with the log-sum-exps known, tiles are read back and become loss terms (second-order small where the
+//            models agree) and G = dL/dz, which is multiplied into dH and dW at once and never stored.
+// Divergences whose gradient needs Σ q g take a sweep of values in between. All reductions over tiles are in double.
+#include <ATen/Parallel.h>
+
+#include <cmath>
+
+#include "gradients.h"
+#include "labels.h"
+#include "softmax_stats.h"
+
+namespace mllmkd {
+namespace {
+
+Divergence divergence_of(std::string_view name) {
+  static constexpr std::string_view names[] = {
+      "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation", "soft_cross_entropy"};
+  for (int i = 0; i < 7; ++i) {
+    if (name == names[i]) return static_cast<Divergence>(i);
+  }
+  TORCH_CHECK_VALUE(false, "divergence: got '", name, "', expected forward_kl, reverse_kl, jsd, skew_forward_kl, ",
+                    "skew_reverse_kl, total_variation or soft_cross_entropy");
+}
+
+struct Options {
+  Divergence divergence;
+  double param, temperature, cap_s, cap_t;
+  int64_t vocab, ignore_index;
+  Wanted wanted;
+};
+
+template <class T>
+class Distill {
+ public:
+  Distill(const at::Tensor& hs, const at::Tensor& ws, const Optional& bs, const Optional& ht, const Optional& wt,
+          const Optional& bt, const Options& o, int64_t chunk, bool many)
+      : o_(o),
+        kernels_(kernels<T>()),
+        chunk_(chunk),
+        tiles_(tiles_of(o.vocab)),
+        panels_(chunk / kernels_.panel),
+        student_(hs, ws, bs, o.cap_s, o.vocab, chunk, "student"),
+        stats_s_(tiles_, chunk, static_cast<T>(1 / o.temperature), true),
+        stats_t_(tiles_, chunk, static_cast<T>(1 / o.temperature), false),
+        rows_(chunk),
+        gradients_(hs, ws, o.vocab, chunk, many, o.wanted),
+        mean_(chunk),
+        values_(tiles_, chunk * sizeof(T)),
+        slopes_(tiles_, chunk * sizeof(T)) {
+    if (ht) teacher_.emplace(*ht, *wt, bt, o.cap_t, o.vocab, chunk, "teacher");
+    const int64_t bytes = kTile * kernels_.panel * sizeof(T);
+    z_s_ = Buffer(tiles_ * panels_, bytes);
+    if (ht) z_t_ = Buffer(tiles_ * panels_, bytes);
+  }
+
+  void run_chunk(int64_t row, int64_t count, const int64_t* labels, const T* ce, const T* kd, bool last) {
+    used_panels_ = (count + kernels_.panel - 1) / kernels_.panel;
+    student_.load(row, count);
+    if (teacher_) teacher_->load(row, count);
+    rows_.load(row, count, labels, ce, kd, o_.ignore_index);
+    ce_ = labels != nullptr;
+    sweep_logits();
+    const bool early = teacher_ && (needs_mean(o_.divergence) || !o_.wanted.any());
+    if (early) sweep_losses(true, false);
+    if (!o_.wanted.any()) return;
+    gradients_.load(row, count, rows_.live.get(), last);
+    sweep_losses(!early && teacher_, true);
+    gradients_.finish_chunk();
+  }
+
+  // Per-row results of the last chunk.
+  double ce(int64_t c) const { return static_cast<double>(stats_s_.lse_plain()[c]) - rows_.label_logit[c]; }
+  double kd(int64_t c) const { return total(values_, c); }
+  const ChunkRows<T>& rows() const { return rows_; }
+  Gradients<T>& gradients() { return gradients_; }
+
+ private:
+  T* tile(const Buffer& z, int64_t v, int64_t panel) { return z.part<T>(v / kTile * panels_ + panel); }
+  int tile_rows(int64_t tile) const { return static_cast<int>(std::min<int64_t>(kTile, o_.vocab - tile * kTile)); }
+  double total(const Buffer& tiles, int64_t c) const {
+    double sum = 0;
+    for (int64_t i = 0; i < tiles_; ++i) sum += tiles.part<T>(i)[c];
+    return sum;
+  }
+
+  // f(first vocabulary row, rows, first panel, panels, thread) for every block of every tile.
+  template <class F>
+  void for_blocks(const Product<T>& product, const F& f) {
+    const int64_t step = product.depth / kernels_.panel;
+    at::parallel_for(0, tiles_, 1, [&](int64_t begin, int64_t end) {
+      const int thread = at::get_thread_num();
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t p = 0; p < used_panels_; p += step) {
+          f(i * kTile, tile_rows(i), p, std::min(step, used_panels_ - p), thread);
+        }
+      }
+      if (product.release) product.release();
+    });
+  }
+
+  void sweep_logits() {
+    for_blocks(student_.product(), [&](int64_t v, int m, int64_t p, int64_t n, int thread) {
+      logits_block(student_, stats_s_, z_s_, v, m, p, n, thread);
+      const int panel = kernels_.panel;
+      rows_.with_label_in(v, m, p * panel, n * panel, [&](int64_t c, int64_t label) {
+        rows_.label_logit[c] = tile(z_s_, v, c / panel)[(label - v) * panel + c % panel];
+      });
+    });
+    stats_s_.merge();
+    if (!teacher_) return;
+    for_blocks(teacher_->product(), [&](int64_t v, int m, int64_t p, int64_t n, int thread) {
+      logits_block(*teacher_, stats_t_, z_t_, v, m, p, n, thread);
+    });
+    stats_t_.merge();
+  }
+
+  void logits_block(
+      const Head<T>& head, SoftmaxStats<T>& stats, const Buffer& z, int64_t v, int m, int64_t p, int64_t n,
+      int thread) {
+    head.products(v, m, p, n, thread, tile(z, v, p));
+    for (int64_t i = p; i < p + n; ++i) stats.add(head, v, m, i, tile(z, v, i));
+  }
+
+  void sweep_losses(bool values, bool gradients) {
+    for_blocks(student_.product(), [&](int64_t v, int m, int64_t p, int64_t n, int thread) {
+      for (int64_t i = p; i < p + n; ++i) {
+        loss_panel(v, m, i, values, gradients ? gradients_.panel(thread) : nullptr);
+        if (gradients) gradients_.add_panel(v, m, i - p, thread);
+      }
+      if (gradients) gradients_.multiply(v, m, p, n, thread);
+    });
+    for (int64_t c = 0; values && c < chunk_; ++c) mean_[c] = static_cast<T>(total(slopes_, c));
+  }
+
+  void loss_panel(int64_t v, int m, int64_t i, bool values, T* g) {
+    const int panel = kernels_.panel;
+    const int64_t c0 = i * panel;
+    const T scale = static_cast<T>(1 / o_.temperature);
+    LossJob<T> job{};
+    job.divergence = teacher_ ? o_.divergence : Divergence::none;
+    job.param = static_cast<T>(o_.param);
+    job.z_s = tile(z_s_, v, i), job.z_t = teacher_ ? tile(z_t_, v, i) : nullptr, job.rows = m;
+    job.scale = scale, job.ce_scale = 1, job.cap = student_.cap();
+    job.ce = ce_, job.shared = teacher_ && scale == 1;
+    job.lse_s = stats_s_.lse() + c0, job.lse_ce = stats_s_.lse_plain() + c0;
+    job.lse_t = (teacher_ ? stats_t_.lse() : stats_s_.lse()) + c0;
+    job.ce_weight = rows_.ce_weight.data() + c0, job.kd_weight = rows_.kd_weight.data() + c0;
+    job.mean = mean_.data() + c0;
+    if (values) job.value = values_.part<T>(v / kTile) + c0, job.slope = slopes_.part<T>(v / kTile) + c0;
+    job.g = g;
+    kernels_.loss(job);
+    if (g) subtract_one_hot(rows_, job, v, m, c0, panel);
+  }
+
+  const Options o_;
+  const Kernels<T>& kernels_;
+  const int64_t chunk_, tiles_, panels_;
+  int64_t used_panels_ = 0;
+  bool ce_ = false;
+  Head<T> student_;
+  std::optional<Head<T>> teacher_;
+  SoftmaxStats<T> stats_s_, stats_t_;
+  ChunkRows<T> rows_;
+  Gradients<T> gradients_;
+  std::vector<T> mean_;      // (chunk) Σ q g
+  Buffer values_, slopes_;   // (tiles) of (chunk)
+  Buffer z_s_, z_t_;         // (tiles, panels) of (kTile, panel)
+};
+
+using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+template <class T>
+const T* weights(const Optional& x, int64_t rows, const char* name) {
+  if (!x) return nullptr;
+  TORCH_CHECK_TYPE(
+      x->scalar_type() == c10::CppTypeToScalarType<T>::value, name, ": got dtype ", x->scalar_type(), ", expected ",
+      c10::CppTypeToScalarType<T>::value);
+  TORCH_CHECK_VALUE(
+      x->dim() == 1 && x->size(0) == rows && x->is_contiguous(), name, ": got shape ", x->sizes(), ", expected (",
+      rows, ",) and contiguous");
+  return x->template const_data_ptr<T>();
+}
+
+template <class T>
+Result run(const at::Tensor& hs, const at::Tensor& ws, const Optional& bs, const Optional& ht, const Optional& wt,
+           const Optional& bt, const Optional& labels, const Optional& ce_weight, const Optional& kd_weight,
+           const Options& o, int64_t chunk_rows) {
+  const int64_t rows = hs.size(0);
+  const auto real = c10::CppTypeToScalarType<T>::value;
+  const Chunks chunks(rows, chunk_rows, kernels<T>().panel);
+  const T* ce_w = weights<T>(ce_weight, rows, "ce_weight");
+  const T* kd_w = weights<T>(kd_weight, rows, "kd_weight");
+  const at::Tensor label = labels ? labels->contiguous() : at::Tensor();
+  at::Tensor loss = at::zeros({}, real), ce = at::zeros({rows}, real), kd = at::zeros({rows}, real);
+  T* ce_out = ce.mutable_data_ptr<T>();
+  T* kd_out = kd.mutable_data_ptr<T>();
+  Distill<T> distill(hs, ws, bs, ht, wt, bt, o, chunks.padded, chunks.count > 1);
+  double sum = 0;
+  for (int64_t row = 0; row < rows; row += chunks.rows) {
+    const int64_t count = std::min(chunks.rows, rows - row);
+    distill.run_chunk(
+        row, count, label.defined() ? label.const_data_ptr<int64_t>() : nullptr, ce_w, kd_w, row + count == rows);
+    for (int64_t c = 0; c < count; ++c) {
+      const ChunkRows<T>& r = distill.rows();
+      if (r.label[c] >= 0) ce_out[row + c] = static_cast<T>(distill.ce(c));
+      if (ht) kd_out[row + c] = static_cast<T>(distill.kd(c));
+      if (r.ce_weight[c] != 0) sum += static_cast<double>(r.ce_weight[c]) * ce_out[row + c];
+      if (ht && r.kd_weight[c] != 0) sum += static_cast<double>(r.kd_weight[c]) * kd_out[row + c];
+    }
+  }
+  loss.fill_(sum);
+  Gradients<T>& g = distill.gradients();
+  return {loss, ce, kd, g.dh, g.dw, g.db};
+}
+
+}  // namespace
+
+Result distill_rows(
+    const at::Tensor& hs, const at::Tensor& ws, const Optional& bs, const Optional& ht, const Optional& wt,
+    const Optional& bt, const Optional& labels, const Optional& ce_weight, const Optional& kd_weight,
+    std::string_view divergence, double param, double temperature, double cap_s, double cap_t, int64_t vocab,
+    int64_t ignore_index, bool want_dh, bool want_dw, bool want_db, int64_t chunk_rows) {
+  TORCH_CHECK_VALUE(ht.has_value() == wt.has_value(), "teacher: hidden states and weight come together");
+  TORCH_CHECK_VALUE(!ht || ht->size(0) == hs.size(0), "rows: student has ", hs.size(0), ", teacher ",
+                    ht ? ht->size(0) : 0);
+  TORCH_CHECK_VALUE(temperature > 0, "temperature: got ", temperature, ", expected a positive number");
+  if (labels) check_labels(*labels, hs.size(0), vocab, ignore_index);
+  const Options o{divergence_of(divergence), param, temperature, cap_s, cap_t, vocab, ignore_index,
+                  {want_dh, want_dw, want_db}};
+  const auto f64 = [](const Optional& x) { return x && x->scalar_type() == at::kDouble; };
+  const auto chosen = f64(hs) || f64(ws) || f64(bs) || f64(ht) || f64(wt) || f64(bt) ? run<double> : run<float>;
+  return chosen(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, o, chunk_rows);
+}
+
+}  // namespace mllmkd

@@ -1,0 +1,115 @@
+// What can one processor do to one tile? The table of functions that is compiled once per instruction set.
+//
+// A tile is a block of vocabulary rows times a block of tokens. Logits are kept transposed and in panels: `panel`
+// tokens side by side, one line of `panel` numbers per vocabulary row. So a lane of a vector register is a token,
+// every reduction over the vocabulary is a plain vertical sum, and the same bytes are what the matrix products read.
+//
+// Two operand formats, both in the element type of the product (float, double or bf16):
+//   left   rows × depth, depth contiguous, row stride `stride` (a constant, so that addresses are immediates and
+//          no two rows fall into the same cache set, whatever the hidden size is);
+//   right  one panel: depth × panel, for bf16 two consecutive depths interleaved (what a bf16 dot product reads).
+// Depths are padded with zeros to an even number.
+//
+// Legend: V vocabulary, C chunk rows (tokens), D hidden size; m, n, k the sizes of one product.
+#pragma once
+
+#include <cstdint>
+
+namespace mllmkd {
+
+enum class Dtype : int { f32, f64, bf16, f16 };
+
+enum class Divergence : int {
+  forward_kl,
+  reverse_kl,
+  jsd,
+  skew_forward_kl,
+  skew_reverse_kl,
+  total_variation,
+  soft_cross_entropy,
+  none,  // no teacher: only the cross-entropy
+};
+
+// Packing and multiplying in one element type; sums are always T.
+template <class T>
+struct Product {
+  const char* name;
+  int element_size;  // bytes of a packed element
+  int depth;         // largest k of one call
+  int stride;        // elements between rows of a left operand, > depth
+  // src (m, k), k contiguous, `ld` elements between rows
+  void (*pack_left)(Dtype dtype, const void* src, int64_t ld, int m, int k, void* dst);
+  // one panel from src (k, n), n contiguous; n <= panel, the rest is zero
+  void (*pack_right)(Dtype dtype, const void* src, int64_t ld, int k, int n, void* dst);
+  // one panel from src (n, k), k contiguous
+  void (*pack_right_t)(Dtype dtype, const void* src, int64_t ld, int k, int n, void* dst);
+  // a gradient panel (m, panel) as `panel` columns of a left operand, and transposed as `panel` rows of one
+  void (*store_left)(const T* g, int m, void* dst);
+  void (*store_left_t)(const T* g, int m, void* dst);
+  // c (m, panel) (+)= a (m, k) · b (k, panel)
+  void (*multiply)(int m, int k, const void* a, const void* b, T* c, int64_t ldc, bool add);
+  // called by each thread after its last product of a parallel region (AMX tiles are a state to give back), or null
+  void (*release)() = nullptr;
+};
+
+// One panel of logits (v rows of `panel` tokens) made final, and its part of the softmax statistics.
+template <class T>
+struct StatsJob {
+  T* z;  // in: products h·w; out: logits with bias and soft-cap
+  int rows;
+  const T* bias;  // (rows) or null
+  T cap;          // 0: none
+  T scale;        // 1/T
+  bool plain;     // also the sum at temperature 1
+  T* max;         // (panel) of z; null: only the logits are wanted
+  T* sum;         // (panel) Σ exp(scale · (z − max))
+  T* sum_plain;   // (panel) Σ exp(z − max)
+};
+
+// What the loss of a panel needs besides the logits; per-token arrays point at the panel's first token.
+template <class T>
+struct LossJob {
+  Divergence divergence;
+  T param;
+  const T* z_s;
+  const T* z_t;  // null: no teacher
+  int rows;
+  T scale;             // 1/T of the divergence
+  T ce_scale;          // 1/T of the cross-entropy
+  T cap;               // the student's soft-cap, 0: none
+  bool ce;             // any cross-entropy at all
+  bool shared;         // the cross-entropy's softmax is the divergence's
+  const T* lse_s;      // at `scale`
+  const T* lse_t;      // at `scale`
+  const T* lse_ce;     // at `ce_scale`
+  const T* ce_weight;  // 0 switches the term off, NaN or not
+  const T* kd_weight;
+  const T* mean;  // Σ q g / Σ q, for divergences whose gradient needs it
+  T* value;       // out (panel): this tile's part of D, null: not wanted
+  T* slope;       // out (panel): this tile's part of Σ q g
+  T* g;           // out (rows, panel): dL/dz without the one-hot part, null: not wanted
+};
+
+template <class T>
+struct Kernels {
+  const char* name;
+  int panel;
+  Product<T> product;
+  void (*stats)(const StatsJob<T>& job);
+  void (*loss)(const LossJob<T>& job);
+};
+
+// Gradients that are q − p need no Σ q g first.
+constexpr bool needs_mean(Divergence d) {
+  return d != Divergence::forward_kl && d != Divergence::soft_cross_entropy && d != Divergence::none;
+}
+
+// The tables of the instruction sets this build has; isa.cpp chooses.
+const Kernels<float>& kernels_default_f32();
+const Kernels<double>& kernels_default_f64();
+const Kernels<float>& kernels_avx2_f32();
+const Kernels<float>& kernels_avx512_f32();
+const Product<float>& product_avx512_bf16();
+const Product<float>& product_amx_bf16();
+
+}  // namespace mllmkd

@@ -1,0 +1,129 @@
+// The row maths of one panel: statistics of the logits, then loss terms and their gradient. Lanes are tokens.
+//
+// Sums run over the tile's vocabulary rows in T; the driver adds tiles in double, in a fixed order.
+#pragma once
+
+#include <limits>
+
+#include "divergence_terms.h"
+
+namespace mllmkd::CPU_CAPABILITY {
+namespace {
+
+// Logits final in place (bias, soft-cap), then max and Σ exp of every token over this tile. The maximum is the
+// tile's own, so one tile needs no other; a tile of −inf only gives (−inf, 0); NaN and +inf give NaN sums.
+template <class T>
+void stats_panel(const StatsJob<T>& job) {
+  using V = Vec<T>;
+  constexpr int W = V::size(), panel = 2 * W;
+  constexpr T inf = std::numeric_limits<T>::infinity();
+  const V cap(job.cap), inverse_cap(job.cap != 0 ? 1 / job.cap : 0), scale(job.scale), zero(T(0));
+  for (int lane = 0; lane < panel; lane += W) {
+    T* z = job.z + lane;
+    V max(-inf);
+    for (int v = 0; v < job.rows; ++v) {
+      V x = V::loadu(z + v * panel);
+      const V hidden_inf = x - x;  // NaN where a hidden state was not finite: tanh would hide it
+      if (job.bias) x = x + V(job.bias[v]);
+      if (job.cap != 0) x = cap * tanh_of(x * inverse_cap) + hidden_inf;
+      if (job.bias || job.cap != 0) x.store(z + v * panel);
+      max = at::vec::maximum(max, x);
+    }
+    if (!job.max) continue;
+    const V offset = select(max, zero, max == V(-inf));
+    V sum(T(0)), sum_plain(T(0));
+    for (int v = 0; v < job.rows; ++v) {
+      const V x = V::loadu(z + v * panel) - offset;
+      sum = sum + exp_of(x * scale);
+      if (job.plain) sum_plain = sum_plain + exp_of(x);
+    }
+    max.store(job.max + lane);
+    sum.store(job.sum + lane);
+    sum_plain.store(job.sum_plain + lane);
+  }
+}
+
+// d(logit)/d(product): 1 − (z/c)² of a soft-capped head.
+template <class V>
+inline V cap_factor(const V& z, const V& inverse_cap) {
+  const V r = z * inverse_cap;
+  return V(static_cast<typename V::value_type>(1)) - r * r;
+}
+
+// One half of a panel. `Values`: sum D and Σ q g; `Gradient`: write g.
+template <Divergence D, bool Values, bool Gradient, class T>
+void loss_lanes(const LossJob<T>& job, int lane) {
+  using V = Vec<T>;
+  constexpr int panel = 2 * V::size();
+  const V zero(T(0)), scale(job.scale), ce_scale(job.ce_scale);
+  const V inverse_cap(job.cap != 0 ? 1 / job.cap : 0);
+  const V kd_weight = V::loadu(job.kd_weight + lane), ce_weight = V::loadu(job.ce_weight + lane);
+  const V kd_factor = kd_weight * scale, ce_factor = ce_weight * ce_scale;
+  const V no_kd = kd_weight == zero, no_ce = ce_weight == zero;
+  const V lse_s = V::loadu(job.lse_s + lane), lse_t = V::loadu(job.lse_t + lane);
+  const V lse_ce = V::loadu(job.lse_ce + lane), mean = V::loadu(job.mean + lane);
+  V value(T(0)), slope(T(0));
+  for (int v = 0; v < job.rows; ++v) {
+    const V z = V::loadu(job.z_s + v * panel + lane);
+    V g = zero, q = zero;
+    if constexpr (D != Divergence::none) {
+      const V b = V::loadu(job.z_t + v * panel + lane) * scale;
+      const Token<V> token = make_token<V>(b - lse_t, z * scale - lse_s);
+      const Terms<V> t = terms<D>(token, job.param);
+      q = token.q;
+      if constexpr (Values) value = value + t.value;
+      if constexpr (needs_mean(D)) {
+        const V qg = times(token.q, t.slope);
+        if constexpr (Values) slope = slope + qg;
+        g = qg - token.q * mean;
+      } else {
+        g = difference(token);
+      }
+      g = g * kd_factor;
+    }
+    if constexpr (Gradient) {
+      const V factor = job.cap != 0 ? cap_factor(z, inverse_cap) : V(T(1));
+      g = select(g * factor, zero, no_kd);
+      if (job.ce) {
+        if (!job.shared) q = exp_of(z * ce_scale - lse_ce);
+        g = g + select(q * ce_factor * factor, zero, no_ce);
+      }
+      g.store(job.g + v * panel + lane);
+    }
+  }
+  if constexpr (Values) {
+    value.store(job.value + lane);
+    slope.store(job.slope + lane);
+  }
+}
+
+template <Divergence D, class T>
+void loss_of(const LossJob<T>& job) {
+  constexpr int W = Vec<T>::size();
+  for (int lane = 0; lane < 2 * W; lane += W) {
+    if (job.value && job.g) {
+      loss_lanes<D, true, true>(job, lane);
+    } else if (job.value) {
+      loss_lanes<D, true, false>(job, lane);
+    } else {
+      loss_lanes<D, false, true>(job, lane);
+    }
+  }
+}
+
+template <class T>
+void loss_panel(const LossJob<T>& job) {
+  switch (job.divergence) {
+    case Divergence::forward_kl: return loss_of<Divergence::forward_kl>(job);
+    case Divergence::reverse_kl: return loss_of<Divergence::reverse_kl>(job);
+    case Divergence::jsd: return loss_of<Divergence::jsd>(job);
+    case Divergence::skew_forward_kl: return loss_of<Divergence::skew_forward_kl>(job);
+    case Divergence::skew_reverse_kl: return loss_of<Divergence::skew_reverse_kl>(job);
+    case Divergence::total_variation: return loss_of<Divergence::total_variation>(job);
+    case Divergence::soft_cross_entropy: return loss_of<Divergence::soft_cross_entropy>(job);
+    case Divergence::none: return loss_of<Divergence::none>(job);
+  }
+}
+
+}  // namespace
+}  // namespace mllmkd::CPU_CAPABILITY

@@ -1,0 +1,31 @@
+// Log-sum-exps of the rows of a chunk, from the statistics of each tile.
+#pragma once
+
+#include "head.h"
+
+namespace mllmkd {
+
+// Every tile keeps its own (max, Σ exp) per token; `merge` adds them in double, tile after tile: the result does not
+// depend on how tiles were dealt out to threads.
+template <class T>
+class SoftmaxStats {
+ public:
+  SoftmaxStats(int64_t tiles, int64_t chunk, T scale, bool plain);
+
+  // One panel of products becomes logits, in place.
+  void add(const Head<T>& head, int64_t v, int m, int64_t panel, T* z);
+  void merge();
+
+  const T* lse() const { return lse_.template part<T>(0); }        // (chunk) of scale·z
+  const T* lse_plain() const { return lse_.template part<T>(1); }  // (chunk) of z; the same numbers where scale is 1
+
+ private:
+  const Kernels<T>& kernels_;
+  int64_t tiles_, chunk_;
+  T scale_;
+  bool plain_;
+  Buffer max_, sum_, sum_plain_;  // (tiles) of (chunk)
+  Buffer lse_;                    // (2) of (chunk)
+};
+
+}  // namespace mllmkd

@@ -1,0 +1,185 @@
+"""How does Python reach the C++ kernels? Imports the extension, and gives its operators fake implementations.
+
+The functions are the interface of every backend (see `backends.eager`, which defines their meaning), here thin names
+over ``torch.ops.mllmkd_cpu``. The kernels keep tiles of logits in cache: a chunk costs 2·C·V numbers of workspace and
+nothing else of that size. Autograd is not here (`ops.py`); neither is the choice of instruction set (C++, at the first
+call; ``MLLMKD_CPU_ISA=default|avx2|avx512|amx`` forces one).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from mllmkd_kernels import _C  # pyright: ignore[reportAttributeAccessIssue]
+
+    _WHY_NOT = ""
+except ImportError as error:
+    _C: Any = None
+    _WHY_NOT = (
+        f"the C++ extension mllmkd_kernels._C cannot be imported ({error}); "
+        "build it with `pip install -e . --no-build-isolation`"
+    )
+
+
+def available() -> bool:
+    """Is the extension there?"""
+    return _C is not None
+
+
+def why_not() -> str:
+    """Why the extension is not there, and what to do; empty if it is."""
+    return _WHY_NOT
+
+
+def build_info() -> dict[str, str]:
+    """Compiler, flags and torch version the extension was built with; empty without it."""
+    return _C.build_info() if available() else {}
+
+
+def cpu_features() -> dict[str, bool | int | str]:
+    """What the processor offers and which kernels run on it; empty without the extension."""
+    return _C.cpu_features() if available() else {}
+
+
+def distill_rows(
+    hs: Tensor,  # (N, D_s)
+    ws: Tensor,  # (V_s, D_s)
+    bs: Tensor | None,  # (V_s,)
+    ht: Tensor | None,  # (N, D_t); None: no divergence
+    wt: Tensor | None,  # (V_t, D_t)
+    bt: Tensor | None,  # (V_t,)
+    labels: Tensor | None,  # (N,) int64; None: no cross-entropy
+    ce_weight: Tensor | None,  # (N,) fp32, fp64 with fp64 inputs
+    kd_weight: Tensor | None,  # (N,) likewise
+    divergence: str,
+    param: float,
+    temperature: float,
+    cap_s: float,
+    cap_t: float,
+    vocab: int,
+    ignore_index: int,
+    want_dh: bool,
+    want_dw: bool,
+    want_db: bool,
+    chunk_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss (scalar), CE and D per row (N,), dh (N, D_s), dw (V_s, D_s) in the weight's dtype, db (V_s,)."""
+    return torch.ops.mllmkd_cpu.distill_rows(
+        hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature, cap_s, cap_t,
+        vocab, ignore_index, want_dh, want_dw, want_db, chunk_rows,
+    )  # fmt: skip
+
+
+def logprob_rows(
+    h: Tensor,  # (N, D)
+    w: Tensor,  # (≥V, D)
+    b: Tensor | None,  # (≥V,)
+    labels: Tensor,  # (N,) int64
+    temperature: float,
+    cap: float,
+    vocab: int,
+    ignore_index: int,
+    chunk_rows: int,
+) -> tuple[Tensor, Tensor]:
+    """log softmax(z/T)[label], 0 where ignored, and the log-sum-exp of z/T: both (N,)."""
+    return torch.ops.mllmkd_cpu.logprob_rows(
+        h, w, b, labels, temperature, cap, vocab, ignore_index, chunk_rows
+    )
+
+
+def logprob_grad(
+    grad: Tensor,  # (N,)
+    h: Tensor,  # (N, D)
+    w: Tensor,  # (≥V, D)
+    b: Tensor | None,  # (≥V,)
+    labels: Tensor,  # (N,) int64
+    lse: Tensor,  # (N,) as logprob_rows returned it
+    temperature: float,
+    cap: float,
+    vocab: int,
+    ignore_index: int,
+    want_dh: bool,
+    want_dw: bool,
+    want_db: bool,
+    chunk_rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dh, dw, db of Σ_n grad[n]·logp[n]; the logits are made again."""
+    return torch.ops.mllmkd_cpu.logprob_grad(
+        grad, h, w, b, labels, lse, temperature, cap, vocab, ignore_index, want_dh, want_dw, want_db,
+        chunk_rows,
+    )  # fmt: skip
+
+
+def relation_stats(
+    hs: Tensor,  # (N, D_s) fp32 or fp64
+    ks: Tensor,  # (N, D_s) = hs G_s
+    ht: Tensor,  # (N, D_t)
+    kt: Tensor,  # (N, D_t)
+    cu_seqlens: Tensor,  # (images + 1,) int32
+) -> Tensor:
+    """<R_s,R_s>, <R_t,R_t>, <R_s,R_t> of every image, R = K Hᵀ: (images, 3) fp64."""
+    return torch.ops.mllmkd_cpu.relation_stats(hs, ks, ht, kt, cu_seqlens)
+
+
+def relation_grad(
+    hs: Tensor,  # (N, D_s) fp32 or fp64
+    ks: Tensor,  # (N, D_s)
+    ht: Tensor,  # (N, D_t)
+    kt: Tensor,  # (N, D_t)
+    cu_seqlens: Tensor,  # (images + 1,) int32
+    coef: Tensor,  # (images, 2) fp64
+) -> Tensor:
+    """M = dR hs per image, dR = coef[i, 0]·R_t + coef[i, 1]·R_s: (N, D_s)."""
+    return torch.ops.mllmkd_cpu.relation_grad(hs, ks, ht, kt, cu_seqlens, coef)
+
+
+def _sum_dtype(*tensors: Tensor | None) -> torch.dtype:
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def _fake_gradients(
+    h: Tensor, w: Tensor, dtype: torch.dtype, want_dh: bool, want_dw: bool, want_db: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        h.new_empty(h.shape if want_dh else (0,), dtype=dtype),
+        w.new_empty(w.shape if want_dw else (0,)),
+        w.new_empty((w.shape[0],) if want_db else (0,), dtype=dtype),
+    )
+
+
+if available():
+
+    @torch.library.register_fake("mllmkd_cpu::distill_rows")
+    def _(
+        hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature, cap_s, cap_t,
+        vocab, ignore_index, want_dh, want_dw, want_db, chunk_rows,
+    ):  # fmt: skip
+        dtype = _sum_dtype(hs, ws, bs, ht, wt, bt)
+        rows = hs.new_empty(hs.shape[:1], dtype=dtype)
+        gradients = _fake_gradients(hs, ws, dtype, want_dh, want_dw, want_db)
+        return hs.new_empty((), dtype=dtype), rows, torch.empty_like(rows), *gradients
+
+    @torch.library.register_fake("mllmkd_cpu::logprob_rows")
+    def _(h, w, b, labels, temperature, cap, vocab, ignore_index, chunk_rows):
+        rows = h.new_empty(h.shape[:1], dtype=_sum_dtype(h, w, b))
+        return rows, torch.empty_like(rows)
+
+    @torch.library.register_fake("mllmkd_cpu::logprob_grad")
+    def _(
+        grad, h, w, b, labels, lse, temperature, cap, vocab, ignore_index, want_dh, want_dw, want_db,
+        chunk_rows,
+    ):  # fmt: skip
+        return _fake_gradients(h, w, _sum_dtype(h, w, b), want_dh, want_dw, want_db)
+
+    @torch.library.register_fake("mllmkd_cpu::relation_stats")
+    def _(hs, ks, ht, kt, cu_seqlens):
+        return hs.new_empty((cu_seqlens.shape[0] - 1, 3), dtype=torch.float64)
+
+    @torch.library.register_fake("mllmkd_cpu::relation_grad")
+    def _(hs, ks, ht, kt, cu_seqlens, coef):
+        return torch.empty_like(hs, memory_format=torch.contiguous_format)

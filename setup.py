@@ -1,0 +1,107 @@
+"""How is the C++ extension built? Metadata is in pyproject.toml; this adds `mllmkd_kernels._C` where a compiler is.
+
+Each instruction set is compiled from its own file with its own flags, and chosen when the program runs. Environment:
+``MLLMKD_NO_EXT=1`` leaves the extension out, ``MLLMKD_REQUIRE_EXT=1`` makes a failed build an error, ``DEBUG=1``
+builds without optimisation.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).parent
+COMMON = ["-std=c++20", "-DAT_PER_OPERATOR_HEADERS", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
+#: at::vec's intrinsics leave lanes undefined on purpose, and GCC 12 takes that for a mistake.
+QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+#: file → (CPU_CAPABILITY of at::vec, flags)
+PER_FILE = {
+    "kernels_default.cpp": ("DEFAULT", []),
+    "kernels_avx2.cpp": ("AVX2", AVX2),
+    "kernels_avx512.cpp": ("AVX512", AVX512),
+    "product_avx512_bf16.cpp": ("AVX512", [*AVX512, "-mavx512bf16"]),
+}
+
+
+def on_x86() -> bool:
+    """Is the target x86-64? Elsewhere only the portable kernels are built."""
+    return platform.machine().lower() in {"x86_64", "amd64"}
+
+
+def flags_of(source: str) -> list[str]:
+    """The flags that one instruction set's file adds to the common ones."""
+    capability, flags = PER_FILE[Path(source).name]
+    defines = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    if capability != "DEFAULT":
+        defines.append(f"-DHAVE_{capability}_CPU_DEFINITION")
+    return [*defines, *flags, *QUIET]
+
+
+def extension_arguments() -> dict:
+    """`ext_modules` and `cmdclass` for setup(), or nothing where the extension is not wanted or not possible."""
+    if os.environ.get("MLLMKD_NO_EXT") == "1":
+        print("mllmkd_kernels: MLLMKD_NO_EXT=1, installing without C++ kernels (eager backend only)")
+        return {}
+    try:
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        return unavailable(f"torch cannot be imported while building ({error}); use --no-build-isolation")
+    optimise = ["-O0", "-g"] if os.environ.get("DEBUG") == "1" else ["-O3"]
+    flags = [*COMMON, *optimise, "-fopenmp"]
+    sources = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+    if not on_x86():
+        sources = [s for s in sources if s.name not in PER_FILE or s.name == "kernels_default.cpp"]
+    extension = cpp_extension.CppExtension(
+        "mllmkd_kernels._C",
+        [str(s.relative_to(ROOT)) for s in sources],
+        extra_compile_args=[*flags, f'-DMLLMKD_CXX_FLAGS="{" ".join(flags)}"'],
+        extra_link_args=["-fopenmp"],
+        depends=[str(h.relative_to(ROOT)) for h in (ROOT / "csrc").rglob("*.h")],
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": build_command(cpp_extension)}}
+
+
+def build_command(cpp_extension: ModuleType) -> type:
+    """A build_ext with flags per file, for which a missing compiler is not the end."""
+
+    class Build(cpp_extension.BuildExtension):
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:
+                unavailable(str(error).strip().splitlines()[-1])
+                self.extensions = []
+
+        def build_extension(self, ext: Extension) -> None:
+            """Compile the files with flags of their own first; setuptools does the rest and links."""
+            for source in [s for s in ext.sources if Path(s).name in PER_FILE]:
+                ext.sources.remove(source)
+                ext.extra_objects += self.compiler.compile(
+                    [source],
+                    output_dir=str(Path(self.build_temp, Path(source).stem)),
+                    include_dirs=ext.include_dirs,
+                    extra_postargs=[*ext.extra_compile_args, *flags_of(source)],
+                    depends=ext.depends,
+                )
+            super().build_extension(ext)
+
+    return Build
+
+
+def unavailable(reason: str) -> dict:
+    """Say once why there are no C++ kernels; an error where they are required."""
+    if os.environ.get("MLLMKD_REQUIRE_EXT") == "1":
+        raise SystemExit(f"mllmkd_kernels: the C++ kernels were not built: {reason}")
+    print(f"mllmkd_kernels: C++ kernels not built, the eager backend will be used: {reason}", file=sys.stderr)
+    return {}
+
+
+if __name__ == "__main__":
+    setup(**extension_arguments())
