@@ -1,0 +1,249 @@
+"""The loop: accumulation is exact, folders are whole, a finished stage is not trained again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
+
+from tests.training import tiny
+from training import checkpoint
+from training.collate import LlavaCollator
+from training.config import LossConfig
+from training.data import LlavaDataset
+from training.loop import run
+from training.models import build_model, load_model
+from training.settings import ConfigError
+from training.stages import STAGES, freeze, loss_of
+from training.step import TERMS, DistillStep
+from training.trainer import DistillTrainer
+
+# the default order mixes them; this one puts text-only samples 4 and 9 into a micro-batch of their
+# own, beside micro-batches of one image, of two images, and of two turns
+UNEVEN = [4, 9, 0, 1, 3, 8, 2, 13]
+
+
+class GradientKeeper(DistillTrainer):
+    """Keeps the gradient of the first optimiser step, before clipping touches it."""
+
+    kept: dict[str, torch.Tensor]
+
+    def _clip_grad_norm(self, model):
+        parameters = self.step.student.named_parameters()
+        self.kept = {name: p.grad.clone() for name, p in parameters if p.grad is not None}
+        return super()._clip_grad_norm(model)
+
+
+def peaked_student(root):
+    """A student whose loss differs from sample to sample, as a trained one's does."""
+    student, processor = build_model(tiny.model_config(root / "tower"), 0)
+    student.lm_head.weight.data *= 30
+    return student, processor
+
+
+def first_gradient(root, out, stage, accumulate):
+    student, processor = peaked_student(root)
+    teacher, _ = load_model(root / "teacher")
+    freeze(student, STAGES[stage])
+    loss = loss_of(STAGES[stage], LossConfig(backend="eager"))
+    data = LlavaDataset(root / "data.json", root, processor)
+    trainer = GradientKeeper(
+        DistillStep(student, teacher if STAGES[stage].needs_teacher else None, loss),
+        TrainingArguments(
+            output_dir=str(out),
+            max_steps=1,
+            per_device_train_batch_size=len(UNEVEN) // accumulate,
+            gradient_accumulation_steps=accumulate,
+            train_sampling_strategy="sequential",
+            remove_unused_columns=False,
+            save_strategy="no",
+            logging_steps=1,
+            dataloader_pin_memory=False,
+            report_to=[],
+        ),
+        processor=processor,
+        dataset=torch.utils.data.Subset(data, UNEVEN),
+        collator=LlavaCollator(processor),
+        title="test",
+    )
+    trainer.train()
+    return trainer.kept, trainer.state.log_history[0]
+
+
+@pytest.fixture
+def root(tmp_path):
+    tiny.write_data(tmp_path)
+    tiny.write_tower(tmp_path / "tower")
+    tiny.write_teacher(tmp_path / "teacher", tmp_path / "tower")
+    return tmp_path
+
+
+@pytest.mark.parametrize("stage", ["sft", "dft"])
+def test_accumulated_gradient_is_the_big_batchs(stage, root):
+    whole, log_whole = first_gradient(root, root / "one", stage, 1)
+    for accumulate in (4, 8):
+        parts, log_parts = first_gradient(root, root / f"a{accumulate}", stage, accumulate)
+        assert whole.keys() == parts.keys()
+        scale = max(float(g.abs().max()) for g in whole.values())
+        for name in whole:
+            # fp32 sums in another order; a factor of 4, or an unweighted mean of micro-batches,
+            # would be off by tens of per cent
+            torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5 * scale)
+        for term in ("loss", *TERMS):
+            assert log_parts[term] == pytest.approx(log_whole[term], rel=1e-4, abs=1e-6), term
+
+
+def test_unweighted_micro_batch_means_would_differ(root):
+    """The samples are uneven enough for the test above to mean something."""
+    _, whole = first_gradient(root, root / "one", "sft", 1)
+    student, processor = peaked_student(root)
+    data = LlavaDataset(root / "data.json", root, processor)
+    step = DistillStep(student, None, loss_of(STAGES["sft"], LossConfig(backend="eager")))
+    collator = LlavaCollator(processor)
+    with torch.no_grad():
+        pairs = [collator([data[i] for i in UNEVEN[j : j + 2]]) for j in (0, 2, 4, 6)]
+        means = [float(step(**pair).ce) for pair in pairs]
+    assert abs(sum(means) / 4 - whole["ce"]) > 0.01 * whole["ce"]
+
+
+def test_run_leaves_what_the_docstring_lists(tmp_path):
+    config = tiny.run_config(tmp_path, tmp_path / "out")
+    before = load_model(config.teacher)[0].state_dict()
+    results = run(config, say=lambda _: None)
+    assert [result.name for result in results] == ["dpt", "sft", "dft"]
+    for number, result in enumerate(results, 1):
+        folder = tmp_path / "out" / f"{number}-{result.name}"
+        assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == [
+            "history.json",
+            "model",
+            "scores.json",
+            "summary.json",
+        ]
+        assert [entry["step"] for entry in result.history] == [1, 2, 3, 4, 5, 6]
+        for entry in result.history:
+            assert entry.keys() >= {
+                "loss",
+                *TERMS,
+                "learning_rate",
+                "tokens_per_second",
+                "peak_gib",
+            }
+        assert result.scores is not None and result.scores.tokens > 0
+        AutoModelForImageTextToText.from_pretrained(result.model)
+        AutoProcessor.from_pretrained(result.model)
+    after = load_model(config.teacher)[0].state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before), "the teacher never moves"
+    towers = [load_model(result.model)[0].model.vision_tower.state_dict() for result in results]
+    assert all(torch.equal(towers[0][key], tower[key]) for tower in towers[1:] for key in tower)
+
+
+def test_dpt_leaves_the_language_model_as_it_was(tmp_path):
+    config = tiny.run_config(tmp_path, tmp_path / "out", stages=("dpt",))
+    start, _ = build_model(config.model, config.seed)
+    (result,) = run(config, say=lambda _: None)
+    end, _ = load_model(result.model)
+    for (name, a), b in zip(start.named_parameters(), end.parameters(), strict=True):
+        assert torch.equal(a, b) == ("multi_modal_projector" not in name), name
+
+
+def test_finished_stages_are_not_trained_again(tmp_path):
+    config = tiny.run_config(tmp_path, tmp_path / "out", stages=("dpt", "sft"))
+    first = run(config, say=lambda _: None)
+    stamps = [result.model.stat().st_mtime_ns for result in first]
+    messages = []
+    second = run(config, say=messages.append)
+    assert [result.model.stat().st_mtime_ns for result in second] == stamps
+    assert [r.history for r in second] == [r.history for r in first]
+    assert sum("already done" in message for message in messages) == 2
+
+
+def test_an_unfinished_pipeline_goes_on_with_the_next_stage(tmp_path):
+    whole = run(tiny.run_config(tmp_path, tmp_path / "a"), say=lambda _: None)
+    config = tiny.run_config(tmp_path, tmp_path / "b")
+    run(config, say=lambda _: None)
+    for left in ("3-dft", "2-sft"):
+        (tmp_path / "b" / left / "model").rename(tmp_path / f"taken-{left}")
+    again = run(config, say=lambda _: None)
+    assert curves(again) == curves(whole)
+
+
+def curves(results):
+    keys = ("step", "loss", *TERMS)
+    return [[[entry[key] for key in keys] for entry in result.history] for result in results]
+
+
+def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
+    config = tiny.run_config(tmp_path, tmp_path / "out", stages=("sft",))
+    run(config, say=lambda _: None)
+    changed = dataclasses.replace(config, sft=dataclasses.replace(config.sft, lr=1e-3))
+    with pytest.raises(ConfigError, match=r"sft.lr: 0.01 -> 0.001"):
+        run(changed, say=lambda _: None)
+    with pytest.raises(ConfigError, match="in use and resume is false"):
+        run(dataclasses.replace(config, resume=False), say=lambda _: None)
+
+
+def test_missing_paths_are_named(tmp_path):
+    config = tiny.run_config(tmp_path, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"teacher: got null.*stage dpt"):
+        run(dataclasses.replace(config, teacher=None), say=lambda _: None)
+    data = dataclasses.replace(config.data, captions=None)
+    other = dataclasses.replace(config, data=data, out=str(tmp_path / "out2"))
+    with pytest.raises(ConfigError, match=r"data.captions: got null"):
+        run(other, say=lambda _: None)
+
+
+def test_batch_that_does_not_divide_is_refused(tmp_path):
+    config = tiny.run_config(tmp_path, tmp_path / "out", stages=("sft",))
+    stage = dataclasses.replace(config.sft, batch_size=4, micro_batch=3)
+    with pytest.raises(ConfigError, match=r"batch_size: got 4, expected a multiple"):
+        run(dataclasses.replace(config, sft=stage), say=lambda _: None)
+
+
+class TestCheckpointFolders:
+    def staged(self, folder, step):
+        path = folder / checkpoint.STAGING / f"checkpoint-{step}"
+        path.mkdir(parents=True)
+        (path / "model.safetensors").write_bytes(b"x" * step)
+        return path
+
+    def test_publish_keeps_the_newest(self, tmp_path):
+        for step in (2, 10, 9, 30):
+            checkpoint.publish(self.staged(tmp_path, step), tmp_path / f"checkpoint-{step}", keep=2)
+        assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [
+            "checkpoint-10",
+            "checkpoint-30",
+        ]
+        found, messages = checkpoint.newest(tmp_path)
+        assert found == tmp_path / "checkpoint-30" and messages == []
+        assert checkpoint.step_of(tmp_path / "checkpoint-30") == 30
+
+    @pytest.mark.parametrize(
+        ("damage", "why"),
+        [
+            (lambda path: (path / "manifest.json").unlink(), "no manifest.json"),
+            (lambda path: (path / "manifest.json").write_text("{"), "cut short"),
+            (lambda path: (path / "model.safetensors").unlink(), "model.safetensors is missing"),
+            (lambda path: (path / "model.safetensors").write_bytes(b"x"), "1 bytes, expected 20"),
+        ],
+        ids=["no manifest", "half manifest", "file gone", "file short"],
+    )
+    def test_damaged_ones_are_passed_over(self, tmp_path, damage, why):
+        for step in (10, 20):
+            checkpoint.publish(self.staged(tmp_path, step), tmp_path / f"checkpoint-{step}", keep=5)
+        damage(tmp_path / "checkpoint-20")
+        found, messages = checkpoint.newest(tmp_path)
+        assert found == tmp_path / "checkpoint-10"
+        assert len(messages) == 1 and "checkpoint-20" in messages[0] and why in messages[0]
+
+    def test_what_is_being_written_is_no_checkpoint(self, tmp_path):
+        self.staged(tmp_path, 10)
+        assert checkpoint.newest(tmp_path) == (None, [])
+
+
+def test_summary_is_json(tmp_path):
+    run(tiny.run_config(tmp_path, tmp_path / "out", stages=("pt",)), say=lambda _: None)
+    summary = json.loads((tmp_path / "out" / "1-pt" / "summary.json").read_text())
+    assert summary["steps"] == 6 and summary["seconds"] > 0 and summary["peak_gib"] > 0
