@@ -1,0 +1,266 @@
+"""Do the backends keep to the plan: the same answer however rows are chunked, run after run, no
+work for what nobody wants, no large tensor and no look at the data?
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mllmkd_kernels as mk
+from mllmkd_kernels import ops, plan
+from mllmkd_kernels.backends import cpu, eager
+from tests.problems import BACKENDS, DIVERGENCES, DTYPES, Problem, near_converged, problem, run
+from tests.tolerances import check
+
+SIGNATURES = ("distill_rows", "logprob_rows", "logprob_grad", "relation_stats", "relation_grad")
+
+
+class Watch(TorchDispatchMode):
+    """Records the entries of the largest tensor made and the FLOPs of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest, self.flops = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.untyped_storage().nbytes():
+            self.largest = max(self.largest, out.untyped_storage().nbytes() // out.itemsize)
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = args[-2:]
+            self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return out
+
+
+@contextmanager
+def spied(monkeypatch: pytest.MonkeyPatch, backend: str, function: str) -> Iterator[list]:
+    """(arguments, result) of every call of a backend's function."""
+    module = {"eager": eager, "cpu": cpu}[backend]
+    calls, original = [], getattr(module, function)
+
+    def spy(*arguments: Any) -> Any:
+        result = original(*arguments)
+        calls.append((arguments, result))
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, spy)
+        yield calls
+
+
+def test_every_backend_offers_the_same_functions() -> None:
+    assert set(ops._MODULES) == set(plan.BACKENDS) == set(BACKENDS)
+    if not cpu.available():
+        pytest.skip(f"backend 'cpu': {cpu.why_not()}")
+    for name in SIGNATURES:
+        mine, other = (list(inspect.signature(getattr(m, name)).parameters) for m in (eager, cpu))
+        assert mine == other, name
+
+
+@pytest.mark.skipif(not cpu.available(), reason=f"backend 'cpu': {cpu.why_not()}")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["aligned", "ragged", "zero_weight_rows", "larger_teacher"])
+def test_backends_agree(name: str, dtype: torch.dtype) -> None:
+    """Neither is the truth; both are near it, and so near each other."""
+    p = problem(name, dtype)
+    a, b = run(p, "eager", "jsd"), run(p, "cpu", "jsd")
+    for field in ("loss", "ce", "kd"):
+        check(getattr(a, field), getattr(b, field), "value", what=field)
+    for field in ("dh", "dw"):
+        row = "gradient" if dtype == torch.float32 else "16-bit gradient"
+        check(getattr(a, field), getattr(b, field), row, what=field)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [31, 32, 33, 64, 65, 97])
+def test_a_workspace_changes_only_the_chunking(
+    rows: int, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A budget of nothing means the smallest chunk, 32 rows: sizes on both sides of its multiples.
+    p = near_converged(0.1, n=rows, v=130, d=16).to(dtype)
+    with spied(monkeypatch, backend, "distill_rows") as calls:
+        whole = run(p, backend)
+        chunked = run(p, backend, workspace_mb=1e-6)
+    assert [arguments[-1] for arguments, _ in calls] == [rows, -(-rows // -(-rows // 32))]
+    for name in ("loss", "ce", "kd", "dh"):
+        check(getattr(chunked, name), getattr(whole, name), "value", what=name)
+    row = "gradient" if dtype == torch.float32 else "16-bit gradient"
+    check(chunked.dw, whole.dw, row)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_every_run(divergence: str, dtype: torch.dtype, backend: str) -> None:
+    # 200 rows × 1,000 tokens: enough work for every thread to get a share of it.
+    p = near_converged(0.1, n=200, v=1000).to(dtype)
+    p = replace(p, ce_weight=torch.full((200,), 0.01))
+    first = run(p, backend, divergence)
+    for _ in range(3):
+        again = run(p, backend, divergence)
+        assert all(torch.equal(a, b) for a, b in zip(first[:5], again[:5], strict=True))
+
+
+@pytest.mark.parametrize("wanted", list(product([False, True], repeat=3)), ids=str)
+def test_a_frozen_input_costs_nothing(
+    wanted: tuple[bool, ...], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = replace(problem("ragged"), bt=None)
+    leaves = [x.clone().requires_grad_(w) for x, w in zip((p.hs, p.ws, p.bs), wanted, strict=True)]
+    with spied(monkeypatch, backend, "distill_rows") as calls:
+        out = mk.fused_linear_distill(
+            leaves[0], leaves[1], p.ht, p.wt, p.labels, ce_weight=1.0, student_bias=leaves[2],
+            backend=backend,
+        )  # fmt: skip
+    (_, result), *others = calls
+    assert not others and tuple(bool(g.numel()) for g in result[3:]) == wanted
+    assert out.loss.requires_grad == any(wanted)
+    if any(wanted):
+        ones = torch.ones(13)
+        full = run(replace(p, ce_weight=ones, kd_weight=ones, options={}), backend)
+        out.loss.backward()
+        for leaf, w, gradient in zip(leaves, wanted, (full.dh, full.dw, full.db), strict=True):
+            assert (leaf.grad is not None) == w
+            if leaf.grad is not None and gradient is not None:
+                assert torch.equal(leaf.grad, gradient)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_evaluation_forms_no_gradient(
+    context: Any, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = problem("aligned")
+    with spied(monkeypatch, backend, "distill_rows") as calls, context():
+        mk.fused_linear_distill(p.hs.requires_grad_(), p.ws, p.ht, p.wt, backend=backend)
+    assert [g.numel() for g in calls[0][1][3:]] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("grad_h", "grad_w"), list(product([False, True], repeat=2)))
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_products_are_those_of_the_plan(grad_h: bool, grad_w: bool, with_teacher: bool) -> None:
+    """Counted, not believed: F = 2NV(D_s + D_t) + 2NV·D_s·(gradients wanted), and a frozen head or
+    a missing teacher leaves its share out.
+    """
+    p = problem("aligned")
+    chosen = plan.distill_plan(
+        32, 512, 64, 128 if with_teacher else 0, want_dh=grad_h, want_dw=grad_w,
+        dtype=torch.float32, device=torch.device("cpu"), backend="eager",
+    )  # fmt: skip
+    with Watch() as watch:
+        eager.distill_rows(
+            *_arguments(p, with_teacher), "forward_kl", 0.0, 1.0, 0.0, 0.0, 512, -100,
+            grad_h, grad_w, False, 8,
+        )  # fmt: skip
+    assert watch.flops == chosen.flops == chosen.floor_flops
+
+
+def _arguments(p: Problem, with_teacher: bool = True) -> tuple:
+    ones = torch.ones(p.hs.shape[0])
+    teacher = (p.ht, p.wt, None) if with_teacher else (None, None, None)
+    return p.hs, p.ws, None, *teacher, p.labels, ones, ones if with_teacher else None
+
+
+def test_the_eager_backend_never_holds_the_logits() -> None:
+    """The largest tensor is a chunk of them, 8 rows of 96, or dW: not N × V, not V × D again."""
+    p = near_converged(0.1, n=96, v=2048, d=4)
+    with Watch() as watch:
+        eager.distill_rows(
+            *_arguments(p), "jsd", 0.5, 1.0, 0.0, 0.0, 2048, -100, True, True, False, 8
+        )
+    assert watch.largest == 8 * 2048
+
+
+def test_the_relation_never_holds_its_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """R of 300 rows has 90,000 entries, its logits 300 × 5,000: no tensor comes near either."""
+    monkeypatch.setattr(eager, "RELATION_TILE", 64)
+    monkeypatch.setattr(eager, "VOCAB_SLICE", 500)
+    hs, ht = torch.randn(300, 8, requires_grad=True), torch.randn(300, 12)
+    ws, wt = torch.randn(5000, 8, requires_grad=True), torch.randn(5000, 12)
+    for options in ({}, {"student_softcap": 3.0}):
+        with _inside_operators() as watches:
+            mk.fused_linear_relation(hs, ws, ht, wt, backend="eager", **options).backward()
+        # The largest: the heads' own gradient, or a vocabulary slice of one image's logits.
+        assert 0 < max(w.largest for w in watches) <= max(ws.numel(), 300 * 500)
+
+
+@contextmanager
+def _inside_operators() -> Iterator[list[Watch]]:
+    """Watches that see what the operators' implementations do: a dispatch mode around the caller
+    sees an operator only as one call.
+    """
+    watches: list[Watch] = []
+    patch = pytest.MonkeyPatch()
+    for module, name in ((ops.gram, "gram"), (ops.gram, "gram_backward"), (ops.gram, "relation"),
+                         (ops.softcapped, "relation")):  # fmt: skip
+        original = getattr(module, name)
+
+        def watched(*arguments: Any, original: Any = original) -> Any:
+            with Watch() as watch:
+                watches.append(watch)
+                return original(*arguments)
+
+        patch.setattr(module, name, watched)
+    try:
+        yield watches
+    finally:
+        patch.undo()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_nothing_waits_for_the_device(divergence: str) -> None:
+    """On tensors that have no data, as of a device that is still computing, any look at a value
+    raises; shapes and dtypes come out as they do with data.
+    """
+    p = problem("ragged")
+    param = mk.Divergence(divergence).param
+    fake = [
+        t if t is None else t.to("meta")
+        for t in (p.hs, p.ws, p.bs, p.ht, p.wt, p.bt, p.labels, *p.weights())
+    ]
+    h, w, b, labels = fake[0], fake[1], fake[2], fake[6]
+    out = eager.distill_rows(
+        *fake, divergence, param, 2.0, 5.0, 4.0, 307, -100, True, True, True, 8
+    )
+    assert [tuple(t.shape) for t in out] == [(), (13,), (13,), (13, 11), (307, 11), (307,)]
+    logp, lse = eager.logprob_rows(h, w, b, labels, 1.0, 5.0, 307, -100, 8)
+    grads = eager.logprob_grad(logp, h, w, b, labels, lse, 1.0, 5.0, 307, -100, True, True, True, 8)
+    assert [tuple(t.shape) for t in grads] == [(13, 11), (307, 11), (307,)]
+
+
+def test_saved_gradients_are_never_scaled_in_place(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = problem("aligned")
+    hs, ws = p.hs.clone().requires_grad_(), p.ws.clone().requires_grad_()
+    with spied(monkeypatch, backend, "distill_rows") as calls:
+        loss = mk.fused_linear_distill(hs, ws, p.ht, p.wt, backend=backend).loss
+    saved = [g.clone() for g in calls[0][1][3:5]]
+    for scale in (0.25, 3.0):
+        loss.backward(torch.tensor(scale), retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(saved, calls[0][1][3:5], strict=True))
+    assert hs.grad is not None
+    torch.testing.assert_close(hs.grad, saved[0] * 3.25)
+
+
+def test_accumulation_over_two_calls_adds_up(backend: str) -> None:
+    p = problem("aligned")
+    whole = run(p, backend)
+    hs, ws = p.hs.clone().requires_grad_(), p.ws.clone().requires_grad_()
+    for rows in (slice(0, 13), slice(13, 32)):
+        mk.fused_linear_distill(
+            hs[rows], ws, p.ht[rows], p.wt, p.labels[rows], ce_weight=1 / 32, kd_weight=1 / 32,
+            backend=backend,
+        ).loss.backward()  # fmt: skip
+    assert hs.grad is not None and ws.grad is not None
+    check(hs.grad, whole.dh, "gradient")
+    check(ws.grad, whole.dw, "gradient")

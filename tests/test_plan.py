@@ -1,0 +1,90 @@
+"""Does the plan follow from the shapes, keep to its budget and say why?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mllmkd_kernels as mk
+from mllmkd_kernels import plan
+from mllmkd_kernels.backends import cpu
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 100, 1000, 4096])
+@pytest.mark.parametrize("budget", [1e-6, 1.0, 64.0, 4096.0])
+def test_a_chunk_fits_the_budget_and_chunks_are_equal(rows: int, budget: float) -> None:
+    c = plan.chunk_rows(rows, 5000, 2, 4, budget)
+    assert 1 <= c <= max(rows, 1)
+    assert c <= plan.MIN_CHUNK_ROWS or c * 5000 * 2 * 4 <= budget * 2**20
+    chunks = -(-rows // c)
+    assert chunks * c - rows < chunks  # the last chunk lacks at most one row of each other
+
+
+def test_an_ample_budget_is_one_chunk_and_a_poor_one_the_smallest() -> None:
+    assert plan.chunk_rows(1000, 100, 2, 4, None) == 1000
+    assert plan.chunk_rows(1024, 10**6, 2, 4, 1e-6) == plan.MIN_CHUNK_ROWS
+    assert plan.chunk_rows(0, 100, 2, 4, None) == 1
+
+
+def test_flops_count_every_product_once() -> None:
+    n, v, d_s, d_t = 100, 1000, 30, 50
+    everything = mk.explain(n, v, d_s, d_t, backend="eager")
+    assert everything.flops == everything.floor_flops == 2 * n * v * (d_s + d_t + 2 * d_s)
+    frozen = mk.explain(n, v, d_s, d_t, train_head=False, backend="eager")
+    assert everything.flops - frozen.flops == 2 * n * v * d_s
+    assert mk.explain(n, v, d_s, backend="eager").flops == 2 * n * v * 3 * d_s
+
+
+def test_workspace_counts_blocks_and_the_accumulator_of_a_16_bit_head() -> None:
+    full = mk.explain(64, 1000, 8, 8, dtype=torch.bfloat16, backend="eager")
+    frozen = mk.explain(64, 1000, 8, 8, dtype=torch.bfloat16, train_head=False, backend="eager")
+    assert full.workspace_bytes - frozen.workspace_bytes == 1000 * 8 * 4
+    assert frozen.workspace_bytes == frozen.chunk_rows * 1000 * 4 * 6
+    small = mk.explain(4096, 10**5, 8, 8, train_head=False, backend="eager", workspace_mb=100.0)
+    assert 50 * 2**20 < small.workspace_bytes <= 100 * 2**20
+
+
+def test_the_plan_says_why() -> None:
+    text = str(mk.explain(64, 1000, 8, 16, train_hidden=False, backend="eager"))
+    assert text.startswith("eager backend, chunk algorithm, 64 rows at a time:")
+    assert "asked for by name" in text and "gradients wanted: dw" in text
+    assert "1.00x the least possible" in text
+    none = mk.explain(64, 1000, 8, train_hidden=False, train_head=False, backend="eager")
+    assert "gradients wanted: none" in str(none)
+
+
+def test_auto_takes_the_kernels_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "available", lambda: True)
+    assert plan.choose_backend("auto", CPU)[0] == "cpu"
+    assert plan.choose_backend("auto", CUDA) == ("eager", "the only backend for cuda tensors")
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    monkeypatch.setattr(cpu, "why_not", lambda: "no compiler")
+    name, why = plan.choose_backend("auto", CPU)
+    assert name == "eager" and "no compiler" in why
+    with pytest.raises(RuntimeError, match="backend: 'cpu' was asked for, but no compiler"):
+        plan.choose_backend("cpu", CPU)
+
+
+def test_a_backend_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="'cpu' was asked for, but the tensors are on cuda"):
+        plan.choose_backend("cpu", CUDA)
+    with pytest.raises(
+        ValueError, match="backend: got 'gpu', expected one of 'auto', 'eager', 'cpu'"
+    ):
+        mk.explain(1, 1, 1, backend="gpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1, 5, 5, 5), "rows: expected at least 0, got -1"),
+        ((1, 0, 5, 5), "vocab: expected at least 1, got 0"),
+        ((1, 5, 0, 5), "d_s: expected at least 1, got 0"),
+        ((1, 5, 5, -2), "d_t: expected at least 0, got -2"),
+    ],
+)
+def test_sizes_that_cannot_be(arguments: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mk.explain(*arguments)
