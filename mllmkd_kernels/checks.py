@@ -7,6 +7,7 @@ tracing): shapes, dtypes and devices only. Label values are checked by the kerne
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -120,6 +121,8 @@ def row_weight(name: str, value: float | Tensor, rows: int, like: Tensor) -> Ten
         raise TypeError(
             f"{name}: expected a number or a tensor of shape ({rows},), got {type(value).__name__}"
         )
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number or one a row, got {value}")
     return (
         None
         if value == 0

@@ -38,9 +38,17 @@ def relation_cosine(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or row counts that do not fit, named.
     """
-    if isinstance(student, Tensor) and student.ndim == 3:
+    if (
+        isinstance(student, Tensor)
+        and isinstance(teacher, Tensor)
+        and 3 in (student.ndim, teacher.ndim)
+    ):
+        if student.ndim != teacher.ndim or student.shape[:2] != teacher.shape[:2]:
+            raise ValueError(
+                f"teacher: got shape {tuple(teacher.shape)} beside a student of "
+                f"{tuple(student.shape)}; (B, P, D) needs the same B images of P rows in both"
+            )
         student, cu_seqlens = _unpack("student", student, cu_seqlens)
-    if isinstance(teacher, Tensor) and teacher.ndim == 3:
         teacher, _ = _unpack("teacher", teacher, None)
     checks.floating("student", student, 2)
     checks.floating("teacher", teacher, 2)
