@@ -1,0 +1,211 @@
+"""Does bad input raise an error that names the argument, what came and what was expected?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mllmkd_kernels as mk
+from mllmkd_kernels.backends import cpu
+
+N, V_S, V_T, D_S, D_T = 4, 7, 9, 3, 5
+META = torch.device("meta")  # another device that any machine has
+
+
+def good() -> dict[str, Any]:
+    return {
+        "student_hidden": torch.randn(N, D_S), "student_weight": torch.randn(V_S, D_S),
+        "teacher_hidden": torch.randn(N, D_T), "teacher_weight": torch.randn(V_T, D_T),
+        "labels": torch.tensor([0, 1, -100, 6]), "ce_weight": 1.0, "kd_weight": 1.0,
+    }  # fmt: skip
+
+
+BAD_DISTILL: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"student_hidden": [[1.0]]}, TypeError, "student_hidden: expected a tensor, got list"),
+    ({"student_hidden": torch.zeros(N, D_S, dtype=torch.int64)}, TypeError,
+     "student_hidden: expected float32, bfloat16, float16 or float64, got torch.int64"),
+    ({"student_hidden": torch.zeros(2, N, D_S)}, ValueError,
+     r"student_hidden: expected 2 dimensions, got shape \(2, 4, 3\)"),
+    ({"student_weight": torch.zeros(V_S, D_S, dtype=torch.complex64)}, TypeError,
+     "student_weight: expected float32.* got torch.complex64"),
+    ({"student_weight": torch.zeros(V_S, 8)}, ValueError,
+     "student_weight: its rows have 8 entries, but student_hidden has size 3"),
+    ({"teacher_weight": torch.zeros(V_T, 8)}, ValueError,
+     "teacher_weight: its rows have 8 entries, but teacher_hidden has size 5"),
+    ({"student_weight": torch.zeros(V_S, D_S, device=META)}, ValueError,
+     "student_weight: is on meta, but student_hidden is on cpu"),
+    ({"teacher_hidden": torch.zeros(6, D_T)}, ValueError,
+     "teacher_hidden: has 6 rows, but student_hidden has 4"),
+    ({"teacher_hidden": torch.zeros(N, D_T, device=META),
+      "teacher_weight": torch.zeros(V_T, D_T, device=META)}, ValueError,
+     "teacher_hidden: is on meta, but student_hidden is on cpu"),
+    ({"teacher_hidden": None}, ValueError, "teacher_hidden: got None, but teacher_weight"),
+    ({"teacher_weight": None}, ValueError, "teacher_weight: got None, but teacher_hidden"),
+    ({"student_bias": torch.zeros(6)}, ValueError,
+     "student_bias: got 6 entries for a head of 7 tokens"),
+    ({"teacher_bias": torch.zeros(V_T, 1)}, ValueError, "teacher_bias: expected 1 dimensions"),
+    ({"student_bias": torch.zeros(V_S, device=META)}, ValueError, "student_bias: is on meta"),
+    ({"labels": None}, ValueError, "labels: expected next tokens, because ce_weight is not 0"),
+    ({"labels": torch.zeros(N, dtype=torch.int32)}, TypeError,
+     "labels: expected an int64 tensor, got torch.int32"),
+    ({"labels": [0, 1, 2, 3]}, TypeError, "labels: expected an int64 tensor, got list"),
+    ({"labels": torch.zeros(5, dtype=torch.int64)}, ValueError,
+     r"labels: expected shape \(4,\), got \(5,\)"),
+    ({"labels": torch.zeros(N, dtype=torch.int64, device=META)}, ValueError, "labels: is on meta"),
+    ({"labels": torch.tensor([0, 7, 1, 2])}, IndexError, r"labels.* 7\b.*\[0, 7\)"),
+    ({"labels": torch.tensor([0, 1, -1, 2])}, IndexError, r"labels.* -1\b.*\[0, 7\)"),
+    ({"labels": torch.tensor([0, 1, 5, 2]), "vocab_size": 5}, IndexError,
+     r"labels.* 5\b.*\[0, 5\)"),
+    ({"ce_weight": torch.ones(5)}, ValueError,
+     r"ce_weight: expected a number or shape \(4,\), got \(5,\)"),
+    ({"kd_weight": torch.ones(N, 1)}, ValueError, r"kd_weight: expected .* got \(4, 1\)"),
+    ({"kd_weight": "mean"}, TypeError, "kd_weight: expected a number or a tensor .* got str"),
+    ({"kd_weight": torch.ones(N, device=META)}, ValueError, "kd_weight: is on meta"),
+    ({"divergence": "kl"}, ValueError, "divergence: got 'kl', expected one of forward_kl"),
+    ({"temperature": 0.0}, ValueError, "temperature: expected a positive number, got 0.0"),
+    ({"temperature": -1.0}, ValueError, "temperature: expected a positive number, got -1.0"),
+    ({"temperature": float("nan")}, ValueError, "temperature: expected .* got nan"),
+    ({"student_softcap": 0.0}, ValueError, "student_softcap: expected None or a positive number"),
+    ({"teacher_softcap": -5.0}, ValueError, "teacher_softcap: expected .* got -5.0"),
+    ({"vocab_size": 8}, ValueError, r"vocab_size: got 8, expected 1 to 7 \(heads of \(7, 9\)"),
+    ({"vocab_size": 0}, ValueError, "vocab_size: got 0, expected 1 to 7"),
+    ({"backend": "gpu"}, ValueError, "backend: got 'gpu', expected one of 'auto', 'eager', 'cpu'"),
+    ({"workspace_mb": 0}, ValueError, "workspace_mb: expected None or a positive number of MiB"),
+]  # fmt: skip
+
+
+def id_of(value: Any) -> str | None:
+    return "-".join(value) if isinstance(value, dict) else None
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_DISTILL, ids=id_of)
+def test_distill(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        mk.fused_linear_distill(**{**good(), **change})
+
+
+def test_the_good_input_is_good() -> None:
+    assert mk.fused_linear_distill(**good()).loss.isfinite()
+
+
+def test_a_label_out_of_range_in_every_backend_and_function(backend: str) -> None:
+    x = good()
+    labels = torch.tensor([0, 1, -100, 7])
+    with pytest.raises(IndexError, match=r"labels.* 7\b"):
+        mk.fused_linear_distill(**{**x, "labels": labels}, backend=backend)
+    with pytest.raises(IndexError, match=r"labels.* 7\b"):
+        mk.fused_linear_logprob(x["student_hidden"], x["student_weight"], labels, backend=backend)
+    # Where the cross-entropy has no weight the labels are not read.
+    mk.fused_linear_distill(**{**x, "labels": labels, "ce_weight": 0.0}, backend=backend)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number(value: float) -> None:
+    """A number is refused at once; in a tensor nobody may look, and the loss comes out NaN."""
+    with pytest.raises(ValueError, match=f"kd_weight: expected a finite number .* got {value}"):
+        mk.fused_linear_distill(**{**good(), "kd_weight": value})
+    rows = torch.ones(N)
+    rows[1] = torch.nan
+    assert mk.fused_linear_distill(**{**good(), "kd_weight": rows}).loss.isnan()
+
+
+def test_the_cpu_backend_on_another_device() -> None:
+    with pytest.raises(
+        ValueError, match="backend: 'cpu' was asked for, but the tensors are on cuda"
+    ):
+        mk.explain(N, V_S, D_S, D_T, device="cuda", backend="cpu")
+
+
+def test_the_cpu_backend_that_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    monkeypatch.setattr(cpu, "why_not", lambda: "there was no compiler")
+    with pytest.raises(RuntimeError, match="'cpu' was asked for, but there was no compiler"):
+        mk.fused_linear_distill(**good(), backend="cpu")
+    auto, eager = (mk.fused_linear_distill(**{**good(), "student_hidden": torch.ones(N, D_S),
+                   "student_weight": torch.eye(V_S, D_S), "kd_weight": 0.0}, backend=b).loss
+                   for b in ("auto", "eager"))  # fmt: skip
+    assert torch.equal(auto, eager)
+
+
+BAD_LOGPROB: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"hidden": torch.zeros(N)}, ValueError, "hidden: expected 2 dimensions"),
+    ({"weight": torch.zeros(V_S, 9)}, ValueError, "weight: its rows have 9 entries"),
+    ({"bias": torch.zeros(2)}, ValueError, "bias: got 2 entries for a head of 7"),
+    ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, r"labels: expected shape \(4,\)"),
+    ({"softcap": -1.0}, ValueError, "softcap: expected None or a positive"),
+    ({"vocab_size": 9}, ValueError, "vocab_size: got 9, expected 1 to 7"),
+    ({"temperature": 0}, ValueError, "temperature: expected a positive number, got 0"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_LOGPROB, ids=id_of)
+def test_logprob(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    x = good()
+    arguments = {
+        "hidden": x["student_hidden"],
+        "weight": x["student_weight"],
+        "labels": x["labels"],
+    }
+    with pytest.raises(error, match=message):
+        mk.fused_linear_logprob(**{**arguments, **change})
+
+
+def cu(*ends: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(ends, dtype=dtype)
+
+
+BAD_RELATION: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"cu_seqlens": cu(0, 4, dtype=torch.int64)}, ValueError,
+     r"cu_seqlens: expected int32 .* got torch.int64 \(2,\)"),
+    ({"cu_seqlens": [0, 4]}, ValueError, "cu_seqlens: expected int32 .* got list"),
+    ({"cu_seqlens": cu()}, ValueError, "cu_seqlens: expected int32 of shape"),
+    ({"cu_seqlens": cu(0, 3)}, ValueError, r"prefix sum from 0 to 4, got \[0, 3\]"),
+    ({"cu_seqlens": cu(1, 4)}, ValueError, r"prefix sum from 0 to 4, got \[1, 4\]"),
+    ({"cu_seqlens": cu(0, 3, 2, 4)}, ValueError, r"non-decreasing .* got \[0, 3, 2, 4\]"),
+    ({"teacher_hidden": torch.zeros(5, D_T)}, ValueError, "teacher_hidden: has 5 rows, but"),
+    ({"student_gram": torch.zeros(2, 2)}, ValueError,
+     r"student_gram: expected shape \(3, 3\), got \(2, 2\)"),
+    ({"teacher_gram": torch.zeros(D_S, D_S)}, ValueError, r"teacher_gram: expected shape \(5, 5\)"),
+    ({"teacher_gram": torch.zeros(D_T, D_T, device=META)}, ValueError, "teacher_gram: is on meta"),
+    ({"student_bias": torch.zeros(V_S), "student_gram": torch.zeros(D_S, D_S)}, ValueError,
+     r"student_gram: expected shape \(4, 4\)"),  # a bias makes the Gram one larger
+    ({"student_softcap": 2.0, "teacher_gram": torch.zeros(D_T, D_T)}, ValueError,
+     "student_gram, teacher_gram: a soft-capped pair has no Gram"),
+    ({"student_weight": torch.zeros(V_S, D_S, requires_grad=True),
+      "student_gram": torch.zeros(D_S, D_S)}, ValueError,
+     "student_gram: a cached Gram would cut the gradient of student_weight"),
+    ({"student_hidden": torch.zeros(1, N, D_S)}, ValueError, "student_hidden: expected 2 dim"),
+    ({"vocab_size": 8}, ValueError, "vocab_size: got 8, expected 1 to 7"),
+    ({"backend": "gpu"}, ValueError, "backend: got 'gpu'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_RELATION, ids=id_of)
+def test_relation(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    x = {k: v for k, v in good().items() if k[:7] in ("student", "teacher")}
+    with pytest.raises(error, match=message):
+        mk.fused_linear_relation(**{**x, **change})
+
+
+def test_relation_of_features() -> None:
+    y = torch.zeros(2, 6, 3)
+    with pytest.raises(ValueError, match=r"student of shape \(2, 6, 3\) is already B images"):
+        mk.relation_cosine(y, y, cu(0, 12))
+    with pytest.raises(ValueError, match=r"teacher: .*\(3, 4, 3\).*\(2, 6, 3\)"):
+        mk.relation_cosine(y, torch.zeros(3, 4, 3))  # 12 rows too, but of other images
+    with pytest.raises(ValueError, match="teacher: has 11 rows, but student has 12"):
+        mk.relation_cosine(y[0].repeat(2, 1), y[0].repeat(2, 1)[1:])
+    with pytest.raises(TypeError, match="student: expected a tensor, got NoneType"):
+        mk.relation_cosine(None, y)  # pyright: ignore[reportArgumentType]
+
+
+def test_gram() -> None:
+    with pytest.raises(ValueError, match="bias: got 3 entries for a head of 7 tokens"):
+        mk.head_gram(torch.zeros(V_S, D_S), torch.zeros(3))
+    with pytest.raises(ValueError, match="vocab_size: got 8, expected 1 to 7"):
+        mk.head_gram(torch.zeros(V_S, D_S), vocab_size=8)
+    with pytest.raises(ValueError, match="weight: expected 2 dimensions"):
+        mk.head_gram(torch.zeros(V_S))
