@@ -143,7 +143,7 @@ def generate_answer(
     item = dataset[index]
     if "pixel_values" in item:
         inputs["pixel_values"] = item["pixel_values"].to(model.device)
-    written = model.generate(
+    written = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
         **inputs,
         do_sample=False,
         max_new_tokens=max_new_tokens,

@@ -32,6 +32,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
     Qwen2Config,
 )
 
@@ -68,12 +69,12 @@ def build_model(
 
 
 def assemble(
-    tower: nn.Module,
-    language: nn.Module,
+    tower: PreTrainedModel,
+    language: Any,  # a causal LM of transformers
     *,
     image_token_id: int,
     feature_layer: int = -2,
-    feature_strategy: str = "full",
+    feature_strategy: Any = "full",
 ) -> LlavaForConditionalGeneration:
     """A LLaVA from a vision tower and a causal LM, whose weights are copied; the projector is
     new."""
@@ -104,7 +105,7 @@ def load_model(
     """
     _expect_llava(path)
     try:
-        model, info = LlavaForConditionalGeneration.from_pretrained(
+        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
             path,
             output_loading_info=True,
             dtype="auto",
@@ -112,6 +113,7 @@ def load_model(
         )
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be loaded as a LLaVA model: {error}") from error
+    model, info = loaded
     faults = {
         name: sorted(map(str, keys)) for name, keys in info.items() if name in _FAULTS and keys
     }
@@ -144,7 +146,7 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], origin: str | P
     model.load_state_dict(state)
 
 
-def load_tower(path: str) -> nn.Module:
+def load_tower(path: str) -> PreTrainedModel:
     """A vision tower (SigLIP or CLIP vision model) from a folder or hub name; a whole SigLIP
     gives its vision half."""
     model = AutoModel.from_pretrained(path)
@@ -242,7 +244,7 @@ def _selection(config: LlavaConfig) -> tuple[Any, str]:
     return config.vision_feature_layer, config.vision_feature_select_strategy
 
 
-def _language_model(config: ModelConfig, processor: LlavaProcessor) -> nn.Module:
+def _language_model(config: ModelConfig, processor: LlavaProcessor) -> Any:
     if config.language is not None:
         return AutoModelForCausalLM.from_pretrained(config.language)
     tokens = len(processor.tokenizer)
@@ -269,7 +271,7 @@ def _grow_vocabulary(model: LlavaForConditionalGeneration, processor: LlavaProce
     """Give the LM a row for every token, `<image>` included; it may have more rows than tokens
     (padding)."""
     tokens = len(processor.tokenizer)
-    if model.get_output_embeddings().weight.shape[0] < tokens:
+    if model.lm_head.weight.shape[0] < tokens:
         model.resize_token_embeddings(tokens)
 
 

@@ -69,9 +69,15 @@ def freeze(model: LlavaForConditionalGeneration, stage: Stage) -> list[str]:
 
 def loss_of(stage: Stage, weights: LossConfig) -> mk.LlavaKDLoss:
     """The stage's loss: the configured weight for its own terms, 0 for those it does not have."""
-    used = {term: getattr(weights, term) if term in stage.terms else 0.0 for term in DISTILLED}
+
+    def weight(term: str) -> float:
+        return getattr(weights, term) if term in stage.terms else 0.0
+
     return mk.LlavaKDLoss(
-        **used,
+        ce=weight("ce"),
+        response=weight("response"),
+        visual=weight("visual"),
+        relation=weight("relation"),
         temperature=weights.temperature,
         divergence=weights.divergence,
         backend=weights.backend,

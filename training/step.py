@@ -63,7 +63,7 @@ class DistillStep(nn.Module):
         student = _hidden(self.student, text, features_s)
         teacher = None
         for model in self._teacher:
-            model.to(input_ids.device)
+            nn.Module.to(model, input_ids.device)
             with torch.no_grad():
                 teacher = _hidden(model, text, features_t)
         image_lens = None

@@ -79,7 +79,8 @@ class DistillTrainer(Trainer):
         counts = count_rows(batch_samples, self.step.student.config.image_token_id)
         if self.args.world_size > 1:
             local = torch.tensor([counts], device=device)
-            counts = mk.RowCounts(*self.accelerator.gather(local).sum(0).tolist())
+            gathered: Any = self.accelerator.gather(local)
+            counts = mk.RowCounts(*gathered.sum(0).tolist())
         return counts
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -87,7 +88,7 @@ class DistillTrainer(Trainer):
         memory."""
         if "loss" in logs:
             steps = self.state.global_step - self._last_logged
-            means = self.accelerator.reduce(self.terms / steps, reduction="sum")
+            means: Any = self.accelerator.reduce(self.terms / steps, reduction="sum")
             logs |= dict(zip(TERMS, means.tolist(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
             logs["tokens_per_second"] = self.meter.tokens_per_second
             logs["peak_gib"] = self.meter.peak_gib
@@ -97,6 +98,8 @@ class DistillTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The student alone, as a folder that transformers loads."""
+        if output_dir is None:
+            raise ValueError("output_dir: got None, expected a folder")
         self.step.student.save_pretrained(output_dir)
         self.processor.save_pretrained(output_dir)
 
@@ -144,7 +147,9 @@ class Bar(TrainerCallback):
             self.bar = tqdm(total=steps, initial=state.global_step, desc=self.title, unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance."""
+        """Advance; the last step is always logged, whatever log_steps."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 

@@ -18,7 +18,9 @@ from training.settings import ConfigError
 
 def test_yaml_file_then_overrides(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("stages: [pt, sft]\nsft:\n  lr: 2e-3\n  batch_size: 8\ndata: {skip_bad: true}\n")
+    file.write_text(
+        "stages: [pt, sft]\nsft:\n  lr: 2e-3\n  batch_size: 8\ndata: {skip_bad: true}\n"
+    )
     config = settings.load(Config, file, ["sft.lr=1e-4", "model.path=m", "pt.loss.ce=2"])
     assert config.stages == ("pt", "sft")
     assert (config.sft.lr, config.sft.batch_size) == (1e-4, 8)

@@ -40,7 +40,7 @@ class GradientKeeper(DistillTrainer):
 def peaked_student(root):
     """A student whose loss differs from sample to sample, as a trained one's does."""
     student, processor = build_model(tiny.model_config(root / "tower"), 0)
-    student.lm_head.weight.data *= 30
+    student.lm_head.weight.data *= 4
     return student, processor
 
 
@@ -106,12 +106,12 @@ def test_unweighted_micro_batch_means_would_differ(root):
     with torch.no_grad():
         pairs = [collator([data[i] for i in UNEVEN[j : j + 2]]) for j in (0, 2, 4, 6)]
         means = [float(step(**pair).ce) for pair in pairs]
-    assert abs(sum(means) / 4 - whole["ce"]) > 0.01 * whole["ce"]
+    assert abs(sum(means) / 4 - whole["ce"]) > 5e-3 * whole["ce"]
 
 
 def test_run_leaves_what_the_docstring_lists(tmp_path):
     config = tiny.run_config(tmp_path, tmp_path / "out")
-    before = load_model(config.teacher)[0].state_dict()
+    before = load_model(str(config.teacher))[0].state_dict()
     results = run(config, say=lambda _: None)
     assert [result.name for result in results] == ["dpt", "sft", "dft"]
     for number, result in enumerate(results, 1):
@@ -134,7 +134,7 @@ def test_run_leaves_what_the_docstring_lists(tmp_path):
         assert result.scores is not None and result.scores.tokens > 0
         AutoModelForImageTextToText.from_pretrained(result.model)
         AutoProcessor.from_pretrained(result.model)
-    after = load_model(config.teacher)[0].state_dict()
+    after = load_model(str(config.teacher))[0].state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before), "the teacher never moves"
     towers = [load_model(result.model)[0].model.vision_tower.state_dict() for result in results]
     assert all(torch.equal(towers[0][key], tower[key]) for tower in towers[1:] for key in tower)

@@ -100,7 +100,8 @@ def test_parts_that_are_not_named(tower):
 class TestBrokenCheckpoints:
     @pytest.fixture
     def saved(self, built, tmp_path):
-        save_model(*built, tmp_path / "m")
+        model, processor = built
+        save_model(model, processor, tmp_path / "m")
         return tmp_path / "m"
 
     def change(self, saved, edit):

@@ -1,0 +1,154 @@
+"""The demo end to end on drawn photographs: every part runs, the report says what was measured."""
+
+from __future__ import annotations
+
+import csv
+import json
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training import settings
+from training.__main__ import main
+from training.demo import demo
+from training.garments import FILES
+from training.recipes import DemoConfig
+from training.report import DISTILLED, EQUAL_STEPS, EQUAL_TIME, judge, table
+
+SMALL = [
+    "train_n=40",
+    "test_n=12",
+    "student_n=16",
+    "batch_size=8",
+    "teacher_pt_steps=2",
+    "teacher_sft_steps=2",
+    "dpt_steps=2",
+    "sft_steps=2",
+    "dft_steps=2",
+    "tower.steps=3",
+    "tower.batch_size=4",
+    "tower.hidden=16",
+    "threads=1",
+]
+
+
+@pytest.fixture(scope="module")
+def garments(tmp_path_factory):
+    """Fashion-MNIST's four files with drawn content: a class is a brightness."""
+    folder = tmp_path_factory.mktemp("garments")
+    rng = np.random.default_rng(0)
+    for name in FILES:
+        count = 60 if name.startswith("train") else 20
+        labels = np.arange(count, dtype=np.uint8) % 10
+        if "images" in name:
+            photos = rng.integers(0, 20, (count, 28, 28), dtype=np.uint8)
+            photos += (20 * labels)[:, None, None].astype(np.uint8)
+            header = struct.pack(">4I", 0x803, count, 28, 28)
+            (folder / name).write_bytes(header + photos.tobytes())
+        else:
+            (folder / name).write_bytes(struct.pack(">2I", 0x801, count) + labels.tobytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(garments, tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    given = [f"out={out}", f"garments={garments}", "seeds=2", *SMALL]
+    config = settings.load(DemoConfig, None, given)
+    return config, demo(config)
+
+
+def test_report_folder(finished):
+    config, report = finished
+    assert report.folder == config.folder / "report"
+    for picture in ("loss.png", "stages.png", "answers.png"):
+        with Image.open(report.folder / picture) as image:
+            pixels = np.asarray(image.convert("L"))
+        assert min(pixels.shape) > 200 and pixels.std() > 5, f"{picture} is blank"
+    text = (report.folder / "report.md").read_text()
+    for needed in (report.verdict, "trained with the labels of all training images", "commit"):
+        assert needed in text
+    assert "train_n: 40000 -> 40" in text, "what differs from the defaults is said"
+
+
+def test_table_holds_every_run(finished):
+    _, report = finished
+    saved = json.loads((report.folder / "table.json").read_text())
+    assert saved["machine"]["processor"]
+    runs = saved["runs"]
+    assert [(run["model"], run["seed"]) for run in runs] == [
+        ("teacher", 0),
+        *((name, seed) for seed in (0, 1) for name in (EQUAL_STEPS, EQUAL_TIME, DISTILLED)),
+    ]
+    for run in runs:
+        assert 0 <= run["questions"] <= 1 and run["perplexity"] > 1
+        assert run["tokens_per_second"] > 0 and run["peak_gib"] > 0
+        assert (run["response_kl"] > 0) == (run["model"] == DISTILLED)
+    with (report.folder / "table.csv").open() as lines:
+        assert [row["model"] for row in csv.DictReader(lines)] == [run["model"] for run in runs]
+
+
+def test_fair_comparison(finished):
+    config, report = finished
+    for plain, long, distilled in zip(
+        report.rows[EQUAL_STEPS], report.rows[EQUAL_TIME], report.rows[DISTILLED], strict=True
+    ):
+        assert plain["steps"] == distilled["steps"] == config.student_steps
+        assert long["steps"] >= plain["steps"]
+    for seed in range(2):
+        data = set()
+        for name, stages in (("sft", ["1-sft"]), ("distilled", ["1-dpt", "2-sft", "3-dft"])):
+            folder = config.folder / f"seed{seed}" / name
+            assert sorted(p.name for p in folder.glob("[0-9]-*")) == stages
+            written = settings.load(_config_class(), folder / "config.yaml")
+            data.add((written.data.captions, written.data.conversations))
+        assert len(data) == 1, "both students see the same limited data"
+
+
+def _config_class():
+    from training.config import Config
+
+    return Config
+
+
+def test_given_again_nothing_is_trained(finished, capsys):
+    config, report = finished
+    model = config.folder / "seed1" / "distilled" / "3-dft" / "model"
+    before = model.stat().st_mtime_ns
+    again = demo(config)
+    assert model.stat().st_mtime_ns == before
+    assert again.rows == report.rows
+
+
+def test_command_line_prints_table_and_verdict(finished, capsys):
+    config, report = finished
+    flags = ["--seeds", "2", "--out", config.out, "--garments", str(config.garments)]
+    assert main(["demo", *flags, *(part for item in SMALL for part in ("--set", item))]) == 0
+    printed = capsys.readouterr().out
+    assert "distilled" in printed and "perplexity" in printed and "points" in printed
+    flags[1] = "0"
+    assert main(["demo", *flags]) == 2
+    assert "seeds: got '0', expected int > 0" in capsys.readouterr().err
+
+
+def rows(**accuracies: list[float]) -> dict[str, list[dict[str, float]]]:
+    names = {"steps": EQUAL_STEPS, "time": EQUAL_TIME, "ours": DISTILLED}
+    return {names[k]: [{"questions": x} for x in values] for k, values in accuracies.items()}
+
+
+def test_verdict_follows_the_rule():
+    clear = judge(rows(steps=[0.50, 0.52, 0.54], time=[0.55, 0.56, 0.57], ours=[0.61, 0.62, 0.63]))
+    assert "+10.0 points in the mean of 3 seeds, more than the spread (2.0)" in clear
+    assert "+6.0 points" in clear and "NOT" not in clear
+    unclear = judge(rows(steps=[0.5, 0.6, 0.7], time=[0.60, 0.61, 0.62], ours=[0.60, 0.65, 0.70]))
+    assert "+5.0 points in the mean of 3 seeds, NOT more than the spread (10.0)" in unclear
+    one = judge(rows(steps=[0.5], time=[0.5], ours=[0.4]))
+    assert "-10.0 points (one seed, so no spread" in one
+
+
+def test_table_shows_mean_and_deviation():
+    header, lines = table({"a": [{"questions": 0.4, "ce": 0.0}, {"questions": 0.6, "ce": 0.0}]})
+    assert header == ["model", "questions (all but captions)", "CE"]
+    assert lines == [["a", "0.500 ± 0.141", "–"]]
