@@ -176,20 +176,23 @@ class LlavaKDLoss(nn.Module):
         loss).
         """
         segments = rows_s.segments(self, teacher is not None)
-        device = student.hidden.device
+        if not any(s.kd for s in segments):
+            teacher = None  # nothing asks for a divergence: its head is not read
+        device, none = student.hidden.device, rows_s.response[:0]
+        columns = [(none.float(), none.float(), none)]
+        columns += [s.columns(norms, self) for s in segments]
         ce_weight, kd_weight, following = (
-            torch.cat(parts).to(device)
-            for parts in zip(*(s.columns(norms, self) for s in segments), strict=True)
+            torch.cat(parts).to(device) for parts in zip(*columns, strict=True)
         )
         out = fused_linear_distill(
-            _take(student.hidden, [getattr(rows_s, s.rows) for s in segments]),
+            _take(student.hidden, [none, *(getattr(rows_s, s.rows) for s in segments)]),
             student.weight,
             None
             if teacher is None
-            else _take(teacher.hidden, [getattr(rows_t, s.rows) for s in segments]),
+            else _take(teacher.hidden, [none, *(getattr(rows_t, s.rows) for s in segments)]),
             None if teacher is None else teacher.weight,
             following,
-            ce_weight=ce_weight,
+            ce_weight=ce_weight if any(s.has_ce for s in segments) else 0.0,
             kd_weight=kd_weight,
             divergence=self.divergence,
             temperature=self.temperature,
@@ -245,7 +248,7 @@ class LlavaKDLoss(nn.Module):
 
     def _frozen_gram(self, who: str, head: HeadInputs, vocab: int) -> Tensor | None:
         """The Gram of a frozen head, computed once; None for a trained one. Kept until the
-        weight changes in any way.
+        weight is another one or written to.
         """
         trained = who == "student" and (
             head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
@@ -254,7 +257,7 @@ class LlavaKDLoss(nn.Module):
             self._grams.pop(who, None)
             return None
         weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-        key = (_identity(head.weight), None if head.bias is None else _identity(head.bias), vocab)
+        key = (_Identity(head.weight), None if head.bias is None else _Identity(head.bias), vocab)
         if who not in self._grams or self._grams[who][0] != key:
             self._grams[who] = key, head_gram(weight, bias, vocab_size=vocab)
         return self._grams[who][1]
@@ -299,7 +302,9 @@ class _Rows(NamedTuple):
             return torch.full_like(index, loss.ignore_index)
 
         kd = "response" if with_teacher and loss.response and self.unshifted is None else ""
-        found = [_Segment("response", self.response, self.following, True, kd)]
+        found = []
+        if loss.ce or kd:
+            found.append(_Segment("response", self.response, self.following, bool(loss.ce), kd))
         if with_teacher and loss.response and self.unshifted is not None:
             found.append(
                 _Segment("unshifted", self.unshifted, unlabelled(self.unshifted), False, "response")
@@ -341,11 +346,20 @@ class _Norms(NamedTuple):
         return cls(*(t.clamp(min=torch.finfo(torch.float32).tiny) for t in tensors))
 
 
-def _identity(weight: Tensor) -> tuple[Any, ...]:
-    """Equal only for the same live tensor, unmodified: a weak reference compares by identity, a
-    version counts writes.
+class _Identity:
+    """Equal only for the same live tensor, not written to since: a version counts writes (but not
+    those through ``.data``, which torch hides; after one, make the loss module anew).
     """
-    return weakref.ref(weight), weight._version
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weakref.ref(weight)
+        self.version = weight._version
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Identity) or self.version != other.version:
+            return False
+        mine, its = self.weight(), other.weight()
+        return mine is not None and mine is its  # tensors compare by entries, so not ==
 
 
 def _take(hidden: Tensor, indices: list[Tensor]) -> Tensor:
