@@ -42,6 +42,9 @@ TOLERANCES: dict[str, Tolerance] = {
     "relation": Tolerance(
         4, 1e-5, "1 − cos of fp32 entries of R: 1e-7 · √2·loss / loss for a loss of 1e-3 and above"
     ),
+    "fp32 weights": Tolerance(
+        4, 1e-7, "row weights 1/count are fp32 even beside fp64 rows: half an ulp, 6e-8, each"
+    ),
     "vanishing": Tolerance(
         0, 1e-6, "what is 0 but for cancellation comes out as fp32 rounding of what cancels"
     ),
