@@ -121,7 +121,7 @@ def row_weight(name: str, value: float | Tensor, rows: int, like: Tensor) -> Ten
         raise TypeError(
             f"{name}: expected a number or a tensor of shape ({rows},), got {type(value).__name__}"
         )
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # in a form that traces
         raise ValueError(f"{name}: expected a finite number or one a row, got {value}")
     return (
         None
