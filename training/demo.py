@@ -32,6 +32,7 @@ from training.processing import build_processor
 from training.recipes import DemoConfig
 from training.report import Report, Run, write_report
 from training.scenes import write_scenes
+from training.settings import ConfigError
 from training.tower import photo_tower, question_tower, save_tower
 
 console = Console(stderr=True)
@@ -82,7 +83,10 @@ def make_data(config: DemoConfig) -> LlavaFolder:
     """The LLaVA-format folder, written or reused."""
     out = config.folder / "data"
     if config.data == "easy-vqa":
-        return write_easy_vqa(out, student_n=config.student_n)
+        try:
+            return write_easy_vqa(out, student_n=config.student_n)
+        except ImportError as error:
+            raise ConfigError(f"data: got 'easy-vqa', which is not installed: {error}") from error
     return write_scenes(
         out,
         train_n=config.train_n,
@@ -119,7 +123,7 @@ def make_tower(config: DemoConfig, folder: LlavaFolder) -> None:
 
 def say(message: str) -> None:
     """One line on stderr, out of the way of the progress bars."""
-    console.print(message, highlight=False, markup=False)
+    console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -100,8 +100,9 @@ def write_report(config: DemoConfig, runs: list[Run], data: LlavaFolder, seconds
     (folder / "report.md").write_text(text, encoding="utf-8")
     console = Console()
     console.print(_terminal_table(rows))
-    console.print(verdict, highlight=False)
-    console.print(f"whole demo: {seconds:.0f} s; report: {folder / 'report.md'}", highlight=False)
+    console.print(verdict, highlight=False, soft_wrap=True)
+    end = f"whole demo: {seconds:.0f} s; report: {folder / 'report.md'}"
+    console.print(end, highlight=False, soft_wrap=True)
     return Report(folder, rows, verdict)
 
 

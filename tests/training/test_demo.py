@@ -123,7 +123,7 @@ def test_given_again_nothing_is_trained(finished, capsys):
 
 
 def test_command_line_prints_table_and_verdict(finished, capsys):
-    config, report = finished
+    config, _ = finished
     flags = ["--seeds", "2", "--out", config.out, "--garments", str(config.garments)]
     assert main(["demo", *flags, *(part for item in SMALL for part in ("--set", item))]) == 0
     printed = capsys.readouterr().out
