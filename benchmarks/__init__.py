@@ -3,7 +3,7 @@
 Read the files in this order and you follow a figure from its shape to the README:
 `shapes` (what is measured) → `problem` (its tensors) → `methods` (who computes it) → `truth` (is
 the answer right?) → `speed`, `memory`, `accuracy` (the figures) → `targets` (which promises hold) →
-`record` (JSON) → `tables`, `plots`, `report`, `readme` (what a person reads).
+`record` (JSON) → `tables`, `plots`, `report`, `readme` (what a person reads); `cli` runs them.
 
 Left out: GPUs, training steps and `torch.compile`d baselines.
 """

@@ -5,10 +5,11 @@ The child builds the inputs, warms up on a tiny problem (thread pools and vendor
 once, whatever the size), returns free memory to the system, resets the kernel's high-water mark of
 resident memory and runs one forward and backward. Then
 
-    extra = VmHWM after − VmRSS before − bytes of the gradients that the step returns.
+    extra = VmHWM after − VmRSS before − bytes of the gradients that the step returns,
 
-The high-water mark (``VmHWM``, reset through ``/proc/self/clear_refs``) is kept by the kernel at
-every page fault, so nothing is sampled and no peak is missed. Linux only; elsewhere a row says so.
+the peak over what every method must hold at the end. The kernel keeps the high-water mark
+(``VmHWM``, reset through ``/proc/self/clear_refs``) at every page fault, so nothing is sampled and
+no peak is missed. Linux only; elsewhere a row says so.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from benchmarks.vetting import Vetting
 
 def steps(suite: Suite, only: tuple[str, ...]) -> int:
     """How often `measure` will call `tick`."""
-    return sum(len(_methods(case, only)) for case in suite.memory)
+    return sum(len(_methods(suite, case, only)) for case in suite.memory)
 
 
 def measure(
@@ -43,7 +44,7 @@ def measure(
     """One row per case and method; `tick` is called with a description at every step."""
     rows = []
     for case in suite.memory:
-        methods = _methods(case, only)
+        methods = _methods(suite, case, only)
         verdicts = vetting.verdicts(methods, case)
         gc.collect()
         for method in methods:
@@ -68,9 +69,13 @@ def predicted(method: Method, case: Case) -> int | None:
     ).workspace_bytes  # fmt: skip
 
 
-def _methods(case: Case, only: tuple[str, ...]) -> list[Method]:
+def _methods(suite: Suite, case: Case, only: tuple[str, ...]) -> list[Method]:
     """The floor computes no loss: its memory means nothing."""
-    return [method for method in select(case.loss, only) if method.key != FLOOR.key]
+    return [
+        method
+        for method in select(case.loss, only, case in suite.every_backend)
+        if method.key != FLOOR.key
+    ]
 
 
 def _in_child(method: Method, case: Case) -> dict[str, Any]:

@@ -194,8 +194,9 @@ def ours_by_default() -> Method:
     return next(method for method in OURS if method.key == f"mk-{chosen}")
 
 
-def select(loss: str, only: tuple[str, ...] = ()) -> list[Method]:
-    """The methods that compute `loss`, restricted to the keys `only` if any are given.
+def select(loss: str, only: tuple[str, ...] = (), every_backend: bool = True) -> list[Method]:
+    """The methods that compute `loss`: those named by the keys `only` if any are, else all, or all
+    but the backends of ours that ``backend="auto"`` would not choose here.
 
     Raises:
         ValueError: a key that does not exist.
@@ -204,4 +205,7 @@ def select(loss: str, only: tuple[str, ...] = ()) -> list[Method]:
     unknown = [key for key in only if key not in known]
     if unknown:
         raise ValueError(f"only: got {', '.join(unknown)}, expected some of {', '.join(known)}")
-    return [m for m in METHODS if loss in m.losses and (not only or m.key in only)]
+    wanted = set(only or known)
+    if not only and not every_backend:
+        wanted -= {method.key for method in OURS} - {ours_by_default().key}
+    return [method for method in METHODS if loss in method.losses and method.key in wanted]

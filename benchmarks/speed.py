@@ -23,7 +23,7 @@ from benchmarks.vetting import Verdict, Vetting
 
 def steps(suite: Suite, only: tuple[str, ...], rounds: int) -> int:
     """How often `measure` will call `tick`."""
-    return sum((rounds + 1) * len(select(case.loss, only)) for case in suite.speed)
+    return sum((rounds + 1) * len(_methods(suite, case, only)) for case in suite.speed)
 
 
 def measure(
@@ -36,12 +36,16 @@ def measure(
     """One row per case and method; `tick` is called with a description at every step."""
     table: list[dict[str, Any]] = []
     for case in suite.speed:
-        methods = select(case.loss, only)
+        methods = _methods(suite, case, only)
         verdicts = vetting.verdicts(methods, case)
         seconds = _seconds(make(case), methods, verdicts, rounds, tick)
         gc.collect()  # the inputs of one case leave before those of the next come
         table += [_row(case, method, verdicts[method.key], seconds) for method in methods]
     return table
+
+
+def _methods(suite: Suite, case: Case, only: tuple[str, ...]) -> list[Method]:
+    return select(case.loss, only, case in suite.every_backend)
 
 
 def _seconds(

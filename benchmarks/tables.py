@@ -40,8 +40,10 @@ def markdown(table: Table) -> str:
 
 
 def seconds(value: float) -> str:
-    """Three digits, in ms below a second."""
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+    """About three digits, in ms below a second."""
+    if value >= 0.9995:
+        return f"{value:.2f} s"
+    return f"{value * 1e3:.0f} ms" if value >= 0.1 else f"{value * 1e3:.3g} ms"
 
 
 def mebibytes(value: float | None) -> str:

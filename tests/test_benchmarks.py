@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import memory, methods, peers, readme, record, speed, targets, truth, vetting
-from benchmarks.__main__ import ROOT, main
+from benchmarks.cli import ROOT, main
 from benchmarks.problem import Problem, make, make_near
 from benchmarks.shapes import SUITES, Case, headline
 from mllmkd_kernels import reference
@@ -116,7 +116,8 @@ def test_peak_rise_sees_memory_that_is_already_free_again() -> None:
 def test_truth_is_the_reference_in_fp64(loss: str, train_head: bool) -> None:
     problem = make(replace(CASE, loss=loss, train_head=train_head))
     h, w = problem.hs.detach().double(), problem.ws.detach().double()
-    h.requires_grad_(True), w.requires_grad_(True)
+    h.requires_grad_(True)
+    w.requires_grad_(True)
     vocab = problem.case.vocab
     z_s = reference.logits(h, w, vocab_size=vocab)
     z_t = None
