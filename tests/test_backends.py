@@ -116,6 +116,7 @@ def test_a_frozen_input_costs_nothing(
     wanted: tuple[bool, ...], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     p = replace(problem("ragged"), bt=None)
+    assert p.bs is not None
     leaves = [x.clone().requires_grad_(w) for x, w in zip((p.hs, p.ws, p.bs), wanted, strict=True)]
     with spied(monkeypatch, backend, "distill_rows") as calls:
         out = mk.fused_linear_distill(
@@ -157,26 +158,28 @@ def test_products_are_those_of_the_plan(grad_h: bool, grad_w: bool, with_teacher
         dtype=torch.float32, device=torch.device("cpu"), backend="eager",
     )  # fmt: skip
     with Watch() as watch:
-        eager.distill_rows(
-            *_arguments(p, with_teacher), "forward_kl", 0.0, 1.0, 0.0, 0.0, 512, -100,
-            grad_h, grad_w, False, 8,
-        )  # fmt: skip
+        _distill_rows(p, "forward_kl", (grad_h, grad_w, False), with_teacher)
     assert watch.flops == chosen.flops == chosen.floor_flops
 
 
-def _arguments(p: Problem, with_teacher: bool = True) -> tuple:
+def _distill_rows(
+    p: Problem, divergence: str, wants: tuple[bool, ...], with_teacher: bool = True
+) -> None:
+    """The eager kernel alone, 8 rows at a time."""
     ones = torch.ones(p.hs.shape[0])
-    teacher = (p.ht, p.wt, None) if with_teacher else (None, None, None)
-    return p.hs, p.ws, None, *teacher, p.labels, ones, ones if with_teacher else None
+    arguments: list[Any] = [p.hs, p.ws, None]
+    arguments += [p.ht, p.wt, None] if with_teacher else [None, None, None]
+    arguments += [p.labels, ones, ones if with_teacher else None]
+    param = mk.Divergence(divergence).param
+    arguments += [divergence, param, 1.0, 0.0, 0.0, p.vocab, -100, *wants, 8]
+    eager.distill_rows(*arguments)
 
 
 def test_the_eager_backend_never_holds_the_logits() -> None:
     """The largest tensor is a chunk of them, 8 rows of 96, or dW: not N × V, not V × D again."""
     p = near_converged(0.1, n=96, v=2048, d=4)
     with Watch() as watch:
-        eager.distill_rows(
-            *_arguments(p), "jsd", 0.5, 1.0, 0.0, 0.0, 2048, -100, True, True, False, 8
-        )
+        _distill_rows(p, "jsd", (True, True, False))
     assert watch.largest == 8 * 2048
 
 
@@ -186,9 +189,11 @@ def test_the_relation_never_holds_its_matrix(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(eager, "VOCAB_SLICE", 500)
     hs, ht = torch.randn(300, 8, requires_grad=True), torch.randn(300, 12)
     ws, wt = torch.randn(5000, 8, requires_grad=True), torch.randn(5000, 12)
-    for options in ({}, {"student_softcap": 3.0}):
+    for cap in (None, 3.0):
         with _inside_operators() as watches:
-            mk.fused_linear_relation(hs, ws, ht, wt, backend="eager", **options).backward()
+            mk.fused_linear_relation(
+                hs, ws, ht, wt, backend="eager", student_softcap=cap
+            ).backward()
         # The largest: the heads' own gradient, or a vocabulary slice of one image's logits.
         assert 0 < max(w.largest for w in watches) <= max(ws.numel(), 300 * 500)
 
@@ -223,14 +228,13 @@ def test_nothing_waits_for_the_device(divergence: str) -> None:
     """
     p = problem("ragged")
     param = mk.Divergence(divergence).param
-    fake = [
+    fake: list[Any] = [
         t if t is None else t.to("meta")
         for t in (p.hs, p.ws, p.bs, p.ht, p.wt, p.bt, p.labels, *p.weights())
     ]
     h, w, b, labels = fake[0], fake[1], fake[2], fake[6]
-    out = eager.distill_rows(
-        *fake, divergence, param, 2.0, 5.0, 4.0, 307, -100, True, True, True, 8
-    )
+    fake += [divergence, param, 2.0, 5.0, 4.0, 307, -100, True, True, True, 8]
+    out = eager.distill_rows(*fake)
     assert [tuple(t.shape) for t in out] == [(), (13,), (13,), (13, 11), (307, 11), (307,)]
     logp, lse = eager.logprob_rows(h, w, b, labels, 1.0, 5.0, 307, -100, 8)
     grads = eager.logprob_grad(logp, h, w, b, labels, lse, 1.0, 5.0, 307, -100, True, True, True, 8)

@@ -11,6 +11,7 @@ from hypothesis import given
 from torch import Tensor
 
 import mllmkd_kernels as mk
+from mllmkd_kernels.backends import cpu
 from tests.problems import (
     BACKENDS,
     DIVERGENCES,
@@ -219,8 +220,8 @@ def test_any_shape(
     backend: str, shape: tuple[int, ...], divergence: str, dtype: torch.dtype
 ) -> None:
     """Rows 0 to 70 cross the smallest chunk (32 rows), vocabularies differ both ways."""
-    if backend == "cpu" and not mk.plan.cpu.available():
-        pytest.skip(f"backend 'cpu': {mk.plan.cpu.why_not()}")
+    if backend == "cpu" and not cpu.available():
+        pytest.skip(f"backend 'cpu': {cpu.why_not()}")
     p = _random(*shape, seed=shape[0]).to(dtype)
     p = replace(p, options={"workspace_mb": 1e-6})
     check_result(run(p, backend, divergence), replace(p, options={}), divergence, dtype)

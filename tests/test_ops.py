@@ -104,7 +104,7 @@ def test_a_second_backward_gives_the_same_bits(name: str, backend: str) -> None:
     t = heads(torch.float32)
     loss = callers(backend)[name](**t)
     leaves = [t["hs"], t["ws"], t["bs"]]
-    kept = {"retain_graph": True, "allow_unused": True}
+    kept: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
     first = torch.autograd.grad(loss, leaves, **kept)
     half = torch.autograd.grad(loss, leaves, grad_outputs=torch.tensor(0.5), **kept)
     again = torch.autograd.grad(loss, leaves, allow_unused=True)
