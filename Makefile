@@ -79,7 +79,7 @@ $(VENV_STAMP):
 # hence --no-build-isolation below and the build tools here (they are build-system.requires).
 $(DEPS_STAMP): $(VENV_STAMP) pyproject.toml constraints.txt
 	$(SAY) "Installing PyTorch and build tools (the first time takes minutes)"
-	@$(PIP) torch ninja setuptools
+	@$(PIP) torch ninja setuptools pybind11
 	$(SAY) "Installing the package and what training, benchmarks and tests need (minutes, once)"
 	@MLLMKD_NO_EXT=1 $(PIP) --no-build-isolation -e ".[train,bench,dev]"
 	@touch $@
