@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, TrainingArguments
 
 from training import checkpoint, settings
@@ -55,8 +56,10 @@ def run(config: Config, say: Say = print) -> list[StageResult]:
     unfinished."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if not _processes().is_main_process:
+        say = _silent
     out = Path(config.out)
-    _claim(out, config)
+    on_main(lambda: _claim(out, config))
     model, processor = build_model(config.model, config.seed)
     teacher = _teacher(config, processor)
     results = []
@@ -69,6 +72,14 @@ def run(config: Config, say: Say = print) -> list[StageResult]:
             model, processor = load_model(folder / "model")
         results.append(_result(config, name, model, processor, folder, say))
     return results
+
+
+def _processes() -> PartialState:
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def _silent(message: str) -> None:
+    """What the other processes say."""
 
 
 def _train(
@@ -107,21 +118,36 @@ def _train(
         say(f"{folder}: resuming from {resume.name}")
     if resume is not None and checkpoint.step_of(resume) >= steps:
         trainer._load_from_checkpoint(str(resume))  # killed between the last step and the model
-        history, summary = _read(resume / "trainer_state.json")["log_history"], {}
+        history = _read(resume / "trainer_state.json")["log_history"]
     else:
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
         history = trainer.state.log_history
-        summary = {"seconds": trainer.meter.seconds}
     curve = [entry for entry in history if "loss" in entry]
+    on_main(lambda: _finish(model, processor, folder, curve))
+
+
+def _finish(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    folder: Path,
+    curve: list[dict[str, float]],
+) -> None:
+    """Write what the stage leaves; the model last, because its presence means done."""
+    kept = ("seconds", "tokens_per_second", "peak_gib")
+    summary = {"steps": curve[-1]["step"], **{key: curve[-1][key] for key in kept}}
     _write(folder / "history.json", curve)
-    _write(folder / "summary.json", {"steps": steps, **summary, **_rates(curve)})
+    _write(folder / "summary.json", summary)
     save_model(model, processor, folder / "model")
     for path in folder.glob(f"{checkpoint.PREFIX}*"):
         shutil.rmtree(path)
 
 
-def _rates(curve: list[dict[str, float]]) -> dict[str, float]:
-    return {key: curve[-1][key] for key in ("tokens_per_second", "peak_gib")} if curve else {}
+def on_main(work: Callable[[], None]) -> None:
+    """Do `work` in the first process only; the others wait for it."""
+    state = _processes()
+    if state.is_main_process:
+        work()
+    state.wait_for_everyone()
 
 
 def load_data(
@@ -158,7 +184,7 @@ def _arguments(config: Config, options: StageConfig, steps: int, folder: Path) -
             f"batch_size: got {options.batch_size}, expected a multiple of micro_batch x devices "
             f"({micro} x {world})"
         )
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=micro,
@@ -175,11 +201,19 @@ def _arguments(config: Config, options: StageConfig, steps: int, folder: Path) -
         seed=config.seed,
         data_seed=config.seed,
         bf16=config.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),
         dataloader_num_workers=config.data.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         report_to=["tensorboard"] if config.tensorboard else [],
     )
+    if arguments.n_gpu > 1:
+        raise settings.ConfigError(
+            f"one process sees {arguments.n_gpu} GPUs, expected one process a GPU: start with "
+            f"torchrun --nproc_per_node={arguments.n_gpu} -m training run, or set "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    return arguments
 
 
 def _result(
@@ -193,7 +227,10 @@ def _result(
     scores = None
     if config.data.held_out is not None:
         file = folder / "scores.json"
-        if not file.is_file():
+
+        def score() -> None:
+            if file.is_file():
+                return
             held_out = load_data(config, processor, "held_out", "chat")
             size = config.eval_batch_size
             title = f"{folder.name} held-out"
@@ -201,6 +238,8 @@ def _result(
                 model, held_out, LlavaCollator(processor), batch_size=size, title=title
             )
             _write(file, found.to_dict())
+
+        on_main(score)
         scores = Scores.from_dict(_read(file))
         say(f"{folder}: {scores}")
     history, summary = _read(folder / "history.json"), _read(folder / "summary.json")

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import LlavaProcessor, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlavaProcessor, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import mllmkd_kernels as mk
@@ -90,6 +91,7 @@ class DistillTrainer(Trainer):
             steps = self.state.global_step - self._last_logged
             means: Any = self.accelerator.reduce(self.terms / steps, reduction="sum")
             logs |= dict(zip(TERMS, means.tolist(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
+            logs["seconds"] = self._seconds_before + self.meter.seconds
             logs["tokens_per_second"] = self.meter.tokens_per_second
             logs["peak_gib"] = self.meter.peak_gib
             self.terms.zero_()
@@ -129,7 +131,11 @@ class DistillTrainer(Trainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         path = kwargs.get("resume_from_checkpoint")
-        self._last_logged = checkpoint.step_of(Path(path)) if path else 0
+        self._last_logged, self._seconds_before = 0, 0.0
+        if path:
+            self._last_logged = checkpoint.step_of(Path(path))
+            state = TrainerState.load_from_json(str(Path(path) / TRAINER_STATE_NAME))
+            self._seconds_before = state.log_history[-1]["seconds"]
         return super()._inner_training_loop(*args, **kwargs)
 
 
