@@ -86,10 +86,12 @@ def write_teacher(path: Path, tower: Path) -> Path:
     return path
 
 
-def run_config(root: Path, out: Path, *, stages: tuple[str, ...] = ("dpt", "sft", "dft")) -> Config:
+def run_config(
+    root: Path, out: Path, *, stages: tuple[str, ...] = ("dpt", "sft", "dft"), samples: int = 14
+) -> Config:
     """A run over the data, tower and teacher below `root` (written if they are not there)."""
     if not (root / "data.json").is_file():
-        write_data(root)
+        write_data(root, samples)
         write_tower(root / "tower")
         write_teacher(root / "teacher", root / "tower")
     stage = StageConfig(steps=6, batch_size=4, lr=1e-2, loss=LossConfig(backend="eager"))
