@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
@@ -28,3 +31,22 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _same_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The core's tests are thousands of calls of microseconds. Two threads wait for each other at
+    the end of each: on a busy machine that made the suite ten times slower. Tests that are about
+    threads ask for `threads`; those of training, which do compute, keep what torch has.
+    """
+    before = torch.get_num_threads()
+    if request.path.parent == Path(__file__).parent:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads(_one_thread: None) -> None:
+    """Several threads, so that the order in which they finish may differ from run to run."""
+    torch.set_num_threads(4)

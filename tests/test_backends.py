@@ -101,6 +101,7 @@ def test_a_workspace_changes_only_the_chunking(
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("threads")
 def test_the_same_bits_every_run(divergence: str, dtype: torch.dtype, backend: str) -> None:
     # 200 rows × 1,000 tokens: enough work for every thread to get a share of it.
     p = near_converged(0.1, n=200, v=1000).to(dtype)

@@ -272,6 +272,7 @@ def test_large_logits(backend: str) -> None:
     check_against_logits(t, LENS, False, backend)
 
 
+@pytest.mark.usefixtures("threads")
 def test_the_same_bits_every_run(backend: str) -> None:
     t = inputs(rows=700)
     grads = [torch.autograd.grad(call(t, [300, 400], True, backend=backend), [t["hs"], t["ws"]])
