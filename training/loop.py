@@ -95,7 +95,9 @@ def _train(
     options = config.stage(stage.name)
     freeze(model, stage)
     if config.grad_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # the new name for what transformers before 5.23 calls gradient_checkpointing_enable
+        new = getattr(model, "activation_checkpointing_enable", None)
+        (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
     dataset = load_data(config, processor, stage.data, stage.template)
     step = DistillStep(
         model, teacher if stage.needs_teacher else None, loss_of(stage, options.loss)
