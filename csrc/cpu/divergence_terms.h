@@ -53,6 +53,7 @@ template <class V>
 struct Mixture {
   V value;  // p·(x − log1p x), x = w·expm1(u): a term of KL(p ‖ (1−w)p + w q)
   V log;    // log1p(x) = log((1−w) + w eᵘ)
+  V share;  // x/(1+x) = 1 − 1/((1−w) + w eᵘ)
 };
 
 template <class V>
@@ -63,9 +64,11 @@ inline Mixture<V> mixture(
   const V x = w * (exp_minus_line(u_near) + u_near);
   // far from u = 0 only expm1(−|u|) is formed: log((1−w) + w eᵘ) = u + log1p((1−w) expm1(−u)) for u > 0
   const V up = u > zero;
-  const V tail = select(w, one - w, up) * (exp_of(u.abs().neg()) - one);
-  const V l = select(tail, x, near).log1p();
+  const V e = exp_of(u.abs().neg());
+  const V t = select(select(w, one - w, up) * (e - one), x, near);
+  const V l = log1p_of(t), inverse = one / (one + t);
   Mixture<V> m;
+  m.share = select(one - select(inverse, e * inverse, up), x * inverse, near);
   m.log = l + select(select(zero, u, up), zero, near);
   m.value = select(w * (q - p) - times(p, m.log), p * log_defect(x, l), near);
   return m;
@@ -79,7 +82,7 @@ struct Terms {
 template <Divergence D, class V>
 inline Terms<V> terms(const Token<V>& t, typename V::value_type param) {
   using T = typename V::value_type;
-  const V zero(static_cast<T>(0)), one(static_cast<T>(1));
+  const V zero(static_cast<T>(0));
   if constexpr (D == Divergence::forward_kl) {
     return {select(t.q - t.p - times(t.p, t.u), t.p * exp_minus_line(t.u_near), t.near), zero};
   } else if constexpr (D == Divergence::reverse_kl) {
@@ -91,17 +94,13 @@ inline Terms<V> terms(const Token<V>& t, typename V::value_type param) {
     const V sign = select(select(zero, half, d > zero), half.neg(), d < zero);
     return {half * d.abs(), sign};
   } else if constexpr (D == Divergence::skew_forward_kl) {
-    const V w(static_cast<T>(1) - param);
-    const Mixture<V> m = mixture(t.p, t.q, t.u, t.u_near, t.near, static_cast<T>(1) - param);
-    // w·x/(1+x) with 1 + x = exp(log): −w·expm1(−log)
-    const V x = w * (exp_minus_line(t.u_near) + t.u_near);
-    return {m.value, w * select(one - exp_of(m.log.neg()), x / (one + x), t.near)};
+    const T w = static_cast<T>(1) - param;
+    const Mixture<V> m = mixture(t.p, t.q, t.u, t.u_near, t.near, w);
+    return {m.value, V(w) * m.share};
   } else if constexpr (D == Divergence::skew_reverse_kl) {
-    const T weight = static_cast<T>(1) - param;
-    const V minus = t.u.neg(), minus_near = t.u_near.neg();
-    const Mixture<V> m = mixture(t.q, t.p, minus, minus_near, t.near, weight);
-    const V y = V(weight) * (exp_minus_line(minus_near) + minus_near);
-    return {m.value, V(param) * select(one - exp_of(m.log.neg()), y / (one + y), t.near) - m.log};
+    const T w = static_cast<T>(1) - param;
+    const Mixture<V> m = mixture(t.q, t.p, t.u.neg(), t.u_near.neg(), t.near, w);
+    return {m.value, V(param) * m.share - m.log};
   } else {  // jsd
     const T rest = static_cast<T>(1) - param;
     const Mixture<V> m_p = mixture(t.p, t.q, t.u, t.u_near, t.near, rest);

@@ -45,6 +45,7 @@ Gradients<T>::Gradients(
   db = at::zeros(shape_if(wanted.db, {weight.size(0)}), real);
   dw = at::empty(shape_if(wanted.dw, {weight.size(0), features_}), weight.scalar_type());
   if (!wanted.any()) return;
+  prefer_huge_pages(dw);
   g_ = Buffer(threads, kTile * panel * sizeof(T));
   if (wanted.dw) {
     dw.narrow(0, hidden.size(0) ? vocab : 0, weight.size(0) - (hidden.size(0) ? vocab : 0)).zero_();
@@ -55,6 +56,7 @@ Gradients<T>::Gradients(
       dw_sum_ = dw;
     } else if (many_chunks) {
       dw_sum_ = at::empty({vocab, features_}, real);
+      prefer_huge_pages(dw_sum_);
     } else {
       dw_tile_ = Buffer(threads, kTile * features_ * sizeof(T));
     }

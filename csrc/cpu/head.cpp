@@ -1,5 +1,9 @@
 #include "head.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -14,6 +18,16 @@ Dtype dtype_of(const at::Tensor& x, const char* name) {
     case at::kHalf: return Dtype::f16;
     default: TORCH_CHECK_TYPE(false, name, ": got dtype ", x.scalar_type(), ", expected a floating-point tensor");
   }
+}
+
+void prefer_huge_pages(const at::Tensor& x) {
+#if defined(__linux__)
+  constexpr size_t huge = size_t{1} << 21;
+  const size_t begin = reinterpret_cast<size_t>(x.mutable_data_ptr()), end = begin + x.nbytes();
+  const size_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
+  // only advice: where the kernel declines, nothing changes
+  if (last > first) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 Rows::Rows(const at::Tensor& x, const char* name) : tensor(x), dtype(dtype_of(x, name)), ld(0) {

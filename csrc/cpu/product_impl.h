@@ -74,6 +74,18 @@ inline int right_index(int k, int n, int panel) {
   return (k / pair<E>)*panel * pair<E> + n * pair<E> + k % pair<E>;
 }
 
+// Whole panels of bf16 pairs: two rows become one row of 32-bit words, which compilers vectorise.
+template <int Panel, class E>
+void interleave_rows(const E* src, int64_t ld, int k, E* dst) {
+  const E zeros[Panel] = {};
+  for (int j = 0; j < k; j += 2, src += 2 * ld, dst += 2 * Panel) {
+    const E* odd = j + 1 < k ? src + ld : zeros;
+    uint32_t words[Panel];
+    for (int i = 0; i < Panel; ++i) words[i] = src[i].bits | static_cast<uint32_t>(odd[i].bits) << 16;
+    std::memcpy(static_cast<void*>(dst), words, sizeof(words));
+  }
+}
+
 template <class S, class E>
 void pack_right_from(const S* src, int64_t ld_k, int64_t ld_n, int k, int n, int panel, E* dst) {
   const int padded = (k + pair<E> - 1) / pair<E> * pair<E>;
@@ -106,6 +118,9 @@ void pack_right(Dtype dtype, const void* src, int64_t ld, int k, int n, void* ds
   with_source<E>(dtype, [&](auto* type) {
     auto* from = static_cast<decltype(type)>(src);
     // the compiler vectorises the loop over n where n and its stride are constants
+    if constexpr (pair<E> == 2) {
+      if (n == Panel) return interleave_rows<Panel>(from, ld, k, static_cast<E*>(dst));
+    }
     if (n == Panel) {
       pack_right_from(from, ld, 1, k, Panel, Panel, static_cast<E*>(dst));
     } else {
@@ -144,6 +159,9 @@ void micro_tile(int k, const void* a_, const void* b_, typename Micro<E>::T* c, 
   for (int m = 0; m < M; ++m) {
     sum[m][0] = add ? V::loadu(c + m * ldc) : V(T(0));
     sum[m][1] = add ? V::loadu(c + m * ldc + W) : V(T(0));
+    // the next micro-tile's sums: their rows are far apart, so no hardware prefetcher sees them coming
+    __builtin_prefetch(c + (M + m) * ldc, 1);
+    __builtin_prefetch(c + (M + m) * ldc + W, 1);
   }
   for (int j = 0; j < k; j += P, a += P, b += 2 * W * P) {
     const auto b0 = Micro<E>::load(b), b1 = Micro<E>::load(b + W * P);
@@ -186,20 +204,18 @@ void store_left(const typename Micro<E>::T* g, int m, void* dst_) {
   }
 }
 
-// W × W blocks through a small buffer: both sides of the transposition stay in L1.
+// W × W blocks through a small buffer. The last block may run past m into rows that hold nothing of interest: the
+// source and a left operand's row both have room for whole blocks, and a product reads m depths only.
 template <class E>
 void store_left_t(const typename Micro<E>::T* g, int m, void* dst_) {
   using T = typename Micro<E>::T;
   constexpr int W = Vec<T>::size(), panel = 2 * W;
   E* dst = static_cast<E*>(dst_);
+  T block[W * W];
   for (int i = 0; i < m; i += W) {
-    const int n = m - i < W ? m - i : W;
-    for (int lane = 0; lane < panel; ++lane) {
-      T line[W] = {};
-      E rounded[W];
-      for (int j = 0; j < n; ++j) line[j] = g[(i + j) * panel + lane];
-      Micro<E>::round(line, rounded);
-      for (int j = 0; j < n; ++j) dst[lane * stride<E> + i + j] = rounded[j];
+    for (int half = 0; half < panel; half += W) {
+      at::vec::transpose_mxn<T, W, W>(g + i * panel + half, panel, block, W);
+      for (int lane = 0; lane < W; ++lane) Micro<E>::round(block + lane * W, dst + (half + lane) * stride<E> + i);
     }
   }
   if (m % pair<E>) {

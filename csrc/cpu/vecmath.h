@@ -45,6 +45,24 @@ inline Vec<float> exp_of(const Vec<float>& x) {
   return select(p * at::vec::cast<float, int32_t>(bits), V(0.0f), x < lo);
 }
 
+inline Vec<double> log1p_of(const Vec<double>& x) { return x.log1p(); }
+
+// For −1 < x < 2^20, which is where the divergences ask. 1 + x = m·2^e with m in [√½, √2), log m by a polynomial in
+// m − 1, and what the sum 1 + x rounded away put back. NaN stays NaN.
+inline Vec<float> log1p_of(const Vec<float>& x) {
+  using V = Vec<float>;
+  using I = at::vec::Vectorized<int32_t>;
+  const V one(1.0f), y = x + one, lost = (x - (y - one)) / y;
+  const I bits = at::vec::cast<int32_t, float>(y), e = (bits - I(0x3f3504f3)) >> I(23);
+  const V t = at::vec::cast<float, int32_t>(bits - (e << I(23))) - one, n = at::vec::convert_to_fp_of_same_size<float>(e);
+  static constexpr double c[] = {3.3333331174e-1,  -2.4999993993e-1, 2.0000714765e-1,  -1.6668057665e-1, 1.4249322787e-1,
+                                 -1.2420140846e-1, 1.1676998740e-1,  -1.1514610310e-1, 7.0376836292e-2};
+  const V square = t * t;
+  V tail = at::vec::fmadd(t * square, horner(t, c), n * V(-2.12194440e-4f));
+  tail = tail - V(0.5f) * square + lost;
+  return at::vec::fmadd(n, V(0.693359375f), t + tail) + (x - x);
+}
+
 // exp(u) − 1 − u for |u| <= 1/2, by its series: no cancellation.
 template <class V>
 inline V exp_minus_line(const V& u) {
