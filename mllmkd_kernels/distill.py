@@ -86,7 +86,8 @@ def fused_linear_distill(
         divergence: a name or a `Divergence`; its docstring has the definitions and conventions.
         temperature: T of ``softmax(z/T)`` in the divergence, both models. The cross-entropy takes
             none.
-        student_bias, teacher_bias: biases of the heads; −inf masks a token.
+        student_bias, teacher_bias: biases of the heads; −inf masks a token where no soft-cap
+            follows.
         student_softcap, teacher_softcap: c of ``c·tanh(z/c)``, as in Gemma 2.
         vocab_size: the real vocabulary; default the smaller head. Columns beyond it belong to
             neither distribution: both heads are sliced and renormalised, gradients there are zero.

@@ -69,6 +69,7 @@ def relation(
     cu_seqlens: Tensor,  # (images + 1,)
     want_dh: bool,
     want_dg: bool,
+    joint: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (scalar) and the unscaled gradients dh (N, D_s), dg (D_s, D_s); an unwanted one
     comes back empty.
@@ -76,7 +77,8 @@ def relation(
     acc = eager.accumulation_dtype(hs, gs, ht, gt)
     hs, ht = hs.to(acc).contiguous(), ht.to(acc).contiguous()
     ks, kt = hs if gs is None else hs @ gs.to(acc), ht if gt is None else ht @ gt.to(acc)
-    loss, coef = cosine_of_stats(backend.relation_stats(hs, ks, ht, kt, cu_seqlens), cu_seqlens)
+    stats = backend.relation_stats(hs, ks, ht, kt, cu_seqlens)
+    loss, coef = cosine_of_stats(stats, cu_seqlens, joint)
     dh = dg = hs.new_empty(0)
     if want_dh or want_dg:
         m = backend.relation_grad(hs, ks, ht, kt, cu_seqlens, coef)
@@ -87,13 +89,17 @@ def relation(
     return loss.to(acc), dh, dg.clone() if dg is dh else dg
 
 
-def cosine_of_stats(stats: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def cosine_of_stats(stats: Tensor, cu_seqlens: Tensor, joint: bool) -> tuple[Tensor, Tensor]:
     """Mean loss and, per image, the factors of R_t and R_s in dR_s, from the (images, 3) inner
     products.
 
     An image without rows has nothing to align: loss 0. One whose R vanishes has no direction: loss
-    1 (the value of ``F.cosine_similarity``), gradient 0.
+    1 (the value of ``F.cosine_similarity``), gradient 0. `joint` takes one cosine over all images:
+    their R are blocks of one matrix, whose inner products are sums.
     """
+    if joint:
+        loss, coef = cosine_of_stats(stats.sum(0, keepdim=True), cu_seqlens[[0, -1]], False)
+        return loss, coef.expand(stats.shape[0], 2).contiguous()
     ss, tt, st = stats.unbind(1)
     empty = (cu_seqlens.diff() == 0).to(stats.device)
     flat = (ss == 0) | (tt == 0)

@@ -65,8 +65,8 @@ class LlavaKDLoss(nn.Module):
         vocab_size: shared vocabulary, default the smaller head.
         response_shift: False distils the *unshifted* answer positions, as the released code of
             LLaVA-MoD and LLAVADI does against its papers; cross-entropy is shifted either way.
-        relation_batch: True flattens the batch into one cosine, as the released LLaVA-KD code does;
-            the paper's form, the default, has one per image.
+        relation_batch: True takes one cosine over the R of all images of the batch together, as the
+            released LLaVA-KD code does; the paper's form, the default, has one per image.
         backend, workspace_mb: as in `fused_linear_distill`.
 
     Raises:
@@ -155,6 +155,8 @@ class LlavaKDLoss(nn.Module):
             _check_batch(teacher, t_labels, t_mask, "teacher_")
             rows_t = _Rows.select(self, t_labels, t_mask)
             rows_s.check_against(rows_t)
+            if teacher_image_mask is not None and image_lens is None:
+                _check_images(cu, image_seqlens(t_mask))
         norms = _Norms.of(num_items_in_batch, rows_s, cu.numel() - 1)
         ce, response_kl, visual_kl, loss = self._rows_loss(student, teacher, rows_s, rows_t, norms)
         relation = loss.new_zeros(())
@@ -226,8 +228,6 @@ class LlavaKDLoss(nn.Module):
         """Relation of the visual logits, mean over images, with the Gram matrices of frozen
         heads kept.
         """
-        if self.relation_batch:
-            cu = cu[[0, -1]]
         vocab = self.vocab_size or min(student.weight.shape[0], teacher.weight.shape[0])
         capped = student.softcap is not None or teacher.softcap is not None
         return fused_linear_relation(
@@ -243,6 +243,7 @@ class LlavaKDLoss(nn.Module):
             student_softcap=student.softcap,
             teacher_softcap=teacher.softcap,
             vocab_size=vocab,
+            joint=self.relation_batch,
             backend=self.backend,
         )
 
@@ -365,6 +366,16 @@ class _Identity:
 def _take(hidden: Tensor, indices: list[Tensor]) -> Tensor:
     """Rows of (B, T, D) by flat index, packed (N, D)."""
     return hidden.flatten(0, 1)[torch.cat(indices)]
+
+
+def _check_images(student: Tensor, teacher: Tensor) -> None:
+    """Images of equal rows on both sides: totals may agree where the splits do not."""
+    ours, theirs = student.diff().tolist(), teacher.diff().tolist()
+    if ours != theirs:
+        raise ValueError(
+            f"teacher_image_mask: its images have {theirs} rows, the student's {ours}; if they "
+            "correspond all the same, say so with image_lens"
+        )
 
 
 def _check_batch(

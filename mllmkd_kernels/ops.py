@@ -335,20 +335,22 @@ def relation(
     want_dh: bool,
     want_dg: bool,
     backend: str,
+    joint: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, dh, dg): see `gram.relation`."""
-    return gram.relation(_module(backend, hs.device), hs, gs, ht, gt, cu_seqlens, want_dh, want_dg)
+    module = _module(backend, hs.device)
+    return gram.relation(module, hs, gs, ht, gt, cu_seqlens, want_dh, want_dg, joint)
 
 
 @relation.register_fake
-def _(hs, gs, ht, gt, cu_seqlens, want_dh, want_dg, backend):
+def _(hs, gs, ht, gt, cu_seqlens, want_dh, want_dg, backend, joint):
     acc = eager.accumulation_dtype(hs, gs, ht, gt)
     d = hs.shape[1]
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
     return hs.new_empty((), dtype=acc), dh, hs.new_empty((d, d) if want_dg else (0,), dtype=acc)
 
 
-_gradients_formed_in_forward(relation, 8, {0: 1, 1: 2})
+_gradients_formed_in_forward(relation, 9, {0: 1, 1: 2})
 
 
 @_operator("relation_softcapped")
@@ -366,20 +368,21 @@ def relation_softcapped(
     want_dh: bool,
     want_dw: bool,
     want_db: bool,
+    joint: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dh, dw, db): see `softcapped.relation`."""
     acc = eager.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     student = softcapped.Head(hs, ws, bs, cap_s, vocab, acc)
     teacher = softcapped.Head(ht, wt, bt, cap_t, vocab, acc)
-    return softcapped.relation(student, teacher, cu_seqlens, want_dh, want_dw, want_db)
+    return softcapped.relation(student, teacher, cu_seqlens, want_dh, want_dw, want_db, joint)
 
 
 @relation_softcapped.register_fake
-def _(hs, ws, bs, ht, wt, bt, cu_seqlens, cap_s, cap_t, vocab, want_dh, want_dw, want_db):
+def _(hs, ws, bs, ht, wt, bt, cu_seqlens, cap_s, cap_t, vocab, want_dh, want_dw, want_db, joint):
     acc = eager.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
     db = hs.new_empty(ws.shape[0] if want_db else 0, dtype=acc)
     return hs.new_empty((), dtype=acc), dh, ws.new_empty(ws.shape if want_dw else (0,)), db
 
 
-_gradients_formed_in_forward(relation_softcapped, 13, {0: 1, 1: 2, 2: 3})
+_gradients_formed_in_forward(relation_softcapped, 14, {0: 1, 1: 2, 2: 3})

@@ -20,6 +20,7 @@ def relation_cosine(
     teacher: Tensor,  # (rows, D_t) or (B, P, D_t)
     cu_seqlens: Tensor | None = None,  # (images + 1,)
     *,
+    joint: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Mean over images of ``1 − <R_s,R_t>/(‖R_s‖‖R_t‖)`` with R = Y Yᵀ of the rows themselves: a
@@ -29,6 +30,8 @@ def relation_cosine(
         student, teacher: features (or logits) of corresponding rows, floating; the sizes D may
             differ. Only the student receives a gradient. (B, P, D) means B images of P rows.
         cu_seqlens: int32 prefix sum of rows per image; None means one image.
+        joint: one cosine over the R of all images together, as the released LLaVA-KD code has it,
+            instead of the mean of one cosine per image.
         backend: "auto", "cpu" or "eager".
 
     Returns:
@@ -38,24 +41,12 @@ def relation_cosine(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or row counts that do not fit, named.
     """
-    if (
-        isinstance(student, Tensor)
-        and isinstance(teacher, Tensor)
-        and 3 in (student.ndim, teacher.ndim)
-    ):
-        if student.ndim != teacher.ndim or student.shape[:2] != teacher.shape[:2]:
-            raise ValueError(
-                f"teacher: got shape {tuple(teacher.shape)} beside a student of "
-                f"{tuple(student.shape)}; (B, P, D) needs the same B images of P rows in both"
-            )
-        student, cu_seqlens = _unpack("student", student, cu_seqlens)
-        teacher, _ = _unpack("teacher", teacher, None)
+    student, teacher, cu_seqlens = _packed("student", student, "teacher", teacher, cu_seqlens)
     checks.floating("student", student, 2)
     checks.floating("teacher", teacher, 2)
     cu = _images(student, teacher, cu_seqlens, "student", "teacher")
-    return ops.relation(student, None, teacher.detach(), None, cu, *wants(student), False, backend)[
-        0
-    ]
+    want_dh, teacher = wants(student)[0], teacher.detach()
+    return ops.relation(student, None, teacher, None, cu, want_dh, False, backend, joint)[0]
 
 
 def head_gram(
@@ -86,9 +77,9 @@ def head_gram(
 
 
 def fused_linear_relation(
-    student_hidden: Tensor,  # (rows, D_s)
+    student_hidden: Tensor,  # (rows, D_s) or (B, P, D_s)
     student_weight: Tensor,  # (V_s, D_s)
-    teacher_hidden: Tensor,  # (rows, D_t)
+    teacher_hidden: Tensor,  # (rows, D_t) or (B, P, D_t)
     teacher_weight: Tensor,  # (V_t, D_t)
     cu_seqlens: Tensor | None = None,  # (images + 1,)
     *,
@@ -99,6 +90,7 @@ def fused_linear_relation(
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
     vocab_size: int | None = None,
+    joint: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """`relation_cosine` of the logits Z = H Wᵀ + b, exactly, without logits: R = H (WᵀW) Hᵀ
@@ -114,11 +106,15 @@ def fused_linear_relation(
         *_softcap: a soft-capped head has no Gram; the vocabulary is streamed instead, at the cost
             of the logits.
         vocab_size: shared columns; default the smaller head.
+        joint: as in `relation_cosine`.
         backend: "auto", "cpu" or "eager".
 
     Raises:
         TypeError, ValueError: arguments that do not fit, named with what was expected.
     """
+    student_hidden, teacher_hidden, cu_seqlens = _packed(
+        "student_hidden", student_hidden, "teacher_hidden", teacher_hidden, cu_seqlens
+    )
     checks.head("student_", student_hidden, student_weight, student_bias)
     checks.head("teacher_", teacher_hidden, teacher_weight, teacher_bias)
     vocab = checks.vocabulary(vocab_size, student_weight.shape[0], teacher_weight.shape[0])
@@ -137,7 +133,7 @@ def fused_linear_relation(
                 "student_gram, teacher_gram: a soft-capped pair has no Gram matrix; pass None"
             )
         args = hs, ws, bs, ht, wt, bt, cu, *caps, vocab, *wants(hs, ws, bs)
-        return ops.relation_softcapped(*args)[0]
+        return ops.relation_softcapped(*args, joint)[0]
     if student_gram is not None and any(wants(ws, bs)) and not student_gram.requires_grad:
         raise ValueError(
             "student_gram: a cached Gram would cut the gradient of student_weight, which requires "
@@ -146,7 +142,7 @@ def fused_linear_relation(
     gs = _gram_of("student_", student_gram, ws, bs, vocab)
     gt = _gram_of("teacher_", teacher_gram, wt, bt, vocab).detach()
     hs, ht = _with_ones(hs, bs), _with_ones(ht, bt)
-    return ops.relation(hs, gs, ht, gt, cu, *wants(hs, gs), backend)[0]
+    return ops.relation(hs, gs, ht, gt, cu, *wants(hs, gs), backend, joint)[0]
 
 
 def _gram_of(
@@ -168,15 +164,26 @@ def _with_ones(hidden: Tensor, bias: Tensor | None) -> Tensor:
     return hidden if bias is None else torch.cat((hidden, torch.ones_like(hidden[:, :1])), 1)
 
 
-def _unpack(name: str, x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(B, P, D) → packed rows and their prefix sum."""
+def _packed(
+    name_s: str, student: Tensor, name_t: str, teacher: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(B, P, D) → packed rows and their prefix sum; packed rows stay as they are."""
+    if not (isinstance(student, Tensor) and isinstance(teacher, Tensor)):
+        return student, teacher, cu_seqlens  # refused by name in the checks that follow
+    if 3 not in (student.ndim, teacher.ndim):
+        return student, teacher, cu_seqlens
+    if student.ndim != teacher.ndim or student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(
+            f"{name_t}: got shape {tuple(teacher.shape)} beside a {name_s} of "
+            f"{tuple(student.shape)}; (B, P, D) needs the same B images of P rows in both"
+        )
     if cu_seqlens is not None:
         raise ValueError(
-            f"cu_seqlens: {name} of shape {tuple(x.shape)} is already B images; pass None"
+            f"cu_seqlens: {name_s} of shape {tuple(student.shape)} is already B images; pass None"
         )
-    images, rows, _ = x.shape
-    ends = torch.arange(images + 1, dtype=torch.int32, device=x.device) * rows
-    return x.flatten(0, 1), ends.to(torch.int32)
+    images, rows, _ = student.shape
+    ends = torch.arange(images + 1, dtype=torch.int32, device=student.device) * rows
+    return student.flatten(0, 1), teacher.flatten(0, 1), ends.to(torch.int32)
 
 
 def _images(

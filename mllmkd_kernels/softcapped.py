@@ -51,7 +51,13 @@ class Head:
 
 
 def relation(
-    student: Head, teacher: Head, cu_seqlens: Tensor, want_dh: bool, want_dw: bool, want_db: bool
+    student: Head,
+    teacher: Head,
+    cu_seqlens: Tensor,  # (images + 1,)
+    want_dh: bool,
+    want_dw: bool,
+    want_db: bool,
+    joint: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (scalar) and the unscaled gradients dh, dw, db of the student's head; empty where
     unwanted.
@@ -63,7 +69,7 @@ def relation(
         for strip in eager._chunks(image.stop - image.start, eager.RELATION_TILE):
             r_s, r_t = student.strip(image, strip).double(), teacher.strip(image, strip).double()
             stats[i] += torch.stack([(r_s * r_s).sum(), (r_t * r_t).sum(), (r_s * r_t).sum()])
-    loss, coef = cosine_of_stats(stats, cu_seqlens)
+    loss, coef = cosine_of_stats(stats, cu_seqlens, joint)
     grads = eager._Gradients(student.h, student.w, student.acc, want_dh, want_dw, want_db)
     if grads.wanted:
         for i, image in enumerate(images):

@@ -177,7 +177,7 @@ BAD_RELATION: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"student_weight": torch.zeros(V_S, D_S, requires_grad=True),
       "student_gram": torch.zeros(D_S, D_S)}, ValueError,
      "student_gram: a cached Gram would cut the gradient of student_weight"),
-    ({"student_hidden": torch.zeros(1, N, D_S)}, ValueError, "student_hidden: expected 2 dim"),
+    ({"student_hidden": torch.zeros(N)}, ValueError, "student_hidden: expected 2 dim"),
     ({"vocab_size": 8}, ValueError, "vocab_size: got 8, expected 1 to 7"),
     ({"backend": "gpu"}, ValueError, "backend: got 'gpu'"),
 ]  # fmt: skip

@@ -129,6 +129,15 @@ def test_the_released_code(batch: int, backend: str) -> None:
     check_loss(loss(s, t, labels, mask_of(runs)), terms, (1, 1, 1, 1), s)
 
 
+def test_images_that_split_differently_are_refused() -> None:
+    s, t = heads(1)
+    mask_s, mask_t = mask_of([[(0, 2), (3, 6)]]), mask_of([[(0, 3), (4, 6)]])
+    loss = LlavaKDLoss()
+    with pytest.raises(ValueError, match=r"teacher_image_mask: .*\[3, 2\].*\[2, 3\]"):
+        loss(s, t, labels_of(1), mask_s, teacher_image_mask=mask_t)
+    assert loss(s, t, labels_of(1), mask_s, teacher_image_mask=mask_t, image_lens=[5]).relation > 0
+
+
 def test_unshifted_responses_and_soft_cross_entropy(backend: str) -> None:
     """LLaVA-MoD's mimic loss: −Σ p log q at the answer tokens' own positions; CE stays shifted."""
     s, t = heads()

@@ -239,9 +239,9 @@ def operator_calls(backend: str, dtype: torch.dtype, grad: bool) -> dict[str, tu
         "head_gram": (ops.head_gram, (t["ws"], t["bs"], 5)),
         "head_gram_backward": (ops.head_gram_backward, (
             torch.randn(D_S + 1, D_S + 1), t["ws"].detach(), t["bs"].detach(), 5)),
-        "relation": (ops.relation, (t["hs"], g_s, t["ht"], g_t, CU, grad, grad, backend)),
+        "relation": (ops.relation, (t["hs"], g_s, t["ht"], g_t, CU, grad, grad, backend, False)),
         "relation_softcapped": (ops.relation_softcapped, (
-            *t.values(), CU, 2.0, 3.0, V_S, grad, grad, grad)),
+            *t.values(), CU, 2.0, 3.0, V_S, grad, grad, grad, True)),
         "scale_gradient": (ops.scale_gradient, (torch.randn(3, 2), torch.tensor(0.5),
                                                 torch.empty(3, 2, dtype=dtype))),
     }  # fmt: skip

@@ -142,6 +142,33 @@ def test_of_features(backend: str) -> None:
     check(y_s.grad, exact.grad, "relation")
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_jointly_the_images_are_blocks_of_one_matrix(softcap: float | None, backend: str) -> None:
+    t = inputs(torch.float64)
+    caps = {"student_softcap": softcap, "teacher_softcap": softcap}
+    loss = call(t, LENS, True, joint=True, backend=backend, **caps)
+    blocks = []
+    for who in "st":
+        z = reference.logits(t[f"h{who}"], t[f"w{who}"], t[f"b{who}"], softcap, V_S)
+        blocks.append(torch.block_diag(*(y @ y.mT for y in z.split(LENS))))
+    naive = 1 - (blocks[0] * blocks[1]).sum() / (blocks[0].norm() * blocks[1].norm())
+    torch.testing.assert_close(loss, naive)
+    leaves = [t["hs"], t["ws"], t["bs"]]
+    for ours, truth in zip(
+        torch.autograd.grad(loss, leaves), torch.autograd.grad(naive, leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, truth)
+
+
+def test_heads_take_a_batch_too(backend: str) -> None:
+    t = inputs(rows=12)
+    packed = call(t, [4, 4, 4], False, backend=backend)
+    batch = t | {"hs": t["hs"].view(3, 4, D_S), "ht": t["ht"].view(3, 4, D_T)}
+    assert torch.equal(call(batch, None, False, backend=backend), packed)
+    with pytest.raises(ValueError, match=r"teacher_hidden: .*same B images of P rows"):
+        call(batch | {"ht": t["ht"]}, None, False, backend=backend)
+
+
 def test_a_batch_is_images_of_equal_size(backend: str) -> None:
     y_s, y_t = torch.randn(3, 5, D_S), torch.randn(3, 5, D_T)
     got = mk.relation_cosine(y_s, y_t, backend=backend)
