@@ -14,7 +14,7 @@ matplotlib.use("Agg")  # no display is needed to write a file
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from benchmarks.methods import FLOOR, METHODS
 from benchmarks.shapes import DTYPES, Case
@@ -86,7 +86,8 @@ def memory_against_rows(record: dict[str, Any]) -> Figure | None:
         if all(row["predicted_bytes"] is not None for row in mine):
             axes.plot(n, [row["predicted_bytes"] / 2**20 for row in mine], ":", color=COLOURS[key])
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     ticks = sorted({row["case"]["rows"] for row in swept})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -144,4 +145,5 @@ def _label(case: Case) -> str:
 
 def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
     axes.grid(True, which="major", alpha=0.25)
