@@ -73,7 +73,9 @@ class Distill {
   }
 
   // Per-row results of the last chunk.
-  double ce(int64_t c) const { return static_cast<double>(stats_s_.lse_plain()[c]) - rows_.label_logit[c]; }
+  double ce(int64_t c) const {
+    return static_cast<double>(stats_s_.rest_plain()[c]) - (static_cast<double>(rows_.label_logit[c]) - stats_s_.top()[c]);
+  }
   double kd(int64_t c) const { return total(values_, c); }
   const ChunkRows<T>& rows() const { return rows_; }
   Gradients<T>& gradients() { return gradients_; }
@@ -146,8 +148,10 @@ class Distill {
     job.z_s = tile(z_s_, v, i), job.z_t = teacher_ ? tile(z_t_, v, i) : nullptr, job.rows = m;
     job.scale = scale, job.ce_scale = 1, job.cap = student_.cap();
     job.ce = ce_, job.shared = teacher_ && scale == 1;
-    job.lse_s = stats_s_.lse() + c0, job.lse_ce = stats_s_.lse_plain() + c0;
-    job.lse_t = (teacher_ ? stats_t_.lse() : stats_s_.lse()) + c0;
+    const SoftmaxStats<T>& other = teacher_ ? stats_t_ : stats_s_;
+    job.top_s = job.top_ce = stats_s_.top() + c0, job.top_t = other.top() + c0;
+    job.rest_s = stats_s_.rest() + c0, job.rest_t = other.rest() + c0;
+    job.rest_ce = stats_s_.rest_plain() + c0;
     job.ce_weight = rows_.ce_weight.data() + c0, job.kd_weight = rows_.kd_weight.data() + c0;
     job.mean = mean_.data() + c0;
     if (values) job.value = values_.part<T>(v / kTile) + c0, job.slope = slopes_.part<T>(v / kTile) + c0;

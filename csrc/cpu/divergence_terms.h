@@ -92,7 +92,7 @@ inline Terms<V> terms(const Token<V>& t, typename V::value_type param) {
   } else if constexpr (D == Divergence::total_variation) {
     const V d = difference(t), half(static_cast<T>(0.5));
     const V sign = select(select(zero, half, d > zero), half.neg(), d < zero);
-    return {half * d.abs(), sign};
+    return {half * d.abs(), sign + (d - d)};  // the sign of NaN is NaN
   } else if constexpr (D == Divergence::skew_forward_kl) {
     const T w = static_cast<T>(1) - param;
     const Mixture<V> m = mixture(t.p, t.q, t.u, t.u_near, t.near, w);

@@ -79,12 +79,13 @@ struct LossJob {
   T cap;               // the student's soft-cap, 0: none
   bool ce;             // any cross-entropy at all
   bool shared;         // the cross-entropy's softmax is the divergence's
-  const T* lse_s;      // at `scale`
-  const T* lse_t;      // at `scale`
-  const T* lse_ce;     // at `ce_scale`
+  // log q = scale·(z − top) − rest: the log-sum-exp in two parts, since a sum of 60 would round log q by 4e-6
+  const T *top_s, *rest_s;    // at `scale`
+  const T *top_t, *rest_t;    // at `scale`
+  const T *top_ce, *rest_ce;  // at `ce_scale`
   const T* ce_weight;  // 0 switches the term off, NaN or not
   const T* kd_weight;
-  const T* mean;  // Σ q g / Σ q, for divergences whose gradient needs it
+  const T* mean;  // Σ q g, for divergences whose gradient needs it
   T* value;       // out (panel): this tile's part of D, null: not wanted
   T* slope;       // out (panel): this tile's part of Σ q g
   T* g;           // out (rows, panel): dL/dz without the one-hot part, null: not wanted

@@ -58,9 +58,10 @@ std::tuple<at::Tensor, at::Tensor> forward(
     });
     stats.merge();
     for (int64_t c = 0; c < count; ++c) {
-      lse.mutable_data_ptr<T>()[row + c] = stats.lse()[c];
+      const double top = stats.top()[c], rest = stats.rest()[c];
+      lse.mutable_data_ptr<T>()[row + c] = static_cast<T>(top * scale + rest);
       if (tokens.label[c] >= 0) {
-        logp.mutable_data_ptr<T>()[row + c] = tokens.label_logit[c] * scale - stats.lse()[c];
+        logp.mutable_data_ptr<T>()[row + c] = static_cast<T>((tokens.label_logit[c] - top) * scale - rest);
       }
     }
   }
@@ -103,8 +104,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
           job.divergence = Divergence::none;
           job.z_s = tile, job.rows = m, job.ce = true;
           job.ce_scale = scale, job.cap = head.cap();
-          job.lse_s = job.lse_t = job.kd_weight = job.mean = none.data() + c0;
-          job.lse_ce = padded_lse.data() + c0, job.ce_weight = tokens.ce_weight.data() + c0;
+          job.top_s = job.rest_s = job.top_t = job.rest_t = none.data() + c0;
+          job.kd_weight = job.mean = job.top_ce = none.data() + c0;
+          job.rest_ce = padded_lse.data() + c0, job.ce_weight = tokens.ce_weight.data() + c0;
           job.g = gradients.panel(thread);
           kernel.loss(job);
           subtract_one_hot(tokens, job, v, m, c0, static_cast<int>(panel));

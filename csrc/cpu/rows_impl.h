@@ -60,15 +60,18 @@ void loss_lanes(const LossJob<T>& job, int lane) {
   const V kd_weight = V::loadu(job.kd_weight + lane), ce_weight = V::loadu(job.ce_weight + lane);
   const V kd_factor = kd_weight * scale, ce_factor = ce_weight * ce_scale;
   const V no_kd = kd_weight == zero, no_ce = ce_weight == zero;
-  const V lse_s = V::loadu(job.lse_s + lane), lse_t = V::loadu(job.lse_t + lane);
-  const V lse_ce = V::loadu(job.lse_ce + lane), mean = V::loadu(job.mean + lane);
+  const V top_s = V::loadu(job.top_s + lane), rest_s = V::loadu(job.rest_s + lane);
+  const V top_t = V::loadu(job.top_t + lane), rest_t = V::loadu(job.rest_t + lane);
+  const V top_ce = V::loadu(job.top_ce + lane), rest_ce = V::loadu(job.rest_ce + lane);
+  const V mean = V::loadu(job.mean + lane);
   V value(T(0)), slope(T(0));
   for (int v = 0; v < job.rows; ++v) {
     const V z = V::loadu(job.z_s + v * panel + lane);
     V g = zero, q = zero;
     if constexpr (D != Divergence::none) {
-      const V b = V::loadu(job.z_t + v * panel + lane) * scale;
-      const Token<V> token = make_token<V>(b - lse_t, z * scale - lse_s);
+      const V z_t = V::loadu(job.z_t + v * panel + lane);
+      const Token<V> token =
+          make_token<V>((z_t - top_t) * scale - rest_t, (z - top_s) * scale - rest_s);
       const Terms<V> t = terms<D>(token, job.param);
       q = token.q;
       if constexpr (Values) value = value + t.value;
@@ -85,7 +88,7 @@ void loss_lanes(const LossJob<T>& job, int lane) {
       const V factor = job.cap != 0 ? cap_factor(z, inverse_cap) : V(T(1));
       g = select(g * factor, zero, no_kd);
       if (job.ce) {
-        if (!job.shared) q = exp_of(z * ce_scale - lse_ce);
+        if (!job.shared) q = exp_of((z - top_ce) * ce_scale - rest_ce);
         g = g + select(q * ce_factor * factor, zero, no_ce);
       }
       g.store(job.g + v * panel + lane);

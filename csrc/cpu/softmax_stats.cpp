@@ -8,17 +8,18 @@
 namespace mllmkd {
 namespace {
 
-// log Σ_i sums[i] · exp(scale · maxima[i]) over tiles; NaN where every logit is −inf, or any is NaN or +inf.
+// log Σ_i sums[i] · exp(scale · (maxima[i] − top)) over tiles. NaN where every logit is −inf (top is), or any is NaN or
+// +inf (then so is a sum).
 template <class T>
-double merged(const Buffer& maxima, const Buffer& sums, int64_t tiles, int64_t c, double scale) {
+double merged(const Buffer& maxima, const Buffer& sums, int64_t tiles, int64_t c, double scale, double top) {
   constexpr double inf = std::numeric_limits<double>::infinity();
-  double max = -inf, sum = 0;
-  for (int64_t i = 0; i < tiles; ++i) max = std::max<double>(max, maxima.part<T>(i)[c]);
+  if (top == -inf) return std::numeric_limits<double>::quiet_NaN();
+  double sum = 0;
   for (int64_t i = 0; i < tiles; ++i) {
-    const double tile_max = maxima.part<T>(i)[c];
-    if (tile_max != -inf) sum += sums.part<T>(i)[c] * std::exp(scale * (tile_max - max));
+    const double max = maxima.part<T>(i)[c];
+    if (max != -inf) sum += sums.part<T>(i)[c] * std::exp(scale * (max - top));
   }
-  return max == -inf && !std::isnan(sum) ? std::numeric_limits<double>::quiet_NaN() : scale * max + std::log(sum);
+  return std::log(sum);
 }
 
 }  // namespace
@@ -33,7 +34,7 @@ SoftmaxStats<T>::SoftmaxStats(int64_t tiles, int64_t chunk, T scale, bool plain)
       max_(tiles, chunk * sizeof(T)),
       sum_(tiles, chunk * sizeof(T)),
       sum_plain_(tiles, chunk * sizeof(T)),
-      lse_(2, chunk * sizeof(T)) {}
+      merged_(3, chunk * sizeof(T)) {}
 
 template <class T>
 void SoftmaxStats<T>::add(const Head<T>& head, int64_t v, int m, int64_t panel, T* z) {
@@ -44,12 +45,17 @@ void SoftmaxStats<T>::add(const Head<T>& head, int64_t v, int m, int64_t panel, 
 
 template <class T>
 void SoftmaxStats<T>::merge() {
-  T* out = lse_.template part<T>(0);
-  T* plain = lse_.template part<T>(1);
+  T* top = merged_.template part<T>(0);
+  T* rest = merged_.template part<T>(1);
+  T* rest_plain = merged_.template part<T>(2);
   at::parallel_for(0, chunk_, 16, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      out[c] = static_cast<T>(merged<T>(max_, sum_, tiles_, c, scale_));
-      plain[c] = plain_ ? static_cast<T>(merged<T>(max_, sum_plain_, tiles_, c, 1.0)) : out[c];
+      T max = -std::numeric_limits<T>::infinity();
+      // a NaN maximum has a NaN sum beside it, so it need not be carried here, but it must not hide the others
+      for (int64_t i = 0; i < tiles_; ++i) max = max_.part<T>(i)[c] <= max ? max : max_.part<T>(i)[c];
+      top[c] = max;
+      rest[c] = static_cast<T>(merged<T>(max_, sum_, tiles_, c, scale_, max));
+      rest_plain[c] = plain_ ? static_cast<T>(merged<T>(max_, sum_plain_, tiles_, c, 1.0, max)) : rest[c];
     }
   });
 }

@@ -16,8 +16,10 @@ class SoftmaxStats {
   void add(const Head<T>& head, int64_t v, int m, int64_t panel, T* z);
   void merge();
 
-  const T* lse() const { return lse_.template part<T>(0); }        // (chunk) of scale·z
-  const T* lse_plain() const { return lse_.template part<T>(1); }  // (chunk) of z; the same numbers where scale is 1
+  // log Σ exp(scale·z) = scale·top + rest, in two parts (see LossJob); `rest_plain` is at scale 1. All (chunk).
+  const T* top() const { return merged_.template part<T>(0); }
+  const T* rest() const { return merged_.template part<T>(1); }
+  const T* rest_plain() const { return merged_.template part<T>(2); }
 
  private:
   const Kernels<T>& kernels_;
@@ -25,7 +27,7 @@ class SoftmaxStats {
   T scale_;
   bool plain_;
   Buffer max_, sum_, sum_plain_;  // (tiles) of (chunk)
-  Buffer lse_;                    // (2) of (chunk)
+  Buffer merged_;                 // (3) of (chunk)
 };
 
 }  // namespace mllmkd
