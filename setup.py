@@ -1,8 +1,8 @@
-"""How is the C++ extension built? Metadata is in pyproject.toml; this adds `mllmkd_kernels._C` where a compiler is.
+"""How is the C++ extension built? Metadata is in pyproject.toml; this adds `mllmkd_kernels._C`.
 
-Each instruction set is compiled from its own file with its own flags, and chosen when the program runs. Environment:
-``MLLMKD_NO_EXT=1`` leaves the extension out, ``MLLMKD_REQUIRE_EXT=1`` makes a failed build an error, ``DEBUG=1``
-builds without optimisation.
+Each instruction set is compiled from its own file with its own flags, and chosen when the program
+runs. Environment: ``MLLMKD_NO_EXT=1`` leaves the extension out, ``MLLMKD_REQUIRE_EXT=1`` makes a
+failed build an error, ``DEBUG=1`` builds without optimisation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from types import ModuleType
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
-COMMON = ["-std=c++20", "-DAT_PER_OPERATOR_HEADERS", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
+COMMON = [
+    "-std=c++20",
+    "-DAT_PER_OPERATOR_HEADERS",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+]
 #: at::vec's intrinsics leave lanes undefined on purpose, and GCC 12 takes that for a mistake.
 QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -45,14 +52,20 @@ def flags_of(source: str) -> list[str]:
 
 
 def extension_arguments() -> dict:
-    """`ext_modules` and `cmdclass` for setup(), or nothing where the extension is not wanted or not possible."""
+    """`ext_modules` and `cmdclass` for setup(); nothing where the extension is not wanted, or not
+    possible.
+    """
     if os.environ.get("MLLMKD_NO_EXT") == "1":
-        print("mllmkd_kernels: MLLMKD_NO_EXT=1, installing without C++ kernels (eager backend only)")
+        print(
+            "mllmkd_kernels: MLLMKD_NO_EXT=1, installing without C++ kernels (eager backend only)"
+        )
         return {}
     try:
         from torch.utils import cpp_extension
     except ImportError as error:
-        return unavailable(f"torch cannot be imported while building ({error}); use --no-build-isolation")
+        return unavailable(
+            f"torch cannot be imported while building ({error}); use --no-build-isolation"
+        )
     optimise = ["-O0", "-g"] if os.environ.get("DEBUG") == "1" else ["-O3"]
     flags = [*COMMON, *optimise, "-fopenmp"]
     sources = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
@@ -80,7 +93,7 @@ def build_command(cpp_extension: ModuleType) -> type:
                 self.extensions = []
 
         def build_extension(self, ext: Extension) -> None:
-            """Compile the files with flags of their own first; setuptools does the rest and links."""
+            """Files with flags of their own first; setuptools compiles the rest and links."""
             for source in [s for s in ext.sources if Path(s).name in PER_FILE]:
                 ext.sources.remove(source)
                 ext.extra_objects += self.compiler.compile(
@@ -99,7 +112,10 @@ def unavailable(reason: str) -> dict:
     """Say once why there are no C++ kernels; an error where they are required."""
     if os.environ.get("MLLMKD_REQUIRE_EXT") == "1":
         raise SystemExit(f"mllmkd_kernels: the C++ kernels were not built: {reason}")
-    print(f"mllmkd_kernels: C++ kernels not built, the eager backend will be used: {reason}", file=sys.stderr)
+    print(
+        f"mllmkd_kernels: C++ kernels not built, the eager backend will be used: {reason}",
+        file=sys.stderr,
+    )
     return {}
 
 

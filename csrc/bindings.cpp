@@ -1,5 +1,5 @@
-// Schemas and registration of every operator: the only TORCH_LIBRARY block. Also the Python module `_C`, which can
-// say how it was built and what it found in the processor.
+// Schemas and registration of every operator: the only TORCH_LIBRARY block. Also the Python module
+// `_C`, which can say how it was built and what it found in the processor.
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
@@ -9,24 +9,32 @@
 #include "ops.h"
 
 #ifndef MLLMKD_CXX_FLAGS
-#define MLLMKD_CXX_FLAGS ""
+#  define MLLMKD_CXX_FLAGS ""
 #endif
 
 TORCH_LIBRARY(mllmkd_cpu, m) {
   m.def(
-      "distill_rows(Tensor hs, Tensor ws, Tensor? bs, Tensor? ht, Tensor? wt, Tensor? bt, Tensor? labels, "
-      "Tensor? ce_weight, Tensor? kd_weight, str divergence, float param, float temperature, float cap_s, "
-      "float cap_t, int vocab, int ignore_index, bool want_dh, bool want_dw, bool want_db, int chunk_rows) "
+      "distill_rows(Tensor hs, Tensor ws, Tensor? bs, Tensor? ht, Tensor? wt, Tensor? bt, Tensor? "
+      "labels, "
+      "Tensor? ce_weight, Tensor? kd_weight, str divergence, float param, float temperature, float "
+      "cap_s, "
+      "float cap_t, int vocab, int ignore_index, bool want_dh, bool want_dw, bool want_db, int "
+      "chunk_rows) "
       "-> (Tensor loss, Tensor ce, Tensor kd, Tensor dh, Tensor dw, Tensor db)");
   m.def(
-      "logprob_rows(Tensor h, Tensor w, Tensor? b, Tensor labels, float temperature, float cap, int vocab, "
+      "logprob_rows(Tensor h, Tensor w, Tensor? b, Tensor labels, float temperature, float cap, "
+      "int vocab, "
       "int ignore_index, int chunk_rows) -> (Tensor logp, Tensor lse)");
   m.def(
-      "logprob_grad(Tensor grad, Tensor h, Tensor w, Tensor? b, Tensor labels, Tensor lse, float temperature, "
-      "float cap, int vocab, int ignore_index, bool want_dh, bool want_dw, bool want_db, int chunk_rows) "
+      "logprob_grad(Tensor grad, Tensor h, Tensor w, Tensor? b, Tensor labels, Tensor lse, float "
+      "temperature, "
+      "float cap, int vocab, int ignore_index, bool want_dh, bool want_dw, bool want_db, int "
+      "chunk_rows) "
       "-> (Tensor dh, Tensor dw, Tensor db)");
   m.def("relation_stats(Tensor hs, Tensor ks, Tensor ht, Tensor kt, Tensor cu_seqlens) -> Tensor");
-  m.def("relation_grad(Tensor hs, Tensor ks, Tensor ht, Tensor kt, Tensor cu_seqlens, Tensor coef) -> Tensor");
+  m.def(
+      "relation_grad(Tensor hs, Tensor ks, Tensor ht, Tensor kt, Tensor cu_seqlens, Tensor coef) "
+      "-> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(mllmkd_cpu, CPU, m) {

@@ -11,23 +11,25 @@ namespace mllmkd {
 
 using Optional = std::optional<at::Tensor>;
 
-// L = Σ_n ce_weight[n]·CE_n + kd_weight[n]·D_n over N rows, and its gradients: (loss, ce, kd, dh, dw, db).
+// L = Σ_n ce_weight[n]·CE_n + kd_weight[n]·D_n over N rows, and its gradients: (loss, ce, kd, dh,
+// dw, db).
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> distill_rows(
-    const at::Tensor& hs, const at::Tensor& ws, const Optional& bs, const Optional& ht, const Optional& wt,
-    const Optional& bt, const Optional& labels, const Optional& ce_weight, const Optional& kd_weight,
-    std::string_view divergence, double param, double temperature, double cap_s, double cap_t, int64_t vocab,
-    int64_t ignore_index, bool want_dh, bool want_dw, bool want_db, int64_t chunk_rows);
+    const at::Tensor& hs, const at::Tensor& ws, const Optional& bs, const Optional& ht,
+    const Optional& wt, const Optional& bt, const Optional& labels, const Optional& ce_weight,
+    const Optional& kd_weight, std::string_view divergence, double param, double temperature,
+    double cap_s, double cap_t, int64_t vocab, int64_t ignore_index, bool want_dh, bool want_dw,
+    bool want_db, int64_t chunk_rows);
 
 // log softmax(z/T)[label] and log Σ exp(z/T) of every row: (logp, lse).
 std::tuple<at::Tensor, at::Tensor> logprob_rows(
-    const at::Tensor& h, const at::Tensor& w, const Optional& b, const at::Tensor& labels, double temperature,
-    double cap, int64_t vocab, int64_t ignore_index, int64_t chunk_rows);
+    const at::Tensor& h, const at::Tensor& w, const Optional& b, const at::Tensor& labels,
+    double temperature, double cap, int64_t vocab, int64_t ignore_index, int64_t chunk_rows);
 
 // Gradient of Σ_n grad[n]·logp[n], with the logits made again: (dh, dw, db).
 std::tuple<at::Tensor, at::Tensor, at::Tensor> logprob_grad(
-    const at::Tensor& grad, const at::Tensor& h, const at::Tensor& w, const Optional& b, const at::Tensor& labels,
-    const at::Tensor& lse, double temperature, double cap, int64_t vocab, int64_t ignore_index, bool want_dh,
-    bool want_dw, bool want_db, int64_t chunk_rows);
+    const at::Tensor& grad, const at::Tensor& h, const at::Tensor& w, const Optional& b,
+    const at::Tensor& labels, const at::Tensor& lse, double temperature, double cap, int64_t vocab,
+    int64_t ignore_index, bool want_dh, bool want_dw, bool want_db, int64_t chunk_rows);
 
 // (images, 3) fp64: <R_s,R_s>, <R_t,R_t>, <R_s,R_t> with R = K Hᵀ of each image's rows.
 at::Tensor relation_stats(

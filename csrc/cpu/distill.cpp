@@ -1,10 +1,15 @@
-// Cross-entropy and divergence from hidden states, with gradients: two sweeps over the vocabulary per chunk of rows.
+// Cross-entropy and divergence from hidden states, with gradients: two sweeps over the vocabulary
+// per chunk of rows.
 //
-//   sweep 1  tiles of z_s and z_t are multiplied, kept (2·C·V numbers, the whole workspace), and reduced to
+//   sweep 1  tiles of z_s and z_t are multiplied, kept (2·C·V numbers, the whole workspace), and
+//   reduced to
 //            log-sum-exps while still in cache;
-//   sweep 2  with the log-sum-exps known, tiles are read back and become loss terms (second-order small where the
-//            models agree) and G = dL/dz, which is multiplied into dH and dW at once and never stored.
-// Divergences whose gradient needs Σ q g take a sweep of values in between. All reductions over tiles are in double.
+//   sweep 2  with the log-sum-exps known, tiles are read back and become loss terms (second-order
+//   small where the
+//            models agree) and G = dL/dz, which is multiplied into dH and dW at once and never
+//            stored.
+// Divergences whose gradient needs Σ q g take a sweep of values in between. All reductions over
+// tiles are in double.
 #include <ATen/Parallel.h>
 
 #include <cmath>
@@ -18,12 +23,15 @@ namespace {
 
 Divergence divergence_of(std::string_view name) {
   static constexpr std::string_view names[] = {
-      "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation", "soft_cross_entropy"};
+      "forward_kl",      "reverse_kl",        "jsd", "skew_forward_kl", "skew_reverse_kl",
+      "total_variation", "soft_cross_entropy"};
   for (int i = 0; i < 7; ++i) {
     if (name == names[i]) return static_cast<Divergence>(i);
   }
-  TORCH_CHECK_VALUE(false, "divergence: got '", name, "', expected forward_kl, reverse_kl, jsd, skew_forward_kl, ",
-                    "skew_reverse_kl, total_variation or soft_cross_entropy");
+  TORCH_CHECK_VALUE(
+      false, "divergence: got '", name,
+      "', expected forward_kl, reverse_kl, jsd, skew_forward_kl, ",
+      "skew_reverse_kl, total_variation or soft_cross_entropy");
 }
 
 struct Options {
@@ -36,8 +44,9 @@ struct Options {
 template <class T>
 class Distill {
  public:
-  Distill(const at::Tensor& hs, const at::Tensor& ws, const Optional& bs, const Optional& ht, const Optional& wt,
-          const Optional& bt, const Options& o, int64_t chunk, bool many)
+  Distill(
+      const at::Tensor& hs, const at::Tensor& ws, const Optional& bs, const Optional& ht,
+      const Optional& wt, const Optional& bt, const Options& o, int64_t chunk, bool many)
       : o_(o),
         kernels_(kernels<T>()),
         chunk_(chunk),
@@ -57,7 +66,8 @@ class Distill {
     if (ht) z_t_ = Buffer(tiles_ * panels_, bytes);
   }
 
-  void run_chunk(int64_t row, int64_t count, const int64_t* labels, const T* ce, const T* kd, bool last) {
+  void run_chunk(
+      int64_t row, int64_t count, const int64_t* labels, const T* ce, const T* kd, bool last) {
     used_panels_ = (count + kernels_.panel - 1) / kernels_.panel;
     student_.load(row, count);
     if (teacher_) teacher_->load(row, count);
@@ -74,15 +84,20 @@ class Distill {
 
   // Per-row results of the last chunk.
   double ce(int64_t c) const {
-    return static_cast<double>(stats_s_.rest_plain()[c]) - (static_cast<double>(rows_.label_logit[c]) - stats_s_.top()[c]);
+    return static_cast<double>(stats_s_.rest_plain()[c]) -
+           (static_cast<double>(rows_.label_logit[c]) - stats_s_.top()[c]);
   }
   double kd(int64_t c) const { return total(values_, c); }
   const ChunkRows<T>& rows() const { return rows_; }
   Gradients<T>& gradients() { return gradients_; }
 
  private:
-  T* tile(const Buffer& z, int64_t v, int64_t panel) { return z.part<T>(v / kTile * panels_ + panel); }
-  int tile_rows(int64_t tile) const { return static_cast<int>(std::min<int64_t>(kTile, o_.vocab - tile * kTile)); }
+  T* tile(const Buffer& z, int64_t v, int64_t panel) {
+    return z.part<T>(v / kTile * panels_ + panel);
+  }
+  int tile_rows(int64_t tile) const {
+    return static_cast<int>(std::min<int64_t>(kTile, o_.vocab - tile * kTile));
+  }
   double total(const Buffer& tiles, int64_t c) const {
     double sum = 0;
     for (int64_t i = 0; i < tiles_; ++i) sum += tiles.part<T>(i)[c];
@@ -121,8 +136,8 @@ class Distill {
   }
 
   void logits_block(
-      const Head<T>& head, SoftmaxStats<T>& stats, const Buffer& z, int64_t v, int m, int64_t p, int64_t n,
-      int thread) {
+      const Head<T>& head, SoftmaxStats<T>& stats, const Buffer& z, int64_t v, int m, int64_t p,
+      int64_t n, int thread) {
     head.products(v, m, p, n, thread, tile(z, v, p));
     for (int64_t i = p; i < p + n; ++i) stats.add(head, v, m, i, tile(z, v, i));
   }
@@ -154,7 +169,8 @@ class Distill {
     job.rest_ce = stats_s_.rest_plain() + c0;
     job.ce_weight = rows_.ce_weight.data() + c0, job.kd_weight = rows_.kd_weight.data() + c0;
     job.mean = mean_.data() + c0;
-    if (values) job.value = values_.part<T>(v / kTile) + c0, job.slope = slopes_.part<T>(v / kTile) + c0;
+    if (values)
+      job.value = values_.part<T>(v / kTile) + c0, job.slope = slopes_.part<T>(v / kTile) + c0;
     job.g = g;
     kernels_.loss(job);
     if (g) subtract_one_hot(rows_, job, v, m, c0, panel);
@@ -170,9 +186,9 @@ class Distill {
   SoftmaxStats<T> stats_s_, stats_t_;
   ChunkRows<T> rows_;
   Gradients<T> gradients_;
-  std::vector<T> mean_;      // (chunk) Σ q g
-  Buffer values_, slopes_;   // (tiles) of (chunk)
-  Buffer z_s_, z_t_;         // (tiles, panels) of (kTile, panel)
+  std::vector<T> mean_;     // (chunk) Σ q g
+  Buffer values_, slopes_;  // (tiles) of (chunk)
+  Buffer z_s_, z_t_;        // (tiles, panels) of (kTile, panel)
 };
 
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -181,18 +197,19 @@ template <class T>
 const T* weights(const Optional& x, int64_t rows, const char* name) {
   if (!x) return nullptr;
   TORCH_CHECK_TYPE(
-      x->scalar_type() == c10::CppTypeToScalarType<T>::value, name, ": got dtype ", x->scalar_type(), ", expected ",
-      c10::CppTypeToScalarType<T>::value);
+      x->scalar_type() == c10::CppTypeToScalarType<T>::value, name, ": got dtype ",
+      x->scalar_type(), ", expected ", c10::CppTypeToScalarType<T>::value);
   TORCH_CHECK_VALUE(
-      x->dim() == 1 && x->size(0) == rows && x->is_contiguous(), name, ": got shape ", x->sizes(), ", expected (",
-      rows, ",) and contiguous");
+      x->dim() == 1 && x->size(0) == rows && x->is_contiguous(), name, ": got shape ", x->sizes(),
+      ", expected (", rows, ",) and contiguous");
   return x->template const_data_ptr<T>();
 }
 
 template <class T>
-Result run(const at::Tensor& hs, const at::Tensor& ws, const Optional& bs, const Optional& ht, const Optional& wt,
-           const Optional& bt, const Optional& labels, const Optional& ce_weight, const Optional& kd_weight,
-           const Options& o, int64_t chunk_rows) {
+Result run(
+    const at::Tensor& hs, const at::Tensor& ws, const Optional& bs, const Optional& ht,
+    const Optional& wt, const Optional& bt, const Optional& labels, const Optional& ce_weight,
+    const Optional& kd_weight, const Options& o, int64_t chunk_rows) {
   const int64_t rows = hs.size(0);
   const auto real = c10::CppTypeToScalarType<T>::value;
   const Chunks chunks(rows, chunk_rows, kernels<T>().panel);
@@ -207,7 +224,8 @@ Result run(const at::Tensor& hs, const at::Tensor& ws, const Optional& bs, const
   for (int64_t row = 0; row < rows; row += chunks.rows) {
     const int64_t count = std::min(chunks.rows, rows - row);
     distill.run_chunk(
-        row, count, label.defined() ? label.const_data_ptr<int64_t>() : nullptr, ce_w, kd_w, row + count == rows);
+        row, count, label.defined() ? label.const_data_ptr<int64_t>() : nullptr, ce_w, kd_w,
+        row + count == rows);
     for (int64_t c = 0; c < count; ++c) {
       const ChunkRows<T>& r = distill.rows();
       if (r.label[c] >= 0) ce_out[row + c] = static_cast<T>(distill.ce(c));
@@ -224,19 +242,24 @@ Result run(const at::Tensor& hs, const at::Tensor& ws, const Optional& bs, const
 }  // namespace
 
 Result distill_rows(
-    const at::Tensor& hs, const at::Tensor& ws, const Optional& bs, const Optional& ht, const Optional& wt,
-    const Optional& bt, const Optional& labels, const Optional& ce_weight, const Optional& kd_weight,
-    std::string_view divergence, double param, double temperature, double cap_s, double cap_t, int64_t vocab,
-    int64_t ignore_index, bool want_dh, bool want_dw, bool want_db, int64_t chunk_rows) {
-  TORCH_CHECK_VALUE(ht.has_value() == wt.has_value(), "teacher: hidden states and weight come together");
-  TORCH_CHECK_VALUE(!ht || ht->size(0) == hs.size(0), "rows: student has ", hs.size(0), ", teacher ",
-                    ht ? ht->size(0) : 0);
-  TORCH_CHECK_VALUE(temperature > 0, "temperature: got ", temperature, ", expected a positive number");
+    const at::Tensor& hs, const at::Tensor& ws, const Optional& bs, const Optional& ht,
+    const Optional& wt, const Optional& bt, const Optional& labels, const Optional& ce_weight,
+    const Optional& kd_weight, std::string_view divergence, double param, double temperature,
+    double cap_s, double cap_t, int64_t vocab, int64_t ignore_index, bool want_dh, bool want_dw,
+    bool want_db, int64_t chunk_rows) {
+  TORCH_CHECK_VALUE(
+      ht.has_value() == wt.has_value(), "teacher: hidden states and weight come together");
+  TORCH_CHECK_VALUE(
+      !ht || ht->size(0) == hs.size(0), "rows: student has ", hs.size(0), ", teacher ",
+      ht ? ht->size(0) : 0);
+  TORCH_CHECK_VALUE(
+      temperature > 0, "temperature: got ", temperature, ", expected a positive number");
   if (labels) check_labels(*labels, hs.size(0), vocab, ignore_index);
-  const Options o{divergence_of(divergence), param, temperature, cap_s, cap_t, vocab, ignore_index,
+  const Options o{divergence_of(divergence),  param, temperature, cap_s, cap_t, vocab, ignore_index,
                   {want_dh, want_dw, want_db}};
   const auto f64 = [](const Optional& x) { return x && x->scalar_type() == at::kDouble; };
-  const auto chosen = f64(hs) || f64(ws) || f64(bs) || f64(ht) || f64(wt) || f64(bt) ? run<double> : run<float>;
+  const auto chosen =
+      f64(hs) || f64(ws) || f64(bs) || f64(ht) || f64(wt) || f64(bt) ? run<double> : run<float>;
   return chosen(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, o, chunk_rows);
 }
 

@@ -1,9 +1,12 @@
-// One token's share of a divergence: the C++ twin of mllmkd_kernels/divergence.py, row for row, under its names.
+// One token's share of a divergence: the C++ twin of mllmkd_kernels/divergence.py, row for row,
+// under its names.
 //
 // With u = log q − log p (a, b the scaled logits; p teacher, q student):
-//   value(f)  up to a multiple of q − p, which sums to zero: every term second-order small where the models agree;
-//   slope(g)  ∂f/∂q up to a constant, vanishing at u = 0; dD/da = q·(g − Σ q g), or q − p directly.
-// Near (|u| < 1/2) the terms come from series; far they are in p and q, because p·expm1(u) may overflow.
+//   value(f)  up to a multiple of q − p, which sums to zero: every term second-order small where
+//   the models agree; slope(g)  ∂f/∂q up to a constant, vanishing at u = 0; dD/da = q·(g − Σ q g),
+//   or q − p directly.
+// Near (|u| < 1/2) the terms come from series; far they are in p and q, because p·expm1(u) may
+// overflow.
 #pragma once
 
 #include "kernels.h"
@@ -58,11 +61,13 @@ struct Mixture {
 
 template <class V>
 inline Mixture<V> mixture(
-    const V& p, const V& q, const V& u, const V& u_near, const V& near, typename V::value_type weight) {
+    const V& p, const V& q, const V& u, const V& u_near, const V& near,
+    typename V::value_type weight) {
   using T = typename V::value_type;
   const V one(static_cast<T>(1)), zero(static_cast<T>(0)), w(weight);
   const V x = w * (exp_minus_line(u_near) + u_near);
-  // far from u = 0 only expm1(−|u|) is formed: log((1−w) + w eᵘ) = u + log1p((1−w) expm1(−u)) for u > 0
+  // far from u = 0 only expm1(−|u|) is formed: log((1−w) + w eᵘ) = u + log1p((1−w) expm1(−u)) for u
+  // > 0
   const V up = u > zero;
   const V e = exp_of(u.abs().neg());
   const V t = select(select(w, one - w, up) * (e - one), x, near);

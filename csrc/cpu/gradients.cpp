@@ -27,8 +27,8 @@ std::vector<int64_t> shape_if(bool wanted, std::vector<int64_t> shape) {
 
 template <class T>
 Gradients<T>::Gradients(
-    const at::Tensor& hidden, const at::Tensor& weight, int64_t vocab, int64_t chunk, bool many_chunks,
-    Wanted wanted)
+    const at::Tensor& hidden, const at::Tensor& weight, int64_t vocab, int64_t chunk,
+    bool many_chunks, Wanted wanted)
     : hidden_(hidden, "hidden"),
       weight_(weight, "weight"),
       kernels_(kernels<T>()),
@@ -39,8 +39,10 @@ Gradients<T>::Gradients(
       chunk_(chunk),
       many_(many_chunks) {
   const auto real = c10::CppTypeToScalarType<T>::value;
-  const int64_t threads = at::get_num_threads(), panel = kernels_.panel, bytes = product_.element_size;
-  const int64_t blocks = (chunk + product_.depth - 1) / product_.depth, left_row = product_.stride * bytes;
+  const int64_t threads = at::get_num_threads(), panel = kernels_.panel,
+                bytes = product_.element_size;
+  const int64_t blocks = (chunk + product_.depth - 1) / product_.depth,
+                left_row = product_.stride * bytes;
   dh = at::zeros(shape_if(wanted.dh, {hidden.size(0), features_}), real);
   db = at::zeros(shape_if(wanted.db, {weight.size(0)}), real);
   dw = at::empty(shape_if(wanted.dw, {weight.size(0), features_}), weight.scalar_type());
@@ -81,7 +83,8 @@ void Gradients<T>::load(int64_t row, int64_t rows, const bool* live, bool last) 
   // a dead row may hold NaN, and 0 · NaN is NaN: it must be zero in the operand, not only in G
   at::Tensor h = hidden_.tensor.narrow(0, row, rows);
   if (!std::all_of(live, live + rows, [](bool x) { return x; })) {
-    const at::Tensor dead = at::from_blob(const_cast<bool*>(live), {rows, 1}, at::kBool).logical_not();
+    const at::Tensor dead =
+        at::from_blob(const_cast<bool*>(live), {rows, 1}, at::kBool).logical_not();
     h = h.masked_fill(dead, 0);
   }
   const Rows source(h, "hidden");
@@ -92,8 +95,8 @@ void Gradients<T>::load(int64_t row, int64_t rows, const bool* live, bool last) 
       std::memset(right_h_.part(i), 0, product_.depth * panel * product_.element_size);
       if (!size) continue;
       product_.pack_right(
-          source.dtype, source.at(c, d * panel), source.ld, static_cast<int>(size), static_cast<int>(columns(d)),
-          right_h_.part(i));
+          source.dtype, source.at(c, d * panel), source.ld, static_cast<int>(size),
+          static_cast<int>(columns(d)), right_h_.part(i));
     }
   });
 }
@@ -103,7 +106,8 @@ void Gradients<T>::add_panel(int64_t v, int m, int64_t i, int thread) {
   const T* g = panel(thread);
   const int64_t panel = kernels_.panel, bytes = product_.element_size;
   if (wanted_.dw) product_.store_left(g, m, left_v_.part(thread) + i * panel * bytes);
-  if (wanted_.dh) product_.store_left_t(g, m, left_c_.part(thread) + i * panel * product_.stride * bytes);
+  if (wanted_.dh)
+    product_.store_left_t(g, m, left_c_.part(thread) + i * panel * product_.stride * bytes);
   if (!wanted_.db) return;
   T* out = db.template mutable_data_ptr<T>() + v;
   for (int j = 0; j < m; ++j) {
@@ -124,7 +128,8 @@ void Gradients<T>::multiply_dw(int64_t v, int m, int64_t panel, int64_t panels, 
   const int64_t block = panel / block_panels();
   const bool add = (many_ && started_) || block > 0;
   const bool sum = dw_sum_.defined();
-  T* out = sum ? dw_sum_.template mutable_data_ptr<T>() + v * features_ : dw_tile_.template part<T>(thread);
+  T* out = sum ? dw_sum_.template mutable_data_ptr<T>() + v * features_
+               : dw_tile_.template part<T>(thread);
   const int k = static_cast<int>(panels * kernels_.panel);
   for (int64_t i = 0; i < feature_panels_; ++i) {
     add_panel_dw(m, k, block, i, left_v_.part(thread), out + i * kernels_.panel, add, thread);
@@ -143,7 +148,8 @@ void Gradients<T>::add_panel_dw(
   T* edge = edge_.template part<T>(thread);
   product_.multiply(m, k, left, right, edge, panel, false);
   for (int j = 0; j < m; ++j) {
-    for (int64_t d = 0; d < n; ++d) out[j * features_ + d] = edge[j * panel + d] + (add ? out[j * features_ + d] : 0);
+    for (int64_t d = 0; d < n; ++d)
+      out[j * features_ + d] = edge[j * panel + d] + (add ? out[j * features_ + d] : 0);
   }
 }
 
@@ -153,8 +159,8 @@ void Gradients<T>::multiply_dh(int64_t v, int m, int64_t panel, int64_t panels, 
   T* out = dh_.template part<T>(thread) + panel * kernels_.panel * ld;
   for (int64_t i = 0; i < feature_panels_; ++i) {
     product_.pack_right(
-        weight_.dtype, weight_.at(v, i * kernels_.panel), weight_.ld, m, static_cast<int>(columns(i)),
-        right_w_.part(thread));
+        weight_.dtype, weight_.at(v, i * kernels_.panel), weight_.ld, m,
+        static_cast<int>(columns(i)), right_w_.part(thread));
     product_.multiply(
         static_cast<int>(panels * kernels_.panel), m, left_c_.part(thread), right_w_.part(thread),
         out + i * kernels_.panel, ld, true);

@@ -1,4 +1,5 @@
-// From tiles of G = dL/dz to dH, dW and db. A tile of G is never written to memory: it becomes operands in cache.
+// From tiles of G = dL/dz to dH, dW and db. A tile of G is never written to memory: it becomes
+// operands in cache.
 #pragma once
 
 #include "head.h"
@@ -10,21 +11,27 @@ struct Wanted {
   bool any() const { return dh || dw || db; }
 };
 
-// dW rows belong to one tile, so to one thread. dH is a sum over tiles: every thread has its own, added in thread
-// order at the end of a chunk. Both are sums in T, rounded once to the dtype of what they are for.
+// dW rows belong to one tile, so to one thread. dH is a sum over tiles: every thread has its own,
+// added in thread order at the end of a chunk. Both are sums in T, rounded once to the dtype of
+// what they are for.
 template <class T>
 class Gradients {
  public:
   // `many_chunks`: rows of dW are sums over chunks. Without, each chunk writes its own rows of dW.
-  Gradients(const at::Tensor& hidden, const at::Tensor& weight, int64_t vocab, int64_t chunk, bool many_chunks,
-            Wanted wanted);
+  Gradients(
+      const at::Tensor& hidden, const at::Tensor& weight, int64_t vocab, int64_t chunk,
+      bool many_chunks, Wanted wanted);
 
-  // Starts a chunk of rows [row, row + rows). Rows with live[c] false have no part in dW, NaN or not.
+  // Starts a chunk of rows [row, row + rows). Rows with live[c] false have no part in dW, NaN or
+  // not.
   void load(int64_t row, int64_t rows, const bool* live, bool last);
 
   int64_t block_panels() const { return product_.depth / kernels_.panel; }
-  T* panel(int thread) const { return g_.template part<T>(thread); }  // where the caller writes G (kTile, panel)
-  // Takes the thread's panel as number `i` of the block that starts at `panel`, vocabulary rows [v, v + m).
+  T* panel(int thread) const {
+    return g_.template part<T>(thread);
+  }  // where the caller writes G (kTile, panel)
+  // Takes the thread's panel as number `i` of the block that starts at `panel`, vocabulary rows [v,
+  // v + m).
   void add_panel(int64_t v, int m, int64_t i, int thread);
   // All panels of a block are there: the products.
   void multiply(int64_t v, int m, int64_t panel, int64_t panels, int thread);
@@ -35,8 +42,11 @@ class Gradients {
  private:
   void multiply_dw(int64_t v, int m, int64_t panel, int64_t panels, int thread);
   void multiply_dh(int64_t v, int m, int64_t panel, int64_t panels, int thread);
-  void add_panel_dw(int m, int k, int64_t block, int64_t i, const void* left, T* out, bool add, int thread) const;
-  int64_t columns(int64_t i) const { return std::min<int64_t>(kernels_.panel, features_ - i * kernels_.panel); }
+  void add_panel_dw(
+      int m, int k, int64_t block, int64_t i, const void* left, T* out, bool add, int thread) const;
+  int64_t columns(int64_t i) const {
+    return std::min<int64_t>(kernels_.panel, features_ - i * kernels_.panel);
+  }
 
   Rows hidden_, weight_;
   const Kernels<T>& kernels_;
@@ -45,11 +55,11 @@ class Gradients {
   int64_t features_, feature_panels_, chunk_, row_ = 0, rows_ = 0;
   const bool many_;
   bool started_ = false, last_ = false;
-  Buffer right_h_;            // (blocks, feature panels) hidden states, token depth
-  Buffer right_w_;            // (threads) one panel of weight rows
+  Buffer right_h_;              // (blocks, feature panels) hidden states, token depth
+  Buffer right_w_;              // (threads) one panel of weight rows
   Buffer g_, left_v_, left_c_;  // (threads) G: as written, by vocabulary row, by token
   Buffer dh_, dw_tile_, edge_;  // (threads)
-  at::Tensor dw_sum_;         // (V, D) of T, where dW cannot be summed in place
+  at::Tensor dw_sum_;           // (V, D) of T, where dW cannot be summed in place
 };
 
 }  // namespace mllmkd

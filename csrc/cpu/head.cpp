@@ -1,7 +1,7 @@
 #include "head.h"
 
 #if defined(__linux__)
-#include <sys/mman.h>
+#  include <sys/mman.h>
 #endif
 
 #include <ATen/Parallel.h>
@@ -16,7 +16,9 @@ Dtype dtype_of(const at::Tensor& x, const char* name) {
     case at::kDouble: return Dtype::f64;
     case at::kBFloat16: return Dtype::bf16;
     case at::kHalf: return Dtype::f16;
-    default: TORCH_CHECK_TYPE(false, name, ": got dtype ", x.scalar_type(), ", expected a floating-point tensor");
+    default:
+      TORCH_CHECK_TYPE(
+          false, name, ": got dtype ", x.scalar_type(), ", expected a floating-point tensor");
   }
 }
 
@@ -39,8 +41,8 @@ Rows::Rows(const at::Tensor& x, const char* name) : tensor(x), dtype(dtype_of(x,
 
 template <class T>
 Head<T>::Head(
-    const at::Tensor& hidden, const at::Tensor& weight, const std::optional<at::Tensor>& bias, double cap,
-    int64_t vocab, int64_t chunk, const char* side)
+    const at::Tensor& hidden, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    double cap, int64_t vocab, int64_t chunk, const char* side)
     : hidden_(hidden, side),
       weight_(weight, side),
       kernels_(kernels<T>()),
@@ -54,11 +56,13 @@ Head<T>::Head(
   TORCH_CHECK_VALUE(
       hidden.size(1) == weight.size(1), side, ": hidden states have ", hidden.size(1),
       " features, the weight ", weight.size(1));
-  TORCH_CHECK_VALUE(vocab <= weight.size(0), side, ": vocabulary ", vocab, " of a weight with ", weight.size(0), " rows");
+  TORCH_CHECK_VALUE(
+      vocab <= weight.size(0), side, ": vocabulary ", vocab, " of a weight with ", weight.size(0),
+      " rows");
   if (bias) {
     TORCH_CHECK_VALUE(
-        bias->dim() == 1 && bias->size(0) == weight.size(0), side, ": bias of shape ", bias->sizes(),
-        " for a weight with ", weight.size(0), " rows");
+        bias->dim() == 1 && bias->size(0) == weight.size(0), side, ": bias of shape ",
+        bias->sizes(), " for a weight with ", weight.size(0), " rows");
     bias_ = bias->to(c10::CppTypeToScalarType<T>::value).contiguous();
   }
 }
@@ -72,7 +76,8 @@ void Head<T>::load(int64_t row, int64_t rows) {
       const int64_t size = std::clamp<int64_t>(rows - n, 0, panel);
       product_.pack_right_t(
           hidden_.dtype, hidden_.at(row + (size ? n : 0), k), hidden_.ld,
-          static_cast<int>(std::min<int64_t>(product_.depth, depth_ - k)), static_cast<int>(size), right_.part(i));
+          static_cast<int>(std::min<int64_t>(product_.depth, depth_ - k)), static_cast<int>(size),
+          right_.part(i));
     }
   });
 }
@@ -86,8 +91,8 @@ void Head<T>::products(int64_t v, int m, int64_t panel, int64_t panels, int thre
     product_.pack_left(weight_.dtype, weight_.at(v, k), weight_.ld, m, size, left);
     for (int64_t i = 0; i < panels; ++i) {
       product_.multiply(
-          m, size, left, right_.part(slab * panels_ + panel + i), z + i * kTile * kernels_.panel, kernels_.panel,
-          slab > 0);
+          m, size, left, right_.part(slab * panels_ + panel + i), z + i * kTile * kernels_.panel,
+          kernels_.panel, slab > 0);
     }
   }
 }

@@ -11,14 +11,16 @@
 
 namespace mllmkd {
 
-constexpr int kTile = 224;  // vocabulary rows of a tile: 16 micro-tiles of AVX-512, and at most `depth` of every product
+constexpr int kTile = 224;  // vocabulary rows of a tile: 16 micro-tiles of AVX-512, and at most
+                            // `depth` of every product
 
 Dtype dtype_of(const at::Tensor& x, const char* name);
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 inline int64_t tiles_of(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
 
-// N rows in chunks of about equal size, none above the bound (but a panel of tokens is the least there is).
+// N rows in chunks of about equal size, none above the bound (but a panel of tokens is the least
+// there is).
 struct Chunks {
   int64_t count, rows, padded;  // chunks, rows of each but the last, rows in whole panels
   Chunks(int64_t n, int64_t bound, int64_t panel) {
@@ -38,19 +40,22 @@ struct Rows {
   int64_t ld;
   Rows(const at::Tensor& x, const char* name);
   const void* at(int64_t row, int64_t column = 0) const {
-    return static_cast<const char*>(tensor.const_data_ptr()) + (row * ld + column) * tensor.element_size();
+    return static_cast<const char*>(tensor.const_data_ptr()) +
+           (row * ld + column) * tensor.element_size();
   }
 };
 
-// Asks for 2 MiB pages where memory is fresh and large: a workspace of hundreds of MiB would otherwise be a hundred
-// thousand page faults per call, a tenth of the time of a bf16 step.
+// Asks for 2 MiB pages where memory is fresh and large: a workspace of hundreds of MiB would
+// otherwise be a hundred thousand page faults per call, a tenth of the time of a bf16 step.
 void prefer_huge_pages(const at::Tensor& x);
 
-// Uninitialised memory from torch's allocator (so that torch's memory tools see it), by thread or by panel.
+// Uninitialised memory from torch's allocator (so that torch's memory tools see it), by thread or
+// by panel.
 class Buffer {
  public:
   Buffer() = default;
-  Buffer(int64_t parts, int64_t bytes) : bytes_(round_up(bytes, 64)), data_(at::empty({parts * bytes_}, at::kByte)) {
+  Buffer(int64_t parts, int64_t bytes)
+      : bytes_(round_up(bytes, 64)), data_(at::empty({parts * bytes_}, at::kByte)) {
     prefer_huge_pages(data_);
   }
   template <class T = char>
@@ -66,14 +71,15 @@ class Buffer {
 template <class T>
 class Head {
  public:
-  Head(const at::Tensor& hidden, const at::Tensor& weight, const std::optional<at::Tensor>& bias, double cap,
-       int64_t vocab, int64_t chunk, const char* side);
+  Head(
+      const at::Tensor& hidden, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+      double cap, int64_t vocab, int64_t chunk, const char* side);
 
   // Packs rows [row, row + rows) of the hidden states for `logits`.
   void load(int64_t row, int64_t rows);
 
-  // Products of vocabulary rows [v, v + m) with panels [panel, panel + panels) into z (panels, kTile, panel);
-  // `finish` makes them logits. Runs inside a parallel region, on thread `thread`.
+  // Products of vocabulary rows [v, v + m) with panels [panel, panel + panels) into z (panels,
+  // kTile, panel); `finish` makes them logits. Runs inside a parallel region, on thread `thread`.
   void products(int64_t v, int m, int64_t panel, int64_t panels, int thread, T* z) const;
 
   // One panel of products becomes logits, in place. `SoftmaxStats::add` does the same and more.
@@ -83,7 +89,9 @@ class Head {
     kernels_.stats(job);
   }
 
-  const T* bias(int64_t v) const { return bias_.defined() ? bias_.template const_data_ptr<T>() + v : nullptr; }
+  const T* bias(int64_t v) const {
+    return bias_.defined() ? bias_.template const_data_ptr<T>() + v : nullptr;
+  }
   T cap() const { return cap_; }
   const Product<T>& product() const { return product_; }
 

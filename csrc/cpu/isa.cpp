@@ -12,15 +12,17 @@ namespace {
 
 #if defined(__x86_64__)
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
 }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 bool has_amx() {
-  // GCC 12 knows the name only as an instruction set, so the bit is read: leaf 7, EDX 22 (AMX-BF16), 24 (AMX-TILE)
+  // GCC 12 knows the name only as an instruction set, so the bit is read: leaf 7, EDX 22
+  // (AMX-BF16), 24 (AMX-TILE)
   unsigned a = 7, b = 0, c = 0, d = 0;
   __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
   return has_avx512_bf16() && (d >> 22 & 1) && (d >> 24 & 1);
@@ -45,8 +47,10 @@ Isa choose() {
   static const char* names[] = {"default", "avx2", "avx512", "amx"};
   for (int i = 0; i < 4; ++i) {
     if (name != names[i]) continue;
-    // "amx" means ATen's brgemm, which also runs on AVX-512 processors that multiply bf16: that is how it is tested
-    const bool there = i == 0 || (i == 1 && has_avx2()) || (i == 2 && has_avx512()) || (i == 3 && has_avx512_bf16());
+    // "amx" means ATen's brgemm, which also runs on AVX-512 processors that multiply bf16: that is
+    // how it is tested
+    const bool there = i == 0 || (i == 1 && has_avx2()) || (i == 2 && has_avx512()) ||
+                       (i == 3 && has_avx512_bf16());
     TORCH_CHECK_VALUE(there, "MLLMKD_CPU_ISA: got ", name, ", which this processor does not have");
     return static_cast<Isa>(i);
   }
@@ -119,8 +123,14 @@ const Product<double>& product_for<double>(const at::Tensor&, const at::Tensor&)
 CpuFeatures cpu_features() {
   const at::Tensor bf16 = at::empty({0}, at::kBFloat16);
   const Kernels<float>& table = kernels<float>();
-  return {has_avx2(), has_avx512(), has_avx512_bf16(), has_amx(), table.name,
-          std::string(table.name) + "_" + table.product.name, product_for<float>(bf16, bf16).name};
+  return {
+      has_avx2(),
+      has_avx512(),
+      has_avx512_bf16(),
+      has_amx(),
+      table.name,
+      std::string(table.name) + "_" + table.product.name,
+      product_for<float>(bf16, bf16).name};
 }
 
 }  // namespace mllmkd

@@ -18,7 +18,8 @@ Isa isa();
 template <class T>
 const Kernels<T>& kernels();
 
-// The product for a head: bf16 where both tensors are bf16 and the processor multiplies bf16, else T.
+// The product for a head: bf16 where both tensors are bf16 and the processor multiplies bf16, else
+// T.
 template <class T>
 const Product<T>& product_for(const at::Tensor& hidden, const at::Tensor& weight);
 

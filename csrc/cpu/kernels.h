@@ -1,13 +1,17 @@
-// What can one processor do to one tile? The table of functions that is compiled once per instruction set.
+// What can one processor do to one tile? The table of functions that is compiled once per
+// instruction set.
 //
-// A tile is a block of vocabulary rows times a block of tokens. Logits are kept transposed and in panels: `panel`
-// tokens side by side, one line of `panel` numbers per vocabulary row. So a lane of a vector register is a token,
-// every reduction over the vocabulary is a plain vertical sum, and the same bytes are what the matrix products read.
+// A tile is a block of vocabulary rows times a block of tokens. Logits are kept transposed and in
+// panels: `panel` tokens side by side, one line of `panel` numbers per vocabulary row. So a lane of
+// a vector register is a token, every reduction over the vocabulary is a plain vertical sum, and
+// the same bytes are what the matrix products read.
 //
 // Two operand formats, both in the element type of the product (float, double or bf16):
-//   left   rows × depth, depth contiguous, row stride `stride` (a constant, so that addresses are immediates and
+//   left   rows × depth, depth contiguous, row stride `stride` (a constant, so that addresses are
+//   immediates and
 //          no two rows fall into the same cache set, whatever the hidden size is);
-//   right  one panel: depth × panel, for bf16 two consecutive depths interleaved (what a bf16 dot product reads).
+//   right  one panel: depth × panel, for bf16 two consecutive depths interleaved (what a bf16 dot
+//   product reads).
 // Depths are padded with zeros to an even number.
 //
 // Legend: V vocabulary, C chunk rows (tokens), D hidden size; m, n, k the sizes of one product.
@@ -43,16 +47,19 @@ struct Product {
   void (*pack_right)(Dtype dtype, const void* src, int64_t ld, int k, int n, void* dst);
   // one panel from src (n, k), k contiguous
   void (*pack_right_t)(Dtype dtype, const void* src, int64_t ld, int k, int n, void* dst);
-  // a gradient panel (m, panel) as `panel` columns of a left operand, and transposed as `panel` rows of one
+  // a gradient panel (m, panel) as `panel` columns of a left operand, and transposed as `panel`
+  // rows of one
   void (*store_left)(const T* g, int m, void* dst);
   void (*store_left_t)(const T* g, int m, void* dst);
   // c (m, panel) (+)= a (m, k) · b (k, panel)
   void (*multiply)(int m, int k, const void* a, const void* b, T* c, int64_t ldc, bool add);
-  // called by each thread after its last product of a parallel region (AMX tiles are a state to give back), or null
+  // called by each thread after its last product of a parallel region (AMX tiles are a state to
+  // give back), or null
   void (*release)() = nullptr;
 };
 
-// One panel of logits (v rows of `panel` tokens) made final, and its part of the softmax statistics.
+// One panel of logits (v rows of `panel` tokens) made final, and its part of the softmax
+// statistics.
 template <class T>
 struct StatsJob {
   T* z;  // in: products h·w; out: logits with bias and soft-cap
@@ -66,7 +73,8 @@ struct StatsJob {
   T* sum_plain;   // (panel) Σ exp(z − max)
 };
 
-// What the loss of a panel needs besides the logits; per-token arrays point at the panel's first token.
+// What the loss of a panel needs besides the logits; per-token arrays point at the panel's first
+// token.
 template <class T>
 struct LossJob {
   Divergence divergence;
@@ -74,16 +82,17 @@ struct LossJob {
   const T* z_s;
   const T* z_t;  // null: no teacher
   int rows;
-  T scale;             // 1/T of the divergence
-  T ce_scale;          // 1/T of the cross-entropy
-  T cap;               // the student's soft-cap, 0: none
-  bool ce;             // any cross-entropy at all
-  bool shared;         // the cross-entropy's softmax is the divergence's
-  // log q = scale·(z − top) − rest: the log-sum-exp in two parts, since a sum of 60 would round log q by 4e-6
+  T scale;      // 1/T of the divergence
+  T ce_scale;   // 1/T of the cross-entropy
+  T cap;        // the student's soft-cap, 0: none
+  bool ce;      // any cross-entropy at all
+  bool shared;  // the cross-entropy's softmax is the divergence's
+  // log q = scale·(z − top) − rest: the log-sum-exp in two parts, since a sum of 60 would round log
+  // q by 4e-6
   const T *top_s, *rest_s;    // at `scale`
   const T *top_t, *rest_t;    // at `scale`
   const T *top_ce, *rest_ce;  // at `ce_scale`
-  const T* ce_weight;  // 0 switches the term off, NaN or not
+  const T* ce_weight;         // 0 switches the term off, NaN or not
   const T* kd_weight;
   const T* mean;  // Σ q g, for divergences whose gradient needs it
   T* value;       // out (panel): this tile's part of D, null: not wanted
@@ -102,7 +111,8 @@ struct Kernels {
 
 // Gradients that are q − p need no Σ q g first.
 constexpr bool needs_mean(Divergence d) {
-  return d != Divergence::forward_kl && d != Divergence::soft_cross_entropy && d != Divergence::none;
+  return d != Divergence::forward_kl && d != Divergence::soft_cross_entropy &&
+         d != Divergence::none;
 }
 
 // The tables of the instruction sets this build has; isa.cpp chooses.

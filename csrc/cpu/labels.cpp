@@ -5,20 +5,25 @@
 namespace mllmkd {
 
 void check_labels(const at::Tensor& labels, int64_t rows, int64_t vocab, int64_t ignore_index) {
-  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "labels: got dtype ", labels.scalar_type(), ", expected int64");
+  TORCH_CHECK_TYPE(
+      labels.scalar_type() == at::kLong, "labels: got dtype ", labels.scalar_type(),
+      ", expected int64");
   TORCH_CHECK_VALUE(
-      labels.dim() == 1 && labels.size(0) == rows, "labels: got shape ", labels.sizes(), ", expected (", rows, ",)");
+      labels.dim() == 1 && labels.size(0) == rows, "labels: got shape ", labels.sizes(),
+      ", expected (", rows, ",)");
   const int64_t* label = labels.const_data_ptr<int64_t>();
   for (int64_t n = 0; n < rows; ++n) {
     TORCH_CHECK_INDEX(
-        label[n] == ignore_index || (label[n] >= 0 && label[n] < vocab), "labels: row ", n, " has label ", label[n],
-        ", expected a value in [0, ", vocab, ") or ignore_index ", ignore_index);
+        label[n] == ignore_index || (label[n] >= 0 && label[n] < vocab), "labels: row ", n,
+        " has label ", label[n], ", expected a value in [0, ", vocab, ") or ignore_index ",
+        ignore_index);
   }
 }
 
 template <class T>
 void ChunkRows<T>::load(
-    int64_t row, int64_t count, const int64_t* labels, const T* ce, const T* kd, int64_t ignore_index) {
+    int64_t row, int64_t count, const int64_t* labels, const T* ce, const T* kd,
+    int64_t ignore_index) {
   std::fill(label.begin(), label.end(), -1);
   std::fill(ce_weight.begin(), ce_weight.end(), T(0));
   std::fill(kd_weight.begin(), kd_weight.end(), T(0));

@@ -1,4 +1,5 @@
-// Log-probabilities of labels, and their gradient with the logits made again: no logits are ever kept.
+// Log-probabilities of labels, and their gradient with the logits made again: no logits are ever
+// kept.
 #include <ATen/Parallel.h>
 
 #include "gradients.h"
@@ -18,7 +19,8 @@ template <class T, class F>
 void for_tiles(const Product<T>& product, int64_t vocab, const F& f) {
   at::parallel_for(0, tiles_of(vocab), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      f(i * kTile, static_cast<int>(std::min<int64_t>(kTile, vocab - i * kTile)), at::get_thread_num());
+      f(i * kTile, static_cast<int>(std::min<int64_t>(kTile, vocab - i * kTile)),
+        at::get_thread_num());
     }
     if (product.release) product.release();
   });
@@ -26,8 +28,8 @@ void for_tiles(const Product<T>& product, int64_t vocab, const F& f) {
 
 template <class T>
 std::tuple<at::Tensor, at::Tensor> forward(
-    const at::Tensor& h, const at::Tensor& w, const Optional& b, const at::Tensor& labels, const Options& o,
-    int64_t chunk_rows) {
+    const at::Tensor& h, const at::Tensor& w, const Optional& b, const at::Tensor& labels,
+    const Options& o, int64_t chunk_rows) {
   const int64_t rows = h.size(0);
   const int panel = kernels<T>().panel;
   const Chunks chunks(rows, chunk_rows, panel);
@@ -61,7 +63,8 @@ std::tuple<at::Tensor, at::Tensor> forward(
       const double top = stats.top()[c], rest = stats.rest()[c];
       lse.mutable_data_ptr<T>()[row + c] = static_cast<T>(top * scale + rest);
       if (tokens.label[c] >= 0) {
-        logp.mutable_data_ptr<T>()[row + c] = static_cast<T>((tokens.label_logit[c] - top) * scale - rest);
+        logp.mutable_data_ptr<T>()[row + c] =
+            static_cast<T>((tokens.label_logit[c] - top) * scale - rest);
       }
     }
   }
@@ -70,8 +73,9 @@ std::tuple<at::Tensor, at::Tensor> forward(
 
 template <class T>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
-    const at::Tensor& grad, const at::Tensor& h, const at::Tensor& w, const Optional& b, const at::Tensor& labels,
-    const at::Tensor& lse, const Options& o, Wanted wanted, int64_t chunk_rows) {
+    const at::Tensor& grad, const at::Tensor& h, const at::Tensor& w, const Optional& b,
+    const at::Tensor& labels, const at::Tensor& lse, const Options& o, Wanted wanted,
+    int64_t chunk_rows) {
   const Kernels<T>& kernel = kernels<T>();
   const int64_t rows = h.size(0), panel = kernel.panel;
   const Chunks chunks(rows, chunk_rows, panel);
@@ -89,7 +93,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
     const int64_t count = std::min(chunks.rows, rows - row), panels = (count + panel - 1) / panel;
     head.load(row, count);
     tokens.load(
-        row, count, labels.const_data_ptr<int64_t>(), weight.const_data_ptr<T>(), nullptr, o.ignore_index);
+        row, count, labels.const_data_ptr<int64_t>(), weight.const_data_ptr<T>(), nullptr,
+        o.ignore_index);
     std::copy_n(row_lse.const_data_ptr<T>() + row, count, padded_lse.begin());
     gradients.load(row, count, tokens.live.get(), row + count == rows);
     for_tiles(head.product(), o.vocab, [&](int64_t v, int m, int thread) {
@@ -121,19 +126,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
 }
 
 void check(const at::Tensor& h, const at::Tensor& labels, const Options& o) {
-  TORCH_CHECK_VALUE(o.temperature > 0, "temperature: got ", o.temperature, ", expected a positive number");
+  TORCH_CHECK_VALUE(
+      o.temperature > 0, "temperature: got ", o.temperature, ", expected a positive number");
   check_labels(labels, h.size(0), o.vocab, o.ignore_index);
 }
 
 bool in_double(const at::Tensor& h, const at::Tensor& w, const Optional& b) {
-  return h.scalar_type() == at::kDouble || w.scalar_type() == at::kDouble || (b && b->scalar_type() == at::kDouble);
+  return h.scalar_type() == at::kDouble || w.scalar_type() == at::kDouble ||
+         (b && b->scalar_type() == at::kDouble);
 }
 
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> logprob_rows(
-    const at::Tensor& h, const at::Tensor& w, const Optional& b, const at::Tensor& labels, double temperature,
-    double cap, int64_t vocab, int64_t ignore_index, int64_t chunk_rows) {
+    const at::Tensor& h, const at::Tensor& w, const Optional& b, const at::Tensor& labels,
+    double temperature, double cap, int64_t vocab, int64_t ignore_index, int64_t chunk_rows) {
   const Options o{temperature, cap, vocab, ignore_index};
   check(h, labels, o);
   const auto run = in_double(h, w, b) ? forward<double> : forward<float>;
@@ -141,14 +148,14 @@ std::tuple<at::Tensor, at::Tensor> logprob_rows(
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> logprob_grad(
-    const at::Tensor& grad, const at::Tensor& h, const at::Tensor& w, const Optional& b, const at::Tensor& labels,
-    const at::Tensor& lse, double temperature, double cap, int64_t vocab, int64_t ignore_index, bool want_dh,
-    bool want_dw, bool want_db, int64_t chunk_rows) {
+    const at::Tensor& grad, const at::Tensor& h, const at::Tensor& w, const Optional& b,
+    const at::Tensor& labels, const at::Tensor& lse, double temperature, double cap, int64_t vocab,
+    int64_t ignore_index, bool want_dh, bool want_dw, bool want_db, int64_t chunk_rows) {
   const Options o{temperature, cap, vocab, ignore_index};
   check(h, labels, o);
   TORCH_CHECK_VALUE(
-      grad.dim() == 1 && grad.size(0) == h.size(0) && lse.sizes() == grad.sizes(), "grad: got shape ", grad.sizes(),
-      ", lse ", lse.sizes(), ", expected (", h.size(0), ",)");
+      grad.dim() == 1 && grad.size(0) == h.size(0) && lse.sizes() == grad.sizes(),
+      "grad: got shape ", grad.sizes(), ", lse ", lse.sizes(), ", expected (", h.size(0), ",)");
   const auto run = in_double(h, w, b) ? backward<double> : backward<float>;
   return run(grad, h, w, b, labels.contiguous(), lse, o, {want_dh, want_dw, want_db}, chunk_rows);
 }

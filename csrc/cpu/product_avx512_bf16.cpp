@@ -1,4 +1,5 @@
-// bf16 operands, fp32 sums, by AVX-512's pairwise dot product. Products of two bf16 are exact in fp32.
+// bf16 operands, fp32 sums, by AVX-512's pairwise dot product. Products of two bf16 are exact in
+// fp32.
 #include <immintrin.h>
 
 #include "product_impl.h"
@@ -17,11 +18,14 @@ struct Micro<bf16_t> {
     std::memcpy(&both, a, 4);
     return reinterpret_cast<__m512bh>(_mm512_set1_epi32(both));
   }
-  static __m512bh load(const bf16_t* b) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)); }
+  static __m512bh load(const bf16_t* b) {
+    return reinterpret_cast<__m512bh>(_mm512_loadu_si512(b));
+  }
   static V step(__m512bh a, __m512bh b, const V& sum) { return _mm512_dpbf16_ps(sum, a, b); }
   static void round(const float* g, bf16_t* dst) {
     _mm256_storeu_si256(
-        reinterpret_cast<__m256i*>(dst), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(g))));
+        reinterpret_cast<__m256i*>(dst),
+        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(g))));
   }
 };
 

@@ -1,9 +1,10 @@
 // Packing and the register-blocked product, for one element type E summed in T.
 //
-// A micro-tile is MR rows × one panel (two vectors): 2·MR accumulators, and per depth two loads of the right operand
-// and MR broadcasts of the left one, so both FMA ports stay busy from registers. MR = 14 fills the 32 registers of
-// AVX-512 (28 sums, 2 loads, 1 broadcast), MR = 6 the 16 of AVX2. Depths come in steps: one element for float and
-// double, a pair for bf16, which is what `Micro<E>::step` multiplies.
+// A micro-tile is MR rows × one panel (two vectors): 2·MR accumulators, and per depth two loads of
+// the right operand and MR broadcasts of the left one, so both FMA ports stay busy from registers.
+// MR = 14 fills the 32 registers of AVX-512 (28 sums, 2 loads, 1 broadcast), MR = 6 the 16 of AVX2.
+// Depths come in steps: one element for float and double, a pair for bf16, which is what
+// `Micro<E>::step` multiplies.
 #pragma once
 
 #include <cstring>
@@ -36,7 +37,8 @@ template <class E>
 inline void convert(bf16_t x, E& y) {
   y = from_bits(static_cast<uint32_t>(x.bits) << 16);
 }
-// Exponent moved by a multiplication, so that subnormals come out right; infinity and NaN keep theirs.
+// Exponent moved by a multiplication, so that subnormals come out right; infinity and NaN keep
+// theirs.
 template <class E>
 inline void convert(f16_t x, E& y) {
   const uint32_t magnitude = x.bits & 0x7fffu, sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
@@ -49,7 +51,8 @@ inline void convert(f16_t x, E& y) {
 // Does this product accept source type S? Nothing is narrowed on the way in.
 template <class S, class E>
 inline constexpr bool accepts =
-    std::is_same_v<E, double> || (std::is_same_v<E, float> && !std::is_same_v<S, double>) || std::is_same_v<S, E>;
+    std::is_same_v<E, double> || (std::is_same_v<E, float> && !std::is_same_v<S, double>) ||
+    std::is_same_v<S, E>;
 
 // a slab of right panels and one of left rows share the L2 cache with a block of logits
 template <class E>
@@ -81,7 +84,8 @@ void interleave_rows(const E* src, int64_t ld, int k, E* dst) {
   for (int j = 0; j < k; j += 2, src += 2 * ld, dst += 2 * Panel) {
     const E* odd = j + 1 < k ? src + ld : zeros;
     uint32_t words[Panel];
-    for (int i = 0; i < Panel; ++i) words[i] = src[i].bits | static_cast<uint32_t>(odd[i].bits) << 16;
+    for (int i = 0; i < Panel; ++i)
+      words[i] = src[i].bits | static_cast<uint32_t>(odd[i].bits) << 16;
     std::memcpy(static_cast<void*>(dst), words, sizeof(words));
   }
 }
@@ -99,10 +103,18 @@ void pack_right_from(const S* src, int64_t ld_k, int64_t ld_n, int k, int n, int
 template <class E, class F>
 void with_source(Dtype dtype, const F& f) {
   switch (dtype) {
-    case Dtype::f32: if constexpr (accepts<float, E>) f(static_cast<const float*>(nullptr)); return;
-    case Dtype::f64: if constexpr (accepts<double, E>) f(static_cast<const double*>(nullptr)); return;
-    case Dtype::bf16: if constexpr (accepts<bf16_t, E>) f(static_cast<const bf16_t*>(nullptr)); return;
-    case Dtype::f16: if constexpr (accepts<f16_t, E>) f(static_cast<const f16_t*>(nullptr)); return;
+    case Dtype::f32:
+      if constexpr (accepts<float, E>) f(static_cast<const float*>(nullptr));
+      return;
+    case Dtype::f64:
+      if constexpr (accepts<double, E>) f(static_cast<const double*>(nullptr));
+      return;
+    case Dtype::bf16:
+      if constexpr (accepts<bf16_t, E>) f(static_cast<const bf16_t*>(nullptr));
+      return;
+    case Dtype::f16:
+      if constexpr (accepts<f16_t, E>) f(static_cast<const f16_t*>(nullptr));
+      return;
   }
 }
 
@@ -148,7 +160,8 @@ struct Micro {
 };
 
 template <class E, int M>
-void micro_tile(int k, const void* a_, const void* b_, typename Micro<E>::T* c, int64_t ldc, bool add) {
+void micro_tile(
+    int k, const void* a_, const void* b_, typename Micro<E>::T* c, int64_t ldc, bool add) {
   using T = typename Micro<E>::T;
   using V = Vec<T>;
   constexpr int W = V::size(), P = pair<E>;
@@ -159,7 +172,8 @@ void micro_tile(int k, const void* a_, const void* b_, typename Micro<E>::T* c, 
   for (int m = 0; m < M; ++m) {
     sum[m][0] = add ? V::loadu(c + m * ldc) : V(T(0));
     sum[m][1] = add ? V::loadu(c + m * ldc + W) : V(T(0));
-    // the next micro-tile's sums: their rows are far apart, so no hardware prefetcher sees them coming
+    // the next micro-tile's sums: their rows are far apart, so no hardware prefetcher sees them
+    // coming
     __builtin_prefetch(c + (M + m) * ldc, 1);
     __builtin_prefetch(c + (M + m) * ldc + W, 1);
   }
@@ -181,16 +195,18 @@ void micro_tile(int k, const void* a_, const void* b_, typename Micro<E>::T* c, 
 
 template <class E, int MR, int... M>
 void multiply_rows(
-    std::integer_sequence<int, M...>, int m, int k, const void* a, const void* b, typename Micro<E>::T* c,
-    int64_t ldc, bool add) {
+    std::integer_sequence<int, M...>, int m, int k, const void* a, const void* b,
+    typename Micro<E>::T* c, int64_t ldc, bool add) {
   using F = void (*)(int, const void*, const void*, typename Micro<E>::T*, int64_t, bool);
   static constexpr F tiles[] = {micro_tile<E, M + 1>...};
   const E* left = static_cast<const E*>(a);
-  for (; m > 0; m -= MR, left += MR * stride<E>, c += MR * ldc) tiles[(m < MR ? m : MR) - 1](k, left, b, c, ldc, add);
+  for (; m > 0; m -= MR, left += MR * stride<E>, c += MR * ldc)
+    tiles[(m < MR ? m : MR) - 1](k, left, b, c, ldc, add);
 }
 
 template <class E, int MR>
-void multiply(int m, int k, const void* a, const void* b, typename Micro<E>::T* c, int64_t ldc, bool add) {
+void multiply(
+    int m, int k, const void* a, const void* b, typename Micro<E>::T* c, int64_t ldc, bool add) {
   multiply_rows<E, MR>(std::make_integer_sequence<int, MR>{}, m, k, a, b, c, ldc, add);
 }
 
@@ -204,8 +220,9 @@ void store_left(const typename Micro<E>::T* g, int m, void* dst_) {
   }
 }
 
-// W × W blocks through a small buffer. The last block may run past m into rows that hold nothing of interest: the
-// source and a left operand's row both have room for whole blocks, and a product reads m depths only.
+// W × W blocks through a small buffer. The last block may run past m into rows that hold nothing of
+// interest: the source and a left operand's row both have room for whole blocks, and a product
+// reads m depths only.
 template <class E>
 void store_left_t(const typename Micro<E>::T* g, int m, void* dst_) {
   using T = typename Micro<E>::T;
@@ -215,7 +232,8 @@ void store_left_t(const typename Micro<E>::T* g, int m, void* dst_) {
   for (int i = 0; i < m; i += W) {
     for (int half = 0; half < panel; half += W) {
       at::vec::transpose_mxn<T, W, W>(g + i * panel + half, panel, block, W);
-      for (int lane = 0; lane < W; ++lane) Micro<E>::round(block + lane * W, dst + (half + lane) * stride<E> + i);
+      for (int lane = 0; lane < W; ++lane)
+        Micro<E>::round(block + lane * W, dst + (half + lane) * stride<E> + i);
     }
   }
   if (m % pair<E>) {
@@ -226,16 +244,17 @@ void store_left_t(const typename Micro<E>::T* g, int m, void* dst_) {
 template <class E, int MR>
 Product<typename Micro<E>::T> make_product(const char* name) {
   constexpr int panel = 2 * Vec<typename Micro<E>::T>::size();
-  return {name,
-          sizeof(E),
-          depth<E>,
-          stride<E>,
-          pack_left<E>,
-          pack_right<E, panel>,
-          pack_right_t<E, panel>,
-          store_left<E>,
-          store_left_t<E>,
-          multiply<E, MR>};
+  return {
+      name,
+      sizeof(E),
+      depth<E>,
+      stride<E>,
+      pack_left<E>,
+      pack_right<E, panel>,
+      pack_right_t<E, panel>,
+      store_left<E>,
+      store_left_t<E>,
+      multiply<E, MR>};
 }
 
 }  // namespace

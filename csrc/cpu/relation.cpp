@@ -1,5 +1,6 @@
-// The relation loss of logits, R = K Hᵀ per image (K = H G, G = WᵀW, so R = Y Yᵀ): three sums, or the product that
-// its gradient needs. R is made tile by tile and never held; a head's "vocabulary" here is the image's own rows.
+// The relation loss of logits, R = K Hᵀ per image (K = H G, G = WᵀW, so R = Y Yᵀ): three sums, or
+// the product that its gradient needs. R is made tile by tile and never held; a head's "vocabulary"
+// here is the image's own rows.
 #include <ATen/Parallel.h>
 
 #include "../ops.h"
@@ -12,14 +13,17 @@ constexpr int kRows = 56;  // rows of a tile: an image of 200 rows still occupie
 
 std::vector<int64_t> image_ends(const at::Tensor& cu_seqlens, int64_t rows) {
   TORCH_CHECK_TYPE(
-      cu_seqlens.scalar_type() == at::kInt && cu_seqlens.dim() == 1 && cu_seqlens.numel() > 0, "cu_seqlens: got ",
-      cu_seqlens.scalar_type(), " of shape ", cu_seqlens.sizes(), ", expected int32 of shape (images + 1,)");
+      cu_seqlens.scalar_type() == at::kInt && cu_seqlens.dim() == 1 && cu_seqlens.numel() > 0,
+      "cu_seqlens: got ", cu_seqlens.scalar_type(), " of shape ", cu_seqlens.sizes(),
+      ", expected int32 of shape (images + 1,)");
   const at::Tensor contiguous = cu_seqlens.contiguous();
   const int32_t* ends = contiguous.const_data_ptr<int32_t>();
   std::vector<int64_t> result(ends, ends + cu_seqlens.numel());
   bool ordered = result.front() == 0 && result.back() == rows;
   for (size_t i = 1; i < result.size(); ++i) ordered = ordered && result[i - 1] <= result[i];
-  TORCH_CHECK_VALUE(ordered, "cu_seqlens: got ", cu_seqlens, ", expected to rise from 0 to the number of rows, ", rows);
+  TORCH_CHECK_VALUE(
+      ordered, "cu_seqlens: got ", cu_seqlens, ", expected to rise from 0 to the number of rows, ",
+      rows);
   return result;
 }
 
@@ -27,13 +31,16 @@ std::vector<int64_t> image_ends(const at::Tensor& cu_seqlens, int64_t rows) {
 template <class T>
 class Relation {
  public:
-  Relation(const at::Tensor& hs, const at::Tensor& ks, const at::Tensor& ht, const at::Tensor& kt,
-           const at::Tensor& cu_seqlens)
+  Relation(
+      const at::Tensor& hs, const at::Tensor& ks, const at::Tensor& ht, const at::Tensor& kt,
+      const at::Tensor& cu_seqlens)
       : kernels_(kernels<T>()), rows_(hs.size(0)), ends_(image_ends(cu_seqlens, rows_)) {
     const auto real = c10::CppTypeToScalarType<T>::value;
     for (const at::Tensor* x : {&hs, &ks, &ht, &kt}) {
-      TORCH_CHECK_TYPE(x->scalar_type() == real, "relation: got dtype ", x->scalar_type(), ", expected ", real);
-      TORCH_CHECK_VALUE(x->size(0) == rows_, "relation: got ", x->size(0), " rows, the student has ", rows_);
+      TORCH_CHECK_TYPE(
+          x->scalar_type() == real, "relation: got dtype ", x->scalar_type(), ", expected ", real);
+      TORCH_CHECK_VALUE(
+          x->size(0) == rows_, "relation: got ", x->size(0), " rows, the student has ", rows_);
     }
     for (int64_t i = 0; i < images(); ++i) longest_ = std::max(longest_, ends_[i + 1] - ends_[i]);
     longest_ = round_up(std::max<int64_t>(longest_, 1), kernels_.panel);
@@ -53,8 +60,8 @@ class Relation {
     teacher_->load(start(image), size(image));
   }
 
-  // f(tile, m, panel, r_s, r_t, thread): rows [tile·kRows, + m) of the image times every panel of its rows, block by
-  // block; `done(tile, m, panel, panels, thread)` after each block.
+  // f(tile, m, panel, r_s, r_t, thread): rows [tile·kRows, + m) of the image times every panel of
+  // its rows, block by block; `done(tile, m, panel, panels, thread)` after each block.
   template <class F, class G>
   void for_tiles(int64_t image, const F& f, const G& done) {
     const int64_t n = size(image), panels = (n + kernels_.panel - 1) / kernels_.panel;
@@ -69,7 +76,8 @@ class Relation {
           student_->products(start(image) + i * kRows, m, p, count, thread, r_s);
           teacher_->products(start(image) + i * kRows, m, p, count, thread, r_t);
           for (int64_t j = 0; j < count; ++j) {
-            f(i, m, p + j, r_s + j * kTile * kernels_.panel, r_t + j * kTile * kernels_.panel, thread);
+            f(i, m, p + j, r_s + j * kTile * kernels_.panel, r_t + j * kTile * kernels_.panel,
+              thread);
           }
           done(i, m, p, count, thread);
         }
@@ -122,8 +130,8 @@ at::Tensor gradient(
   TORCH_CHECK_VALUE(
       coef.scalar_type() == at::kDouble && coef.is_contiguous() && coef.dim() == 2 &&
           coef.size(0) == relation.images() && coef.size(1) == 2,
-      "coef: got shape ", coef.sizes(), " of ", coef.scalar_type(), ", expected contiguous (", relation.images(),
-      ", 2) of float64");
+      "coef: got shape ", coef.sizes(), " of ", coef.scalar_type(), ", expected contiguous (",
+      relation.images(), ", 2) of float64");
   // dR H has the shape of dW = Gᵀ H, with the image's rows for a vocabulary
   Gradients<T> product(hs, ks, hs.size(0), relation.longest(), false, {false, true, false});
   const std::unique_ptr<bool[]> live(new bool[relation.longest()]);

@@ -1,4 +1,5 @@
-// The row maths of one panel: statistics of the logits, then loss terms and their gradient. Lanes are tokens.
+// The row maths of one panel: statistics of the logits, then loss terms and their gradient. Lanes
+// are tokens.
 //
 // Sums run over the tile's vocabulary rows in T; the driver adds tiles in double, in a fixed order.
 #pragma once
@@ -10,8 +11,9 @@
 namespace mllmkd::CPU_CAPABILITY {
 namespace {
 
-// Logits final in place (bias, soft-cap), then max and Σ exp of every token over this tile. The maximum is the
-// tile's own, so one tile needs no other; a tile of −inf only gives (−inf, 0); NaN and +inf give NaN sums.
+// Logits final in place (bias, soft-cap), then max and Σ exp of every token over this tile. The
+// maximum is the tile's own, so one tile needs no other; a tile of −inf only gives (−inf, 0); NaN
+// and +inf give NaN sums.
 template <class T>
 void stats_panel(const StatsJob<T>& job) {
   using V = Vec<T>;

@@ -8,10 +8,11 @@
 namespace mllmkd {
 namespace {
 
-// log Σ_i sums[i] · exp(scale · (maxima[i] − top)) over tiles. NaN where every logit is −inf (top is), or any is NaN or
-// +inf (then so is a sum).
+// log Σ_i sums[i] · exp(scale · (maxima[i] − top)) over tiles. NaN where every logit is −inf (top
+// is), or any is NaN or +inf (then so is a sum).
 template <class T>
-double merged(const Buffer& maxima, const Buffer& sums, int64_t tiles, int64_t c, double scale, double top) {
+double merged(
+    const Buffer& maxima, const Buffer& sums, int64_t tiles, int64_t c, double scale, double top) {
   constexpr double inf = std::numeric_limits<double>::infinity();
   if (top == -inf) return std::numeric_limits<double>::quiet_NaN();
   double sum = 0;
@@ -39,8 +40,9 @@ SoftmaxStats<T>::SoftmaxStats(int64_t tiles, int64_t chunk, T scale, bool plain)
 template <class T>
 void SoftmaxStats<T>::add(const Head<T>& head, int64_t v, int m, int64_t panel, T* z) {
   const int64_t tile = v / kTile, c = panel * kernels_.panel;
-  kernels_.stats({z, m, head.bias(v), head.cap(), scale_, plain_, max_.part<T>(tile) + c, sum_.part<T>(tile) + c,
-                  sum_plain_.part<T>(tile) + c});
+  kernels_.stats(
+      {z, m, head.bias(v), head.cap(), scale_, plain_, max_.part<T>(tile) + c,
+       sum_.part<T>(tile) + c, sum_plain_.part<T>(tile) + c});
 }
 
 template <class T>
@@ -51,11 +53,14 @@ void SoftmaxStats<T>::merge() {
   at::parallel_for(0, chunk_, 16, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       T max = -std::numeric_limits<T>::infinity();
-      // a NaN maximum has a NaN sum beside it, so it need not be carried here, but it must not hide the others
-      for (int64_t i = 0; i < tiles_; ++i) max = max_.part<T>(i)[c] <= max ? max : max_.part<T>(i)[c];
+      // a NaN maximum has a NaN sum beside it, so it need not be carried here, but it must not hide
+      // the others
+      for (int64_t i = 0; i < tiles_; ++i)
+        max = max_.part<T>(i)[c] <= max ? max : max_.part<T>(i)[c];
       top[c] = max;
       rest[c] = static_cast<T>(merged<T>(max_, sum_, tiles_, c, scale_, max));
-      rest_plain[c] = plain_ ? static_cast<T>(merged<T>(max_, sum_plain_, tiles_, c, 1.0, max)) : rest[c];
+      rest_plain[c] =
+          plain_ ? static_cast<T>(merged<T>(max_, sum_plain_, tiles_, c, 1.0, max)) : rest[c];
     }
   });
 }

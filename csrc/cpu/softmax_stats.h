@@ -5,8 +5,8 @@
 
 namespace mllmkd {
 
-// Every tile keeps its own (max, Σ exp) per token; `merge` adds them in double, tile after tile: the result does not
-// depend on how tiles were dealt out to threads.
+// Every tile keeps its own (max, Σ exp) per token; `merge` adds them in double, tile after tile:
+// the result does not depend on how tiles were dealt out to threads.
 template <class T>
 class SoftmaxStats {
  public:
@@ -16,7 +16,8 @@ class SoftmaxStats {
   void add(const Head<T>& head, int64_t v, int m, int64_t panel, T* z);
   void merge();
 
-  // log Σ exp(scale·z) = scale·top + rest, in two parts (see LossJob); `rest_plain` is at scale 1. All (chunk).
+  // log Σ exp(scale·z) = scale·top + rest, in two parts (see LossJob); `rest_plain` is at scale 1.
+  // All (chunk).
   const T* top() const { return merged_.template part<T>(0); }
   const T* rest() const { return merged_.template part<T>(1); }
   const T* rest_plain() const { return merged_.template part<T>(2); }

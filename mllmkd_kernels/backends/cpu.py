@@ -1,9 +1,10 @@
-"""How does Python reach the C++ kernels? Imports the extension, and gives its operators fake implementations.
+"""How does Python reach the C++ kernels? Imports the extension and gives its operators fake forms.
 
-The functions are the interface of every backend (see `backends.eager`, which defines their meaning), here thin names
-over ``torch.ops.mllmkd_cpu``. The kernels keep tiles of logits in cache: a chunk costs 2·C·V numbers of workspace and
-nothing else of that size. Autograd is not here (`ops.py`); neither is the choice of instruction set (C++, at the first
-call; ``MLLMKD_CPU_ISA=default|avx2|avx512|amx`` forces one).
+The functions are the interface of every backend (`backends.eager` defines their meaning), here thin
+names over ``torch.ops.mllmkd_cpu``. The kernels keep tiles of logits in cache: a chunk costs 2·C·V
+numbers of workspace and nothing else of that size. Autograd is not here (`ops.py`); neither is the
+choice of instruction set, which C++ makes at the first call and
+``MLLMKD_CPU_ISA=default|avx2|avx512|amx`` overrides.
 """
 
 from __future__ import annotations
@@ -67,10 +68,12 @@ def distill_rows(
     want_db: bool,
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss (scalar), CE and D per row (N,), dh (N, D_s), dw (V_s, D_s) in the weight's dtype, db (V_s,)."""
+    """Loss (scalar), CE and D per row (N,), and the unscaled gradients dh (N, D_s), dw (V_s, D_s)
+    in the weight's dtype, db (V_s,).
+    """
     return torch.ops.mllmkd_cpu.distill_rows(
-        hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature, cap_s, cap_t,
-        vocab, ignore_index, want_dh, want_dw, want_db, chunk_rows,
+        hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature,
+        cap_s, cap_t, vocab, ignore_index, want_dh, want_dw, want_db, chunk_rows,
     )  # fmt: skip
 
 
@@ -109,8 +112,8 @@ def logprob_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dh, dw, db of Σ_n grad[n]·logp[n]; the logits are made again."""
     return torch.ops.mllmkd_cpu.logprob_grad(
-        grad, h, w, b, labels, lse, temperature, cap, vocab, ignore_index, want_dh, want_dw, want_db,
-        chunk_rows,
+        grad, h, w, b, labels, lse, temperature, cap, vocab, ignore_index, want_dh, want_dw,
+        want_db, chunk_rows,
     )  # fmt: skip
 
 
@@ -156,8 +159,8 @@ if available():
 
     @torch.library.register_fake("mllmkd_cpu::distill_rows")
     def _(
-        hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature, cap_s, cap_t,
-        vocab, ignore_index, want_dh, want_dw, want_db, chunk_rows,
+        hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature,
+        cap_s, cap_t, vocab, ignore_index, want_dh, want_dw, want_db, chunk_rows,
     ):  # fmt: skip
         dtype = _sum_dtype(hs, ws, bs, ht, wt, bt)
         rows = hs.new_empty(hs.shape[:1], dtype=dtype)
@@ -171,8 +174,8 @@ if available():
 
     @torch.library.register_fake("mllmkd_cpu::logprob_grad")
     def _(
-        grad, h, w, b, labels, lse, temperature, cap, vocab, ignore_index, want_dh, want_dw, want_db,
-        chunk_rows,
+        grad, h, w, b, labels, lse, temperature, cap, vocab, ignore_index, want_dh, want_dw,
+        want_db, chunk_rows,
     ):  # fmt: skip
         return _fake_gradients(h, w, _sum_dtype(h, w, b), want_dh, want_dw, want_db)
 
