@@ -143,7 +143,7 @@ def linear_distill(
         ht.shape[1] if ht is not None else 0,
         want_dh=want_dh,
         want_dw=want_dw,
-        dtype=eager.accumulation_dtype(hs, ws, ht, wt),
+        dtype=ws.dtype,
         device=hs.device,
         backend=backend,
         workspace_mb=workspace_mb if workspace_mb > 0 else None,

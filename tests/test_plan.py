@@ -41,9 +41,9 @@ def test_workspace_counts_blocks_and_the_accumulator_of_a_16_bit_head() -> None:
     full = mk.explain(64, 1000, 8, 8, dtype=torch.bfloat16, backend="eager")
     frozen = mk.explain(64, 1000, 8, 8, dtype=torch.bfloat16, train_head=False, backend="eager")
     assert full.workspace_bytes - frozen.workspace_bytes == 1000 * 8 * 4
-    assert frozen.workspace_bytes == frozen.chunk_rows * 1000 * 4 * 6
-    small = mk.explain(4096, 10**5, 8, 8, train_head=False, backend="eager", workspace_mb=100.0)
-    assert 50 * 2**20 < small.workspace_bytes <= 100 * 2**20
+    assert frozen.workspace_bytes == frozen.chunk_rows * 1000 * 4 * plan.EAGER_BLOCKS
+    small = mk.explain(4096, 10**5, 8, 8, train_head=False, backend="eager", workspace_mb=400.0)
+    assert 200 * 2**20 < small.workspace_bytes <= 400 * 2**20
 
 
 def test_the_plan_says_why() -> None:
