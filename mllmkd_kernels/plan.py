@@ -22,8 +22,8 @@ WORKSPACE_MB = 256.0
 #: A chunk never has fewer rows than this, whatever the budget: each chunk reads both heads once.
 MIN_CHUNK_ROWS = 32
 
-#: Logit-sized tensors alive at once in plain PyTorch, where log-probabilities, ratios and every term
-#: are tensors of their own: with a teacher (measured: 17 to 18), and for cross-entropy alone.
+#: Logit-sized tensors alive at once in plain PyTorch, where log-probabilities, ratios and terms are
+#: tensors of their own: with a teacher (measured: 17 to 18), and for cross-entropy alone.
 EAGER_BLOCKS, EAGER_BLOCKS_CE = 18, 4
 
 BACKENDS = ("eager", "cpu")
