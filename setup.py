@@ -66,7 +66,7 @@ def extension_arguments() -> dict:
         return unavailable(
             f"torch cannot be imported while building ({error}); use --no-build-isolation"
         )
-    optimise = ["-O0", "-g"] if os.environ.get("DEBUG") == "1" else ["-O3"]
+    optimise = ["-O0", "-g"] if os.environ.get("DEBUG") == "1" else ["-O3", "-g0"]
     flags = [*COMMON, *optimise, "-fopenmp"]
     sources = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
     if not on_x86():

@@ -6,6 +6,7 @@
 #include <torch/version.h>
 
 #include "cpu/isa.h"
+#include "cpu/workspace.h"
 #include "ops.h"
 
 #ifndef MLLMKD_CXX_FLAGS
@@ -79,4 +80,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ CPU kernels of mllmkd_kernels; importing it registers torch.ops.mllmkd_cpu.";
   m.def("build_info", &build_info, "Compiler, flags and torch version of this build.");
   m.def("cpu_features", &cpu_features, "What the processor offers and which kernels run on it.");
+  m.def("release_workspace", &mllmkd::release_workspace, "Free the workspace kept between calls.");
 }

@@ -67,11 +67,13 @@ def _no_double_backward(op: Any) -> None:
 def scale_gradient(saved: Tensor, grad: Tensor, like: Tensor) -> Tensor:
     """saved · grad, a new tensor in the dtype of `like`: the last step of every backward here."""
     if saved.dtype.itemsize >= 4:
-        return (saved * grad.to(saved.dtype)).to(like.dtype)
-    out = torch.empty_like(saved, dtype=like.dtype)  # 16 bits: multiply in fp32 and round once
-    for rows in eager._chunks(saved.shape[0], eager.VOCAB_SLICE):
-        out[rows] = saved[rows].float() * grad.float()
-    return out
+        grad = grad.to(saved.dtype)
+    elif saved.device.type != "cpu":  # there a product with a 0-dim fp32 factor is fp32 inside
+        out = torch.empty_like(saved)
+        for rows in eager._chunks(saved.shape[0], eager.VOCAB_SLICE):
+            out[rows] = saved[rows].float() * grad.float()
+        return out
+    return (saved * grad).to(like.dtype)
 
 
 @scale_gradient.register_fake

@@ -62,8 +62,8 @@ class Distill {
         slopes_(tiles_, chunk * sizeof(T)) {
     if (ht) teacher_.emplace(*ht, *wt, bt, o.cap_t, o.vocab, chunk, "teacher");
     const int64_t bytes = kTile * kernels_.panel * sizeof(T);
-    z_s_ = Buffer(tiles_ * panels_, bytes);
-    if (ht) z_t_ = Buffer(tiles_ * panels_, bytes);
+    z_s_ = Buffer::kept(tiles_ * panels_, bytes);
+    if (ht) z_t_ = Buffer::kept(tiles_ * panels_, bytes);
   }
 
   void run_chunk(
@@ -95,9 +95,6 @@ class Distill {
   T* tile(const Buffer& z, int64_t v, int64_t panel) {
     return z.part<T>(v / kTile * panels_ + panel);
   }
-  int tile_rows(int64_t tile) const {
-    return static_cast<int>(std::min<int64_t>(kTile, o_.vocab - tile * kTile));
-  }
   double total(const Buffer& tiles, int64_t c) const {
     double sum = 0;
     for (int64_t i = 0; i < tiles_; ++i) sum += tiles.part<T>(i)[c];
@@ -106,21 +103,17 @@ class Distill {
 
   // f(first vocabulary row, rows, first panel, panels, thread) for every block of every tile.
   template <class F>
-  void for_blocks(const Product<T>& product, const F& f) {
+  void for_blocks(const Product<T>& product, bool any_order, const F& f) {
     const int64_t step = product.depth / kernels_.panel;
-    at::parallel_for(0, tiles_, 1, [&](int64_t begin, int64_t end) {
-      const int thread = at::get_thread_num();
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t p = 0; p < used_panels_; p += step) {
-          f(i * kTile, tile_rows(i), p, std::min(step, used_panels_ - p), thread);
-        }
+    for_tiles(product, o_.vocab, any_order, [&](int64_t v, int m, int thread) {
+      for (int64_t p = 0; p < used_panels_; p += step) {
+        f(v, m, p, std::min(step, used_panels_ - p), thread);
       }
-      if (product.release) product.release();
     });
   }
 
   void sweep_logits() {
-    for_blocks(student_.product(), [&](int64_t v, int m, int64_t p, int64_t n, int thread) {
+    for_blocks(student_.product(), true, [&](int64_t v, int m, int64_t p, int64_t n, int thread) {
       logits_block(student_, stats_s_, z_s_, v, m, p, n, thread);
       const int panel = kernels_.panel;
       rows_.with_label_in(v, m, p * panel, n * panel, [&](int64_t c, int64_t label) {
@@ -129,7 +122,7 @@ class Distill {
     });
     stats_s_.merge();
     if (!teacher_) return;
-    for_blocks(teacher_->product(), [&](int64_t v, int m, int64_t p, int64_t n, int thread) {
+    for_blocks(teacher_->product(), true, [&](int64_t v, int m, int64_t p, int64_t n, int thread) {
       logits_block(*teacher_, stats_t_, z_t_, v, m, p, n, thread);
     });
     stats_t_.merge();
@@ -143,13 +136,15 @@ class Distill {
   }
 
   void sweep_losses(bool values, bool gradients) {
-    for_blocks(student_.product(), [&](int64_t v, int m, int64_t p, int64_t n, int thread) {
-      for (int64_t i = p; i < p + n; ++i) {
-        loss_panel(v, m, i, values, gradients ? gradients_.panel(thread) : nullptr);
-        if (gradients) gradients_.add_panel(v, m, i - p, thread);
-      }
-      if (gradients) gradients_.multiply(v, m, p, n, thread);
-    });
+    const bool any_order = !gradients || !o_.wanted.dh;
+    for_blocks(
+        student_.product(), any_order, [&](int64_t v, int m, int64_t p, int64_t n, int thread) {
+          for (int64_t i = p; i < p + n; ++i) {
+            loss_panel(v, m, i, values, gradients ? gradients_.panel(thread) : nullptr);
+            if (gradients) gradients_.add_panel(v, m, i - p, thread);
+          }
+          if (gradients) gradients_.multiply(v, m, p, n, thread);
+        });
     for (int64_t c = 0; values && c < chunk_; ++c) mean_[c] = static_cast<T>(total(slopes_, c));
   }
 

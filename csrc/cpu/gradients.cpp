@@ -2,6 +2,7 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
@@ -55,13 +56,14 @@ Gradients<T>::Gradients(
     left_v_ = Buffer(threads, kTile * left_row);
     edge_ = Buffer(threads, kTile * panel * sizeof(T));
     if (weight.scalar_type() == real) {
-      dw_sum_ = dw;
+      sum_ = dw.mutable_data_ptr<T>();
     } else if (many_chunks) {
-      dw_sum_ = at::empty({vocab, features_}, real);
-      prefer_huge_pages(dw_sum_);
+      dw_sum_ = Buffer::kept(1, vocab * features_ * sizeof(T));
+      sum_ = dw_sum_.template part<T>(0);
     } else {
       dw_tile_ = Buffer(threads, kTile * features_ * sizeof(T));
     }
+    rounds_ = weight.scalar_type() != real;
   }
   if (wanted.dh) {
     right_w_ = Buffer(threads, (kTile + 1) * panel * bytes);
@@ -127,15 +129,13 @@ template <class T>
 void Gradients<T>::multiply_dw(int64_t v, int m, int64_t panel, int64_t panels, int thread) {
   const int64_t block = panel / block_panels();
   const bool add = (many_ && started_) || block > 0;
-  const bool sum = dw_sum_.defined();
-  T* out = sum ? dw_sum_.template mutable_data_ptr<T>() + v * features_
-               : dw_tile_.template part<T>(thread);
+  T* out = sum_ ? sum_ + v * features_ : dw_tile_.template part<T>(thread);
   const int k = static_cast<int>(panels * kernels_.panel);
   for (int64_t i = 0; i < feature_panels_; ++i) {
     add_panel_dw(m, k, block, i, left_v_.part(thread), out + i * kernels_.panel, add, thread);
   }
   const bool complete = last_ && (panel + panels) * kernels_.panel >= rows_;
-  if (complete && !dw.is_same(dw_sum_)) round_rows(out, m * features_, dw, v * features_);
+  if (complete && rounds_) round_rows(out, m * features_, dw, v * features_);
 }
 
 // One panel of columns of dW. The last may be narrower than a panel: then by way of a buffer.

@@ -59,7 +59,9 @@ class Gradients {
   Buffer right_w_;              // (threads) one panel of weight rows
   Buffer g_, left_v_, left_c_;  // (threads) G: as written, by vocabulary row, by token
   Buffer dh_, dw_tile_, edge_;  // (threads)
-  at::Tensor dw_sum_;           // (V, D) of T, where dW cannot be summed in place
+  Buffer dw_sum_;               // (V, D) of T, where dW is a sum over chunks and not of T itself
+  T* sum_ = nullptr;            // where dW is summed: itself, dw_sum_, or null for dw_tile_
+  bool rounds_ = false;
 };
 
 }  // namespace mllmkd

@@ -22,16 +22,6 @@ Dtype dtype_of(const at::Tensor& x, const char* name) {
   }
 }
 
-void prefer_huge_pages(const at::Tensor& x) {
-#if defined(__linux__)
-  constexpr size_t huge = size_t{1} << 21;
-  const size_t begin = reinterpret_cast<size_t>(x.mutable_data_ptr()), end = begin + x.nbytes();
-  const size_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
-  // only advice: where the kernel declines, nothing changes
-  if (last > first) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 Rows::Rows(const at::Tensor& x, const char* name) : tensor(x), dtype(dtype_of(x, name)), ld(0) {
   TORCH_CHECK_VALUE(x.dim() == 2, name, ": got shape ", x.sizes(), ", expected two dimensions");
   TORCH_CHECK_VALUE(x.device().is_cpu(), name, ": got device ", x.device(), ", expected cpu");

@@ -2,12 +2,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
-#include <algorithm>
-
 #include "isa.h"
+#include "workspace.h"
 
 namespace mllmkd {
 
@@ -16,7 +14,6 @@ constexpr int kTile = 224;  // vocabulary rows of a tile: 16 micro-tiles of AVX-
 
 Dtype dtype_of(const at::Tensor& x, const char* name);
 
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 inline int64_t tiles_of(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
 
 // N rows in chunks of about equal size, none above the bound (but a panel of tokens is the least
@@ -45,28 +42,14 @@ struct Rows {
   }
 };
 
-// Asks for 2 MiB pages where memory is fresh and large: a workspace of hundreds of MiB would
-// otherwise be a hundred thousand page faults per call, a tenth of the time of a bf16 step.
-void prefer_huge_pages(const at::Tensor& x);
-
-// Uninitialised memory from torch's allocator (so that torch's memory tools see it), by thread or
-// by panel.
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(int64_t parts, int64_t bytes)
-      : bytes_(round_up(bytes, 64)), data_(at::empty({parts * bytes_}, at::kByte)) {
-    prefer_huge_pages(data_);
-  }
-  template <class T = char>
-  T* part(int64_t i) const {
-    return reinterpret_cast<T*>(static_cast<char*>(data_.mutable_data_ptr()) + i * bytes_);
-  }
-
- private:
-  int64_t bytes_ = 0;
-  at::Tensor data_;
-};
+// f(first vocabulary row, rows, thread) for every tile of a vocabulary.
+template <class T, class F>
+void for_tiles(const Product<T>& product, int64_t vocab, bool any_order, const F& f) {
+  deal(tiles_of(vocab), any_order, [&](int64_t i, int thread) {
+    f(i * kTile, static_cast<int>(std::min<int64_t>(kTile, vocab - i * kTile)), thread);
+    if (product.release) product.release();
+  });
+}
 
 template <class T>
 class Head {

@@ -53,8 +53,7 @@ struct Product {
   void (*store_left_t)(const T* g, int m, void* dst);
   // c (m, panel) (+)= a (m, k) · b (k, panel)
   void (*multiply)(int m, int k, const void* a, const void* b, T* c, int64_t ldc, bool add);
-  // called by each thread after its last product of a parallel region (AMX tiles are a state to
-  // give back), or null
+  // called after the products of a tile (AMX tiles are a state to give back), or null
   void (*release)() = nullptr;
 };
 

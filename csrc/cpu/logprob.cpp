@@ -1,6 +1,7 @@
 // Log-probabilities of labels, and their gradient with the logits made again: no logits are ever
 // kept.
-#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include "gradients.h"
 #include "labels.h"
@@ -13,18 +14,6 @@ struct Options {
   double temperature, cap;
   int64_t vocab, ignore_index;
 };
-
-// f(first vocabulary row, rows, thread) for every tile.
-template <class T, class F>
-void for_tiles(const Product<T>& product, int64_t vocab, const F& f) {
-  at::parallel_for(0, tiles_of(vocab), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      f(i * kTile, static_cast<int>(std::min<int64_t>(kTile, vocab - i * kTile)),
-        at::get_thread_num());
-    }
-    if (product.release) product.release();
-  });
-}
 
 template <class T>
 std::tuple<at::Tensor, at::Tensor> forward(
@@ -45,7 +34,7 @@ std::tuple<at::Tensor, at::Tensor> forward(
     const int64_t count = std::min(chunks.rows, rows - row), panels = (count + panel - 1) / panel;
     head.load(row, count);
     tokens.load(row, count, labels.const_data_ptr<int64_t>(), nullptr, nullptr, o.ignore_index);
-    for_tiles(head.product(), o.vocab, [&](int64_t v, int m, int thread) {
+    for_tiles(head.product(), o.vocab, true, [&](int64_t v, int m, int thread) {
       for (int64_t p = 0; p < panels; p += block) {
         const int64_t n = std::min(block, panels - p);
         T* tile = z.part<T>(thread);
@@ -97,7 +86,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
         o.ignore_index);
     std::copy_n(row_lse.const_data_ptr<T>() + row, count, padded_lse.begin());
     gradients.load(row, count, tokens.live.get(), row + count == rows);
-    for_tiles(head.product(), o.vocab, [&](int64_t v, int m, int thread) {
+    for_tiles(head.product(), o.vocab, !wanted.dh, [&](int64_t v, int m, int thread) {
       for (int64_t p = 0; p < panels; p += block) {
         const int64_t n = std::min(block, panels - p);
         head.products(v, m, p, n, thread, z.part<T>(thread));

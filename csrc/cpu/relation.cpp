@@ -65,22 +65,19 @@ class Relation {
   template <class F, class G>
   void for_tiles(int64_t image, const F& f, const G& done) {
     const int64_t n = size(image), panels = (n + kernels_.panel - 1) / kernels_.panel;
-    at::parallel_for(0, (n + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
-      const int thread = at::get_thread_num();
+    deal((n + kRows - 1) / kRows, true, [&](int64_t i, int thread) {
       T* r_s = tiles_.part<T>(2 * thread);
       T* r_t = tiles_.part<T>(2 * thread + 1);
-      for (int64_t i = begin; i < end; ++i) {
-        const int m = static_cast<int>(std::min<int64_t>(kRows, n - i * kRows));
-        for (int64_t p = 0; p < panels; p += block()) {
-          const int64_t count = std::min(block(), panels - p);
-          student_->products(start(image) + i * kRows, m, p, count, thread, r_s);
-          teacher_->products(start(image) + i * kRows, m, p, count, thread, r_t);
-          for (int64_t j = 0; j < count; ++j) {
-            f(i, m, p + j, r_s + j * kTile * kernels_.panel, r_t + j * kTile * kernels_.panel,
-              thread);
-          }
-          done(i, m, p, count, thread);
+      const int m = static_cast<int>(std::min<int64_t>(kRows, n - i * kRows));
+      for (int64_t p = 0; p < panels; p += block()) {
+        const int64_t count = std::min(block(), panels - p);
+        student_->products(start(image) + i * kRows, m, p, count, thread, r_s);
+        teacher_->products(start(image) + i * kRows, m, p, count, thread, r_t);
+        for (int64_t j = 0; j < count; ++j) {
+          f(i, m, p + j, r_s + j * kTile * kernels_.panel, r_t + j * kTile * kernels_.panel,
+            thread);
         }
+        done(i, m, p, count, thread);
       }
     });
   }

@@ -9,17 +9,17 @@ choice of instruction set, which C++ makes at the first call and
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 try:
-    from mllmkd_kernels import _C  # pyright: ignore[reportAttributeAccessIssue]
-
+    _C: Any = importlib.import_module("mllmkd_kernels._C")
     _WHY_NOT = ""
 except ImportError as error:
-    _C: Any = None
+    _C = None
     _WHY_NOT = (
         f"the C++ extension mllmkd_kernels._C cannot be imported ({error}); "
         "build it with `pip install -e . --no-build-isolation`"
@@ -44,6 +44,12 @@ def build_info() -> dict[str, str]:
 def cpu_features() -> dict[str, bool | int | str]:
     """What the processor offers and which kernels run on it; empty without the extension."""
     return _C.cpu_features() if available() else {}
+
+
+def release_workspace() -> None:
+    """Free the logits workspace (at most 512 MiB) that is kept from one call to the next."""
+    if available():
+        _C.release_workspace()
 
 
 def distill_rows(
