@@ -39,6 +39,20 @@ from training.trainer import DistillTrainer
 
 Say = Callable[[str], None]
 
+# fields that do not change what is learned, so that a run may be continued with others
+FREE = frozenset(
+    {
+        "out",
+        "resume",
+        "threads",
+        "keep",
+        "tensorboard",
+        "eval_batch_size",
+        "data.workers",
+        "data.image_cache_mb",
+    }
+)
+
 
 @dataclass(frozen=True)
 class StageResult:
@@ -256,7 +270,9 @@ def _claim(out: Path, config: Config) -> None:
             raise settings.ConfigError(
                 f"out: {out} is in use and resume is false; remove it or name another folder"
             )
-        changed = list(settings.differences(settings.load(Config, file), config))
+        before = settings.load(Config, file)
+        lines = settings.differences(before, config)
+        changed = [line for line in lines if line.split(":")[0] not in FREE]
         if changed:
             raise settings.ConfigError(
                 f"out: {out} was started with another configuration ({'; '.join(changed)}); "

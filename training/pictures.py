@@ -46,7 +46,7 @@ def loss_curves(runs: list[Run], path: Path) -> None:
         at = 0
         for stage in run.stages if run.name == "distilled" else ():
             axes[1].axvline(at, color="grey", linewidth=0.6)
-            axes[1].text(at, axes[1].get_ylim()[1], f" {stage.name}", va="top", color="grey")
+            axes[1].text(at, axes[1].get_ylim()[0], f" {stage.name}", va="bottom", color="grey")
             at += int(stage.summary["steps"])
     for axis, title in zip(
         axes, ("cross-entropy in training", "terms of the distilled student"), strict=True
@@ -96,7 +96,7 @@ def answer_grid(runs: list[Run], data: LlavaFolder, path: Path) -> None:
         with Image.open(held_out.image_path(sample.images[0])) as image:
             axis.imshow(image)
         question, truth = sample.turns[0]
-        axis.set_title(question.replace("<image>", "").strip() + "?", fontsize=9)
+        axis.set_title(question.replace("<image>", "").strip(), fontsize=9)
         lines = [("truth", truth, "black")]
         for run, given in zip(runs, answers, strict=True):
             lines.append((run.name, given[at], "green" if given[at] == truth else "firebrick"))

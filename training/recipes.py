@@ -126,7 +126,6 @@ ABLATION = {
     "CE + response": LossConfig(visual=0.0, relation=0.0),
     "response only": LossConfig(ce=0.0, visual=0.0, relation=0.0),
     "response + visual + relation": LossConfig(ce=0.0),
-    "paper's four": LossConfig(),
 }
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArg
 
 from tests.training import tiny
 from training import checkpoint, settings
+from training.__main__ import main
 from training.collate import LlavaCollator
 from training.config import LossConfig
 from training.data import LlavaDataset
@@ -185,6 +186,30 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
         run(changed, say=lambda _: None)
     with pytest.raises(ConfigError, match="in use and resume is false"):
         run(dataclasses.replace(config, resume=False), say=lambda _: None)
+
+
+def test_what_does_not_change_the_result_may_change(tmp_path):
+    config = tiny.run_config(tmp_path, tmp_path / "out", stages=("sft",))
+    first = run(dataclasses.replace(config, resume=False), say=lambda _: None)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    moved = dataclasses.replace(config, out=str(tmp_path / "moved"), keep=1, eval_batch_size=2)
+    assert curves(run(moved, say=lambda _: None)) == curves(first)
+
+
+def test_command_line_runs_and_scores(tmp_path, capsys):
+    config = tiny.run_config(tmp_path, tmp_path / "out", stages=("sft",))
+    file = tmp_path / "run.yaml"
+    file.write_text(settings.dump(config))
+    assert main(["run", "--config", str(file)]) == 0
+    printed = capsys.readouterr().out
+    model, data = str(tmp_path / "out" / "1-sft" / "model"), str(tmp_path / "data.json")
+    assert main(["eval", model, data, "--image-root", str(tmp_path)]) == 0
+    scores = capsys.readouterr().out.strip()
+    assert "exact match" in scores and scores in printed
+    assert main(["eval", str(tmp_path / "tower"), data, "--image-root", str(tmp_path)]) == 2
+    assert "model_type is 'siglip_vision_model'" in capsys.readouterr().err
+    assert main(["eval", model, str(tmp_path / "none.json")]) == 2
+    assert capsys.readouterr().err.startswith("DataError")
 
 
 def test_missing_paths_are_named(tmp_path):
