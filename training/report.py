@@ -40,6 +40,7 @@ TEACHER, EQUAL_STEPS, EQUAL_TIME, DISTILLED = (
     "SFT, equal time",
     "distilled",
 )
+COMPARED = (TEACHER, EQUAL_STEPS, EQUAL_TIME, DISTILLED)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,10 @@ def write_report(config: DemoConfig, runs: list[Run], data: LlavaFolder, seconds
     text = _markdown(config, rows, verdict, data, seconds)
     (folder / "report.md").write_text(text, encoding="utf-8")
     console = Console()
-    console.print(_terminal_table(rows))
+    console.print(_terminal_table({name: rows[name] for name in COMPARED}))
+    others = {name: seeds for name, seeds in rows.items() if name not in COMPARED}
+    if others:
+        console.print(_terminal_table({DISTILLED: rows[DISTILLED], **others}))
     console.print(verdict, highlight=False, soft_wrap=True)
     end = f"whole demo: {seconds:.0f} s; report: {folder / 'report.md'}"
     console.print(end, highlight=False, soft_wrap=True)
