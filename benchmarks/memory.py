@@ -66,7 +66,7 @@ def predicted(method: Method, case: Case) -> int | None:
     return mk.explain(
         case.rows, case.vocab, case.d_s, 0 if case.loss == "ce" else case.d_t,
         train_head=case.train_head, dtype=DTYPES[case.dtype], backend=method.key[3:],
-    ).workspace_bytes  # fmt: skip
+    ).peak_bytes  # fmt: skip
 
 
 def _methods(suite: Suite, case: Case, only: tuple[str, ...]) -> list[Method]:

@@ -41,19 +41,19 @@ PARAMETERS: dict[str, tuple[str | None, float]] = {
 class Divergence:
     """A divergence by name, with its parameter where it has one.
 
-    ================== =============================================
-    ========================================= name               value
-              parameter ================== =============================================
-              =========================================
-    forward_kl         Σ p log(p/q)                                  –
-    reverse_kl         Σ q log(q/p)                                  –
-    jsd                β KL(p‖m) + (1−β) KL(q‖m), m = βp + (1−β)q    ``beta`` in (0, 1), default 0.5
-    skew_forward_kl    KL(p ‖ λp + (1−λ)q)                           ``lam`` in (0, 1), default 0.1
-    skew_reverse_kl    KL(q ‖ (1−λ)p + λq)                           ``lam`` in (0, 1), default 0.1
-    total_variation    ½ Σ |p − q|                                   –
-    soft_cross_entropy −Σ p log q (= forward KL + H(p))              –
-    ================== =============================================
-    =========================================
+    ================== =========================================== ===================
+    name               value                                       parameter, default
+    ================== =========================================== ===================
+    forward_kl         Σ p log(p/q)                                –
+    reverse_kl         Σ q log(q/p)                                –
+    jsd                β KL(p‖m) + (1−β) KL(q‖m), m = βp + (1−β)q  ``beta``, 0.5
+    skew_forward_kl    KL(p ‖ λp + (1−λ)q)                         ``lam``, 0.1
+    skew_reverse_kl    KL(q ‖ (1−λ)p + λq)                         ``lam``, 0.1
+    total_variation    ½ Σ |p − q|                                 –
+    soft_cross_entropy −Σ p log q (= forward KL + H(p))            –
+    ================== =========================================== ===================
+
+    Parameters lie in (0, 1).
 
     Conventions elsewhere, since they are easily taken the wrong way round (p teacher, q student):
 

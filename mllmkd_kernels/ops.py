@@ -179,9 +179,9 @@ _gradients_formed_in_forward(linear_distill, 21, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2})
 def _logprob_chunk(
     h: Tensor, vocab: int, acc: torch.dtype, backend: ModuleType, workspace_mb: float
 ) -> int:
-    blocks = 1 if backend is cpu else 3
+    name, blocks = ("cpu", 1) if backend is cpu else ("eager", 3)
     budget = workspace_mb if workspace_mb > 0 else None
-    return plan.chunk_rows(h.shape[0], vocab, blocks, acc.itemsize, budget)
+    return plan.chunk_rows(name, h.shape[0], vocab, blocks, acc.itemsize, budget)
 
 
 @_operator("linear_logprob")

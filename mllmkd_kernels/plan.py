@@ -14,10 +14,13 @@ import torch
 
 from mllmkd_kernels.backends import cpu
 
-#: Default budget for the logits of a chunk. Measured: 256 MiB holds 512 rows of two fp32 blocks at
-#: V = 65,536, from
-#: where on a larger chunk is no faster on two cores.
+#: Default budget for the logits of a chunk: 220 rows of two fp32 blocks at V = 151,936.
 WORKSPACE_MB = 256.0
+
+#: The C++ kernels take no more rows at a time, whatever the budget: fewer read the heads too often,
+#: more leave the cache. Measured on two cores, bf16, as time over the floor's: V 151,936 with 110,
+#: 220, 440 rows 1.21, 1.07, 1.24; V 65,536 with 128, 256, 512 rows 1.17, 1.04 to 1.07, 1.16.
+CPU_CHUNK_ROWS = 256
 
 #: A chunk never has fewer rows than this, whatever the budget: each chunk reads both heads once.
 MIN_CHUNK_ROWS = 32
@@ -39,6 +42,9 @@ class Plan:
         algorithm: "chunk" (logits of `chunk_rows` rows at a time).
         chunk_rows: C, the rows whose logits exist at the same time.
         workspace_bytes: the logits of one chunk and the fp32 accumulator of dW.
+        saved_bytes: unscaled gradients, kept from forward until backward has scaled them.
+        peak_bytes: the most that exists at once beyond the returned gradients. The C++ kernels keep
+            their workspace for the next call, so there the two add up.
         flops: matrix products of forward and backward together.
         floor_flops: the least any exact method needs.
         reasons: why, one sentence each.
@@ -48,15 +54,23 @@ class Plan:
     algorithm: str
     chunk_rows: int
     workspace_bytes: int
+    saved_bytes: int
     flops: int
     floor_flops: int
     reasons: tuple[str, ...] = field(default=())
+
+    @property
+    def peak_bytes(self) -> int:
+        """See the attributes of the class."""
+        kept = self.workspace_bytes if self.backend == "cpu" else 0
+        return max(self.workspace_bytes, kept + self.saved_bytes)
 
     def __str__(self) -> str:
         head = (
             f"{self.backend} backend, {self.algorithm} algorithm, "
             f"{self.chunk_rows} rows at a time: "
-            f"{self.workspace_bytes / 2**20:.0f} MiB of workspace, {self.flops / 1e9:.1f} GFLOP "
+            f"{self.workspace_bytes / 2**20:.0f} MiB of workspace, at most "
+            f"{self.peak_bytes / 2**20:.0f} MiB with saved gradients, {self.flops / 1e9:.1f} GFLOP "
             f"({self.flops / max(self.floor_flops, 1):.2f}x the least possible)"
         )
         return "\n".join([head, *(f"  - {reason}" for reason in self.reasons)])
@@ -91,13 +105,20 @@ def choose_backend(
 
 
 def chunk_rows(
-    rows: int, vocab: int, blocks: int, element_bytes: int, workspace_mb: float | None
+    backend: str,
+    rows: int,
+    vocab: int,
+    blocks: int,
+    element_bytes: int,
+    workspace_mb: float | None,
 ) -> int:
     """C: the most rows whose `blocks` logit blocks of `vocab` columns fit the budget; equal
     chunks, at least one row.
     """
     budget = (WORKSPACE_MB if workspace_mb is None else workspace_mb) * 2**20
     most = max(MIN_CHUNK_ROWS, int(budget // max(blocks * vocab * element_bytes, 1)))
+    if backend == "cpu":
+        most = min(most, CPU_CHUNK_ROWS)
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
 
@@ -121,11 +142,12 @@ def distill_plan(
     blocks = 2 if d_t else 1
     if name == "eager":
         blocks = EAGER_BLOCKS if d_t else EAGER_BLOCKS_CE
-    c = chunk_rows(rows, vocab, blocks, element, workspace_mb)
+    c = chunk_rows(name, rows, vocab, blocks, element, workspace_mb)
     gradients = int(want_dh) + int(want_dw)
     flops = 2 * rows * vocab * (d_s + d_t + gradients * d_s)
     summed_apart = want_dw and dtype.itemsize < 4 and (name == "eager" or c < rows)
     accumulator = vocab * d_s * element if summed_apart else 0  # dW is rounded once, at the end
+    saved = (rows * d_s * element if want_dh else 0) + (vocab * d_s * dtype.itemsize) * want_dw
     wanted = ", ".join(n for n, want in (("dh", want_dh), ("dw", want_dw)) if want) or "none"
     reasons = (
         why,
@@ -133,7 +155,8 @@ def distill_plan(
         f"gradients wanted: {wanted}",
         "logits are made once: gradients are formed with the loss and only scaled in backward",
     )
-    return Plan(name, "chunk", c, blocks * c * vocab * element + accumulator, flops, flops, reasons)
+    workspace = blocks * c * vocab * element + accumulator
+    return Plan(name, "chunk", c, workspace, saved, flops, flops, reasons)
 
 
 def explain(

@@ -15,7 +15,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.mark.parametrize("rows", [1, 31, 32, 100, 1000, 4096])
 @pytest.mark.parametrize("budget", [1e-6, 1.0, 64.0, 4096.0])
 def test_a_chunk_fits_the_budget_and_chunks_are_equal(rows: int, budget: float) -> None:
-    c = plan.chunk_rows(rows, 5000, 2, 4, budget)
+    c = plan.chunk_rows("eager", rows, 5000, 2, 4, budget)
     assert 1 <= c <= max(rows, 1)
     assert c <= plan.MIN_CHUNK_ROWS or c * 5000 * 2 * 4 <= budget * 2**20
     chunks = -(-rows // c)
@@ -23,9 +23,26 @@ def test_a_chunk_fits_the_budget_and_chunks_are_equal(rows: int, budget: float) 
 
 
 def test_an_ample_budget_is_one_chunk_and_a_poor_one_the_smallest() -> None:
-    assert plan.chunk_rows(1000, 100, 2, 4, None) == 1000
-    assert plan.chunk_rows(1024, 10**6, 2, 4, 1e-6) == plan.MIN_CHUNK_ROWS
-    assert plan.chunk_rows(0, 100, 2, 4, None) == 1
+    assert plan.chunk_rows("eager", 1000, 100, 2, 4, None) == 1000
+    assert plan.chunk_rows("eager", 1024, 10**6, 2, 4, 1e-6) == plan.MIN_CHUNK_ROWS
+    assert plan.chunk_rows("eager", 0, 100, 2, 4, None) == 1
+
+
+def test_the_kernels_take_no_more_rows_than_their_cache_likes() -> None:
+    assert plan.chunk_rows("cpu", 1024, 65_536, 2, 4, None) == plan.CPU_CHUNK_ROWS
+    assert plan.chunk_rows("cpu", 1000, 100, 2, 4, 1e6) == 250
+
+
+def test_saved_gradients_count_beside_the_workspace_that_is_kept() -> None:
+    n, v, d = 64, 1000, 8
+    eager = mk.explain(n, v, d, d, dtype=torch.bfloat16, backend="eager")
+    assert eager.saved_bytes == n * d * 4 + v * d * 2
+    assert eager.peak_bytes == max(eager.workspace_bytes, eager.saved_bytes)
+    if cpu.available():
+        kept = mk.explain(n, v, d, d, dtype=torch.bfloat16, backend="cpu")
+        assert kept.peak_bytes == kept.workspace_bytes + kept.saved_bytes
+    frozen = mk.explain(n, v, d, d, train_hidden=False, train_head=False, backend="eager")
+    assert frozen.saved_bytes == 0 and frozen.peak_bytes == frozen.workspace_bytes
 
 
 def test_flops_count_every_product_once() -> None:

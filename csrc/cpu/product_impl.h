@@ -170,10 +170,8 @@ void micro_tile(
   V sum[M][2];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
-    sum[m][0] = add ? V::loadu(c + m * ldc) : V(T(0));
-    sum[m][1] = add ? V::loadu(c + m * ldc + W) : V(T(0));
-    // the next micro-tile's sums: their rows are far apart, so no hardware prefetcher sees them
-    // coming
+    sum[m][0] = sum[m][1] = V(T(0));
+    // the next micro-tile's sums: rows far apart, which no hardware prefetcher sees coming
     __builtin_prefetch(c + (M + m) * ldc, 1);
     __builtin_prefetch(c + (M + m) * ldc + W, 1);
   }
@@ -186,10 +184,13 @@ void micro_tile(
       sum[m][1] = Micro<E>::step(x, b1, sum[m][1]);
     }
   }
+  // What is there is added at the end: V terms in one chain of fp32 sums would lose four times as
+  // much as partial sums of `depth` terms do.
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
-    sum[m][0].store(c + m * ldc);
-    sum[m][1].store(c + m * ldc + W);
+    T* row = c + m * ldc;
+    (add ? sum[m][0] + V::loadu(row) : sum[m][0]).store(row);
+    (add ? sum[m][1] + V::loadu(row + W) : sum[m][1]).store(row + W);
   }
 }
 
