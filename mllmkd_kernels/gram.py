@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mllmkd_kernels.backends import eager
+from mllmkd_kernels.backends import products
 
 
 def gram(
@@ -30,10 +30,10 @@ def gram(
     """G = WᵀW over the first `vocab` rows, (D, D) fp32 (fp64 for fp64); a bias is an extra
     column of W.
     """
-    acc = eager.accumulation_dtype(weight, bias)
+    acc = products.accumulation_dtype(weight, bias)
     size = weight.shape[1] + (bias is not None)
     g = torch.zeros(size, size, dtype=acc, device=weight.device)
-    for rows in eager._chunks(vocab, eager.VOCAB_SLICE):
+    for rows in products.chunks(vocab, products.VOCAB_SLICE):
         w = _with_bias(weight[rows], None if bias is None else bias[rows], acc)
         g.addmm_(w.mT, w)
     return g
@@ -52,7 +52,7 @@ def gram_backward(
     dw = torch.zeros_like(weight)
     db = torch.zeros_like(bias) if bias is not None else weight.new_empty(0)
     symmetric = dg + dg.mT
-    for rows in eager._chunks(vocab, eager.VOCAB_SLICE):
+    for rows in products.chunks(vocab, products.VOCAB_SLICE):
         product = _with_bias(weight[rows], None if bias is None else bias[rows], acc) @ symmetric
         dw[rows] = product[:, :d].to(dw.dtype)
         if bias is not None:
@@ -74,7 +74,7 @@ def relation(
     """Loss (scalar) and the unscaled gradients dh (N, D_s), dg (D_s, D_s); an unwanted one
     comes back empty.
     """
-    acc = eager.accumulation_dtype(hs, gs, ht, gt)
+    acc = products.accumulation_dtype(hs, gs, ht, gt)
     hs, ht = hs.to(acc).contiguous(), ht.to(acc).contiguous()
     ks, kt = hs if gs is None else hs @ gs.to(acc), ht if gt is None else ht @ gt.to(acc)
     stats = backend.relation_stats(hs, ks, ht, kt, cu_seqlens)

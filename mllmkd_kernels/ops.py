@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mllmkd_kernels import gram, plan, softcapped
-from mllmkd_kernels.backends import cpu, eager
+from mllmkd_kernels.backends import cpu, eager, products
 
 _MODULES: dict[str, ModuleType] = {"eager": eager, "cpu": cpu}
 _NAMESPACE = "mllmkd_kernels"
@@ -70,7 +70,7 @@ def scale_gradient(saved: Tensor, grad: Tensor, like: Tensor) -> Tensor:
         grad = grad.to(saved.dtype)
     elif saved.device.type != "cpu":  # there a product with a 0-dim fp32 factor is fp32 inside
         out = torch.empty_like(saved)
-        for rows in eager._chunks(saved.shape[0], eager.VOCAB_SLICE):
+        for rows in products.chunks(saved.shape[0], products.VOCAB_SLICE):
             out[rows] = saved[rows].float() * grad.float()
         return out
     return (saved * grad).to(like.dtype)
@@ -162,7 +162,7 @@ def linear_distill(
 @linear_distill.register_fake
 def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature, cap_s,
       cap_t, vocab, ignore_index, want_dh, want_dw, want_db, backend, workspace_mb):  # fmt: skip
-    acc = eager.accumulation_dtype(hs, ws, bs, ht, wt, bt)
+    acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     rows = hs.new_empty(hs.shape[0], dtype=acc)
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
     dw = ws.new_empty(ws.shape if want_dw else (0,))
@@ -202,7 +202,7 @@ def linear_logprob(
 ) -> tuple[Tensor, Tensor]:
     """(log-probability (N,), log-sum-exp (N,)): see `backends.eager.logprob_rows`."""
     module = _module(backend, h.device)
-    chunk = _logprob_chunk(h, vocab, eager.accumulation_dtype(h, w, b), module, workspace_mb)
+    chunk = _logprob_chunk(h, vocab, products.accumulation_dtype(h, w, b), module, workspace_mb)
     return module.logprob_rows(h, w, b, labels, temperature, cap, vocab, ignore_index, chunk)
 
 
@@ -222,7 +222,7 @@ def _(
     backend,
     workspace_mb,
 ):
-    logp = h.new_empty(h.shape[0], dtype=eager.accumulation_dtype(h, w, b))
+    logp = h.new_empty(h.shape[0], dtype=products.accumulation_dtype(h, w, b))
     return logp, torch.empty_like(logp)
 
 
@@ -296,7 +296,7 @@ def head_gram(w: Tensor, b: Tensor | None, vocab: int) -> Tensor:
 @head_gram.register_fake
 def _(w, b, vocab):
     size = w.shape[1] + (b is not None)
-    return w.new_empty(size, size, dtype=eager.accumulation_dtype(w, b))
+    return w.new_empty(size, size, dtype=products.accumulation_dtype(w, b))
 
 
 @_operator("head_gram_backward")
@@ -346,7 +346,7 @@ def relation(
 
 @relation.register_fake
 def _(hs, gs, ht, gt, cu_seqlens, want_dh, want_dg, backend, joint):
-    acc = eager.accumulation_dtype(hs, gs, ht, gt)
+    acc = products.accumulation_dtype(hs, gs, ht, gt)
     d = hs.shape[1]
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
     return hs.new_empty((), dtype=acc), dh, hs.new_empty((d, d) if want_dg else (0,), dtype=acc)
@@ -373,7 +373,7 @@ def relation_softcapped(
     joint: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dh, dw, db): see `softcapped.relation`."""
-    acc = eager.accumulation_dtype(hs, ws, bs, ht, wt, bt)
+    acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     student = softcapped.Head(hs, ws, bs, cap_s, vocab, acc)
     teacher = softcapped.Head(ht, wt, bt, cap_t, vocab, acc)
     return softcapped.relation(student, teacher, cu_seqlens, want_dh, want_dw, want_db, joint)
@@ -381,7 +381,7 @@ def relation_softcapped(
 
 @relation_softcapped.register_fake
 def _(hs, ws, bs, ht, wt, bt, cu_seqlens, cap_s, cap_t, vocab, want_dh, want_dw, want_db, joint):
-    acc = eager.accumulation_dtype(hs, ws, bs, ht, wt, bt)
+    acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
     db = hs.new_empty(ws.shape[0] if want_db else 0, dtype=acc)
     return hs.new_empty((), dtype=acc), dh, ws.new_empty(ws.shape if want_dw else (0,)), db

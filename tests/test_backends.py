@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import ops, plan
-from mllmkd_kernels.backends import cpu, eager
+from mllmkd_kernels.backends import cpu, eager, products
 from tests.problems import BACKENDS, DIVERGENCES, DTYPES, Problem, near_converged, problem, run
 from tests.tolerances import check
 
@@ -187,7 +187,7 @@ def test_the_eager_backend_never_holds_the_logits() -> None:
 def test_the_relation_never_holds_its_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     """R of 300 rows has 90,000 entries, its logits 300 × 5,000: no tensor comes near either."""
     monkeypatch.setattr(eager, "RELATION_TILE", 64)
-    monkeypatch.setattr(eager, "VOCAB_SLICE", 500)
+    monkeypatch.setattr(products, "VOCAB_SLICE", 500)
     hs, ht = torch.randn(300, 8, requires_grad=True), torch.randn(300, 12)
     ws, wt = torch.randn(5000, 8, requires_grad=True), torch.randn(5000, 12)
     for cap in (None, 3.0):
