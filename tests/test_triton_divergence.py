@@ -71,12 +71,10 @@ def spread(low: float, high: float) -> Tensor:
     [
         ("log1p", torch.cat((spread(1e-7, 0.999), spread(1e-7, 1e6).abs())), torch.log1p),
         ("tanh", spread(1e-7, 1e3), torch.tanh),
-        ("expm1", spread(1e-7, 0.5), torch.expm1),
+        ("expm1", spread(1e-7, 1.0), torch.expm1),
     ],
 )
-def test_elementary_functions(
-    function: str, x: Tensor, want, device: torch.device
-) -> None:
+def test_elementary_functions(function: str, x: Tensor, want, device: torch.device) -> None:
     x, out = x.to(device), torch.empty_like(x, device=device)
     _elementary[(1,)](x, out, n=x.numel(), FUNCTION=function)
     exact = want(x.double())
@@ -94,7 +92,7 @@ def test_elementary_functions_keep_nan_and_ends(device: torch.device) -> None:
 
 def test_the_names_are_those_of_the_table() -> None:
     plain = {"forward_kl", "soft_cross_entropy"}
-    assert divergence.NEEDS_MEAN == set(div.PARAMETERS) - plain
+    assert set(div.PARAMETERS) - plain == divergence.NEEDS_MEAN
 
 
 @pytest.mark.parametrize("d", TABLE, ids=name_of)
@@ -131,7 +129,7 @@ def test_each_token_far_and_near(d: Divergence, device: torch.device) -> None:
     value, slope, da = table(d, log_p, log_q, torch.zeros_like(log_q))
     exact = log_p.double()[:, None], log_q.double()[:, None]
     want = div.values(d, *exact)
-    # Beyond |u| = 1/2 a term is a sum in p and q, whose rounding is that of the larger.
+    # Beyond |u| = 1 a term is a sum in p and q, whose rounding is that of the larger.
     size = torch.maximum(exact[0], exact[1]).exp().squeeze(1) * u.abs().to(device).clamp(max=1.0)
     assert ((value - want).abs() <= 1e-6 * size + 2e-6 * want.abs()).all()
     assert value[0] == 0 or d.name == "soft_cross_entropy"

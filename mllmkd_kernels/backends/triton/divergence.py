@@ -6,7 +6,7 @@ With u = log q − log p (p teacher, q student):
 * value (f), up to a multiple of q − p, which sums to zero: second-order small where models agree;
 * slope (g), ∂f/∂q up to a constant, 0 at u = 0; ∂D/∂a = q·(g − Σ q g), or q − p directly.
 
-Near (|u| < 1/2) terms come from series; far they are in p and q, because p·expm1(u) may overflow.
+Near (|u| < 1) terms come from series; far they are in p and q, because p·expm1(u) may overflow.
 A column that both models mask (log p = log q = −inf, padding too) contributes 0 to everything.
 """
 
@@ -38,7 +38,7 @@ def log_ratio(log_p, log_q):
 @triton.jit
 def difference(p, q, u):
     """q − p, as p · expm1(u) where the two are close."""
-    near = tl.abs(u) < 0.5
+    near = tl.abs(u) < 1.0
     return tl.where(near, p * expm1_near(tl.where(near, u, 0.0)), q - p)
 
 
@@ -47,25 +47,25 @@ def mixture(p, q, u, w):
     """Of m = (1−w)p + w q, with x = m/p − 1 = w·expm1(u): value p·(x − log1p x), a term of KL(p ‖
     m); log m/p; share 1 − p/m.
     """
-    near = tl.abs(u) < 0.5
+    near = tl.abs(u) < 1.0
     x = w * expm1_near(tl.where(near, u, 0.0))
     # far from u = 0 only expm1(−|u|) is formed: log m/p = u + log1p((1−w) expm1(−u)) for u > 0
     up = u > 0.0
     e = tl.exp(-tl.abs(u))
     t = tl.where(near, x, tl.where(up, 1.0 - w, w) * (e - 1.0))
-    l = log1p(t)
+    log = log1p(t)
     inverse = 1.0 / (1.0 + t)
     share = tl.where(near, x * inverse, 1.0 - tl.where(up, e * inverse, inverse))
-    log = l + tl.where(near, 0.0, tl.where(up, u, 0.0))
-    value = tl.where(near, p * log_defect(x, l), w * (q - p) - times(p, log))
-    return value, log, share
+    log_mix = log + tl.where(near, 0.0, tl.where(up, u, 0.0))
+    value = tl.where(near, p * log_defect(x, log), w * (q - p) - times(p, log_mix))
+    return value, log_mix, share
 
 
 @triton.jit
 def terms(log_p, log_q, param, NAME: tl.constexpr):
     """(value, slope) of every token, from normalised log-probabilities."""
     p, q, u = tl.exp(log_p), tl.exp(log_q), log_ratio(log_p, log_q)
-    near = tl.abs(u) < 0.5
+    near = tl.abs(u) < 1.0
     u_near = tl.where(near, u, 0.0)
     value, slope = tl.zeros_like(u), tl.zeros_like(u)
     if NAME == "forward_kl":
@@ -84,14 +84,14 @@ def terms(log_p, log_q, param, NAME: tl.constexpr):
         value, _, share = mixture(p, q, u, 1.0 - param)
         slope = (1.0 - param) * share
     elif NAME == "skew_reverse_kl":
-        value, log, share = mixture(q, p, -u, 1.0 - param)
-        slope = param * share - log
+        value, log_mix, share = mixture(q, p, -u, 1.0 - param)
+        slope = param * share - log_mix
     else:
         tl.static_assert(NAME == "jsd", "unknown divergence")
         value_p, _, _ = mixture(p, q, u, 1.0 - param)
-        value_q, log_q_mix, _ = mixture(q, p, -u, param)
+        value_q, log_mix, _ = mixture(q, p, -u, param)
         value = param * value_p + (1.0 - param) * value_q
-        slope = (param - 1.0) * log_q_mix
+        slope = (param - 1.0) * log_mix
     return value, slope
 
 

@@ -5,8 +5,9 @@ Triton's libdevice exists on NVIDIA only and not in the interpreter, so expm1, l
 made from `tl.exp` and polynomials, with the coefficients of csrc/cpu/vecmath.h. All of it is fp32;
 NaN stays NaN.
 
-A running log-sum-exp is a pair: log Σ exp(x) = m + log l. Starting at (`LOWEST`, 0) instead of
-(−inf, 0) it never forms inf − inf before it has seen anything, and a +inf still turns l into NaN.
+A running log-sum-exp is a pair: log Σ exp(x) = top + log total. Starting at (`LOWEST`, 0) instead
+of (−inf, 0) it never forms inf − inf before it has seen anything, and a +inf still makes the total
+NaN.
 """
 
 import triton
@@ -18,8 +19,10 @@ LOWEST = tl.constexpr(-3.4e38)
 
 @triton.jit
 def exp_minus_line(u):
-    """exp(u) − 1 − u for |u| ≤ 1/2 by its series: no cancellation."""
-    c = 1 / 5040 + u * (1 / 40320)
+    """exp(u) − 1 − u for |u| ≤ 1 by its series: no cancellation."""
+    c = 1 / 362880 + u * (1 / 3628800)
+    c = 1 / 40320 + u * c
+    c = 1 / 5040 + u * c
     c = 1 / 720 + u * c
     c = 1 / 120 + u * c
     c = 1 / 24 + u * c
@@ -29,7 +32,7 @@ def exp_minus_line(u):
 
 @triton.jit
 def expm1_near(u):
-    """expm1(u) for |u| ≤ 1/2."""
+    """expm1(u) for |u| ≤ 1."""
     return exp_minus_line(u) + u
 
 
@@ -59,21 +62,21 @@ def log1p(x):
 
 
 @triton.jit
-def log_defect(x, l):
-    """x − log1p(x), given l = log1p(x): by its series for |x| < 0.1."""
+def log_defect(x, log):
+    """x − log1p(x), given log = log1p(x): by its series for |x| < 0.1."""
     c = -1 / 7 + x * (1 / 8)
     c = 1 / 6 + x * c
     c = -1 / 5 + x * c
     c = 1 / 4 + x * c
     c = -1 / 3 + x * c
-    return tl.where(tl.abs(x) < 0.1, x * x * (1 / 2 + x * c), x - l)
+    return tl.where(tl.abs(x) < 0.1, x * x * (1 / 2 + x * c), x - log)
 
 
 @triton.jit
 def tanh(x):
     """tanh through expm1(2|x|), which is cut at 80, where tanh has long been 1."""
     y = 2.0 * tl.abs(x)
-    small = y < 0.5
+    small = y < 1.0
     y = tl.where(y > 80.0, 80.0, y)
     e = tl.where(small, expm1_near(tl.where(small, y, 0.0)), tl.exp(y) - 1.0)
     t = e / (e + 2.0)
@@ -94,21 +97,21 @@ def softcap_slope(z, cap):
 
 
 @triton.jit
-def online(m, l, x):
-    """The pairs (m, l), each (R,), once the columns of the tile x (R, B) are in them too."""
-    top = tl.maximum(m, tl.max(x, 1))
-    return top, l * tl.exp(m - top) + tl.sum(tl.exp(x - top[:, None]), 1)
+def online(top, total, x):
+    """The pairs (top, total), each (R,), once the columns of the tile x (R, B) are in them too."""
+    new = tl.maximum(top, tl.max(x, 1))
+    return new, total * tl.exp(top - new) + tl.sum(tl.exp(x - new[:, None]), 1)
 
 
 @triton.jit
-def online_lane(m, l, x):
-    """The same for every lane by itself: m, l and x of one shape, one exp per new number."""
-    d = x - m
+def online_lane(top, total, x):
+    """The same for every lane by itself, all of one shape: a single exp for each new number."""
+    d = x - top
     e = tl.exp(-tl.abs(d))
-    return tl.where(d > 0.0, x, m), tl.where(d > 0.0, l * e + 1.0, l + e)
+    return tl.where(d > 0.0, x, top), tl.where(d > 0.0, total * e + 1.0, total + e)
 
 
 @triton.jit
-def log_of_sum(l):
-    """log l for a sum of exps, 1 ≤ l < 2^20: 0 exactly for l = 1."""
-    return log1p(l - 1.0)
+def log_of_sum(total):
+    """The log of a sum of exps of which the largest is 1; exactly 0 for a total of 1."""
+    return log1p(total - 1.0)
