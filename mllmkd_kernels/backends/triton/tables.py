@@ -26,6 +26,9 @@ import torch
 #: Kernel → class of operands → launch parameters.
 Table = dict[str, dict[str, dict[str, int]]]
 
+#: Parameters that may be any positive number; the others are sides of blocks, powers of two.
+COUNTS = ("num_stages", "splits")
+
 #: Changes when a reader of older files would misread newer ones.
 SCHEMA = 1
 
@@ -34,8 +37,9 @@ def _matrix(n: int, v: int, d: int, warps: int, stages: int) -> dict[str, int]:
     return {"BLOCK_N": n, "BLOCK_V": v, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
 
 
-def _tile(side: int, d: int, warps: int, stages: int) -> dict[str, int]:
-    return {"BLOCK": side, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
+def _relation(block: int, k: int, splits: int, warps: int, stages: int) -> dict[str, int]:
+    launch = {"block": block, "block_k": k, "splits": splits}
+    return launch | {"num_warps": warps, "num_stages": stages}
 
 
 def _row(block: int, warps: int) -> dict[str, int]:
@@ -50,8 +54,8 @@ _HOPPER: Table = {
     "statistics": {"half": _matrix(128, 128, 64, 8, 3), "single": _matrix(64, 64, 32, 4, 2)},
     "values": {"half": _matrix(128, 128, 64, 8, 3), "single": _matrix(64, 64, 32, 4, 2)},
     "gradient": {"half": _matrix(128, 128, 64, 8, 3), "single": _matrix(64, 64, 32, 4, 2)},
-    "relation_stats": {"single": _tile(64, 32, 4, 2)},
-    "relation_grad": {"single": _tile(64, 32, 4, 2)},
+    "relation_stats": {"single": _relation(64, 32, 4, 4, 3)},
+    "relation_grad": {"single": _relation(64, 32, 4, 4, 3) | {"block_d": 64}},
 }
 
 # Compiled, not timed. 163 KB of shared memory hold the same tiles.
@@ -69,8 +73,8 @@ INTERPRETER: Table = {
     "statistics": {kind: _matrix(16, 32, 16, 1, 1) for kind in ("half", "single")},
     "values": {kind: _matrix(16, 32, 16, 1, 1) for kind in ("half", "single")},
     "gradient": {kind: _matrix(16, 32, 16, 1, 1) for kind in ("half", "single")},
-    "relation_stats": {"single": _tile(16, 16, 1, 1)},
-    "relation_grad": {"single": _tile(16, 16, 1, 1)},
+    "relation_stats": {"single": _relation(16, 16, 2, 1, 1)},
+    "relation_grad": {"single": _relation(16, 16, 2, 1, 1) | {"block_d": 16}},
 }
 
 
@@ -178,9 +182,9 @@ def _checked(path: Path, field: str, kernel: str, kind: str, entry: Any) -> dict
         raise ValueError(f"{path}: {field}: expected {sorted(like)}, got {sorted(entry)}")
     for name, value in entry.items():
         whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        power = name == "num_stages" or (whole and value & (value - 1) == 0)
+        power = name in COUNTS or (whole and value & (value - 1) == 0)
         if not whole or not power:
-            wanted = "a positive number" if name == "num_stages" else "a power of two"
+            wanted = "a positive number" if name in COUNTS else "a power of two"
             raise ValueError(f"{path}: {field}.{name}: expected {wanted}, got {value!r}")
     return entry
 
