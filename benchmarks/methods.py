@@ -25,7 +25,7 @@ from torch import Tensor
 import mllmkd_kernels as mk
 from benchmarks import peers
 from benchmarks.problem import Problem
-from mllmkd_kernels import plan
+from mllmkd_kernels import choose
 
 Run = Callable[[], Tensor | None]
 
@@ -68,8 +68,8 @@ def _ours(backend: str) -> Method:
 
     def missing() -> str:
         try:
-            plan.choose_backend(backend, torch.device("cpu"))
-        except RuntimeError as error:
+            choose.choose_backend(backend, torch.device("cpu"))
+        except (RuntimeError, ValueError) as error:
             return str(error)
         return ""
 
@@ -178,7 +178,7 @@ EAGER = Method(
     frozenset({"ce+kl", "ce", "kl", "relation"}),
     _eager,
 )
-OURS = tuple(_ours(backend) for backend in reversed(plan.BACKENDS))
+OURS = tuple(_ours(backend) for backend in reversed(choose.BACKENDS))
 
 
 def _peer(peer: peers.Peer) -> Method:
@@ -190,7 +190,7 @@ METHODS = (FLOOR, EAGER, *OURS, *(_peer(peer) for peer in peers.PEERS))
 
 def ours_by_default() -> Method:
     """What ``backend="auto"`` means on this machine: the method the promises are about."""
-    chosen, _ = plan.choose_backend("auto", torch.device("cpu"))
+    chosen, _ = choose.choose_backend("auto", torch.device("cpu"))
     return next(method for method in OURS if method.key == f"mk-{chosen}")
 
 

@@ -14,6 +14,7 @@ depends on it.
 from __future__ import annotations
 
 import functools
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -23,12 +24,22 @@ from torch import Tensor
 from mllmkd_kernels import gram, plan, softcapped
 from mllmkd_kernels.backends import cpu, eager, products
 
-_MODULES: dict[str, ModuleType] = {"eager": eager, "cpu": cpu}
 _NAMESPACE = "mllmkd_kernels"
 
 
-def _module(backend: str, device: torch.device) -> ModuleType:
-    return _MODULES[plan.choose_backend(backend, device)[0]]
+def _named(backend: str) -> ModuleType:
+    """The module of a backend. Triton is imported when it is first used: it takes a second, and a
+    machine without a GPU need not have it.
+    """
+    if backend in ("triton", "cuda"):
+        return importlib.import_module("mllmkd_kernels.backends.triton")
+    return {"eager": eager, "cpu": cpu}[backend]
+
+
+def _module(backend: str, *operands: Tensor | None) -> ModuleType:
+    dtypes = tuple(x.dtype for x in operands if x is not None)
+    device = next(x.device for x in operands if x is not None)
+    return _named(plan.choose_backend(backend, device, dtypes)[0])
 
 
 def _operator(name: str) -> Any:
@@ -137,26 +148,22 @@ def linear_distill(
     workspace_mb: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, ce (N,), kd (N,), dh, dw, db): see `backends.eager.distill_rows`."""
-    with_teacher = ht is not None and wt is not None
-    chosen = plan.distill_plan(
-        hs.shape[0],
-        vocab,
-        hs.shape[1],
-        ht.shape[1] if ht is not None else 0,
-        want_dh=want_dh,
-        want_dw=want_dw,
-        dtype=ws.dtype,
-        device=hs.device,
-        backend=backend,
-        workspace_mb=workspace_mb if workspace_mb > 0 else None,
-    )
-    return _MODULES[chosen.backend].distill_rows(
-        hs, ws, bs,
-        ht if with_teacher else None, wt if with_teacher else None, bt,
-        labels, ce_weight, kd_weight,
-        divergence, param, temperature, cap_s, cap_t, vocab, ignore_index,
-        want_dh, want_dw, want_db, chosen.chunk_rows,
+    operands = [x for x in (hs, ws, ht, wt) if x is not None]
+    dtypes = {x.dtype for x in operands}
+    shapes = plan.Shapes(
+        hs.shape[0], vocab, hs.shape[1], 0 if ht is None else ht.shape[1], want_dh, want_dw,
+        torch.float64 if torch.float64 in dtypes else ws.dtype, len(dtypes) == 1, divergence,
     )  # fmt: skip
+    budget = workspace_mb if workspace_mb > 0 else None
+    chosen = plan.distill_plan(shapes, hs.device, backend, budget)
+    module = _named(chosen.backend)
+    arguments = (
+        hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature,
+        cap_s, cap_t, vocab, ignore_index, want_dh, want_dw, want_db,
+    )  # fmt: skip
+    if chosen.algorithm == "stream":
+        return module.distill_stream(*arguments, chosen.chunk_vocab)
+    return module.distill_rows(*arguments, chosen.chunk_rows)
 
 
 @linear_distill.register_fake
@@ -165,7 +172,7 @@ def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, t
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     rows = hs.new_empty(hs.shape[0], dtype=acc)
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
-    dw = ws.new_empty(ws.shape if want_dw else (0,))
+    dw = ws.new_empty(ws.shape if want_dw else (0,), dtype=products.head_gradient_dtype(ws))
     db = hs.new_empty(ws.shape[0] if want_db else 0, dtype=acc)
     return hs.new_empty((), dtype=acc), rows, torch.empty_like(rows), dh, dw, db
 
@@ -177,9 +184,10 @@ _gradients_formed_in_forward(linear_distill, 21, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2})
 
 
 def _logprob_chunk(
-    h: Tensor, vocab: int, acc: torch.dtype, backend: ModuleType, workspace_mb: float
+    h: Tensor, vocab: int, acc: torch.dtype, module: ModuleType, workspace_mb: float
 ) -> int:
-    name, blocks = ("cpu", 1) if backend is cpu else ("eager", 3)
+    name = module.__name__.rpartition(".")[2]
+    blocks = 3 if name == "eager" else 1
     budget = workspace_mb if workspace_mb > 0 else None
     return plan.chunk_rows(name, h.shape[0], vocab, blocks, acc.itemsize, budget)
 
@@ -201,7 +209,7 @@ def linear_logprob(
     workspace_mb: float,
 ) -> tuple[Tensor, Tensor]:
     """(log-probability (N,), log-sum-exp (N,)): see `backends.eager.logprob_rows`."""
-    module = _module(backend, h.device)
+    module = _module(backend, h, w, b)
     chunk = _logprob_chunk(h, vocab, products.accumulation_dtype(h, w, b), module, workspace_mb)
     return module.logprob_rows(h, w, b, labels, temperature, cap, vocab, ignore_index, chunk)
 
@@ -245,13 +253,13 @@ def linear_logprob_backward(
     workspace_mb: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dh, dw, db in the dtypes of h, w, b: see `backends.eager.logprob_grad`."""
-    module = _module(backend, h.device)
+    module = _module(backend, h, w, b)
     chunk = _logprob_chunk(h, vocab, lse.dtype, module, workspace_mb)
     dh, dw, db = module.logprob_grad(
         grad.to(lse.dtype).contiguous(), h, w, b, labels, lse,
         temperature, cap, vocab, ignore_index, want_dh, want_dw, want_db, chunk,
     )  # fmt: skip
-    return dh.to(h.dtype), dw, db if b is None else db.to(b.dtype)
+    return dh.to(h.dtype), dw.to(w.dtype), db if b is None else db.to(b.dtype)
 
 
 @linear_logprob_backward.register_fake
@@ -340,7 +348,7 @@ def relation(
     joint: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, dh, dg): see `gram.relation`."""
-    module = _module(backend, hs.device)
+    module = _module(backend, hs, gs, ht, gt)
     return gram.relation(module, hs, gs, ht, gt, cu_seqlens, want_dh, want_dg, joint)
 
 
@@ -384,7 +392,8 @@ def _(hs, ws, bs, ht, wt, bt, cu_seqlens, cap_s, cap_t, vocab, want_dh, want_dw,
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
     db = hs.new_empty(ws.shape[0] if want_db else 0, dtype=acc)
-    return hs.new_empty((), dtype=acc), dh, ws.new_empty(ws.shape if want_dw else (0,)), db
+    dw = ws.new_empty(ws.shape if want_dw else (0,), dtype=products.head_gradient_dtype(ws))
+    return hs.new_empty((), dtype=acc), dh, dw, db
 
 
 _gradients_formed_in_forward(relation_softcapped, 14, {0: 1, 1: 2, 2: 3})
