@@ -1,0 +1,273 @@
+// Loss terms and gradient of one row of logits by one thread-block cluster: each CTA keeps a slice
+// of the pair (z_s, z_t) in its shared memory, so that the pair is read from memory once.
+//
+//   load       z final (bias, soft-cap) into shared memory; the two maxima
+//   sums       Σ exp(z − max): three log-sum-exps
+//   sweep      D = Σ f and, where it needs no Σ q g, at once
+//              dz = ce_weight·(softmax(z) − onehot) + kd_weight/T·dD/da, through the soft-cap;
+//              else Σ q g first and dz in a second sweep over shared memory
+//
+// dz overwrites the row in memory; every CTA has read its slice before the first barrier of the
+// cluster, so it does not matter that bf16 gradients land elsewhere than the logits they come from.
+// W: columns moved at once, 4 where rows are aligned to 16 bytes, else 1.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include "divergence.cuh"
+
+namespace mllmkd::cuda {
+
+template <class T, int W>
+struct alignas(W * sizeof(T)) Pack {
+  T at[W];
+};
+
+using Memory = Reductions<3, 3>;
+
+// Columns of one of `size` CTAs: a multiple of 4, so that wide rows have wide slices.
+constexpr int slice_of(int64_t vocab, int size) {
+  return static_cast<int>((vocab + size - 1) / size + 3) / 4 * 4;
+}
+
+// Shared memory of one CTA, in bytes.
+constexpr int64_t shared_bytes(int64_t slice, bool teacher) {
+  return static_cast<int64_t>(sizeof(Memory)) +
+         slice * static_cast<int64_t>(teacher ? 2 * sizeof(float) : sizeof(float));
+}
+
+// One of the two rows, as it is read.
+struct Source {
+  const float* z;
+  const void* bias;
+  BiasType type;
+  float cap, inverse_cap;
+  float broken;  // NaN or 0
+};
+
+MLLMKD_DEVICE float bias_at(const Source& from, int64_t k) {
+  switch (from.type) {
+    case BiasType::bf16: return static_cast<const c10::BFloat16*>(from.bias)[k];
+    case BiasType::f16: return static_cast<const c10::Half*>(from.bias)[k];
+    default: return static_cast<const float*>(from.bias)[k];
+  }
+}
+
+// The logit as the definitions mean it: bias, then c·tanh(z/c), NaN where a hidden state was.
+MLLMKD_DEVICE float final_logit(const Source& from, float z, int64_t k) {
+  if (from.bias) z += bias_at(from, k);
+  if (from.cap != 0.0f) z = from.cap * tanhf(z * from.inverse_cap) + from.broken;
+  return z;
+}
+
+template <Divergence D, int W, class Block>
+class Row {
+  static constexpr bool kTeacher = D != Divergence::none;
+  // Packs of each row that a thread has in flight while it loads: 1,024 threads of an SM then wait
+  // for 32 KiB or more, twice what latency times bandwidth asks for; more would spill.
+  static constexpr int kInFlight = W == 4 ? 2 : 4;
+  using Floats = Pack<float, W>;
+
+ public:
+  MLLMKD_DEVICE Row(const Block& block, const RowsJob& job)
+      : block_(block),
+        job_(job),
+        row_(block.cluster),
+        begin_(block.rank * job.slice),
+        count_(min_of(job.vocab - begin_, job.slice)),
+        memory_(*reinterpret_cast<Memory*>(block.shared)),
+        z_s_(block.shared + sizeof(Memory) / sizeof(float)),
+        z_t_(z_s_ + job.slice) {
+    const int64_t label = job.labels ? job.labels[row_] : job.ignore_index;
+    has_label_ = label != job.ignore_index;
+    label_in_range_ = label >= 0 && label < job.vocab;
+    hot_ = has_label_ && label_in_range_ ? static_cast<int>(label) - begin_ : -1;
+    ce_weight_ = has_label_ && job.ce_weight ? job.ce_weight[row_] : 0.0f;
+    kd_weight_ = kTeacher ? job.kd_weight[row_] : 0.0f;
+  }
+
+  MLLMKD_DEVICE void run() {
+    block_.cluster_arrive();
+    load();
+    sums();
+    const bool live = job_.want_dz && (ce_weight_ != 0.0f || kd_weight_ != 0.0f);
+    float totals[2] = {0.0f, 0.0f};  // D, Σ q g
+    if constexpr (kTeacher) {
+      if (needs_mean(D) || !live) {
+        sweep<true, false>(totals);
+      } else {
+        sweep<true, true>(totals);
+      }
+      cluster_reduce<Sum>(block_, memory_, 2, true, totals);
+    }
+    if (live && (needs_mean(D) || !kTeacher)) sweep<false, true>(totals);
+    if (job_.want_dz && !live) zero_gradient();
+    write_terms(totals[0]);
+  }
+
+ private:
+  static MLLMKD_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
+
+  MLLMKD_DEVICE Source student() const {
+    const float cap = job_.cap_s;
+    return {job_.z_s + row_ * job_.vocab, job_.b_s, job_.b_s_type, cap, cap != 0 ? 1 / cap : 0,
+            job_.broken_s && job_.broken_s[row_] ? NAN : 0.0f};
+  }
+
+  MLLMKD_DEVICE Source teacher() const {
+    const float cap = job_.cap_t;
+    return {job_.z_t + row_ * job_.vocab, job_.b_t, job_.b_t_type, cap, cap != 0 ? 1 / cap : 0,
+            job_.broken_t && job_.broken_t[row_] ? NAN : 0.0f};
+  }
+
+  // Both rows into shared memory, many loads in flight; then the maxima.
+  MLLMKD_DEVICE void load() {
+    const Source s = student(), t = kTeacher ? teacher() : Source{};
+    float top[2] = {-INFINITY, -INFINITY};
+    const int step = block_.threads * W;
+    for (int first = block_.thread * W; first < count_; first += step * kInFlight) {
+      Floats x[kInFlight], y[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int k = first + i * step;
+        if (k >= count_) break;
+        x[i] = *reinterpret_cast<const Floats*>(s.z + begin_ + k);
+        if constexpr (kTeacher) y[i] = *reinterpret_cast<const Floats*>(t.z + begin_ + k);
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int k = first + i * step;
+        if (k >= count_) break;
+        top[0] = fmaxf(top[0], keep(s, x[i], k, z_s_));
+        if constexpr (kTeacher) top[1] = fmaxf(top[1], keep(t, y[i], k, z_t_));
+      }
+    }
+    cluster_reduce<Max>(block_, memory_, 0, false, top);
+    top_s_ = top[0], top_t_ = top[1];
+  }
+
+  // Writes one pack of final logits; returns their maximum.
+  MLLMKD_DEVICE float keep(const Source& from, Floats x, int k, float* to) const {
+    float top = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      x.at[i] = final_logit(from, x.at[i], begin_ + k + i);
+      top = fmaxf(top, x.at[i]);
+    }
+    *reinterpret_cast<Floats*>(to + k) = x;
+    return top;
+  }
+
+  // The log-sum-exps, in two parts each: log q = (z − top)/T − rest, since a sum of 60 would round
+  // log q by 4e-6.
+  MLLMKD_DEVICE void sums() {
+    const bool plain = !kTeacher || job_.scale != 1.0f;
+    float sum[3] = {0.0f, 0.0f, 0.0f};  // student at T, student at 1, teacher at T
+    for (int k = block_.thread * W; k < count_; k += block_.threads * W) {
+      const Floats x = *reinterpret_cast<const Floats*>(z_s_ + k);
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        if (kTeacher) sum[0] += expf((x.at[i] - top_s_) * job_.scale);
+        if (plain) sum[1] += expf(x.at[i] - top_s_);
+      }
+      if constexpr (kTeacher) {
+        const Floats y = *reinterpret_cast<const Floats*>(z_t_ + k);
+#pragma unroll
+        for (int i = 0; i < W; ++i) sum[2] += expf((y.at[i] - top_t_) * job_.scale);
+      }
+    }
+    cluster_reduce<Sum>(block_, memory_, 1, true, sum);
+    rest_s_ = logf(sum[0]), rest_plain_ = logf(plain ? sum[1] : sum[0]), rest_t_ = logf(sum[2]);
+  }
+
+  // One pass over shared memory. `Values`: add f and q·g to the totals; `Gradient`: write dz.
+  template <bool Values, bool Gradient>
+  MLLMKD_DEVICE void sweep(float (&totals)[2]) const {
+    const float mean = totals[1];
+    float value = 0.0f, slope = 0.0f;
+    for (int k = block_.thread * W; k < count_; k += block_.threads * W) {
+      const Floats x = *reinterpret_cast<const Floats*>(z_s_ + k);
+      Floats y = x, dz;
+      if constexpr (kTeacher) y = *reinterpret_cast<const Floats*>(z_t_ + k);
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        float da = 0.0f, q = 0.0f;
+        if constexpr (kTeacher) {
+          const Token token = make_token(
+              (y.at[i] - top_t_) * job_.scale - rest_t_, (x.at[i] - top_s_) * job_.scale - rest_s_);
+          const Terms term = terms<D>(token, job_.param);
+          const float qg = times(token.q, term.slope);
+          value += term.value;
+          slope += qg;
+          da = needs_mean(D) ? qg - token.q * mean : difference(token);
+          q = token.q;
+        }
+        if constexpr (Gradient) dz.at[i] = gradient(x.at[i], da, q, k + i == hot_);
+      }
+      if constexpr (Gradient) write_gradient(k, dz);
+    }
+    if constexpr (Values) totals[0] = value, totals[1] = slope;
+  }
+
+  // dL/d(product) of one token. `da` = dD/da, `q` the softmax at T; a term of zero weight is 0, NaN
+  // or not.
+  MLLMKD_DEVICE float gradient(float z, float da, float q, bool hot) const {
+    float dz = 0.0f;
+    if (kd_weight_ != 0.0f) dz = kd_weight_ * job_.scale * da;
+    if (ce_weight_ != 0.0f) {
+      if (!kTeacher || job_.scale != 1.0f) q = expf((z - top_s_) - rest_plain_);
+      dz += ce_weight_ * (hot ? q - 1.0f : q);
+    }
+    if (job_.cap_s != 0.0f) {
+      const float r = z / job_.cap_s;
+      dz *= 1.0f - r * r;
+    }
+    return dz;
+  }
+
+  MLLMKD_DEVICE void write_gradient(int k, const Floats& dz) const {
+    float* row = job_.z_s + row_ * job_.vocab;
+    if (job_.dz_bf16) {
+      Pack<c10::BFloat16, W> half;
+#pragma unroll
+      for (int i = 0; i < W; ++i) half.at[i] = c10::BFloat16(dz.at[i]);
+      *reinterpret_cast<Pack<c10::BFloat16, W>*>(
+          reinterpret_cast<c10::BFloat16*>(row) + begin_ + k) = half;
+    } else {
+      *reinterpret_cast<Floats*>(row + begin_ + k) = dz;
+    }
+  }
+
+  MLLMKD_DEVICE void zero_gradient() const {
+    for (int k = block_.thread * W; k < count_; k += block_.threads * W) {
+      write_gradient(k, Floats{});
+    }
+  }
+
+  // CE by the CTA that holds the label's logit, D by the first.
+  MLLMKD_DEVICE void write_terms(float value) const {
+    if (block_.thread != 0) return;
+    if (block_.rank == 0) job_.kd[row_] = value;
+    if (has_label_ && job_.ce_weight) {
+      if (hot_ >= 0 && hot_ < count_) job_.ce[row_] = rest_plain_ - (z_s_[hot_] - top_s_);
+      if (!label_in_range_ && block_.rank == 0) job_.ce[row_] = NAN;
+    } else if (block_.rank == 0) {
+      job_.ce[row_] = 0.0f;
+    }
+  }
+
+  const Block& block_;
+  const RowsJob& job_;
+  int64_t row_;
+  int begin_, count_;  // this CTA's columns; count_ <= 0: none
+  Memory& memory_;
+  float *z_s_, *z_t_;  // final logits, in shared memory
+  int hot_;            // the label's column, relative to begin_
+  bool has_label_, label_in_range_;
+  float ce_weight_, kd_weight_;
+  float top_s_, top_t_;
+  float rest_s_, rest_plain_, rest_t_;
+};
+
+}  // namespace mllmkd::cuda

@@ -1,0 +1,132 @@
+// The row kernel's own source (csrc/cuda/rows_cluster.cuh) on the CPU, cluster after cluster, for
+// tests on a machine without a GPU. Slow, and about logic only: nothing here says how fast it is.
+#include "fibers.h"
+
+#include "../../csrc/cuda/rows_cluster.cuh"
+
+namespace emulation {
+
+using namespace mllmkd::cuda;
+
+struct Cta {
+  std::vector<float> shared;
+  Barrier barrier;
+  std::vector<Barrier> warps;
+  std::vector<float> lanes;  // two generations of one number per thread
+};
+
+struct Machine {
+  Fibers& fibers;
+  std::vector<Cta> ctas;
+  Barrier barrier;
+};
+
+// What DeviceBlock is on a GPU.
+struct Block {
+  int thread, threads, rank, size;
+  int64_t cluster;
+  float* shared;
+  Machine& machine;
+  mutable int64_t phase = 0;
+  mutable int generation = 0;
+
+  Cta& cta() const { return machine.ctas[rank]; }
+
+  void sync() const {
+    Barrier& barrier = cta().barrier;
+    machine.fibers.wait(barrier, machine.fibers.arrive(barrier));
+  }
+
+  void cluster_arrive() const { phase = machine.fibers.arrive(machine.barrier); }
+  void cluster_wait() const { machine.fibers.wait(machine.barrier, phase); }
+
+  float* remote(float* p, int of) const {
+    // memory of a CTA that has not started cannot be written
+    if (machine.barrier.phase == 0) throw std::runtime_error("remote access before all started");
+    return machine.ctas[of].shared.data() + (p - shared);
+  }
+
+  // Two generations: a lane may be one shuffle ahead of those that have not read the last one.
+  float shuffle_xor(float x, int lanes) const {
+    generation ^= 1;
+    float* all = cta().lanes.data() + generation * threads;
+    all[thread] = x;
+    Barrier& warp = cta().warps[thread / kWarp];
+    machine.fibers.wait(warp, machine.fibers.arrive(warp));
+    return all[thread ^ lanes];
+  }
+};
+
+template <Divergence D, int W>
+void run_cluster(const RowsJob& job, int64_t row, int size, int threads, unsigned seed) {
+  constexpr float guard = 12345.0f;
+  const auto floats = shared_bytes(job.slice, job.z_t != nullptr) / sizeof(float);
+  Fibers fibers(size * threads, seed);
+  Machine machine{fibers, std::vector<Cta>(size), Barrier{size * threads}};
+  for (Cta& cta : machine.ctas) {
+    cta.shared.assign(floats, NAN);
+    cta.shared.resize(floats + 8, guard);
+    cta.barrier.expected = threads;
+    cta.warps.assign(threads / kWarp, Barrier{kWarp});
+    cta.lanes.assign(2 * threads, NAN);
+  }
+  fibers.run([&](int fiber) {
+    const int rank = fiber / threads;
+    const Block block{fiber % threads,  threads, rank, size, row, machine.ctas[rank].shared.data(),
+                      machine};
+    Row<D, W, Block>(block, job).run();
+  });
+  for (const Cta& cta : machine.ctas) {
+    if (std::any_of(cta.shared.end() - 8, cta.shared.end(), [](float x) { return x != guard; })) {
+      throw std::runtime_error("write past the end of shared memory");
+    }
+  }
+}
+
+template <int W>
+auto runner(Divergence divergence) {
+  switch (divergence) {
+    case Divergence::forward_kl: return run_cluster<Divergence::forward_kl, W>;
+    case Divergence::reverse_kl: return run_cluster<Divergence::reverse_kl, W>;
+    case Divergence::jsd: return run_cluster<Divergence::jsd, W>;
+    case Divergence::skew_forward_kl: return run_cluster<Divergence::skew_forward_kl, W>;
+    case Divergence::skew_reverse_kl: return run_cluster<Divergence::skew_reverse_kl, W>;
+    case Divergence::total_variation: return run_cluster<Divergence::total_variation, W>;
+    case Divergence::soft_cross_entropy: return run_cluster<Divergence::soft_cross_entropy, W>;
+    default: return run_cluster<Divergence::none, W>;
+  }
+}
+
+}  // namespace emulation
+
+extern "C" {
+
+// Null, or what went wrong. The arguments are RowsJob's fields, in its order.
+const char* emulate_rows(
+    float* z_s, const float* z_t, const void* b_s, const void* b_t, int b_s_type, int b_t_type,
+    const int64_t* labels, const float* ce_weight, const float* kd_weight, const bool* broken_s,
+    const bool* broken_t, float* ce, float* kd, int64_t rows, int64_t ignore_index, int vocab,
+    float param, float scale, float cap_s, float cap_t, bool want_dz, bool dz_bf16, int divergence,
+    int size, int threads, unsigned seed) {
+  using namespace mllmkd::cuda;
+  const int slice = slice_of(vocab, size);
+  const RowsJob job{z_s,       z_t,       b_s,
+                    b_t,       static_cast<BiasType>(b_s_type), static_cast<BiasType>(b_t_type),
+                    labels,    ce_weight, kd_weight,
+                    broken_s,  broken_t,  ce,
+                    kd,        rows,      ignore_index,
+                    vocab,     slice,     param,
+                    scale,     cap_s,     cap_t,
+                    want_dz,   dz_bf16};
+  static thread_local std::string message;
+  try {
+    const auto which = static_cast<Divergence>(divergence);
+    const auto run = vocab % 4 == 0 ? emulation::runner<4>(which) : emulation::runner<1>(which);
+    for (int64_t row = 0; row < rows; ++row) run(job, row, size, threads, seed + row);
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+  return nullptr;
+}
+}
