@@ -14,6 +14,10 @@ The block comes as the GEMM made it: bias and soft-cap are applied here, in each
 `stride` apart, which may exceed the vocabulary, so that every row starts aligned whatever V is;
 padding is read, never used, and dz is 0 there.
 """
+# pyright: reportAssignmentType=false, reportRedeclaration=false
+# (`NAME: tl.constexpr = ...` tells Triton when a name is known, and is no type.)
+
+from typing import Any
 
 import torch
 import triton
@@ -288,19 +292,20 @@ def row_losses(
     dz = None if dz_dtype is None else z_s.view(dz_dtype)[:, :vocab]
     if not rows:
         return dz
-    launch = tables.launch("rows", z_s.device) if launch is None else launch
     name = "none" if z_t is None else divergence
-    arguments = (
-        z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, ce, kd, dz, vocab, stride, ignore_index,
-        param, 1.0 / temperature,
+    settings: dict[str, Any] = dict(
+        tables.launch("rows", z_s.device) if launch is None else launch,
+        NAME=name, SCALED=temperature != 1.0 and z_t is not None, CAP_S=cap_s, CAP_T=cap_t,
     )  # fmt: skip
-    options = {"NAME": name, "SCALED": temperature != 1.0 and z_t is not None}
-    options |= {"CAP_S": cap_s, "CAP_T": cap_t}
-    block = whole_block(vocab, launch["BLOCK"])
-    if block:
-        whole_row_kernel[(rows,)](*arguments, **options, **(launch | {"BLOCK": block}))
+    kernel = long_row_kernel
+    if whole := whole_block(vocab, settings["BLOCK"]):
+        kernel, settings["BLOCK"] = whole_row_kernel, whole
     else:
-        long_row_kernel[(rows,)](*arguments, **options, MEAN_FIRST=name in NEEDS_MEAN, **launch)
+        settings["MEAN_FIRST"] = name in NEEDS_MEAN
+    kernel[(rows,)](
+        z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, ce, kd, dz, vocab, stride, ignore_index,
+        param, 1.0 / temperature, **settings,
+    )  # fmt: skip
     return dz
 
 
