@@ -20,9 +20,21 @@ from benchmarks.methods import FLOOR, METHODS
 from benchmarks.shapes import DTYPES, Case
 
 #: One colour and marker a method, in every figure; colours that colour-blind readers tell apart.
-_PALETTE = ("#7f7f7f", "#d55e00", "#0072b2", "#56b4e9", "#009e73", "#cc79a7", "#e69f00")
+_PALETTE = (
+    "#7f7f7f",
+    "#d55e00",
+    "#0072b2",
+    "#56b4e9",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#000000",
+    "#8c510a",
+    "#5e3c99",
+    "#b2abd2",
+)
 COLOURS = {method.key: _PALETTE[i % len(_PALETTE)] for i, method in enumerate(METHODS)}
-MARKERS = {method.key: "osD^vP*"[i % 7] for i, method in enumerate(METHODS)}
+MARKERS = {method.key: "osD^vP*<>hX"[i % 11] for i, method in enumerate(METHODS)}
 
 
 def draw(record: dict[str, Any], folder: Path) -> list[Path]:

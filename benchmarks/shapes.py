@@ -55,6 +55,7 @@ class Case:
         dtype: "fp32" or "bf16", of hidden states and heads alike.
         train_head: whether the student's head gets a gradient (DFT) or is frozen (DPT).
         loss: one of `LOSSES`.
+        images: of `rows` rows each; more than one for "relation" only.
     """
 
     pair: str
@@ -66,6 +67,12 @@ class Case:
     dtype: str = "fp32"
     train_head: bool = True
     loss: str = "ce+kl"
+    images: int = 1
+
+    @property
+    def all_rows(self) -> int:
+        """N, the rows of all images."""
+        return self.rows * self.images
 
     @property
     def vocab(self) -> int:
@@ -77,21 +84,21 @@ class Case:
         """2·m·n·k of the matrix products that no exact method through logits avoids."""
         gradients = 1 + int(self.train_head)
         teacher = 0 if self.loss == "ce" else self.d_t
-        flops = 2 * self.rows * self.vocab * (teacher + self.d_s * (1 + gradients))
-        if self.loss == "relation":  # R_s, R_t and dR·Z_s, each N x N x V
-            flops += 2 * self.rows**2 * self.vocab * 3
+        flops = 2 * self.all_rows * self.vocab * (teacher + self.d_s * (1 + gradients))
+        if self.loss == "relation":  # R_s, R_t and dR·Z_s, each N x N x V an image
+            flops += 2 * self.images * self.rows**2 * self.vocab * 3
         return flops
 
     @property
     def input_bytes(self) -> int:
         """Hidden states and heads."""
-        teacher = 0 if self.loss == "ce" else (self.rows + self.vocab_t) * self.d_t
-        return (teacher + (self.rows + self.vocab_s) * self.d_s) * DTYPES[self.dtype].itemsize
+        teacher = 0 if self.loss == "ce" else (self.all_rows + self.vocab_t) * self.d_t
+        return (teacher + (self.all_rows + self.vocab_s) * self.d_s) * DTYPES[self.dtype].itemsize
 
     @property
     def gradient_bytes(self) -> int:
         """dh, and dw where the head is trained."""
-        rows = self.rows + (self.vocab_s if self.train_head else 0)
+        rows = self.all_rows + (self.vocab_s if self.train_head else 0)
         return rows * self.d_s * DTYPES[self.dtype].itemsize
 
     @property
@@ -99,9 +106,10 @@ class Case:
         """One line that names the case completely."""
         head = "head trained" if self.train_head else "head frozen"
         teacher = "" if self.loss == "ce" else f" Dt {self.d_t:,}"
+        images = f"{self.images} x " if self.images > 1 else ""
         return (
             f"{self.loss}, {self.dtype}, {head}: {self.pair}, "
-            f"N {self.rows:,} V {self.vocab:,} Ds {self.d_s:,}{teacher}"
+            f"N {images}{self.rows:,} V {self.vocab:,} Ds {self.d_s:,}{teacher}"
         )
 
 
@@ -129,6 +137,7 @@ class Suite:
         rounds: interleaved rounds after one of warm-up.
         every_backend: cases that all backends of ours compute; the others see only the one that
             ``backend="auto"`` chooses, because a fallback is many times slower.
+        device: where it is measured, "cpu" or "cuda"; the command line sets it.
     """
 
     name: str
@@ -138,11 +147,23 @@ class Suite:
     accuracy: tuple[Ladder, ...]
     every_backend: tuple[Case, ...]
     rounds: int = 5
+    device: str = "cpu"
 
 
 def headline(dtype: str) -> Case:
     """The shape that the project's promises are about."""
     return case("headline", 1024, dtype)
+
+
+def gpu_headline(train_head: bool) -> Case:
+    """The shape that the targets on a GPU are about."""
+    return case("qwen1.5-4b-0.5b", 8192, "bf16", train_head)
+
+
+def gpu_relation() -> Case:
+    """The relation loss of the targets on a GPU: 8 images, both heads frozen."""
+    one = case("qwen1.5-4b-0.5b", 729, "bf16", train_head=False, loss="relation")
+    return replace(one, images=8)
 
 
 # Small on purpose (rows and hidden size do not change a relative error, the vocabulary does), and
@@ -170,6 +191,30 @@ def _cpu_suite() -> Suite:
         memory=big + sweep + frozen[1:] + relation,
         accuracy=tuple(Ladder(replace(_LADDER, dtype=dtype)) for dtype in DTYPES),
         every_backend=frozen[1:],
+    )
+
+
+def _gpu_suite() -> Suite:
+    trained, frozen = gpu_headline(True), gpu_headline(False)
+    sweep = tuple(replace(trained, rows=rows) for rows in (1024, 4096))
+    other = (
+        case("qwen2.5-7b-1.5b", 4096, "bf16"),
+        case("llava1.5-13b-1.4b", 4096, "bf16"),
+        replace(trained, loss="ce"),
+        replace(trained, loss="kl"),
+        replace(trained, rows=1024, dtype="fp32"),
+    )
+    relation = gpu_relation()
+    wide = replace(_LADDER, vocab_t=151936, vocab_s=151936, d_t=1024, d_s=1024, dtype="bf16")
+    return Suite(
+        "gpu",
+        "one large GPU, minutes",
+        speed=(trained, frozen, *sweep, *other, relation, replace(relation, train_head=True)),
+        memory=(*sweep, trained, frozen, relation),
+        accuracy=(*(Ladder(replace(_LADDER, dtype=dtype)) for dtype in DTYPES), Ladder(wide)),
+        every_backend=(trained, frozen),
+        rounds=10,
+        device="cuda",
     )
 
 
@@ -204,4 +249,6 @@ def _tiny_suite() -> Suite:
     )
 
 
-SUITES = {suite.name: suite for suite in (_cpu_suite(), _quick_suite(), _tiny_suite())}
+SUITES = {
+    suite.name: suite for suite in (_cpu_suite(), _gpu_suite(), _quick_suite(), _tiny_suite())
+}

@@ -37,7 +37,8 @@ class Verdict:
 class Vetting:
     """Verdicts, remembered: a sweep over N asks the same question of the same heads again."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
         self._verdicts: dict[tuple[str, Case], Verdict] = {}
 
     def verdicts(self, methods: Sequence[Method], case: Case) -> dict[str, Verdict]:
@@ -45,7 +46,7 @@ class Vetting:
         kind = replace(case, rows=0)
         ask = [method for method in methods if (method.key, kind) not in self._verdicts]
         if ask:
-            few = make(replace(case, rows=min(CHECK_ROWS, case.rows)))
+            few = make(replace(case, rows=min(CHECK_ROWS, case.rows)), device=self._device)
             expected = truth.truth(few)
             for method in ask:
                 self._verdicts[method.key, kind] = _verdict(method, few, expected)
@@ -53,7 +54,7 @@ class Vetting:
 
 
 def _verdict(method: Method, problem: Problem, expected: truth.Truth) -> Verdict:
-    reason = method.missing()
+    reason = method.why_not(problem.hs.device)
     if reason:
         return Verdict("missing", reason)
     if method.key == FLOOR.key:

@@ -102,7 +102,7 @@ def _relation() -> list[Call]:
     ]
 
 
-# --- the functions of the backend, called ----------------------------------------------------------
+# --- the functions of the backend, called --------------------------------------------------------
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -67,7 +67,7 @@ class Job:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compile, print, judge: 0 where every row passes, 1 where one does not, 2 for bad arguments."""
+    """Compile, print, judge: 0 if every row passes, 1 if one does not, 2 for bad arguments."""
     args = parser().parse_args(argv)
     console = Console()
     from tests.gpu import calls
@@ -192,8 +192,8 @@ def _versions(found: Findings, console: Console) -> list[str]:
     place = _place(OLDEST)
     if not (place / "triton" / "__init__.py").exists():
         console.print(f"fetching Triton {OLDEST} into {place.relative_to(ROOT)} (once)")
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet",
-                   "--no-input", "--no-deps", "--target", str(place), f"triton=={OLDEST}"]  # fmt: skip
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        command = [*pip, "--no-input", "--no-deps", "--target", str(place), f"triton=={OLDEST}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
@@ -217,9 +217,10 @@ def _report(found: Findings, console: Console) -> int:
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     unique = {(r.kernel, r.config, r.arch, r.compiler): r for r in reversed(found.rows)}
     for r in sorted(unique.values(), key=lambda r: (r.kernel, r.call, r.arch, r.compiler)):
-        cells = (r.kernel, r.call, r.config, f"sm_{r.arch}", r.compiler, str(r.registers),
-                 str(r.stack), str(r.shared), str(r.spills), r.matrix, "yes" if r.tma else "-")  # fmt: skip
-        table.add_row(*map(escape, cells), style="red" if r.faults() else None)
+        numbers = map(str, (r.registers, r.stack, r.shared, r.spills))
+        words = (r.kernel, r.call, r.config, f"sm_{r.arch}", r.compiler)
+        cells = map(escape, (*words, *numbers, r.matrix, "yes" if r.tma else "-"))
+        table.add_row(*cells, style="red" if r.faults() else None)
     if console.width < 160:  # a pipe or a narrow window: rows that wrap are of no use
         console = Console(width=220)
     console.print(table)

@@ -37,7 +37,7 @@ class PretendedTensor(torch.Tensor):
     is_cuda = property(lambda self: True)  # pyright: ignore
 
     def data_ptr(self) -> int:
-        return 256 + self.storage_offset() * self.element_size()
+        return 256 + int(self.storage_offset()) * self.element_size()
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -34,9 +34,16 @@ def main() -> None:
                 call.run()
             answer: dict[str, Any] = {"rows": rows}
         except Exception as error:  # a kernel that does not compile is a finding, not the end
-            text = str(error).strip() or repr(error)
-            answer = {"error": f"{type(error).__name__}: {text}"}
+            answer = {"error": _reason(error)}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause: Triton's errors say line by line who called, and last what is wrong."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return f"{type(error).__name__}: " + " | ".join(line.strip() for line in lines[-4:])
 
 
 class _Table:
