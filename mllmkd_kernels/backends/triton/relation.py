@@ -25,7 +25,7 @@ products each, which keeps 22 of the 24 bits; sums are fp32.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -237,6 +237,15 @@ def _padded(x: Tensor, block: int) -> Tensor:
     return F.pad(x, (0, -x.shape[1] % block)).contiguous()
 
 
+def _settings(
+    kernel: str, device: torch.device, launch: dict[str, int] | None, precision: str
+) -> dict[str, Any]:
+    """Launch parameters by the names they have in the kernel; `launch` overrides the table."""
+    chosen = tables.launch(kernel, device) | (launch or {})
+    named = {k if k.startswith("num_") else k.upper(): v for k, v in chosen.items()}
+    return named | {"PRECISION": precision}
+
+
 def relation_stats(
     hs: Tensor,  # (N, D_s) fp32
     ks: Tensor,  # (N, D_s): hs @ G_s, or hs itself for a relation of features
@@ -247,25 +256,20 @@ def relation_stats(
     precision: str = PRECISION,
 ) -> Tensor:
     """<R_s, R_s>, <R_t, R_t>, <R_s, R_t> of every image, (images, 3) fp64."""
-    options = tables.launch("relation_stats", hs.device) | (launch or {})
-    block, splits = options["block"], options["splits"]
-    n, images = hs.shape[0], cu_seqlens.shape[0] - 1
+    settings = _settings("relation_stats", hs.device, launch, precision)
+    splits, n, images = settings["SPLITS"], hs.shape[0], cu_seqlens.shape[0] - 1
     stats = torch.zeros(images, 3, dtype=torch.float64, device=hs.device)
     if not images:
         return stats
-    tiles = _row_tiles(cu_seqlens, n, block, hs.device)
+    tiles = _row_tiles(cu_seqlens, n, settings["BLOCK"], hs.device)
     _check_ends(tiles.cu, n)
+    hs, ks, ht, kt = (_padded(x, settings["BLOCK_K"]) for x in (hs, ks, ht, kt))
     partial = torch.zeros(tiles.count, splits, 3, dtype=torch.float64, device=hs.device)
-    hs, ks, ht, kt = (_padded(x, options["block_k"]) for x in (hs, ks, ht, kt))
     relation_stats_kernel[(tiles.count, splits)](
-        hs, ks, ht, kt,
-        tiles.cu, tiles.starts, tiles.image, partial, images, hs.shape[1], ht.shape[1],
-        BLOCK=block, BLOCK_K=options["block_k"], SPLITS=splits, PRECISION=precision,
-        num_warps=options["num_warps"], num_stages=options["num_stages"],
+        hs, ks, ht, kt, tiles.cu, tiles.starts, tiles.image, partial,
+        images, hs.shape[1], ht.shape[1], **settings,
     )  # fmt: skip
-    relation_merge_kernel[(images,)](
-        partial, tiles.starts, stats, SPLITS=splits, BLOCK=_MERGE_BLOCK, num_warps=4
-    )
+    relation_merge_kernel[(images,)](*[partial, tiles.starts, stats, splits, _MERGE_BLOCK])
     return stats
 
 
@@ -280,19 +284,15 @@ def relation_grad(
     precision: str = PRECISION,
 ) -> Tensor:
     """M = dR · H_s of every image, (N, D_s) fp32, with dR = coef[0]·R_t + coef[1]·R_s."""
-    options = tables.launch("relation_grad", hs.device) | (launch or {})
-    block, splits = options["block"], options["splits"]
-    n, images = hs.shape[0], cu_seqlens.shape[0] - 1
-    d_s, columns = hs.shape[1], max(options["block_k"], options["block_d"])
+    settings = _settings("relation_grad", hs.device, launch, precision)
+    splits, n, images = settings["SPLITS"], hs.shape[0], cu_seqlens.shape[0] - 1
+    d_s, columns = hs.shape[1], max(settings["BLOCK_K"], settings["BLOCK_D"])
     hs, ks, ht, kt = (_padded(x, columns) for x in (hs, ks, ht, kt))
     m = torch.zeros(splits, *hs.shape, dtype=torch.float32, device=hs.device)
     if n and images:
-        tiles = _row_tiles(cu_seqlens, n, block, hs.device)
+        tiles = _row_tiles(cu_seqlens, n, settings["BLOCK"], hs.device)
         relation_grad_kernel[(tiles.count, splits)](
-            hs, ks, ht, kt,
-            tiles.cu, tiles.starts, tiles.image, coef.contiguous(), m,
-            n, images, hs.shape[1], ht.shape[1],
-            BLOCK=block, BLOCK_K=options["block_k"], BLOCK_D=options["block_d"], SPLITS=splits,
-            PRECISION=precision, num_warps=options["num_warps"], num_stages=options["num_stages"],
+            hs, ks, ht, kt, tiles.cu, tiles.starts, tiles.image, coef.contiguous(), m,
+            n, images, hs.shape[1], ht.shape[1], **settings,
         )  # fmt: skip
     return (m[0] if splits == 1 else m.sum(0))[:, :d_s].contiguous()
