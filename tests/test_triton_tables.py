@@ -82,6 +82,15 @@ def test_what_is_returned_is_the_callers_own() -> None:
     assert tables.launch("rows", GPU)["BLOCK"] != 1
 
 
+def test_what_is_tried_wins_while_it_is_tried() -> None:
+    with tables.overridden("rows", _entry(BLOCK=32)):
+        with tables.overridden("rows", _entry(BLOCK=16)):
+            assert tables.launch("rows", CPU)["BLOCK"] == 16
+        assert tables.launch("rows", GPU)["BLOCK"] == 32
+        assert tables.built_in("rows", GPU) == _entry()
+    assert tables.launch("rows", GPU) == _entry()
+
+
 def test_a_users_entry_wins_on_the_gpu_it_names_and_only_there(
     user_table: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

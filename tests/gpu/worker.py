@@ -13,8 +13,8 @@ import sys
 import warnings
 from typing import Any
 
-#: Constants that say nothing in a table: sizes that every call shares, or what a name says already.
-_SILENT = ("GROUP", "NAME")
+#: Constants that say nothing in a table, because every call has the same.
+_SILENT = ("GROUP",)
 
 
 def main() -> None:
