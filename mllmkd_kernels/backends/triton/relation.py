@@ -235,7 +235,8 @@ def _padded(x: Tensor, block: int) -> Tensor:
     loops have no remainder. Rows of any length as they are cost so many addresses and masks that
     the gradient's kernel spilled 536 bytes a thread on sm_90.
     """
-    return F.pad(x, (0, -x.shape[1] % block)).contiguous()
+    missing = -x.shape[1] % block
+    return F.pad(x, (0, missing)) if missing else x.contiguous()  # padding by nothing copies
 
 
 def _settings(
