@@ -9,10 +9,10 @@ proves nothing of the GPU's memory model, of PTX, or of speed.
 from __future__ import annotations
 
 import ctypes
-import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,6 @@ from tests.problems import DIVERGENCES, PROBLEMS, Problem, near_converged, probl
 from tests.tolerances import LADDER, check, ladder_bound, ladder_value_bound, relative_error
 
 EMULATION = Path(__file__).parent / "cuda_emulation"
-CSRC = Path(__file__).parents[1] / "csrc" / "cuda"
 
 
 class Rows(NamedTuple):
@@ -62,31 +61,35 @@ Kernel = Callable[..., Terms]
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernel's source compiled for the CPU."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile the emulation with")
-    library = tmp_path_factory.mktemp("cuda") / "rows.so"
+    target = tmp_path_factory.mktemp("cuda") / "rows.so"
     include = Path(torch.__file__).parent / "include"
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    command = ["g++", *flags, f"-I{include}", str(EMULATION / "rows.cpp"), "-o", str(library)]
+    command = ["g++", *flags, f"-I{include}", str(EMULATION / "rows.cpp"), "-o", str(target)]
     subprocess.run(command, check=True, capture_output=True, text=True)
-    emulate = ctypes.CDLL(str(library)).emulate_rows
+    return ctypes.CDLL(str(target))
+
+
+@pytest.fixture(scope="session")
+def emulated(library: ctypes.CDLL) -> Kernel:
+    """The kernel on the CPU. Two CTAs of one warp by default: 300 columns are then several steps of
+    every loop, and no test waits long for its fibers.
+    """
+    emulate = library.emulate_rows
     emulate.restype = ctypes.c_char_p
     return lambda rows, size=2, threads=32, seed=0: _emulate(emulate, rows, size, threads, seed)
 
 
-@pytest.fixture(params=["emulated", "gpu"])
+@pytest.fixture(params=["emulated", "gpu"] if cuda.available() else ["emulated"])
 def kernel(request: pytest.FixtureRequest) -> Kernel:
-    """The kernel on a GPU, or emulated."""
-    if request.param == "emulated":
-        return request.getfixturevalue("emulated")
-    if not cuda.available():
-        pytest.skip(f"backend 'cuda': {cuda.why_not()}")
-    return _on_gpu
+    """The kernel emulated, and on a GPU where there is one."""
+    return request.getfixturevalue("emulated") if request.param == "emulated" else _on_gpu
 
 
-#: Emulated CTAs are of one warp, here two, so that 300 columns are many steps of every loop.
+#: The numbers of csrc/cuda/rows.h.
 BIAS_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -124,7 +127,8 @@ def _emulate(function, rows: Rows, size: int, threads: int, seed: int) -> Terms:
 
 
 def _on_gpu(rows: Rows, size: int = 0, threads: int = 0, seed: int = 0) -> Terms:
-    r = Rows(*(x.cuda() if isinstance(x, Tensor) else x for x in rows))
+    tensors = {name: x for name, x in rows._asdict().items() if isinstance(x, Tensor)}
+    r = rows._replace(**{name: x.cuda() for name, x in tensors.items()})
     ce, kd = cuda.rows_(*r, cluster=size)
     return Terms(ce.cpu(), kd.cpu(), _gradient(r.zs, r).cpu())
 
@@ -134,9 +138,12 @@ def _gradient(z: Tensor, r: Rows) -> Tensor:
 
 
 def rows_of(p: Problem, divergence: str = "forward_kl", **overrides) -> Rows:
-    """What the chunk driver hands to the row kernel, all rows at once."""
+    """What the chunk driver hands to the row kernel: up to 8 rows at once, which take an emulated
+    cluster 50 ms.
+    """
+    p = replace(p, hs=p.hs[:8], ht=p.ht[:8], labels=p.labels[:8])
     vocab, options = p.vocab, p.options
-    ce_weight, kd_weight = (w.float() for w in p.weights())
+    ce_weight, kd_weight = (w[:8].float() for w in p.weights())
 
     def broken(h: Tensor, cap: str) -> Tensor | None:
         return ~h.isfinite().all(1) if options.get(cap) else None
@@ -187,7 +194,37 @@ def compare(kernel: Kernel, r: Rows, **launch: int) -> Terms:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("name", [n for n in PROBLEMS if n != "empty"])
 def test_problems(kernel: Kernel, name: str, divergence: str):
+    if (name, divergence) == ("masked", "reverse_kl"):
+        pytest.skip("infinite: test_reverse_kl_to_a_masked_token_is_infinite")
     compare(kernel, rows_of(problem(name), divergence))
+
+
+def test_reverse_kl_to_a_masked_token_is_infinite(kernel: Kernel):
+    got = kernel(rows_of(problem("masked"), "reverse_kl"))
+    assert (got.kd == torch.inf).all() and got.ce.isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_tokens_masked_by_both_do_not_exist(kernel: Kernel, divergence: str):
+    r = rows_of(problem("masked"), divergence)
+    keep = torch.arange(200) % 3 != 0
+    bias = torch.zeros(200).masked_fill(~keep, -torch.inf)
+    assert r.zt is not None and r.labels is not None
+    label = r.labels.where(keep[r.labels], -100)
+    short = torch.where(label < 0, -100, keep.cumsum(0)[label] - 1)
+    bare = r._replace(zs=r.zs[:, keep], zt=r.zt[:, keep], bs=None, bt=None, labels=short)
+    got, want, naive = (
+        kernel(r._replace(bs=bias, bt=bias, labels=label)),
+        *(expected(bare, dtype) for dtype in (torch.float64, torch.float32)),
+    )
+    check(got.ce, want.ce, "value", naive.ce, what="ce")
+    check(got.kd, want.kd, "value", naive.kd, what="kd")
+    check(got.dz[:, keep], want.dz, "gradient", naive.dz, what="dz")
+    assert not got.dz[:, ~keep].any()
+
+
+def test_no_rows(kernel: Kernel):
+    assert kernel(rows_of(problem("empty"))).dz.shape == (0, 97)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -258,7 +295,7 @@ def test_nan_and_inf_make_that_row_nan(kernel: Kernel, divergence: str, whose: s
     r = rows_of(problem("aligned"), divergence)
     clean = kernel(r)
     getattr(r, whose)[4, 100] = bad
-    got, others = kernel(r), torch.arange(32) != 4
+    got, others = kernel(r), torch.arange(8) != 4
     assert got.kd[4].isnan() and got.dz[4].isnan().any()
     if whose == "zs":
         assert got.ce[4].isnan()
@@ -273,7 +310,10 @@ def test_soft_cap_does_not_hide_a_broken_hidden_state(kernel: Kernel):
     r.zt[6], r.broken_t[6] = -torch.inf, True
     got = kernel(r)
     assert got.kd[[2, 6]].isnan().all() and got.ce[2].isnan()
-    assert got.kd.isnan().sum() == 2 and got.dz.isnan().any(1).nonzero().flatten().tolist() == [2, 6]
+    assert got.kd.isnan().sum() == 2 and got.dz.isnan().any(1).nonzero().flatten().tolist() == [
+        2,
+        6,
+    ]
 
 
 def test_wrong_label_gives_nan(kernel: Kernel):
@@ -287,7 +327,7 @@ def test_wrong_label_gives_nan(kernel: Kernel):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("eps", LADDER)
 def test_ladder(kernel: Kernel, divergence: str, eps: float):
-    p = near_converged(eps, n=6, two_sided=divergence == "total_variation")
+    p = near_converged(eps, n=8, two_sided=divergence == "total_variation")
     r = rows_of(p, divergence)
     got, want = kernel(r), expected(r)
     assert relative_error(got.dz, want.dz) <= ladder_bound(torch.float32, eps)
@@ -313,21 +353,36 @@ def test_the_same_bits_every_time(kernel: Kernel):
     assert all(torch.equal(x, y) for x, y in zip(kernel(r), kernel(r), strict=True))
 
 
-def test_plan_and_kernel_agree_on_the_longest_row():
-    source = (CSRC / "rows_launch.h").read_text() + (CSRC / "rows.h").read_text()
-    assert "kSharedBytes = 227 * 1024" in source and "kMaxCluster = 16" in source
-    reduction = (CSRC / "cluster.cuh").read_text()
-    warps = re.search(r"kMaxWarps = (\d+)", reduction)
-    memory = re.search(r"Reductions<(\d), (\d)>", (CSRC / "rows_cluster.cuh").read_text())
-    assert warps and memory
-    stages, values = int(memory[1]), int(memory[2])
-    shared = 4 * (values * int(warps[1]) + stages * values * 16)
-    for teacher in (True, False):
-        columns = cuda.max_vocab(teacher) // 16
-        used = [shared + c * (8 if teacher else 4) for c in (columns, columns + 4)]
-        assert used[0] <= 227 * 1024 < used[1]
-    assert cuda.max_vocab(True) > 262_144  # the largest vocabulary in use
+@pytest.mark.parametrize("teacher", [True, False])
+def test_every_vocabulary_is_dealt_whole_and_fits(library: ctypes.CDLL, teacher: bool):
+    longest = cuda.max_vocab(teacher)
+    assert longest > 262_144  # the largest vocabulary in use
+    for vocab in (1, 97, 14_336, 32_000, 92_553, 128_256, 151_936, 262_144, longest, longest + 1):
+        out = (ctypes.c_int64 * 3)()
+        library.geometry(ctypes.c_int64(vocab), ctypes.c_bool(teacher), out)
+        size, columns, shared = out
+        assert (size > 0) == (vocab <= longest)
+        if size:
+            assert size * columns >= vocab and columns % 4 == 0 and shared <= 227 * 1024
+        if size and vocab <= 16 * 14_000:  # two CTAs and their kilobyte each on an SM
+            assert 2 * (shared + 1024) <= 228 * 1024
 
 
-def test_why_not_names_a_reason():
+@pytest.mark.gpu
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("vocab", [32_000, 92_553, 128_256, 151_936, 262_144])
+def test_vocabularies_in_use(vocab: int, divergence: str):
+    """Long rows on a GPU: four of them, since the truth is fp64."""
+    if not cuda.available():
+        pytest.skip(f"backend 'cuda': {cuda.why_not()}")
+    noise = torch.randn(4, vocab)
+    hidden, weight = torch.randn(4, 8), torch.randn(vocab, 8)
+    p = Problem(hidden, weight, hidden, weight, torch.tensor([0, 5, vocab - 1, -100]))
+    r = rows_of(p, divergence)
+    compare(_on_gpu, r._replace(zt=r.zs + 0.1 * noise, dz_bf16=vocab % 2 == 0))
+
+
+def test_a_reason_is_named_where_the_kernel_does_not_run():
     assert cuda.available() == (cuda.why_not() == "")
+    if not cuda.available():
+        pytest.skip(f"on a GPU nothing was run: {cuda.why_not()}")

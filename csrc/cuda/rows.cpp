@@ -19,7 +19,8 @@ cuda::Divergence divergence_of(std::string_view name) {
     if (name == names[i]) return static_cast<cuda::Divergence>(i);
   }
   TORCH_CHECK_VALUE(
-      false, "divergence: got '", name, "', expected forward_kl, reverse_kl, jsd, skew_forward_kl, ",
+      false, "divergence: got '", name,
+      "', expected forward_kl, reverse_kl, jsd, skew_forward_kl, ",
       "skew_reverse_kl, total_variation or soft_cross_entropy");
 }
 
@@ -56,16 +57,15 @@ const void* bias_of(
   return data_of<void>(name, b, b->sizes(), b->scalar_type(), beside);
 }
 
-int cluster_for(const at::Tensor& zs, bool teacher, int64_t asked) {
-  const int least = cuda::cluster_of(zs.size(1), teacher);
+void check_cluster(const at::Tensor& zs, bool teacher, int64_t cluster) {
+  const int64_t vocab = zs.size(1);
   TORCH_CHECK_VALUE(
-      least > 0, "zs: a row of ", zs.size(1), " logits does not fit the shared memory of ",
-      cuda::kMaxCluster, " CTAs; use backend 'triton' for this vocabulary");
-  if (asked == 0) return least;
+      cuda::cluster_of(vocab, teacher) > 0, "zs: a row of ", vocab,
+      " logits does not fit the shared memory of ", cuda::kMaxCluster,
+      " CTAs; use backend 'triton' for this vocabulary");
   TORCH_CHECK_VALUE(
-      cuda::cluster_fits(zs.size(1), teacher, asked), "cluster: got ", asked, ", expected 1, 2, 4, ",
-      "8 or 16 CTAs that hold ", zs.size(1), " columns");
-  return static_cast<int>(asked);
+      cluster == 0 || cuda::cluster_fits(vocab, teacher, cluster), "cluster: got ", cluster,
+      ", expected 1, 2, 4, 8 or 16 CTAs that hold ", vocab, " columns, or 0 to choose");
 }
 
 }  // namespace
@@ -103,11 +103,11 @@ std::tuple<at::Tensor, at::Tensor> cuda_rows_(
   job.want_dz = want_dz;
   job.dz_bf16 = dz_bf16;
   const auto which = kd ? divergence_of(divergence) : cuda::Divergence::none;
-  const int size = cluster_for(zs, kd, cluster);
+  check_cluster(zs, kd, cluster);
   if (zs.numel() > 0) {
     const c10::cuda::CUDAGuard guard(zs.device());
-    C10_CUDA_CHECK(
-        cuda::launch_rows(which, job, size, c10::cuda::getCurrentCUDAStream().stream()));
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    C10_CUDA_CHECK(cuda::launch_rows(which, job, static_cast<int>(cluster), stream.stream()));
   }
   return {ce_rows, kd_rows};
 }

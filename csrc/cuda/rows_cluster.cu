@@ -7,7 +7,7 @@
 namespace mllmkd::cuda {
 namespace {
 
-// Two CTAs of 512 threads share an SM where their slices let them: one loads while one computes.
+// 64 registers a thread let two CTAs share an SM, where their slices do.
 constexpr int kThreads = 512;
 
 template <Divergence D, int W>
@@ -35,50 +35,65 @@ Kernel kernel_of(Divergence divergence) {
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-#define RETURN_IF_ERROR(call) \
-  if (const cudaError_t error = (call); error != cudaSuccess) return error
+// A launch of `job` by clusters of `size` CTAs, and what the kernel must be told before one.
+class Launch {
+ public:
+  Launch(Kernel kernel, const RowsJob& job, int size, cudaStream_t stream)
+      : kernel_(kernel), job_(job), size_(size) {
+    job_.slice = slice_of(job.vocab, size);
+    cluster_.id = cudaLaunchAttributeClusterDimension;
+    cluster_.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+    config_.gridDim = static_cast<unsigned>(job.rows * size);
+    config_.blockDim = kThreads;
+    config_.dynamicSmemBytes = shared_bytes(job_.slice, job.z_t != nullptr);
+    config_.stream = stream;
+    config_.attrs = &cluster_;
+    config_.numAttrs = 1;
+  }
+  Launch(const Launch&) = delete;  // the configuration points into it
 
-// Attributes, configuration and, unless `clusters` asks only how many fit on the device, a launch.
-cudaError_t start(
-    Kernel kernel, const RowsJob& job, int size, cudaStream_t stream, int* clusters = nullptr) {
-  const int64_t bytes = shared_bytes(job.slice, job.z_t != nullptr);
-  RETURN_IF_ERROR(cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-  RETURN_IF_ERROR(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, size > 8));
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(job.rows * size);
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  if (clusters) return cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
-  return cudaLaunchKernelEx(&config, kernel, job);
-}
+  cudaError_t prepare() const {
+    const auto bytes = static_cast<int>(config_.dynamicSmemBytes);
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+    return cudaFuncSetAttribute(kernel_, cudaFuncAttributeNonPortableClusterSizeAllowed, size_ > 8);
+  }
+
+  // Can the GPU place one such cluster? Not 16 CTAs where its processors come in smaller groups.
+  bool possible() const {
+    int clusters = 0;
+    const bool known = prepare() == cudaSuccess &&
+                       cudaOccupancyMaxActiveClusters(&clusters, kernel_, &config_) == cudaSuccess;
+    cudaGetLastError();  // the answer "no" is not an error of anything later
+    return known && clusters > 0;
+  }
+
+  cudaError_t run() const {
+    const cudaError_t error = prepare();
+    return error == cudaSuccess ? cudaLaunchKernelEx(&config_, kernel_, job_) : error;
+  }
+
+ private:
+  Kernel kernel_;
+  RowsJob job_;
+  int size_;
+  cudaLaunchAttribute cluster_{};
+  cudaLaunchConfig_t config_{};
+};
 
 }  // namespace
-
-bool cluster_fits(int64_t vocab, bool teacher, int64_t size) {
-  const bool known = size == 1 || size == 2 || size == 4 || size == 8 || size == kMaxCluster;
-  return known && shared_bytes(slice_of(vocab, static_cast<int>(size)), teacher) <= kSharedBytes;
-}
-
-int cluster_of(int64_t vocab, bool teacher) {
-  for (int size = 1; size <= kMaxCluster; size *= 2) {
-    if (shared_bytes(slice_of(vocab, size), teacher) <= kSharedBytesOfTwo) return size;
-  }
-  return cluster_fits(vocab, teacher, kMaxCluster) ? kMaxCluster : 0;
-}
 
 cudaError_t launch_rows(Divergence divergence, RowsJob job, int size, cudaStream_t stream) {
   const bool wide = job.vocab % 4 == 0 && aligned(job.z_s) && aligned(job.z_t);
   const Kernel kernel = wide ? kernel_of<4>(divergence) : kernel_of<1>(divergence);
-  job.slice = slice_of(job.vocab, size);
-  return start(kernel, job, size, stream);
+  const bool teacher = job.z_t != nullptr;
+  if (size == 0) size = cluster_of(job.vocab, teacher);
+  if (size > 8 && cluster_fits(job.vocab, teacher, 8) &&
+      !Launch(kernel, job, size, stream).possible()) {
+    size = 8;
+  }
+  return Launch(kernel, job, size, stream).run();
 }
 
 }  // namespace mllmkd::cuda

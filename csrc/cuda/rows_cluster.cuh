@@ -26,16 +26,7 @@ struct alignas(W * sizeof(T)) Pack {
 
 using Memory = Reductions<3, 3>;
 
-// Columns of one of `size` CTAs: a multiple of 4, so that wide rows have wide slices.
-constexpr int slice_of(int64_t vocab, int size) {
-  return static_cast<int>((vocab + size - 1) / size + 3) / 4 * 4;
-}
-
-// Shared memory of one CTA, in bytes.
-constexpr int64_t shared_bytes(int64_t slice, bool teacher) {
-  return static_cast<int64_t>(sizeof(Memory)) +
-         slice * static_cast<int64_t>(teacher ? 2 * sizeof(float) : sizeof(float));
-}
+static_assert(sizeof(Memory) == kReductionBytes);
 
 // One of the two rows, as it is read.
 struct Source {
@@ -111,20 +102,38 @@ class Row {
 
   MLLMKD_DEVICE Source student() const {
     const float cap = job_.cap_s;
-    return {job_.z_s + row_ * job_.vocab, job_.b_s, job_.b_s_type, cap, cap != 0 ? 1 / cap : 0,
-            job_.broken_s && job_.broken_s[row_] ? NAN : 0.0f};
+    return {
+        job_.z_s + row_ * job_.vocab,
+        job_.b_s,
+        job_.b_s_type,
+        cap,
+        cap != 0 ? 1 / cap : 0,
+        job_.broken_s && job_.broken_s[row_] ? NAN : 0.0f};
   }
 
   MLLMKD_DEVICE Source teacher() const {
     const float cap = job_.cap_t;
-    return {job_.z_t + row_ * job_.vocab, job_.b_t, job_.b_t_type, cap, cap != 0 ? 1 / cap : 0,
-            job_.broken_t && job_.broken_t[row_] ? NAN : 0.0f};
+    return {
+        job_.z_t + row_ * job_.vocab,
+        job_.b_t,
+        job_.b_t_type,
+        cap,
+        cap != 0 ? 1 / cap : 0,
+        job_.broken_t && job_.broken_t[row_] ? NAN : 0.0f};
   }
 
-  // Both rows into shared memory, many loads in flight; then the maxima.
+  // Both rows into shared memory; then the maxima.
   MLLMKD_DEVICE void load() {
     const Source s = student(), t = kTeacher ? teacher() : Source{};
+    const bool as_they_are = !s.bias && s.cap == 0.0f && !t.bias && t.cap == 0.0f;
     float top[2] = {-INFINITY, -INFINITY};
+    as_they_are ? copy<true>(s, t, top) : copy<false>(s, t, top);
+    cluster_reduce<Max>(block_, memory_, 0, false, top);
+    top_s_ = top[0], top_t_ = top[1];
+  }
+
+  template <bool AsTheyAre>
+  MLLMKD_DEVICE void copy(const Source& s, const Source& t, float (&top)[2]) const {
     const int step = block_.threads * W;
     for (int first = block_.thread * W; first < count_; first += step * kInFlight) {
       Floats x[kInFlight], y[kInFlight];
@@ -139,20 +148,19 @@ class Row {
       for (int i = 0; i < kInFlight; ++i) {
         const int k = first + i * step;
         if (k >= count_) break;
-        top[0] = fmaxf(top[0], keep(s, x[i], k, z_s_));
-        if constexpr (kTeacher) top[1] = fmaxf(top[1], keep(t, y[i], k, z_t_));
+        top[0] = fmaxf(top[0], keep<AsTheyAre>(s, x[i], k, z_s_));
+        if constexpr (kTeacher) top[1] = fmaxf(top[1], keep<AsTheyAre>(t, y[i], k, z_t_));
       }
     }
-    cluster_reduce<Max>(block_, memory_, 0, false, top);
-    top_s_ = top[0], top_t_ = top[1];
   }
 
   // Writes one pack of final logits; returns their maximum.
+  template <bool AsTheyAre>
   MLLMKD_DEVICE float keep(const Source& from, Floats x, int k, float* to) const {
     float top = -INFINITY;
 #pragma unroll
     for (int i = 0; i < W; ++i) {
-      x.at[i] = final_logit(from, x.at[i], begin_ + k + i);
+      if (!AsTheyAre) x.at[i] = final_logit(from, x.at[i], begin_ + k + i);
       top = fmaxf(top, x.at[i]);
     }
     *reinterpret_cast<Floats*>(to + k) = x;
@@ -162,24 +170,30 @@ class Row {
   // The log-sum-exps, in two parts each: log q = (z − top)/T − rest, since a sum of 60 would round
   // log q by 4e-6.
   MLLMKD_DEVICE void sums() {
-    const bool plain = !kTeacher || job_.scale != 1.0f;
     float sum[3] = {0.0f, 0.0f, 0.0f};  // student at T, student at 1, teacher at T
     for (int k = block_.thread * W; k < count_; k += block_.threads * W) {
       const Floats x = *reinterpret_cast<const Floats*>(z_s_ + k);
-#pragma unroll
-      for (int i = 0; i < W; ++i) {
-        if (kTeacher) sum[0] += expf((x.at[i] - top_s_) * job_.scale);
-        if (plain) sum[1] += expf(x.at[i] - top_s_);
-      }
       if constexpr (kTeacher) {
         const Floats y = *reinterpret_cast<const Floats*>(z_t_ + k);
-#pragma unroll
-        for (int i = 0; i < W; ++i) sum[2] += expf((y.at[i] - top_t_) * job_.scale);
+        sum[0] += sum_exp(x, top_s_, job_.scale);
+        sum[2] += sum_exp(y, top_t_, job_.scale);
       }
+      if (own_softmax()) sum[1] += sum_exp(x, top_s_, 1.0f);
     }
     cluster_reduce<Sum>(block_, memory_, 1, true, sum);
-    rest_s_ = logf(sum[0]), rest_plain_ = logf(plain ? sum[1] : sum[0]), rest_t_ = logf(sum[2]);
+    rest_s_ = logf(sum[0]), rest_t_ = logf(sum[2]);
+    rest_plain_ = own_softmax() ? logf(sum[1]) : rest_s_;
   }
+
+  static MLLMKD_DEVICE float sum_exp(const Floats& x, float top, float scale) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < W; ++i) sum += exp2_of((x.at[i] - top) * (scale * kLog2e));
+    return sum;
+  }
+
+  // Does the cross-entropy, which takes no temperature, need a softmax of its own?
+  MLLMKD_DEVICE bool own_softmax() const { return !kTeacher || job_.scale != 1.0f; }
 
   // One pass over shared memory. `Values`: add f and q·g to the totals; `Gradient`: write dz.
   template <bool Values, bool Gradient>
@@ -188,40 +202,49 @@ class Row {
     float value = 0.0f, slope = 0.0f;
     for (int k = block_.thread * W; k < count_; k += block_.threads * W) {
       const Floats x = *reinterpret_cast<const Floats*>(z_s_ + k);
-      Floats y = x, dz;
+      Floats y = x, da{}, q{};
       if constexpr (kTeacher) y = *reinterpret_cast<const Floats*>(z_t_ + k);
 #pragma unroll
-      for (int i = 0; i < W; ++i) {
-        float da = 0.0f, q = 0.0f;
-        if constexpr (kTeacher) {
-          const Token token = make_token(
-              (y.at[i] - top_t_) * job_.scale - rest_t_, (x.at[i] - top_s_) * job_.scale - rest_s_);
-          const Terms term = terms<D>(token, job_.param);
+      for (int i = 0; kTeacher && i < W; ++i) {
+        const Token token = make_token(
+            (y.at[i] - top_t_) * job_.scale - rest_t_, (x.at[i] - top_s_) * job_.scale - rest_s_);
+        const Terms term = terms<D>(token, job_.param);
+        value += term.value;
+        if constexpr (needs_mean(D)) {
           const float qg = times(token.q, term.slope);
-          value += term.value;
           slope += qg;
-          da = needs_mean(D) ? qg - token.q * mean : difference(token);
-          q = token.q;
+          da.at[i] = qg - token.q * mean;
+        } else {
+          da.at[i] = difference(token);
         }
-        if constexpr (Gradient) dz.at[i] = gradient(x.at[i], da, q, k + i == hot_);
+        q.at[i] = token.q;
       }
-      if constexpr (Gradient) write_gradient(k, dz);
+      if constexpr (Gradient) write_gradient(k, gradient(x, da, q, hot_ - k));
     }
     if constexpr (Values) totals[0] = value, totals[1] = slope;
   }
 
-  // dL/d(product) of one token. `da` = dD/da, `q` the softmax at T; a term of zero weight is 0, NaN
-  // or not.
-  MLLMKD_DEVICE float gradient(float z, float da, float q, bool hot) const {
-    float dz = 0.0f;
-    if (kd_weight_ != 0.0f) dz = kd_weight_ * job_.scale * da;
+  // dL/d(product) of one pack of tokens. `da` = dD/da, `q` the softmax at T, `hot` the place of the
+  // label. A term of zero weight is 0, NaN or not.
+  MLLMKD_DEVICE Floats gradient(const Floats& z, const Floats& da, Floats q, int hot) const {
+    const float kd_factor = kd_weight_ * job_.scale;
+    Floats dz;
+#pragma unroll
+    for (int i = 0; i < W; ++i) dz.at[i] = kd_weight_ != 0.0f ? kd_factor * da.at[i] : 0.0f;
     if (ce_weight_ != 0.0f) {
-      if (!kTeacher || job_.scale != 1.0f) q = expf((z - top_s_) - rest_plain_);
-      dz += ce_weight_ * (hot ? q - 1.0f : q);
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        if (own_softmax()) q.at[i] = exp_of((z.at[i] - top_s_) - rest_plain_);
+        dz.at[i] += ce_weight_ * (i == hot ? q.at[i] - 1.0f : q.at[i]);
+      }
     }
     if (job_.cap_s != 0.0f) {
-      const float r = z / job_.cap_s;
-      dz *= 1.0f - r * r;
+      const float inverse_cap = 1.0f / job_.cap_s;
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        const float r = z.at[i] * inverse_cap;
+        dz.at[i] *= 1.0f - r * r;
+      }
     }
     return dz;
   }

@@ -18,9 +18,9 @@ from mllmkd_kernels.backends.nvcc import CAPABILITIES, nvcc_flags
 
 __all__ = ["available", "bytes_moved", "max_vocab", "nvcc_flags", "rows_", "why_not"]
 
-#: Shared memory of a CTA, and of that what reductions take (csrc/cuda/rows_cluster.cuh).
+#: Shared memory of a CTA, and of that what reductions take (csrc/cuda/rows.h).
 _SHARED_BYTES = 227 * 1024
-_REDUCTION_BYTES = 4 * (3 * 32 + 3 * 3 * 16)
+_REDUCTION_BYTES = 960
 _MAX_CLUSTER = 16
 
 
@@ -44,9 +44,7 @@ def why_not(device: torch.device | None = None) -> str:
         return "this is a ROCm build of PyTorch; the kernel needs an NVIDIA GPU"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) not in CAPABILITIES and (major, None) not in CAPABILITIES:
-        return (
-            f"the GPU has compute capability {major}.{minor}; the kernel is compiled for 9.0 and 10.x"
-        )
+        return f"compiled for compute capability 9.0 and 10.x, and the GPU has {major}.{minor}"
     return ""
 
 
@@ -59,7 +57,7 @@ def max_vocab(has_teacher: bool) -> int:
 
 
 def bytes_moved(rows: int, vocab: int, has_teacher: bool, dz_bytes: int) -> int:
-    """Bytes of logits read and of gradients written (0 `dz_bytes`: none are), for any divergence."""
+    """Bytes of logits read and gradients written, for any divergence; 0 `dz_bytes`: no gradient."""
     return rows * vocab * ((8 if has_teacher else 4) + dz_bytes)
 
 

@@ -1,6 +1,7 @@
 // A thread-block cluster on one thread of the CPU: a fiber for every CUDA thread, which runs until
-// it has to wait at a barrier. Fibers take turns in a random order that the seed fixes, so a barrier
-// that is missing shows: somebody reads what has not been written, and shared memory starts as NaN.
+// it has to wait at a barrier. Fibers take turns in a random order that the seed fixes, so a
+// barrier that is missing shows: somebody reads what has not been written, and shared memory starts
+// as NaN.
 #pragma once
 
 #include <ucontext.h>

@@ -72,7 +72,7 @@ void run_cluster(const RowsJob& job, int64_t row, int size, int threads, unsigne
   }
   fibers.run([&](int fiber) {
     const int rank = fiber / threads;
-    const Block block{fiber % threads,  threads, rank, size, row, machine.ctas[rank].shared.data(),
+    const Block block{fiber % threads, threads, rank, size, row, machine.ctas[rank].shared.data(),
                       machine};
     Row<D, W, Block>(block, job).run();
   });
@@ -101,6 +101,14 @@ auto runner(Divergence divergence) {
 
 extern "C" {
 
+// How a row is dealt: CTAs, columns of each, shared memory of each.
+void geometry(int64_t vocab, bool teacher, int64_t out[3]) {
+  using namespace mllmkd::cuda;
+  out[0] = cluster_of(vocab, teacher);
+  out[1] = out[0] ? slice_of(vocab, static_cast<int>(out[0])) : 0;
+  out[2] = shared_bytes(out[1], teacher);
+}
+
 // Null, or what went wrong. The arguments are RowsJob's fields, in its order.
 const char* emulate_rows(
     float* z_s, const float* z_t, const void* b_s, const void* b_t, int b_s_type, int b_t_type,
@@ -110,14 +118,30 @@ const char* emulate_rows(
     int size, int threads, unsigned seed) {
   using namespace mllmkd::cuda;
   const int slice = slice_of(vocab, size);
-  const RowsJob job{z_s,       z_t,       b_s,
-                    b_t,       static_cast<BiasType>(b_s_type), static_cast<BiasType>(b_t_type),
-                    labels,    ce_weight, kd_weight,
-                    broken_s,  broken_t,  ce,
-                    kd,        rows,      ignore_index,
-                    vocab,     slice,     param,
-                    scale,     cap_s,     cap_t,
-                    want_dz,   dz_bf16};
+  const RowsJob job{
+      z_s,
+      z_t,
+      b_s,
+      b_t,
+      static_cast<BiasType>(b_s_type),
+      static_cast<BiasType>(b_t_type),
+      labels,
+      ce_weight,
+      kd_weight,
+      broken_s,
+      broken_t,
+      ce,
+      kd,
+      rows,
+      ignore_index,
+      vocab,
+      slice,
+      param,
+      scale,
+      cap_s,
+      cap_t,
+      want_dz,
+      dz_bf16};
   static thread_local std::string message;
   try {
     const auto which = static_cast<Divergence>(divergence);
