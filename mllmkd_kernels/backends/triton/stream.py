@@ -1,8 +1,8 @@
 """What do the logits say, when nobody writes them down? Kernels that multiply tiles of a head and
 keep, of each tile, only sums per row, or the gradient block.
 
-A program takes a block of rows and a range of vocabulary tiles (a *split*); `logits_tile` makes one
-tile ``z = softcap(h Wᵀ + b)`` in fp32 registers. Three sweeps use it:
+A program takes a block of rows and a range of vocabulary tiles (a *split*), multiplies tile after
+tile (`heads`), and forgets them. Three sweeps do so:
 
     statistics   top = max z,  log Σ exp((z − top)·scale),  the logit of the label     one head
     values       D = Σ f(p, q)  and  mean = Σ q ∂f/∂q                                  both heads
@@ -11,27 +11,30 @@ tile ``z = softcap(h Wᵀ + b)`` in fp32 registers. Three sweeps use it:
 with ``scale = 1/T``. A log-sum-exp is kept as the pair (top, log Σ): ``(z − top)·scale − log Σ``
 loses nothing where the logits are 1e4, their rounded sum would. Partial sums lie in (split, row)
 and are added in the order of splits: no atomics, the same bits every run.
-
-Tiles are loaded by pointers, or by tensor descriptors (TMA) where the machine has them and rows are
-16-byte aligned. Operands of unequal dtypes are widened to fp32 tile by tile, in registers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mllmkd_kernels.backends.triton import tables
 from mllmkd_kernels.backends.triton.divergence import gradient as divergence_gradient
 from mllmkd_kernels.backends.triton.divergence import terms, times
-from mllmkd_kernels.backends.triton.tiles import LOWEST, log_of_sum, softcap, softcap_slope
+from mllmkd_kernels.backends.triton.heads import (
+    PARTS,
+    Head,
+    logits,
+    part_columns,
+    parts_of,
+    product_tile,
+    rounded,
+)
+from mllmkd_kernels.backends.triton.tiles import LOWEST, log_of_sum, softcap_slope
 
 #: What is known of every row: `facts` is a matrix (11, N) fp32. Of the student and of the teacher
 #: what `statistics` finds (log Σ at scale 1 and the label's logit for the student only), then
@@ -43,10 +46,6 @@ FACTS = 11
 
 #: Row blocks that are dealt out together: 16 blocks of 128 rows of D 2,560 are 10 MiB of L2.
 GROUP_BLOCKS = 16
-
-#: Triton's interpreter multiplies bf16 numbers as if their bits were integers, and rounds to bf16 by
-#: cutting bits off. Both are mended where it runs.
-INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 #: Rows of a merge program.
 MERGE_ROWS = 128
@@ -75,63 +74,8 @@ def _place(program, blocks, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _operand(x, first, k, count, D: tl.constexpr, TMA: tl.constexpr, ROWS: tl.constexpr,
-             COLUMNS: tl.constexpr):  # fmt: skip
-    """Rows first … of x (count, D), columns k …: (ROWS, COLUMNS), 0 beyond D. Rows beyond `count`
-    hold something harmless: nobody keeps what comes of them.
-    """
-    if TMA:
-        return x.load([first, k])
-    rows = tl.minimum(first + tl.arange(0, ROWS), count - 1).to(tl.int64)
-    columns = k + tl.arange(0, COLUMNS)
-    places = x + rows[:, None] * D + columns[None, :]
-    if D % COLUMNS == 0:
-        return tl.load(places)
-    return tl.load(places, mask=(columns < D)[None, :], other=0.0)
-
-
-@triton.jit
-def logits_tile(h, w, bias, row, column, n, vocab, D: tl.constexpr, CAP: tl.constexpr,
-                TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-                BLOCK_D: tl.constexpr):  # fmt: skip
-    """softcap(h Wᵀ + b) of rows row … and tokens column …, (BLOCK_N, BLOCK_V) fp32; −inf beyond
-    the vocabulary.
-    """
-    z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    for k in range(0, D, BLOCK_D):
-        x = _operand(h, row, k, n, D, TMA, BLOCK_N, BLOCK_D)
-        y = _operand(w, column, k, vocab, D, TMA, BLOCK_V, BLOCK_D)
-        if INTERPRETED or x.dtype != y.dtype:
-            x, y = x.to(tl.float32), y.to(tl.float32)
-        z = tl.dot(x, y.T, z, input_precision="ieee")
-    columns = column + tl.arange(0, BLOCK_V)
-    broken = tl.abs(z) == float("inf")  # an inf in h, which a tanh would hide
-    if bias is not None:
-        z += tl.load(bias + columns, mask=columns < vocab, other=0.0).to(tl.float32)[None, :]
-    if CAP > 0:
-        z = tl.where(broken, float("nan"), softcap(z, CAP))
-    return tl.where((columns < vocab)[None, :], z, float("-inf"))
-
-
-@triton.jit
 def _fact(facts, which, n, rows):
-    return tl.load(facts + which * n + rows, mask=rows < n, other=0.0)
-
-
-@triton.jit
-def _log_probability(z, facts, TOP: tl.constexpr, LOG: tl.constexpr, n, rows, scale):
-    """log softmax(z · scale) of a tile, from its rows' statistics."""
-    return (z - _fact(facts, TOP, n, rows)[:, None]) * scale - _fact(facts, LOG, n, rows)[:, None]
-
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    """x in a narrower dtype, to nearest even as a GPU rounds it."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        x = tl.where(x == x, near.to(tl.float32, bitcast=True), x)
-    return x.to(dtype)
+    return tl.load(facts + which * n + rows, mask=rows < n, other=0.0)[:, None]
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -141,7 +85,8 @@ def _rounded(x, dtype: tl.constexpr):
 def statistics_kernel(
     h, w, bias, labels, partial, n, vocab, tiles, scale,
     D: tl.constexpr, CAP: tl.constexpr, TWO_SCALES: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """partial (splits, 4, N): of `tiles` tiles, the maximum, Σ exp((z − top)·scale), the same at
     scale 1 where it is another number, and the logit of the label.
@@ -156,17 +101,20 @@ def statistics_kernel(
     if labels is not None:
         label = tl.load(labels + rows, mask=rows < n, other=-1).to(tl.int32)
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(vocab, BLOCK_V))):
-        z = logits_tile(h, w, bias, block * BLOCK_N, tile * BLOCK_V, n, vocab, D, CAP, TMA,
-                        BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
-        higher = tl.maximum(top, tl.max(z, 1))
-        x, step = z - higher[:, None], top - higher
-        total = total * tl.exp(step * scale) + tl.sum(tl.exp(x * scale), 1)
-        if TWO_SCALES:
-            total_one = total_one * tl.exp(step) + tl.sum(tl.exp(x), 1)
-        if labels is not None:
-            here = label[:, None] == (tile * BLOCK_V + tl.arange(0, BLOCK_V))[None, :]
-            z_label += tl.sum(tl.where(here, z, 0.0), 1)
-        top = higher
+        product = product_tile(h, w, block * BLOCK_N, tile * BLOCK_V, n, vocab, D, TMA,
+                               BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
+        parts = parts_of(product, BLOCK_N, BLOCK_V, PARTS)
+        for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
+            columns = part_columns(tile * BLOCK_V, part, BLOCK_V // PARTS)
+            z = logits(parts[part], bias, columns, vocab, CAP)
+            higher = tl.maximum(top, tl.max(z, 1))
+            x, step = z - higher[:, None], top - higher
+            total = total * tl.exp(step * scale) + tl.sum(tl.exp(x * scale), 1)
+            if TWO_SCALES:
+                total_one = total_one * tl.exp(step) + tl.sum(tl.exp(x), 1)
+            if labels is not None:
+                z_label += tl.sum(tl.where(label[:, None] == columns[None, :], z, 0.0), 1)
+            top = higher
     mine = partial + split.to(tl.int64) * 4 * n + rows
     tl.store(mine, top, mask=rows < n)
     tl.store(mine + n, total, mask=rows < n)
@@ -205,7 +153,8 @@ def values_kernel(
     hs, ws, bs, ht, wt, bt, facts, partial, n, vocab, tiles, scale, param,
     NAME: tl.constexpr, D_S: tl.constexpr, D_T: tl.constexpr, CAP_S: tl.constexpr,
     CAP_T: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """partial (splits, 2, N): Σ f and Σ q·slope of `tiles` tiles."""
     block, split = _place(tl.program_id(0), tl.cdiv(n, BLOCK_N), GROUP)
@@ -213,16 +162,22 @@ def values_kernel(
     rows = row + tl.arange(0, BLOCK_N)
     value = tl.zeros((BLOCK_N,), tl.float32)
     mean = tl.zeros((BLOCK_N,), tl.float32)
+    top_s, log_s = _fact(facts, TOP_S, n, rows), _fact(facts, LOG_S, n, rows)
+    top_t, log_t = _fact(facts, TOP_T, n, rows), _fact(facts, LOG_T, n, rows)
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(vocab, BLOCK_V))):
-        z_s = logits_tile(hs, ws, bs, row, tile * BLOCK_V, n, vocab, D_S, CAP_S, TMA,
-                          BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
-        z_t = logits_tile(ht, wt, bt, row, tile * BLOCK_V, n, vocab, D_T, CAP_T, TMA,
-                          BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
-        log_q = _log_probability(z_s, facts, TOP_S, LOG_S, n, rows, scale)
-        log_p = _log_probability(z_t, facts, TOP_T, LOG_T, n, rows, scale)
-        f, slope = terms(log_p, log_q, param, NAME)
-        value += tl.sum(f, 1)
-        mean += tl.sum(times(tl.exp(log_q), slope), 1)
+        product_s = product_tile(hs, ws, row, tile * BLOCK_V, n, vocab, D_S, TMA,
+                                 BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
+        product_t = product_tile(ht, wt, row, tile * BLOCK_V, n, vocab, D_T, TMA,
+                                 BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
+        parts_s = parts_of(product_s, BLOCK_N, BLOCK_V, PARTS)
+        parts_t = parts_of(product_t, BLOCK_N, BLOCK_V, PARTS)
+        for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
+            columns = part_columns(tile * BLOCK_V, part, BLOCK_V // PARTS)
+            log_q = (logits(parts_s[part], bs, columns, vocab, CAP_S) - top_s) * scale - log_s
+            log_p = (logits(parts_t[part], bt, columns, vocab, CAP_T) - top_t) * scale - log_t
+            f, slope = terms(log_p, log_q, param, NAME)
+            value += tl.sum(f, 1)
+            mean += tl.sum(times(tl.exp(log_q), slope), 1)
     mine = partial + split.to(tl.int64) * 2 * n + rows
     tl.store(mine, value, mask=rows < n)
     tl.store(mine + n, mean, mask=rows < n)
@@ -233,70 +188,54 @@ def gradient_kernel(
     hs, ws, bs, ht, wt, bt, labels, facts, dz, partial, n, first, end, stride, scale, param,
     NAME: tl.constexpr, D_S: tl.constexpr, D_T: tl.constexpr, CAP_S: tl.constexpr,
     CAP_T: tl.constexpr, TWO_SCALES: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """dz (N, end − first) of tokens first … end, and partial (tiles, N): Σ f of each tile."""
     block, tile = _place(tl.program_id(0), tl.cdiv(n, BLOCK_N), GROUP)
     row, column = block * BLOCK_N, first + tile * BLOCK_V
-    rows, columns = row + tl.arange(0, BLOCK_N), column + tl.arange(0, BLOCK_V)
-    z_s = logits_tile(hs, ws, bs, row, column, n, end, D_S, CAP_S, TMA,
-                      BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
-    log_q = _log_probability(z_s, facts, TOP_S, LOG_S, n, rows, scale)
-    dz_tile = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    rows = row + tl.arange(0, BLOCK_N)
+    product_s = product_tile(hs, ws, row, column, n, end, D_S, TMA,
+                             BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
+    product_t = product_s
     if wt is not None:
-        z_t = logits_tile(ht, wt, bt, row, column, n, end, D_T, CAP_T, TMA,
-                          BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
-        log_p = _log_probability(z_t, facts, TOP_T, LOG_T, n, rows, scale)
-        f, slope = terms(log_p, log_q, param, NAME)
-        if partial is not None:
-            tl.store(partial + tile.to(tl.int64) * n + rows, tl.sum(f, 1), mask=rows < n)
-        mean = _fact(facts, MEAN, n, rows)[:, None]
-        weight = _fact(facts, KD_WEIGHT, n, rows)[:, None]
-        da = divergence_gradient(log_p, log_q, slope, mean, NAME)
-        dz_tile += tl.where(weight == 0, 0.0, weight * da)  # NaN in a row of no weight stays there
-    if labels is not None:
-        if TWO_SCALES:
-            log_q = _log_probability(z_s, facts, TOP_S, LOG_ONE, n, rows, 1.0)
-        label = tl.load(labels + rows, mask=rows < n, other=-1).to(tl.int32)
-        weight = _fact(facts, CE_WEIGHT, n, rows)[:, None]
-        dq = tl.exp(log_q) - (label[:, None] == columns[None, :]).to(tl.float32)
-        dz_tile += tl.where(weight == 0, 0.0, weight * dq)
-    if CAP_S > 0:
-        dz_tile = tl.where(dz_tile == 0, 0.0, dz_tile * softcap_slope(z_s, CAP_S))
-    places = dz + rows.to(tl.int64)[:, None] * stride + (columns - first)[None, :]
-    inside = (rows < n)[:, None] & (columns < end)[None, :]
-    tl.store(places, _rounded(dz_tile, dz.dtype.element_ty), mask=inside)
+        product_t = product_tile(ht, wt, row, column, n, end, D_T, TMA,
+                                 BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
+    parts_s = parts_of(product_s, BLOCK_N, BLOCK_V, PARTS)
+    parts_t = parts_of(product_t, BLOCK_N, BLOCK_V, PARTS)
+    value = tl.zeros((BLOCK_N,), tl.float32)
+    top_s, log_s = _fact(facts, TOP_S, n, rows), _fact(facts, LOG_S, n, rows)
+    for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
+        columns = part_columns(column, part, BLOCK_V // PARTS)
+        z = logits(parts_s[part], bs, columns, end, CAP_S)
+        log_q = (z - top_s) * scale - log_s
+        dz_part = tl.zeros((BLOCK_N, BLOCK_V // PARTS), tl.float32)
+        if wt is not None:
+            z_t = logits(parts_t[part], bt, columns, end, CAP_T)
+            log_p = (z_t - _fact(facts, TOP_T, n, rows)) * scale - _fact(facts, LOG_T, n, rows)
+            f, slope = terms(log_p, log_q, param, NAME)
+            if partial is not None:
+                value += tl.sum(f, 1)
+            da = divergence_gradient(log_p, log_q, slope, _fact(facts, MEAN, n, rows), NAME)
+            weight = _fact(facts, KD_WEIGHT, n, rows)
+            dz_part += tl.where(weight == 0, 0.0, weight * da)  # not even the NaN of a dead row
+        if labels is not None:
+            if TWO_SCALES:
+                log_q = z - top_s - _fact(facts, LOG_ONE, n, rows)
+            label = tl.load(labels + rows, mask=rows < n, other=-1).to(tl.int32)[:, None]
+            dq = tl.exp(log_q) - (label == columns[None, :]).to(tl.float32)
+            weight = _fact(facts, CE_WEIGHT, n, rows)
+            dz_part += tl.where(weight == 0, 0.0, weight * dq)
+        if CAP_S > 0:
+            dz_part = tl.where(dz_part == 0, 0.0, dz_part * softcap_slope(z, CAP_S))
+        places = dz + rows.to(tl.int64)[:, None] * stride + (columns - first)[None, :]
+        inside = (rows < n)[:, None] & (columns < end)[None, :]
+        tl.store(places, rounded(dz_part, dz.dtype.element_ty), mask=inside)
+    if partial is not None:
+        tl.store(partial + tile.to(tl.int64) * n + rows, value, mask=rows < n)
 
 
 # --- launchers ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Head:
-    """A head with its rows: h (N, D) and w (V, D), contiguous; cap 0.0 is none."""
-
-    h: Tensor  # (N, D)
-    w: Tensor  # (≥V, D)
-    bias: Tensor | None  # (≥V,)
-    cap: float
-
-    @property
-    def tma(self) -> bool:
-        """Can tensor descriptors load it? Rows of whole 16-byte units, and a machine with TMA."""
-        aligned = self.h.numel() > 0 and all(
-            x.data_ptr() % 16 == 0 and x.shape[1] * x.itemsize % 16 == 0 for x in (self.h, self.w)
-        )
-        return aligned and self.h.is_cuda and torch.cuda.get_device_capability(self.h.device)[0] > 8
-
-    def operands(self, tma: bool, launch: dict[str, int]) -> tuple[Any, Any]:
-        """h and w as a kernel takes them."""
-        if not tma:
-            return self.h, self.w
-        box = launch["BLOCK_D"]
-        return (
-            TensorDescriptor.from_tensor(self.h, [launch["BLOCK_N"], box]),
-            TensorDescriptor.from_tensor(self.w, [launch["BLOCK_V"], box]),
-        )
 
 
 def _launch(kernel: str, heads: tuple[Head, ...], override: dict[str, int] | None) -> dict:
@@ -358,11 +297,13 @@ def statistics(
     tma = head.tma if tma is None else tma
     partial = found.new_empty(splits, 4, n)
     arguments: list[Any] = [*head.operands(tma, use), head.bias, labels, partial, n, vocab, tiles]
+    arguments.append(scale)
     constants = {"D": d, "CAP": head.cap, "TWO_SCALES": two_scales, "TMA": tma}
+    constants |= {"GROUP": GROUP_BLOCKS, "PARTS": PARTS}
     grid = (triton.cdiv(n, use["BLOCK_N"]) * splits,)
-    statistics_kernel[grid](*arguments, scale, **constants, GROUP=GROUP_BLOCKS, **use)
+    statistics_kernel[grid](*arguments, **(constants | use))
     grid = (triton.cdiv(n, MERGE_ROWS),)
-    merge_kernel[grid](*[partial, found, n, splits, scale], BLOCK=MERGE_ROWS)
+    merge_kernel[grid](*[partial, found, n, splits, scale, MERGE_ROWS])
 
 
 def values(
@@ -386,8 +327,8 @@ def values(
     arguments: list[Any] = [*student.operands(tma, use), student.bias]
     arguments += [*teacher.operands(tma, use), teacher.bias]
     arguments += [facts, partial, n, vocab, tiles, scale, param, divergence]
-    constants = {**_widths(student, teacher), "TMA": tma, "GROUP": GROUP_BLOCKS}
-    values_kernel[(triton.cdiv(n, use["BLOCK_N"]) * splits,)](*arguments, **constants, **use)
+    constants = {**_widths(student, teacher), "TMA": tma, "GROUP": GROUP_BLOCKS, "PARTS": PARTS}
+    values_kernel[(triton.cdiv(n, use["BLOCK_N"]) * splits,)](*arguments, **(constants | use))
     return partial.sum(0)
 
 
@@ -418,7 +359,7 @@ def gradient(
     arguments += [None] * 3 if teacher is None else [*teacher.operands(tma, use), teacher.bias]
     arguments += [labels, facts, dz, partial, n, columns.start, columns.stop, dz.stride(0)]
     arguments += [scale, param, divergence]
-    constants = {**_widths(student, teacher), "TMA": tma, "GROUP": GROUP_BLOCKS}
+    constants = {**_widths(student, teacher), "TMA": tma, "GROUP": GROUP_BLOCKS, "PARTS": PARTS}
     constants["TWO_SCALES"] = two_scales
-    gradient_kernel[(triton.cdiv(n, use["BLOCK_N"]) * tiles,)](*arguments, **constants, **use)
+    gradient_kernel[(triton.cdiv(n, use["BLOCK_N"]) * tiles,)](*arguments, **(constants | use))
     return None if partial is None else partial.sum(0)

@@ -23,7 +23,7 @@ from torch import Tensor
 from mllmkd_kernels.backends import eager, products
 from mllmkd_kernels.backends.triton import stream
 from mllmkd_kernels.backends.triton.divergence import NEEDS_MEAN
-from mllmkd_kernels.backends.triton.stream import Head
+from mllmkd_kernels.backends.triton.heads import Head
 
 #: Rows of dz lie at multiples of this many elements, as tensor cores like them.
 ALIGNED = 16
