@@ -44,17 +44,18 @@ def _module(backend: str, *operands: Tensor | None) -> ModuleType:
 
 def _operator(name: str) -> Any:
     """Register an operator. Autocast ends here: public functions cast their arguments as it would,
-    and from then on products are fp32, or the logits would be rounded to 16 bits after all.
+    and from then on products are fp32, or the logits would be rounded to 16 bits after all. For the
+    same reason TF32 ends here.
     """
 
     def register(f: Any) -> Any:
         @functools.wraps(f)
-        def without_autocast(*arguments: Any) -> Any:
+        def exactly(*arguments: Any) -> Any:
             device = next(x.device.type for x in arguments if isinstance(x, Tensor))
-            with torch.autocast(device, enabled=False):
+            with torch.autocast(device, enabled=False), products.full_fp32():
                 return f(*arguments)
 
-        return torch.library.custom_op(f"{_NAMESPACE}::{name}", mutates_args=())(without_autocast)
+        return torch.library.custom_op(f"{_NAMESPACE}::{name}", mutates_args=())(exactly)
 
     return register
 

@@ -79,7 +79,12 @@ def relation(
 
 
 def _add_strip(
-    grads: products.Gradients, student: Head, teacher: Head, image: slice, strip: slice, coef: Tensor
+    grads: products.Gradients,
+    student: Head,
+    teacher: Head,
+    image: slice,
+    strip: slice,
+    coef: Tensor,
 ) -> None:
     """Fold dZ = 2 dR Z of one strip of rows into the gradients, slice by slice."""
     dr = coef[0] * teacher.strip(image, strip) + coef[1] * student.strip(image, strip)

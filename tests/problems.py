@@ -15,6 +15,7 @@ from torch import Tensor
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import reference
+from tests.tolerances import check
 
 DIVERGENCES = (
     "forward_kl",
@@ -114,6 +115,27 @@ def expected(p: Problem, divergence: Any = "forward_kl", dtype: Any = torch.floa
 def naive(p: Problem, divergence: Any = "forward_kl") -> Result:
     """Plain PyTorch in fp32 on the inputs as they are: the yardstick of a fair error."""
     return expected(p, divergence, torch.float32)
+
+
+def check_result(got: Result, p: Problem, divergence: str, dtype: torch.dtype) -> None:
+    """Every field of a result against fp64, in units of what plain fp32 achieves."""
+    want, plain = expected(p, divergence), naive(p, divergence)
+    head = p.ws.double().norm() * sum(w.double().abs().max() for w in p.weights() if w.numel())
+    # Below 1e-9 nats of a KL, whose terms are second-order small, and for |p − q|, which is not.
+    values = {"cancels": 1.0 if divergence == "total_variation" else 1e-3, "what": divergence}
+    fp64 = dtype == torch.float64
+    for name in ("loss", "ce", "kd"):
+        row = "fp64" if fp64 else "value"
+        check(getattr(got, name), getattr(want, name), row, getattr(plain, name), **values)
+    for name in ("dh", "dw", "db"):
+        gradient, like = getattr(got, name), getattr(want, name)
+        if like is None:
+            continue
+        row = "fp64" if fp64 else "gradient" if dtype == torch.float32 else "16-bit gradient"
+        cancels = float(head) / p.ws.shape[1] ** 0.5 if p.hs.numel() else 0.0
+        check(
+            gradient, like, row, getattr(plain, name), cancels=cancels, what=f"{divergence} {name}"
+        )
 
 
 # --- the named problems --------------------------------------------------------------------------

@@ -8,6 +8,7 @@ the library has no such product (CPU), operands are widened, a slice of the voca
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -35,6 +36,23 @@ def chunks(n: int, size: int) -> Iterator[slice]:
     """[0, n) in slices of `size`, the last one shorter."""
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """fp32 products in fp32, whatever ``torch.set_float32_matmul_precision`` says: TF32, or bf16 on
+    some processors, would round the logits. The caller's settings come back.
+    """
+    libraries = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [library.fp32_precision for library in libraries]
+    changed = [(x, was) for x, was in zip(libraries, before, strict=True) if was in ("tf32", "bf16")]
+    for library, _ in changed:
+        library.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for library, was in changed:
+            library.fp32_precision = was
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
