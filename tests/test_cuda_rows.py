@@ -191,6 +191,10 @@ def compare(kernel: Kernel, r: Rows, **launch: int) -> Terms:
     return got
 
 
+def test_the_emulation_sees_a_missing_barrier(library: ctypes.CDLL):
+    assert library.ring(0) > 0 and library.ring(1) == 0 and library.ring(2) == -1
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("name", [n for n in PROBLEMS if n != "empty"])
 def test_problems(kernel: Kernel, name: str, divergence: str):

@@ -48,11 +48,11 @@ struct DeviceBlock {
   __device__ __forceinline__ void sync() const { __syncthreads(); }
 
   __device__ __forceinline__ void cluster_arrive() const {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
   }
 
   __device__ __forceinline__ void cluster_wait() const {
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
   }
 
   __device__ __forceinline__ float* remote(float* p, int of) const {

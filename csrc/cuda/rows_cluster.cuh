@@ -3,9 +3,9 @@
 //
 //   load       z final (bias, soft-cap) into shared memory; the two maxima
 //   sums       Σ exp(z − max): three log-sum-exps
-//   sweep      D = Σ f and, where it needs no Σ q g, at once
-//              dz = ce_weight·(softmax(z) − onehot) + kd_weight/T·dD/da, through the soft-cap;
-//              else Σ q g first and dz in a second sweep over shared memory
+//   values     D = Σ f and, where it needs no Σ q g, at once
+//              dz = ce_weight·(softmax(z) − onehot) + kd_weight/T·dD/da, through the soft-cap
+//   gradient   dz of the divergences that need Σ q g, from q·g kept in shared memory
 //
 // dz overwrites the row in memory; every CTA has read its slice before the first barrier of the
 // cluster, so it does not matter that bf16 gradients land elsewhere than the logits they come from.
@@ -86,13 +86,13 @@ class Row {
     float totals[2] = {0.0f, 0.0f};  // D, Σ q g
     if constexpr (kTeacher) {
       if (needs_mean(D) || !live) {
-        sweep<true, false>(totals);
+        value_sweep<false>(totals);
       } else {
-        sweep<true, true>(totals);
+        value_sweep<true>(totals);
       }
       cluster_reduce<Sum>(block_, memory_, 2, true, totals);
     }
-    if (live && (needs_mean(D) || !kTeacher)) sweep<false, true>(totals);
+    if (live && (needs_mean(D) || !kTeacher)) gradient_sweep(totals[1]);
     if (job_.want_dz && !live) zero_gradient();
     write_terms(totals[0]);
   }
@@ -195,34 +195,50 @@ class Row {
   // Does the cross-entropy, which takes no temperature, need a softmax of its own?
   MLLMKD_DEVICE bool own_softmax() const { return !kTeacher || job_.scale != 1.0f; }
 
-  // One pass over shared memory. `Values`: add f and q·g to the totals; `Gradient`: write dz.
-  template <bool Values, bool Gradient>
-  MLLMKD_DEVICE void sweep(float (&totals)[2]) const {
-    const float mean = totals[1];
-    float value = 0.0f, slope = 0.0f;
+  // One pass over shared memory: D and Σ q g. `Gradient`: write dz as well. Where dz has to wait
+  // for Σ q g, each q·g takes the place of the teacher's logit, which nobody needs again.
+  template <bool Gradient>
+  MLLMKD_DEVICE void value_sweep(float (&totals)[2]) const {
     for (int k = block_.thread * W; k < count_; k += block_.threads * W) {
       const Floats x = *reinterpret_cast<const Floats*>(z_s_ + k);
-      Floats y = x, da{}, q{};
-      if constexpr (kTeacher) y = *reinterpret_cast<const Floats*>(z_t_ + k);
+      const Floats y = *reinterpret_cast<const Floats*>(z_t_ + k);
+      Floats da, q, qg;
 #pragma unroll
-      for (int i = 0; kTeacher && i < W; ++i) {
-        const Token token = make_token(
-            (y.at[i] - top_t_) * job_.scale - rest_t_, (x.at[i] - top_s_) * job_.scale - rest_s_);
+      for (int i = 0; i < W; ++i) {
+        const Token token = make_token((y.at[i] - top_t_) * job_.scale - rest_t_, log_q(x.at[i]));
         const Terms term = terms<D>(token, job_.param);
-        value += term.value;
+        totals[0] += term.value;
+        q.at[i] = token.q;
         if constexpr (needs_mean(D)) {
-          const float qg = times(token.q, term.slope);
-          slope += qg;
-          da.at[i] = qg - token.q * mean;
+          qg.at[i] = times(token.q, term.slope);
+          totals[1] += qg.at[i];
         } else {
           da.at[i] = difference(token);
         }
-        q.at[i] = token.q;
       }
+      if constexpr (needs_mean(D)) *reinterpret_cast<Floats*>(z_t_ + k) = qg;
       if constexpr (Gradient) write_gradient(k, gradient(x, da, q, hot_ - k));
     }
-    if constexpr (Values) totals[0] = value, totals[1] = slope;
   }
+
+  // dz from Σ q g, or of the cross-entropy alone.
+  MLLMKD_DEVICE void gradient_sweep(float mean) const {
+    for (int k = block_.thread * W; k < count_; k += block_.threads * W) {
+      const Floats x = *reinterpret_cast<const Floats*>(z_s_ + k);
+      Floats da{}, q{};
+      if constexpr (kTeacher) {
+        const Floats qg = *reinterpret_cast<const Floats*>(z_t_ + k);
+#pragma unroll
+        for (int i = 0; i < W; ++i) {
+          q.at[i] = exp_of(log_q(x.at[i]));
+          da.at[i] = qg.at[i] - q.at[i] * mean;
+        }
+      }
+      write_gradient(k, gradient(x, da, q, hot_ - k));
+    }
+  }
+
+  MLLMKD_DEVICE float log_q(float z) const { return (z - top_s_) * job_.scale - rest_s_; }
 
   // dL/d(product) of one pack of tokens. `da` = dD/da, `q` the softmax at T, `hot` the place of the
   // label. A term of zero weight is 0, NaN or not.

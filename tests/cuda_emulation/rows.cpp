@@ -57,10 +57,11 @@ struct Block {
   }
 };
 
-template <Divergence D, int W>
-void run_cluster(const RowsJob& job, int64_t row, int size, int threads, unsigned seed) {
+// body(block) for every thread of one cluster, on shared memory of NaN.
+void run_threads(
+    int size, int threads, int64_t cluster, int64_t floats, unsigned seed,
+    const std::function<void(const Block&)>& body) {
   constexpr float guard = 12345.0f;
-  const auto floats = shared_bytes(job.slice, job.z_t != nullptr) / sizeof(float);
   Fibers fibers(size * threads, seed);
   Machine machine{fibers, std::vector<Cta>(size), Barrier{size * threads}};
   for (Cta& cta : machine.ctas) {
@@ -72,15 +73,22 @@ void run_cluster(const RowsJob& job, int64_t row, int size, int threads, unsigne
   }
   fibers.run([&](int fiber) {
     const int rank = fiber / threads;
-    const Block block{fiber % threads, threads, rank, size, row, machine.ctas[rank].shared.data(),
-                      machine};
-    Row<D, W, Block>(block, job).run();
+    body(
+        {fiber % threads, threads, rank, size, cluster, machine.ctas[rank].shared.data(), machine});
   });
   for (const Cta& cta : machine.ctas) {
     if (std::any_of(cta.shared.end() - 8, cta.shared.end(), [](float x) { return x != guard; })) {
       throw std::runtime_error("write past the end of shared memory");
     }
   }
+}
+
+template <Divergence D, int W>
+void run_cluster(const RowsJob& job, int64_t row, int size, int threads, unsigned seed) {
+  const auto floats = shared_bytes(job.slice, job.z_t != nullptr) / sizeof(float);
+  run_threads(size, threads, row, floats, seed, [&](const Block& block) {
+    Row<D, W, Block>(block, job).run();
+  });
 }
 
 template <int W>
@@ -107,6 +115,23 @@ void geometry(int64_t vocab, bool teacher, int64_t out[3]) {
   out[0] = cluster_of(vocab, teacher);
   out[1] = out[0] ? slice_of(vocab, static_cast<int>(out[0])) : 0;
   out[2] = shared_bytes(out[1], teacher);
+}
+
+// Does the emulation see what it is there to see? A ring in which every thread reads what its
+// neighbour wrote: the reads that found nothing, −1 for a deadlock. `barrier`: 0 none, 1 all
+// threads, 2 all but one.
+int ring(int barrier) {
+  int nothing = 0;
+  try {
+    emulation::run_threads(1, 64, 0, 64, 5, [&](const emulation::Block& block) {
+      block.shared[block.thread] = 1.0f;
+      if (barrier == 1 || (barrier == 2 && block.thread != 7)) block.sync();
+      nothing += std::isnan(block.shared[(block.thread + 1) % 64]);
+    });
+  } catch (const std::exception&) {
+    return -1;
+  }
+  return nothing;
 }
 
 // Null, or what went wrong. The arguments are RowsJob's fields, in its order.
