@@ -9,14 +9,18 @@ share of a row of weight 1/N, would be 0.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from mllmkd_kernels.backends import eager, products
-from mllmkd_kernels.backends.triton import rows as row_kernel
+from mllmkd_kernels.backends import cuda, eager, products
+from mllmkd_kernels.backends.triton.rows import row_losses, row_stride
 
 
-def distill_rows(
+def _distill(
+    losses: Callable[..., Tensor | None],  # `rows.row_losses` or another of its signature
     hs: Tensor,  # (N, D_s)
     ws: Tensor,  # (V_s, D_s)
     bs: Tensor | None,  # (V_s,)
@@ -37,11 +41,8 @@ def distill_rows(
     want_dw: bool,
     want_db: bool,
     chunk_rows: int,
-    launch: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, CE and D per row, dh, dw, db: see `eager.distill_rows`, whose conventions hold.
-    `launch` replaces the launch parameters of the tables.
-    """
+    """Loss, CE and D per row, dh, dw, db: see `eager.distill_rows`, whose conventions hold."""
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     if acc != torch.float32:
         raise TypeError("backend: 'triton' computes in fp32, got fp64 inputs; use backend='eager'")
@@ -60,17 +61,18 @@ def distill_rows(
     dz_dtype = (torch.bfloat16 if half else acc) if grads.wanted else None
 
     ce, kd = (torch.zeros(n, dtype=acc, device=hs.device) for _ in range(2))
-    block_s = _block(min(chunk_rows, n), vocab, hs.device)
+    stride = row_stride(vocab) if losses is row_losses else vocab
+    block_s = torch.empty(min(chunk_rows, n), stride, device=hs.device)
     block_t = None if ht is None else torch.empty_like(block_s)
     for rows in products.chunks(n, chunk_rows):
         z_s = _logits(block_s, hs[rows], ws, vocab)
         z_t = None
         if ht is not None and wt is not None and block_t is not None:
             z_t = _logits(block_t, ht[rows], wt, vocab)
-        dz = row_kernel.row_losses(
+        dz = losses(
             z_s, z_t, bs, bt, _of(labels, rows), _of(ce_weight, rows), _of(kd_weight, rows),
             ce[rows], kd[rows], divergence, param, temperature, cap_s, cap_t, ignore_index,
-            dz_dtype, launch,
+            dz_dtype,
         )  # fmt: skip
         if dz is not None:
             grads.add(rows, dz)
@@ -82,9 +84,45 @@ def distill_rows(
     return loss.to(acc), ce, kd, *grads.result()
 
 
-def _block(rows: int, vocab: int, device: torch.device) -> Tensor:
-    """Memory for the logits of a chunk; its rows start aligned."""
-    return torch.empty(rows, row_kernel.row_stride(vocab), device=device)
+def _cluster_losses(
+    z_s: Tensor,  # (C, V) fp32, contiguous, overwritten where dz is wanted
+    z_t: Tensor | None,  # (C, V) fp32, contiguous
+    b_s: Tensor | None,  # (≥V,)
+    b_t: Tensor | None,  # (≥V,)
+    labels: Tensor | None,  # (C,)
+    ce_weight: Tensor | None,  # (C,)
+    kd_weight: Tensor | None,  # (C,)
+    ce: Tensor,  # (C,)
+    kd: Tensor,  # (C,)
+    divergence: str,
+    param: float,
+    temperature: float,
+    cap_s: float,
+    cap_t: float,
+    ignore_index: int,
+    dz_dtype: torch.dtype | None,
+) -> Tensor | None:
+    """`rows.row_losses` by the CUDA kernel that reads a row once."""
+
+    def broken(z: Tensor | None, cap: float) -> Tensor | None:
+        # every product of a hidden state that is not finite is ±inf or NaN, so one column tells
+        return ~z[:, 0].isfinite() if z is not None and cap else None
+
+    terms = cuda.rows_(
+        z_s, z_t, b_s, b_t, labels,
+        None if ce_weight is None else ce_weight.float(),
+        None if kd_weight is None else kd_weight.float(),
+        broken(z_s, cap_s), broken(z_t, cap_t), divergence, param, temperature, cap_s, cap_t,
+        ignore_index, dz_dtype is not None, dz_dtype == torch.bfloat16,
+    )  # fmt: skip
+    ce.copy_(terms[0])
+    kd.copy_(terms[1])
+    return None if dz_dtype is None else z_s.view(dz_dtype)[:, : z_s.shape[1]]
+
+
+#: With Triton's row kernel, and with the CUDA one: the arguments of `eager.distill_rows`.
+distill_rows = functools.partial(_distill, row_losses)
+distill_rows_cuda = functools.partial(_distill, _cluster_losses)
 
 
 def _logits(block: Tensor, h: Tensor, w: Tensor, vocab: int) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mllmkd_kernels.backends.triton import tables
 from mllmkd_kernels.backends.triton.divergence import NEEDS_MEAN, gradient, terms, times
+from mllmkd_kernels.backends.triton.heads import rounded
 from mllmkd_kernels.backends.triton.tiles import (
     LOWEST,
     log_of_sum,
@@ -121,7 +122,7 @@ def write_dz(
         # slower warp may not have read yet. All warps have read tile i behind this barrier. Tiles
         # > i start at byte 4(i + 1)B and are not touched.
         tl.debug_barrier()
-    tl.store(dz + columns, g.to(dz.dtype.element_ty), columns < stride)
+    tl.store(dz + columns, rounded(g, dz.dtype.element_ty), columns < stride)
 
 
 @triton.jit
