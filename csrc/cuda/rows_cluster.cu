@@ -88,10 +88,10 @@ cudaError_t launch_rows(Divergence divergence, RowsJob job, int size, cudaStream
   const bool wide = job.vocab % 4 == 0 && aligned(job.z_s) && aligned(job.z_t);
   const Kernel kernel = wide ? kernel_of<4>(divergence) : kernel_of<1>(divergence);
   const bool teacher = job.z_t != nullptr;
-  if (size == 0) size = cluster_of(job.vocab, teacher);
-  if (size > 8 && cluster_fits(job.vocab, teacher, 8) &&
-      !Launch(kernel, job, size, stream).possible()) {
-    size = 8;
+  if (size == 0) {
+    size = cluster_of(job.vocab, teacher);
+    const bool smaller = size > 8 && cluster_fits(job.vocab, teacher, 8);
+    if (smaller && !Launch(kernel, job, size, stream).possible()) size = 8;
   }
   return Launch(kernel, job, size, stream).run();
 }
