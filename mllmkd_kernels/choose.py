@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from mllmkd_kernels.backends import cpu
+from mllmkd_kernels.backends import cpu, cuda
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
 
@@ -64,10 +64,12 @@ def _require_gpu(backend: str, device: torch.device, dtypes: tuple[torch.dtype, 
         )
     if not _triton_installed():
         raise RuntimeError(f"backend: {backend!r} was asked for, but Triton is not installed")
+    if backend == "cuda" and device.type != "cuda":
+        raise ValueError(f"backend: 'cuda' was asked for, but the tensors are on {device}")
+    if backend == "cuda" and torch.cuda.is_available() and not cuda.available(device):
+        raise RuntimeError(f"backend: 'cuda' was asked for, but {cuda.why_not(device)}")
     if device.type == "cuda":
         return
-    if backend == "cuda":
-        raise ValueError(f"backend: 'cuda' was asked for, but the tensors are on {device}")
     if not interpreted():
         raise ValueError(
             f"backend: 'triton' was asked for, but the tensors are on {device}; there Triton has "

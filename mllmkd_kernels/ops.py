@@ -31,8 +31,10 @@ def _named(backend: str) -> ModuleType:
     """The module of a backend. Triton is imported when it is first used: it takes a second, and a
     machine without a GPU need not have it.
     """
-    if backend in ("triton", "cuda"):
+    if backend == "triton":
         return importlib.import_module("mllmkd_kernels.backends.triton")
+    if backend == "cuda":
+        return importlib.import_module("mllmkd_kernels.backends.triton.clustered")
     return {"eager": eager, "cpu": cpu}[backend]
 
 

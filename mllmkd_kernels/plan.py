@@ -242,6 +242,14 @@ def _rates(s: Shapes, gpu: hardware.Gpu) -> tuple[float, int, int]:
     return (gpu.half_flops if half else gpu.single_flops), (2 if half else 4), (2 if bf16 else 4)
 
 
+def _sweeps(s: Shapes) -> int:
+    """How often the logits are gone through: log-sum-exps; values or gradient, if there is either;
+    gradient apart, where it needs a mean over the whole row.
+    """
+    teacher, gradients = s.d_t > 0, s.gradients > 0
+    return 1 + (teacher or gradients) + (teacher and gradients and s.divergence not in ONE_SWEEP)
+
+
 def _chunk_on_gpu(s: Shapes, name: str, gpu: hardware.Gpu, workspace_mb: float | None) -> Plan:
     """Every product is as slow as its FLOPs or its bytes, whichever is more; the row kernel between
     them is bytes alone.
@@ -259,7 +267,7 @@ def _chunk_on_gpu(s: Shapes, name: str, gpu: hardware.Gpu, workspace_mb: float |
     accumulated = s.vocab * s.d_s * 4
     once = product(s.d_s, 0) + (product(s.d_t, 0) if s.d_t else 0)
     once += s.want_dh * product(s.d_s, 0) + s.want_dw * product(s.d_s, 2 * accumulated)
-    reads = 1 if name == "cuda" else (2 if s.divergence in ONE_SWEEP else 3)
+    reads = 1 if name == "cuda" else _sweeps(s)
     moved = c * s.vocab * (reads * 4 * blocks + dz * (s.gradients > 0))
     seconds = chunks * (once + moved / gpu.bandwidth)
     workspace = blocks * c * s.vocab * 4 + accumulated * (s.want_dw and s.dtype.itemsize < 4)
@@ -280,7 +288,7 @@ def _stream_on_gpu(s: Shapes, gpu: hardware.Gpu, workspace_mb: float | None) -> 
     """
     rate, _, dz = _rates(s, gpu)
     columns = min(chunk_vocab(s.rows, s.vocab, dz, workspace_mb), max(s.vocab, 1))
-    sweeps = 2 + (s.gradients > 0 and s.d_t > 0 and s.divergence not in ONE_SWEEP)
+    sweeps = _sweeps(s)
     logits = 2 * s.rows * s.vocab * (s.d_s + s.d_t)
     folded = 2 * s.rows * s.vocab * s.d_s * s.gradients
     slices = -(-s.vocab // columns)

@@ -78,6 +78,24 @@ def test_a_small_budget_streams() -> None:
     assert small.algorithm == "stream" and small.workspace_bytes <= 64 * 2**20
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("d_t", [0, 2560])
+@pytest.mark.parametrize("wants", [(False, False), (True, False), (True, True)])
+def test_the_plan_counts_what_the_kernels_do(
+    wants: tuple[bool, bool], d_t: int, divergence: str
+) -> None:
+    from mllmkd_kernels.backends.triton import rows, walk
+
+    n, v, d_s = 512, 151_936, 1024
+    s = plan.Shapes(n, v, d_s, d_t, *wants, torch.bfloat16, divergence=divergence)
+    device, table = torch.device("cuda"), divergence if d_t else None
+    stream = plan.distill_plan(s, device, "triton", algorithm="stream")
+    assert stream.flops == walk.flops(n, v, d_s, d_t, table, *wants)
+    moved = rows.bytes_moved(n, v, d_t > 0, divergence, 2 if any(wants) else 0)
+    blocks = 1 + (d_t > 0)
+    assert moved == n * v * (4 * blocks * plan._sweeps(s) + 2 * any(wants))
+
+
 def test_log_probabilities() -> None:
     p = problem("ragged")
     hs, ws = p.hs.clone().requires_grad_(), p.ws.clone().requires_grad_()
@@ -121,7 +139,8 @@ def _arguments(p: Problem) -> tuple:
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(ops.linear_distill, _arguments(problem("one_row")))
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    torch.library.opcheck(ops.linear_distill, _arguments(problem("one_row")), test_utils=checks)
 
 
 def test_compile_of_a_caller() -> None:
