@@ -129,8 +129,7 @@ def compile_all(
     lock = threading.Lock()
 
     def work(version: str) -> None:
-        worker = _worker(version)
-        try:
+        with _worker(version) as worker:
             for job in _drain(waiting[version]):
                 answer = _ask(worker, job)
                 with lock:
@@ -139,9 +138,6 @@ def compile_all(
                     if "error" in answer:
                         where = f"{job.call!r}, sm_{job.arch}, Triton {version or 'installed'}"
                         found.errors.append(f"{where}: {answer['error']}")
-        finally:
-            worker.stdin.close()  # pyright: ignore
-            worker.wait()
 
     versions = list(waiting)
     share = max(1, processes // max(1, len(versions)))

@@ -28,8 +28,9 @@ def main() -> None:
     by_name = {call.name: call for call in calls.every()}
     for line in sys.stdin:
         job = json.loads(line)
-        call, rows = by_name[job["call"]], []
+        rows: list[dict[str, Any]] = []
         try:
+            call = by_name[job["call"]]
             with pretended.gpu(job["arch"], _Table(call, job["arch"], rows)):
                 call.run()
             answer: dict[str, Any] = {"rows": rows}

@@ -56,8 +56,8 @@ _HOPPER: Table = {
     "statistics": {"half": _matrix(128, 128, 64, 8, 3), "single": _matrix(64, 64, 32, 8, 2)},
     "values": {"half": _matrix(128, 64, 64, 8, 3), "single": _matrix(64, 64, 32, 8, 2)},
     "gradient": {"half": _matrix(128, 64, 64, 8, 3), "single": _matrix(64, 64, 32, 8, 2)},
-    "relation_stats": {"single": _relation(64, 32, 4, 4, 3)},
-    "relation_grad": {"single": _relation(64, 32, 4, 4, 3) | {"block_d": 64}},
+    "relation_stats": {"single": _relation(64, 32, 4, 8, 3)},
+    "relation_grad": {"single": _relation(64, 32, 4, 8, 3) | {"block_d": 64}},
 }
 
 # Compiled, not timed. 163 KB of shared memory hold the same tiles.
