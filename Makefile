@@ -35,7 +35,7 @@ EXT_STAMP := $(VENV)/.stamp-extension
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(EXT_STAMP) ## create .venv, install everything, build the C++ extension
 
@@ -45,13 +45,13 @@ test: install ## run every test that a machine without a GPU can run (ARGS=... g
 lint: $(DEPS_STAMP) ## check style and types: ruff, clang-format, pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 	$(BIN)/pyright
 
 format: $(DEPS_STAMP) ## mend what ruff and clang-format can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu,$(SOURCES))
+	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
 demo: install ## train teacher and students, write a report (SEEDS=3 DATA=easy-vqa OUT=dir GARMENTS=dir)
 	$(BIN)/python -m training demo $(strip $(DEMO_OPTIONS) $(ARGS))

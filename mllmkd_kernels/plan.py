@@ -259,18 +259,19 @@ def _chunk_on_gpu(s: Shapes, name: str, gpu: hardware.Gpu, workspace_mb: float |
     c = chunk_rows(name, s.rows, s.vocab, blocks, 4, workspace_mb)
     chunks = -(-s.rows // c)
 
-    def product(d: int, output: int) -> float:
-        flops = 2 * c * s.vocab * d
-        moved = s.vocab * d * operand + c * s.vocab * 4 + output
-        return max(flops / rate, moved / gpu.bandwidth)
+    def product(d: int, moved: int) -> float:
+        return max(2 * c * s.vocab * d / rate, moved / gpu.bandwidth)
 
-    accumulated = s.vocab * s.d_s * 4
-    once = product(s.d_s, 0) + (product(s.d_t, 0) if s.d_t else 0)
-    once += s.want_dh * product(s.d_s, 0) + s.want_dw * product(s.d_s, 2 * accumulated)
+    block, gradient_block = c * s.vocab * 4, c * s.vocab * dz
+    head_s, head_t = s.vocab * s.d_s * operand, s.vocab * s.d_t * operand
+    accumulator = s.vocab * s.d_s * 4  # read and written by every chunk
+    once = product(s.d_s, head_s + block) + (product(s.d_t, head_t + block) if s.d_t else 0)
+    once += s.want_dh * product(s.d_s, head_s + gradient_block)
+    once += s.want_dw * product(s.d_s, gradient_block + 2 * accumulator)
     reads = 1 if name == "cuda" else _sweeps(s)
-    moved = c * s.vocab * (reads * 4 * blocks + dz * (s.gradients > 0))
+    moved = reads * blocks * block + gradient_block * (s.gradients > 0)
     seconds = chunks * (once + moved / gpu.bandwidth)
-    workspace = blocks * c * s.vocab * 4 + accumulated * (s.want_dw and s.dtype.itemsize < 4)
+    workspace = blocks * block + accumulator * (s.want_dw and s.dtype.itemsize < 4)
     return Plan(
         name, "chunk", c, s.vocab, workspace, _saved_bytes(s, 4), s.floor_flops, s.floor_flops,
         seconds, s.floor_flops / rate,
