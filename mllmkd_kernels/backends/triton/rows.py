@@ -35,10 +35,6 @@ from mllmkd_kernels.backends.triton.tiles import (
     softcap_slope,
 )
 
-#: A row of at most this many blocks stays in registers: 8,192 logits of both models are 64
-#: registers a thread at 8 warps.
-WHOLE_BLOCKS = 2
-
 #: Rows of a logit block start this many elements apart, or a multiple: 64 bytes in fp32.
 ALIGN = 16
 
@@ -311,9 +307,9 @@ def row_losses(
 
 
 def whole_block(vocab: int, block: int) -> int:
-    """The block that holds a whole row, 0 where it would be too large to stay in registers."""
+    """The block that holds a whole row, 0 where `block`, what stays in registers, is shorter."""
     needed = triton.next_power_of_2(vocab)
-    return needed if needed <= WHOLE_BLOCKS * block else 0
+    return needed if needed <= block else 0
 
 
 def bytes_moved(
