@@ -61,7 +61,15 @@ def _verdict(method: Method, problem: Problem, expected: truth.Truth) -> Verdict
         return Verdict("ok")  # matrix products without a loss: there is nothing to be right about
     try:
         found = truth.errors(method, problem, expected)
-    except Exception as error:  # other people's code: whatever it raises becomes a row
-        return Verdict("failed", f"{type(error).__name__}: {error}")
+    except (Exception, SystemExit) as error:  # other people's code: whatever it raises is a row
+        return Verdict("failed", said(error))
+    finally:
+        problem.forget_gradients()  # what a method left when it failed is not the next one's
     wrong = truth.verdict(found, problem.case.dtype)
     return Verdict("wrong" if wrong else "ok", wrong, found)
+
+
+def said(error: BaseException) -> str:
+    """Type and first line of what was raised; the rest of it, a compiler's say, names folders."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
