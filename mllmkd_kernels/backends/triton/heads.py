@@ -25,9 +25,6 @@ from mllmkd_kernels.backends.triton.tiles import softcap
 #: by cutting bits off. Both are mended where it runs.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
-#: In how many parts a tile's logits are dealt with: see `parts_of`. The interpreter spills nothing.
-PARTS = 1 if INTERPRETED.value else 8
-
 
 @triton.jit
 def _operand(x, first, k, count, D: tl.constexpr, TMA: tl.constexpr, ROWS: tl.constexpr,
@@ -38,13 +35,14 @@ def _operand(x, first, k, count, D: tl.constexpr, TMA: tl.constexpr, ROWS: tl.co
     if TMA:
         tile = x.load([first, k])
     else:
-        rows = tl.minimum(first + tl.arange(0, ROWS), count - 1).to(tl.int64)
-        columns = k + tl.arange(0, COLUMNS)
-        places = x + rows[:, None] * D + columns[None, :]
+        # offsets within the tile are int32, which saves registers; the tile's own is int64
+        rows = tl.minimum(tl.arange(0, ROWS), count - 1 - first)
+        columns = tl.arange(0, COLUMNS)
+        places = x + tl.cast(first, tl.int64) * D + k + (rows[:, None] * D + columns[None, :])
         if D % COLUMNS == 0:
             tile = tl.load(places)
         else:
-            tile = tl.load(places, mask=(columns < D)[None, :], other=0.0)
+            tile = tl.load(places, mask=(columns < D - k)[None, :], other=0.0)
     return tile
 
 
@@ -114,11 +112,15 @@ class Head:
 
     @property
     def tma(self) -> bool:
-        """Can tensor descriptors load it? Rows of whole 16-byte units, and a machine with TMA."""
-        aligned = self.h.numel() > 0 and all(
-            x.data_ptr() % 16 == 0 and x.shape[1] * x.itemsize % 16 == 0 for x in (self.h, self.w)
+        """Should tensor descriptors load it? Where tensor cores multiply it and the machine has
+        TMA: rows of whole 16-byte units. (fp32 is multiplied by FMAs, and spills fed that way.)
+        """
+        both = (self.h, self.w)
+        aligned = all(
+            x.data_ptr() % 16 == 0 and x.itemsize == 2 and x.shape[1] % 8 == 0 for x in both
         )
-        return aligned and self.h.is_cuda and torch.cuda.get_device_capability(self.h.device)[0] > 8
+        able = self.h.is_cuda and torch.cuda.get_device_capability(self.h.device)[0] > 8
+        return able and aligned and self.h.numel() > 0
 
     def operands(self, tma: bool, launch: dict[str, int]) -> tuple[Any, Any]:
         """h and w as a kernel takes them."""

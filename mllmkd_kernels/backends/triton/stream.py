@@ -26,7 +26,7 @@ from mllmkd_kernels.backends.triton import tables
 from mllmkd_kernels.backends.triton.divergence import gradient as divergence_gradient
 from mllmkd_kernels.backends.triton.divergence import terms, times
 from mllmkd_kernels.backends.triton.heads import (
-    PARTS,
+    INTERPRETED,
     Head,
     logits,
     part_columns,
@@ -46,6 +46,14 @@ FACTS = 11
 
 #: Row blocks that are dealt out together: 16 blocks of 128 rows of D 2,560 are 10 MiB of L2.
 GROUP_BLOCKS = 16
+
+#: Columns of a part of a tile, see `heads.parts_of`: few enough for no divergence to spill. In
+#: `gradient` a part is also written, a row of it being a sector of 32 bytes of bf16.
+PART_COLUMNS = {"statistics": 16, "values": 8, "gradient": 16}
+
+#: Width of a tile of `values` that is loaded by pointers: they take registers of their own, and at
+#: 128 columns jsd spills 72 bytes on sm_90.
+POINTER_COLUMNS = 64
 
 #: Rows of a merge program.
 MERGE_ROWS = 128
@@ -76,6 +84,12 @@ def _place(program, blocks, GROUP: tl.constexpr):
 @triton.jit
 def _fact(facts, which, n, rows):
     return tl.load(facts + which * n + rows, mask=rows < n, other=0.0)[:, None]
+
+
+@triton.jit
+def _log_probability(z, facts, TOP, LOG, n, rows, scale):
+    """log softmax(z · scale) of a part of a tile."""
+    return (z - _fact(facts, TOP, n, rows)) * scale - _fact(facts, LOG, n, rows)
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -162,8 +176,6 @@ def values_kernel(
     rows = row + tl.arange(0, BLOCK_N)
     value = tl.zeros((BLOCK_N,), tl.float32)
     mean = tl.zeros((BLOCK_N,), tl.float32)
-    top_s, log_s = _fact(facts, TOP_S, n, rows), _fact(facts, LOG_S, n, rows)
-    top_t, log_t = _fact(facts, TOP_T, n, rows), _fact(facts, LOG_T, n, rows)
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(vocab, BLOCK_V))):
         product_s = product_tile(hs, ws, row, tile * BLOCK_V, n, vocab, D_S, TMA,
                                  BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
@@ -173,8 +185,10 @@ def values_kernel(
         parts_t = parts_of(product_t, BLOCK_N, BLOCK_V, PARTS)
         for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
             columns = part_columns(tile * BLOCK_V, part, BLOCK_V // PARTS)
-            log_q = (logits(parts_s[part], bs, columns, vocab, CAP_S) - top_s) * scale - log_s
-            log_p = (logits(parts_t[part], bt, columns, vocab, CAP_T) - top_t) * scale - log_t
+            z_s = logits(parts_s[part], bs, columns, vocab, CAP_S)
+            z_t = logits(parts_t[part], bt, columns, vocab, CAP_T)
+            log_q = _log_probability(z_s, facts, TOP_S, LOG_S, n, rows, scale)
+            log_p = _log_probability(z_t, facts, TOP_T, LOG_T, n, rows, scale)
             f, slope = terms(log_p, log_q, param, NAME)
             value += tl.sum(f, 1)
             mean += tl.sum(times(tl.exp(log_q), slope), 1)
@@ -245,6 +259,11 @@ def _launch(kernel: str, heads: tuple[Head, ...], override: dict[str, int] | Non
     return {**tables.launch(kernel, heads[0].h.device, plain), **(override or {})}
 
 
+def parts(kernel: str, launch: dict[str, int]) -> int:
+    """How many parts a tile is dealt with in. The interpreter spills nothing, and likes few."""
+    return 1 if INTERPRETED.value else max(1, launch["BLOCK_V"] // PART_COLUMNS[kernel])
+
+
 def processors(device: torch.device) -> int:
     """How many programs run side by side."""
     if device.type != "cuda":
@@ -299,7 +318,7 @@ def statistics(
     arguments: list[Any] = [*head.operands(tma, use), head.bias, labels, partial, n, vocab, tiles]
     arguments.append(scale)
     constants = {"D": d, "CAP": head.cap, "TWO_SCALES": two_scales, "TMA": tma}
-    constants |= {"GROUP": GROUP_BLOCKS, "PARTS": PARTS}
+    constants |= {"GROUP": GROUP_BLOCKS, "PARTS": parts("statistics", use)}
     grid = (triton.cdiv(n, use["BLOCK_N"]) * splits,)
     statistics_kernel[grid](*arguments, **(constants | use))
     grid = (triton.cdiv(n, MERGE_ROWS),)
@@ -320,14 +339,17 @@ def values(
 ) -> Tensor:
     """(2, N) fp32: D and Σ q·slope of every row."""
     n = student.h.shape[0]
-    use = _launch("values", (student, teacher), launch)
-    splits, tiles = _splits(n, vocab, student.h.device, use)
     tma = student.tma and teacher.tma if tma is None else tma
+    use = _launch("values", (student, teacher), launch)
+    if student.h.is_cuda and not tma and launch is None:
+        use["BLOCK_V"] = min(use["BLOCK_V"], POINTER_COLUMNS)
+    splits, tiles = _splits(n, vocab, student.h.device, use)
     partial = facts.new_empty(splits, 2, n)
     arguments: list[Any] = [*student.operands(tma, use), student.bias]
     arguments += [*teacher.operands(tma, use), teacher.bias]
     arguments += [facts, partial, n, vocab, tiles, scale, param, divergence]
-    constants = {**_widths(student, teacher), "TMA": tma, "GROUP": GROUP_BLOCKS, "PARTS": PARTS}
+    constants = {**_widths(student, teacher), "TMA": tma, "GROUP": GROUP_BLOCKS}
+    constants["PARTS"] = parts("values", use)
     values_kernel[(triton.cdiv(n, use["BLOCK_N"]) * splits,)](*arguments, **(constants | use))
     return partial.sum(0)
 
@@ -359,7 +381,8 @@ def gradient(
     arguments += [None] * 3 if teacher is None else [*teacher.operands(tma, use), teacher.bias]
     arguments += [labels, facts, dz, partial, n, columns.start, columns.stop, dz.stride(0)]
     arguments += [scale, param, divergence]
-    constants = {**_widths(student, teacher), "TMA": tma, "GROUP": GROUP_BLOCKS, "PARTS": PARTS}
+    constants = {**_widths(student, teacher), "TMA": tma, "GROUP": GROUP_BLOCKS}
+    constants["PARTS"] = parts("gradient", use)
     constants["TWO_SCALES"] = two_scales
     gradient_kernel[(triton.cdiv(n, use["BLOCK_N"]) * tiles,)](*arguments, **(constants | use))
     return None if partial is None else partial.sum(0)
