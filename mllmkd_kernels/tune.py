@@ -88,7 +88,7 @@ def search(
     from mllmkd_kernels.backends.triton import tables
 
     run = job.prepare(sizes, device)
-    before = tables.built_in(job.kernel, device, job.dtype)
+    before = tables.built_in(job.kernel, device, job.dtype, tma=job.kind == "half")
     expected = run(before)
     fit, refused = [before], []
     for launch in job.candidates:

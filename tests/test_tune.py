@@ -90,6 +90,7 @@ def test_one_percent_does_not_move_the_built_in_parameters() -> None:
 
 def test_every_kernel_of_the_tables_is_tuned_with_parameters_of_its_kind() -> None:
     wanted = {(k, kind) for k, kinds in tables.TABLES[90].items() for kind in kinds}
+    wanted = {(k, kind) for k, kind in wanted if kind != "half-tma"}  # "half" on such a GPU
     assert {(job.kernel, job.kind) for job in JOBS.values()} == wanted
     for job in JOBS.values():
         keys = set(tables.TABLES[90][job.kernel][job.kind])

@@ -3,7 +3,8 @@ a user's first step.
 
 An entry belongs to a kernel and a class of operands, "half" (bf16, fp16) or "single" (fp32):
 matrix-product kernels need other tiles for other element sizes, and a row kernel's operands are
-fp32 logits whatever the model's dtype. Architectures are 10 · major + minor of the compute
+fp32 logits whatever the model's dtype. "half-tma" is "half" loaded through tensor descriptors,
+where another tile is better then. Architectures are 10 · major + minor of the compute
 capability; an unknown newer one takes the nearest lower table.
 
 ``python -m mllmkd_kernels.tune`` writes a file with measured entries for the GPU it ran on, and
@@ -47,15 +48,19 @@ def _row(block: int, warps: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": warps, "num_stages": 1}
 
 
-# Compiled, not timed: no spills for sm_90 and sm_100 (`make gpu-offline` prints the registers).
-# A thread has 255 registers. `values` and `gradient` hold a tile of both models and the terms of a
-# divergence on top: at 128 × 128 and 8 warps they spill 15 (forward KL) to 1,118 times (JSD), at
-# 128 × 64 never, with 126 to 192 registers.
+# Compiled, not timed: no spills for sm_90 (`make gpu-offline` prints the registers). A thread has
+# 255 registers. `values` and `gradient` hold a tile of both models and the terms of a divergence on
+# top. `gradient` with descriptors takes 128 × 128 (213 to 246 registers); loaded by pointers it
+# spills there, and `values` does for one divergence (255, two spills), so they take 128 × 64.
 _HOPPER: Table = {
     "rows": {"single": _row(4096, 8)},
     "statistics": {"half": _matrix(128, 128, 64, 8, 3), "single": _matrix(64, 64, 32, 8, 2)},
     "values": {"half": _matrix(128, 64, 64, 8, 3), "single": _matrix(64, 64, 32, 8, 2)},
-    "gradient": {"half": _matrix(128, 64, 64, 8, 3), "single": _matrix(64, 64, 32, 8, 2)},
+    "gradient": {
+        "half-tma": _matrix(128, 128, 64, 8, 3),
+        "half": _matrix(128, 64, 64, 8, 3),
+        "single": _matrix(64, 64, 32, 8, 2),
+    },
     "relation_stats": {"single": _relation(64, 32, 4, 8, 3)},
     "relation_grad": {"single": _relation(64, 32, 4, 8, 3) | {"block_d": 64}},
 }
@@ -83,8 +88,11 @@ INTERPRETER: Table = {
 _overrides: dict[str, dict[str, int]] = {}
 
 
-def launch(kernel: str, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, int]:
-    """Launch parameters of `kernel` on `device` for operands of `dtype`; the caller's to change.
+def launch(
+    kernel: str, device: torch.device, dtype: torch.dtype = torch.float32, tma: bool = False
+) -> dict[str, int]:
+    """Launch parameters of `kernel` on `device` for operands of `dtype`, loaded through tensor
+    descriptors or not; the caller's to change.
 
     Raises:
         ValueError: no such kernel, or a user's table that cannot be read.
@@ -92,8 +100,8 @@ def launch(kernel: str, device: torch.device, dtype: torch.dtype = torch.float32
     if kernel in _overrides:
         return dict(_overrides[kernel])
     if device.type == "cpu":
-        return dict(_entry(INTERPRETER, kernel, dtype))
-    return dict(_for_gpu(kernel, dtype, *_gpu(device)))
+        return dict(_entry(INTERPRETER, kernel, dtype, tma))
+    return dict(_for_gpu(kernel, dtype, tma, *_gpu(device)))
 
 
 @contextmanager
@@ -111,12 +119,12 @@ def overridden(kernel: str, parameters: dict[str, int]) -> Iterator[None]:
 
 
 def built_in(
-    kernel: str, device: torch.device, dtype: torch.dtype = torch.float32
+    kernel: str, device: torch.device, dtype: torch.dtype = torch.float32, tma: bool = False
 ) -> dict[str, int]:
     """As `launch`, whatever a user's table says."""
     if device.type == "cpu":
-        return dict(_entry(INTERPRETER, kernel, dtype))
-    return dict(_entry(TABLES[architecture(_gpu(device)[1])], kernel, dtype))
+        return dict(_entry(INTERPRETER, kernel, dtype, tma))
+    return dict(_entry(TABLES[architecture(_gpu(device)[1])], kernel, dtype, tma))
 
 
 def architecture(capability: int) -> int:
@@ -222,16 +230,23 @@ def _checked(path: Path, field: str, kernel: str, kind: str, entry: Any) -> dict
 # --- look-up --------------------------------------------------------------------------------------
 
 
-def kind_of(dtype: torch.dtype) -> str:
-    """The class of operands of a dtype: "half" or "single"."""
-    return "half" if dtype.itemsize == 2 else "single"
+def kinds_of(dtype: torch.dtype, tma: bool) -> tuple[str, ...]:
+    """The classes of operands that an entry may stand under, the best first."""
+    if dtype.itemsize != 2:
+        return ("single",)
+    return (*(("half-tma",) if tma else ()), "half", "single")
 
 
-def _entry(table: Table, kernel: str, dtype: torch.dtype) -> dict[str, int]:
+def _find(kinds: dict[str, dict[str, int]], dtype: torch.dtype, tma: bool) -> dict[str, int] | None:
+    return next((kinds[kind] for kind in kinds_of(dtype, tma) if kind in kinds), None)
+
+
+def _entry(table: Table, kernel: str, dtype: torch.dtype, tma: bool) -> dict[str, int]:
     if kernel not in table:
         raise ValueError(f"kernel: got {kernel!r}, expected one of {', '.join(table)}")
-    kinds = table[kernel]
-    return kinds.get(kind_of(dtype)) or kinds["single"]
+    found = _find(table[kernel], dtype, tma)
+    assert found is not None, f"{kernel} has no entry for fp32"
+    return found
 
 
 def _gpu(device: torch.device) -> tuple[str, int]:
@@ -241,11 +256,15 @@ def _gpu(device: torch.device) -> tuple[str, int]:
 
 
 @functools.cache
-def _for_gpu(kernel: str, dtype: torch.dtype, name: str, capability: int) -> dict[str, int]:
-    built_in = _entry(TABLES[architecture(capability)], kernel, dtype)
+def _for_gpu(
+    kernel: str, dtype: torch.dtype, tma: bool, name: str, capability: int
+) -> dict[str, int]:
+    built_in = _entry(TABLES[architecture(capability)], kernel, dtype, tma)
     path = path_of_user_table()
     if path is None:
         return built_in
-    kinds = read(path).get(name, {}).get(kernel, {})
-    kind = kind_of(dtype) if kind_of(dtype) in TABLES[90][kernel] else "single"
-    return kinds.get(kind, built_in)
+    table = read(path).get(name, {}).get(kernel, {})
+    # What was measured for fp32 says nothing of 16 bits where the built-in table knows both.
+    if "half" in TABLES[90][kernel] and dtype.itemsize == 2:
+        table = {kind: entry for kind, entry in table.items() if kind != "single"}
+    return _find(table, dtype, tma) or built_in
