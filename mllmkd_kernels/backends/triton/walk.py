@@ -25,9 +25,9 @@ from mllmkd_kernels.backends.triton import stream
 from mllmkd_kernels.backends.triton.divergence import NEEDS_MEAN
 from mllmkd_kernels.backends.triton.heads import Head
 
-#: Columns are taken in multiples of this, the width of a tile, so that a logit comes out of the same
-#: tile in every sweep. Where logits are 1e4, one that is an ulp off the maximum that an earlier
-#: sweep found has a probability that is wrong by 0.2%.
+#: Columns are taken in multiples of a tile's width, so that a logit comes out of the same tile in
+#: every sweep. Where logits are 1e4, one that is an ulp off the maximum that an earlier sweep found
+#: has a probability that is wrong by 0.2%.
 ALIGNED = 128
 
 #: Fewer columns at a time than this would leave most of a GPU idle.
