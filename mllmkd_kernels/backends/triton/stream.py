@@ -51,10 +51,6 @@ GROUP_BLOCKS = 16
 #: `gradient` a part is also written, a row of it being a sector of 32 bytes of bf16.
 PART_COLUMNS = {"statistics": 16, "values": 8, "gradient": 16}
 
-#: Width of a tile of `values` that is loaded by pointers: they take registers of their own, and at
-#: 128 columns jsd spills 72 bytes on sm_90.
-POINTER_COLUMNS = 64
-
 #: Rows of a merge program.
 MERGE_ROWS = 128
 
@@ -252,11 +248,13 @@ def gradient_kernel(
 # --- launchers ------------------------------------------------------------------------------------
 
 
-def _launch(kernel: str, heads: tuple[Head, ...], override: dict[str, int] | None) -> dict:
+def _launch(
+    kernel: str, heads: tuple[Head, ...], tma: bool, override: dict[str, int] | None
+) -> dict[str, int]:
     """The table's parameters; operands of unequal dtypes are fp32 when they are multiplied."""
     dtypes = {x.dtype for head in heads for x in (head.h, head.w)}
     plain = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    return {**tables.launch(kernel, heads[0].h.device, plain), **(override or {})}
+    return {**tables.launch(kernel, heads[0].h.device, plain, tma), **(override or {})}
 
 
 def parts(kernel: str, launch: dict[str, int]) -> int:
@@ -311,9 +309,9 @@ def statistics(
     `two_scales`, and the logit of the label.
     """
     n, d = head.h.shape
-    use = _launch("statistics", (head,), launch)
-    splits, tiles = _splits(n, vocab, head.h.device, use)
     tma = head.tma if tma is None else tma
+    use = _launch("statistics", (head,), tma, launch)
+    splits, tiles = _splits(n, vocab, head.h.device, use)
     partial = found.new_empty(splits, 4, n)
     arguments: list[Any] = [*head.operands(tma, use), head.bias, labels, partial, n, vocab, tiles]
     arguments.append(scale)
@@ -340,9 +338,7 @@ def values(
     """(2, N) fp32: D and Σ q·slope of every row."""
     n = student.h.shape[0]
     tma = student.tma and teacher.tma if tma is None else tma
-    use = _launch("values", (student, teacher), launch)
-    if student.h.is_cuda and not tma and launch is None:
-        use["BLOCK_V"] = min(use["BLOCK_V"], POINTER_COLUMNS)
+    use = _launch("values", (student, teacher), tma, launch)
     splits, tiles = _splits(n, vocab, student.h.device, use)
     partial = facts.new_empty(splits, 2, n)
     arguments: list[Any] = [*student.operands(tma, use), student.bias]
@@ -373,8 +369,8 @@ def gradient(
     """Fill `dz` for the tokens `columns`; returns their share of D, (N,), if wanted."""
     n = student.h.shape[0]
     heads = (student,) if teacher is None else (student, teacher)
-    use = _launch("gradient", heads, launch)
     tma = all(head.tma for head in heads) if tma is None else tma
+    use = _launch("gradient", heads, tma, launch)
     tiles = triton.cdiv(columns.stop - columns.start, use["BLOCK_V"])
     partial = facts.new_empty(tiles, n) if want_values else None
     arguments: list[Any] = [*student.operands(tma, use), student.bias]
