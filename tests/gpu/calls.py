@@ -83,6 +83,9 @@ def _distill(algorithm: str) -> list[Call]:
         call("mixed dtypes", NOTHING, shape=Shape(head_dtype=torch.float32)),
         call("odd sizes", NOTHING, shape=Shape(1001, 50257, 897, 2049)),
         call("small vocabulary", shape=Shape(vocab=4096)),
+        # Rows that the row kernel keeps in registers: the longest, by either table.
+        call("small vocabulary, skewed", divergence="skew_reverse_kl", shape=Shape(vocab=4096)),
+        call("tiny vocabulary, skewed", divergence="skew_reverse_kl", shape=Shape(vocab=2048)),
     ]
     return calls
 
