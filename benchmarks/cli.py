@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import accuracy, memory, methods, readme, record, report, speed, targets
+from benchmarks import accuracy, memory, methods, readme, record, report, speed, step, targets
 from benchmarks.shapes import SUITES, Suite
 from benchmarks.vetting import Vetting
 
@@ -20,8 +20,9 @@ ROOT = Path(__file__).parent.parent
 
 DESCRIPTION = """\
 Measures the losses of mllmkd_kernels against plain PyTorch, the matrix products alone and other
-projects where they are installed. Every method's loss and gradients are compared with fp64 before
-it is measured. Prints tables and which promises hold, writes JSON and a report page with plots."""
+projects where they are installed, and whole training steps with either. Every method's loss and
+gradients are compared with fp64 before it is measured. Prints tables and which promises hold,
+writes JSON and a report page with plots."""
 
 EPILOG = """\
 examples:
@@ -46,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
         ("speed", "time of forward and backward, interleaved, over floor and against eager"),
         ("memory", "peak memory beyond inputs and gradients, each in a fresh process"),
         ("accuracy", "loss and gradient error as the student converges"),
-        ("all", "speed, memory and accuracy"),
+        ("step", "whole training steps: tokens a second, peak memory, largest batch"),
+        ("all", "speed, memory, accuracy and step"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         _measuring_options(command)
@@ -59,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _measuring_options(command: argparse.ArgumentParser) -> None:
-    """What speed, memory, accuracy and all have in common."""
+    """What all commands that measure have in common."""
     suites = "; ".join(f"{suite.name}: {suite.note}" for suite in SUITES.values())
     command.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu"
@@ -148,6 +150,7 @@ def _sections(
         "speed": speed.steps(suite, only, rounds),
         "memory": memory.steps(suite, only),
         "accuracy": accuracy.steps(suite, only),
+        "step": step.steps(suite, only, rounds),
     }
     vetting = Vetting(suite.device)
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
@@ -164,6 +167,8 @@ def _sections(
             found["memory"] = memory.measure(suite, only, vetting, tick)
         if "accuracy" in parts:
             found["accuracy"] = accuracy.measure(suite, only, tick)
+        if "step" in parts:
+            found["step"] = step.measure(suite, only, rounds, tick)
     return found
 
 

@@ -14,8 +14,9 @@ from benchmarks.tables import markdown, tables
 
 CAPTIONS = {
     "time_over_floor": "Time over the matrix products alone.",
-    "memory_against_rows": "Peak memory beyond inputs and gradients.",
+    "memory_against_size": "Peak memory beyond inputs and gradients.",
     "accuracy_ladder": "Relative gradient error as the student converges.",
+    "training_step": "Whole training steps: tokens a second, peak memory, largest batch.",
 }
 
 

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import choose, ops, plan
@@ -29,26 +27,9 @@ from tests.problems import (
     run,
 )
 from tests.tolerances import check
+from tests.watch import Watch, inside_operators
 
 SIGNATURES = ("distill_rows", "logprob_rows", "logprob_grad", "relation_stats", "relation_grad")
-
-
-class Watch(TorchDispatchMode):
-    """Records the entries of the largest tensor made and the FLOPs of matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest, self.flops = 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.untyped_storage().nbytes():
-            self.largest = max(self.largest, out.untyped_storage().nbytes() // out.itemsize)
-        name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "addmm_"):
-            a, b = args[-2:]
-            self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        return out
 
 
 @contextmanager
@@ -172,7 +153,7 @@ def test_products_are_those_of_the_plan(grad_h: bool, grad_w: bool, with_teacher
     chosen = plan.distill_plan(shapes, torch.device("cpu"), "eager")
     with Watch() as watch:
         _distill_rows(p, "forward_kl", (grad_h, grad_w, False), with_teacher)
-    assert watch.flops == chosen.flops == chosen.floor_flops
+    assert watch.tally.flops == chosen.flops == chosen.floor_flops
 
 
 def _distill_rows(
@@ -193,7 +174,7 @@ def test_the_eager_backend_never_holds_the_logits() -> None:
     p = near_converged(0.1, n=96, v=2048, d=4)
     with Watch() as watch:
         _distill_rows(p, "jsd", (True, True, False))
-    assert watch.largest == 8 * 2048
+    assert watch.tally.largest == 8 * 2048
 
 
 def test_the_relation_never_holds_its_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,35 +184,12 @@ def test_the_relation_never_holds_its_matrix(monkeypatch: pytest.MonkeyPatch) ->
     hs, ht = torch.randn(300, 8, requires_grad=True), torch.randn(300, 12)
     ws, wt = torch.randn(5000, 8, requires_grad=True), torch.randn(5000, 12)
     for cap in (None, 3.0):
-        with _inside_operators() as watches:
+        with inside_operators() as seen:
             mk.fused_linear_relation(
                 hs, ws, ht, wt, backend="eager", student_softcap=cap
             ).backward()
         # The largest: the heads' own gradient, or a vocabulary slice of one image's logits.
-        assert 0 < max(w.largest for w in watches) <= max(ws.numel(), 300 * 500)
-
-
-@contextmanager
-def _inside_operators() -> Iterator[list[Watch]]:
-    """Watches that see what the operators' implementations do: a dispatch mode around the caller
-    sees an operator only as one call.
-    """
-    watches: list[Watch] = []
-    patch = pytest.MonkeyPatch()
-    for module, name in ((ops.gram, "gram"), (ops.gram, "gram_backward"), (ops.gram, "relation"),
-                         (ops.softcapped, "relation")):  # fmt: skip
-        original = getattr(module, name)
-
-        def watched(*arguments: Any, original: Any = original) -> Any:
-            with Watch() as watch:
-                watches.append(watch)
-                return original(*arguments)
-
-        patch.setattr(module, name, watched)
-    try:
-        yield watches
-    finally:
-        patch.undo()
+        assert 0 < seen.largest <= max(ws.numel(), 300 * 500)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
