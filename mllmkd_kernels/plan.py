@@ -250,6 +250,11 @@ def _sweeps(s: Shapes) -> int:
     return 1 + (teacher or gradients) + (teacher and gradients and s.divergence not in ONE_SWEEP)
 
 
+def _masked_rows(s: Shapes, operand: int) -> int:
+    """dW multiplies a copy of the hidden states in which rows without weight are 0."""
+    return s.rows * s.d_s * operand * s.want_dw
+
+
 def _chunk_on_gpu(s: Shapes, name: str, gpu: hardware.Gpu, workspace_mb: float | None) -> Plan:
     """Every product is as slow as its FLOPs or its bytes, whichever is more; the row kernel between
     them is bytes alone.
@@ -271,7 +276,8 @@ def _chunk_on_gpu(s: Shapes, name: str, gpu: hardware.Gpu, workspace_mb: float |
     reads = 1 if name == "cuda" else _sweeps(s)
     moved = reads * blocks * block + gradient_block * (s.gradients > 0)
     seconds = chunks * (once + moved / gpu.bandwidth)
-    workspace = blocks * block + accumulator * (s.want_dw and s.dtype.itemsize < 4)
+    workspace = blocks * block + _masked_rows(s, operand)
+    workspace += accumulator * (s.want_dw and s.dtype.itemsize < 4)
     return Plan(
         name, "chunk", c, s.vocab, workspace, _saved_bytes(s, 4), s.floor_flops, s.floor_flops,
         seconds, s.floor_flops / rate,
@@ -287,7 +293,7 @@ def _stream_on_gpu(s: Shapes, gpu: hardware.Gpu, workspace_mb: float | None) -> 
     """Both heads are multiplied once for the statistics and once more for gradients or values; a
     third time where the gradient needs a mean over the whole row first.
     """
-    rate, _, dz = _rates(s, gpu)
+    rate, operand, dz = _rates(s, gpu)
     columns = min(chunk_vocab(s.rows, s.vocab, dz, workspace_mb), max(s.vocab, 1))
     sweeps = _sweeps(s)
     logits = 2 * s.rows * s.vocab * (s.d_s + s.d_t)
@@ -296,7 +302,7 @@ def _stream_on_gpu(s: Shapes, gpu: hardware.Gpu, workspace_mb: float | None) -> 
     moved = s.rows * s.vocab * dz * (1 + s.gradients) * (s.gradients > 0)
     moved += slices * s.rows * s.d_s * 8 * s.want_dh  # dh is read and written by every slice
     seconds = sweeps * logits / (rate * STREAM_EFFICIENCY) + folded / rate + moved / gpu.bandwidth
-    workspace = s.rows * columns * dz * (s.gradients > 0)
+    workspace = s.rows * columns * dz * (s.gradients > 0) + _masked_rows(s, operand)
     return Plan(
         "triton", "stream", s.rows, columns, workspace, _saved_bytes(s, 4),
         sweeps * logits + folded, s.floor_flops, seconds, s.floor_flops / rate,

@@ -75,7 +75,8 @@ def test_a_small_budget_streams() -> None:
     cuda = torch.device("cuda")
     assert plan.distill_plan(big, cuda, "triton").algorithm == "chunk"
     small = plan.distill_plan(big, cuda, "triton", workspace_mb=64.0)
-    assert small.algorithm == "stream" and small.workspace_bytes <= 64 * 2**20
+    copy = 8192 * 1024 * 2  # of the hidden states, for dW
+    assert small.algorithm == "stream" and small.workspace_bytes <= 64 * 2**20 + copy
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])

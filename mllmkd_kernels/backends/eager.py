@@ -58,7 +58,7 @@ def distill_rows(
     ce, kd = (torch.zeros(hs.shape[0], dtype=acc, device=hs.device) for _ in range(2))
     loss = torch.zeros((), dtype=torch.float64, device=hs.device)
     grads = Gradients(hs, ws, acc, want_dh, want_dw, want_db)
-    _check_labels(labels, vocab, ignore_index)
+    check_labels(labels, vocab, ignore_index)
     for rows in chunks(hs.shape[0], chunk_rows):
         z = _softcap_(_logits(hs[rows], ws, bs, vocab, acc), cap_s, hs[rows])
         dz = torch.zeros_like(z) if grads.wanted else None
@@ -78,7 +78,7 @@ def distill_rows(
                 da = div.gradients(table, log_p, log_q)
                 dz += _scale_rows(da, weight / temperature)
         if dz is not None:
-            dead = _dead_rows(hs, rows, labels, ce_weight, kd_weight, ignore_index)
+            dead = dead_rows(hs, rows, labels, ce_weight, kd_weight, ignore_index)
             grads.add(rows, _through_softcap_(dz, z, cap_s), dead=dead)
     return loss.to(acc), ce, kd, *grads.result()
 
@@ -99,7 +99,7 @@ def logprob_rows(
     """
     acc = accumulation_dtype(h, w, b)
     logp, lse = (torch.zeros(h.shape[0], dtype=acc, device=h.device) for _ in range(2))
-    _check_labels(labels, vocab, ignore_index)
+    check_labels(labels, vocab, ignore_index)
     for rows in chunks(h.shape[0], chunk_rows):
         a = _softcap_(_logits(h[rows], w, b, vocab, acc), cap, h[rows]).div_(temperature)
         lse[rows] = _logsumexp(a)
@@ -229,7 +229,7 @@ def _scale_rows(dz: Tensor, weight: Tensor) -> Tensor:
     return scaled.masked_fill_((weight == 0)[:, None], 0)
 
 
-def _dead_rows(
+def dead_rows(
     hs: Tensor,
     rows: slice,
     labels: Tensor | None,
@@ -256,7 +256,7 @@ def _cross_entropy(
     return (lse - _at_label(z, labels, ignore_index)).masked_fill_(ignored, 0)
 
 
-def _check_labels(labels: Tensor | None, vocab: int, ignore_index: int) -> None:
+def check_labels(labels: Tensor | None, vocab: int, ignore_index: int) -> None:
     """On the CPU, where looking costs nothing, a label outside the vocabulary is named;
     elsewhere asserted on device.
     """

@@ -9,9 +9,11 @@ On a machine without a GPU the kernels run in Triton's interpreter, on CPU tenso
     tiles.py       helpers that kernels share
     rows.py        chunk: a block of logits → row terms and gradient block
     chunk.py       chunk: GEMM, rows, GEMM
+    heads.py       stream: a tile of logits, multiplied in registers
     stream.py      stream: kernels that multiply tiles of both heads and keep statistics
     walk.py        stream: sweeps over the vocabulary and the functions of the backend
     relation.py    tiles of R_s and R_t
+    clustered.py   the same functions, with the CUDA row kernel
     tables.py      launch parameters per architecture
 """
 

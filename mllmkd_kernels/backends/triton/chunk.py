@@ -50,10 +50,10 @@ def _distill(
         labels = ce_weight = None
     if ht is None or wt is None or kd_weight is None:
         ht = wt = kd_weight = None
-    eager._check_labels(labels, vocab, ignore_index)
+    eager.check_labels(labels, vocab, ignore_index)
     n = hs.shape[0]
     every = slice(0, n)
-    dead = eager._dead_rows(hs, every, labels, ce_weight, kd_weight, ignore_index)
+    dead = eager.dead_rows(hs, every, labels, ce_weight, kd_weight, ignore_index)
     # The kernel writes dz = 0 for rows without weight; 0 · NaN of their hidden states would be NaN.
     alive = hs.masked_fill(dead[:, None], 0) if want_dw else hs
     grads = products.Gradients(alive, ws, acc, want_dh, want_dw, want_db)

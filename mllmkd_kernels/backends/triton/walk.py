@@ -79,7 +79,7 @@ def distill_stream(
         labels = None
     if teacher is None:
         temperature = 1.0  # it is the divergence's alone
-    eager._check_labels(labels, vocab, ignore_index)
+    eager.check_labels(labels, vocab, ignore_index)
     sweep = _Sweep(student, teacher, labels, vocab, temperature, divergence, param)
     ce, kd = sweep.facts.new_zeros(2, hs.shape[0])
     loss = torch.zeros((), dtype=torch.float64, device=hs.device)
@@ -118,7 +118,7 @@ def logprob_rows(
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor]:
     """As `eager.logprob_rows`. `chunk_rows` is not used: all rows at once need no workspace."""
-    eager._check_labels(labels, vocab, ignore_index)
+    eager.check_labels(labels, vocab, ignore_index)
     sweep = _Sweep(_head(h, w, b, cap), None, labels, vocab, temperature)
     with _on(h.device):
         sweep.statistics()
