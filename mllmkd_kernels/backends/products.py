@@ -45,7 +45,9 @@ def full_fp32() -> Iterator[None]:
     """
     libraries = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = [library.fp32_precision for library in libraries]
-    changed = [(x, was) for x, was in zip(libraries, before, strict=True) if was in ("tf32", "bf16")]
+    changed = [
+        (x, was) for x, was in zip(libraries, before, strict=True) if was in ("tf32", "bf16")
+    ]
     for library, _ in changed:
         library.fp32_precision = "ieee"
     try:
