@@ -171,7 +171,7 @@ def _matrix_candidates(kind: str, two_heads: bool) -> Iterator[Launch]:
 
 
 def _relation_candidates(grad: bool) -> Iterator[Launch]:
-    tiles = ((64, 32, 4, 4, 3), (64, 32, 4, 8, 3), (32, 32, 4, 4, 3), (64, 16, 4, 4, 3),
+    tiles = ((64, 32, 4, 4, 3), (64, 32, 4, 8, 3), (32, 32, 4, 4, 3), (64, 16, 4, 8, 3),
              (32, 32, 8, 4, 3), (64, 32, 8, 4, 3), (32, 64, 4, 4, 2))  # fmt: skip
     names = ("block", "block_k", "splits", "num_warps", "num_stages")
     for tile in tiles:

@@ -62,7 +62,7 @@ _HOPPER: Table = {
         "single": _matrix(64, 64, 32, 8, 2),
     },
     "relation_stats": {"single": _relation(64, 32, 4, 8, 3)},
-    "relation_grad": {"single": _relation(64, 32, 4, 8, 3) | {"block_d": 64}},
+    "relation_grad": {"single": _relation(64, 16, 4, 8, 3) | {"block_d": 64}},
 }
 
 # Compiled, not timed. 163 KB of shared memory hold the same tiles.
