@@ -1,9 +1,9 @@
 """What do other projects have? Their functions, called as their documentation says, if installed.
 
-``pip install 'mllmkd_kernels[peers]'`` brings them; one that is missing, or that cannot run on the
-device, is a row that says so. Each is asked for exactly the loss of the case: both weights 1, no
-temperature, a mean over rows. Where a project offers a more accurate and a faster way at the same
-price, its more accurate one is called.
+``pip install 'mllmkd_kernels[peers]'`` brings them (``peers-cuda``: quack); one that is missing, or
+that cannot run on the device, is a row that says so. Each is asked for exactly the loss of the
+case: both weights 1, no temperature, a mean over rows. Where a project offers a more accurate and a
+faster way at the same price, its more accurate one is called.
 
 All of them want one vocabulary. Where the heads differ in rows, both are cut to the shared columns
 before a peer sees them, as its users would have to do: uncut, most give a wrong number and some
@@ -73,7 +73,7 @@ class Peer:
     def unfit(self, device: torch.device) -> str:
         """Why it cannot run on `device`, "" if it can."""
         if device.type not in self.devices:
-            return f"runs on {' and '.join(sorted(self.devices))} only"
+            return f"needs {' or '.join(sorted(self.devices))}, got {device.type}"
         if device.type == "cuda" and self.capability > (0, 0):
             found = torch.cuda.get_device_capability(device)
             if found < self.capability:
@@ -130,15 +130,19 @@ def _get(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-# --- divergences -------------------------------------------------------------------------------
-
-
-def _shared(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """(ws, ht, wt), both heads cut to the columns they share: views, nothing is copied."""
-    ht, wt = problem.teacher()
+def _head(problem: Problem) -> Tensor:
+    """The student's, cut to the shared columns: a view, taken anew for every backward."""
     vocab = problem.case.vocab
-    ws = problem.ws if problem.ws.shape[0] == vocab else problem.ws[:vocab]
-    return ws, ht, wt[:vocab]
+    return problem.ws if problem.ws.shape[0] == vocab else problem.ws[:vocab]
+
+
+def _teacher(problem: Problem) -> tuple[Tensor, Tensor]:
+    """(ht, wt), the head cut to the shared columns."""
+    ht, wt = problem.teacher()
+    return ht, wt[: problem.case.vocab]
+
+
+# --- divergences -------------------------------------------------------------------------------
 
 
 def _liger(problem: Problem) -> Forward:
@@ -153,8 +157,8 @@ def _liger(problem: Problem) -> Forward:
         compiled=problem.hs.is_cuda,
         chunk_size=1024,
     )
-    ht, wt = _shared(problem)[1:]
-    return lambda: loss(problem.hs, _shared(problem)[0], ht, wt, problem.labels)
+    ht, wt = _teacher(problem)
+    return lambda: loss(problem.hs, _head(problem), ht, wt, problem.labels)
 
 
 def _liger_jsd(problem: Problem) -> Forward:
@@ -162,26 +166,26 @@ def _liger_jsd(problem: Problem) -> Forward:
     loss = _get("liger_kernel.transformers", "LigerFusedLinearJSD")(
         jsd_beta=0.0, temperature=1.0, accum_dtype=torch.float32
     )
-    ht, wt = _shared(problem)[1:]
-    return lambda: loss(problem.hs, _shared(problem)[0], ht, wt, problem.labels)
+    ht, wt = _teacher(problem)
+    return lambda: loss(problem.hs, _head(problem), ht, wt, problem.labels)
 
 
 def _fla(problem: Problem) -> Forward:
     """Token chunks, at most eight."""
     loss = _get("fla.modules.fused_kl_div", "FusedKLDivLoss")()  # its mean is over rows
-    ht, wt = _shared(problem)[1:]
-    return lambda: loss(problem.hs, ht, _shared(problem)[0], wt)
+    ht, wt = _teacher(problem)
+    return lambda: loss(problem.hs, ht, _head(problem), wt)
 
 
 def _trl(problem: Problem) -> Forward:
     """Vocabulary tiles; a divergence for each row, so the mean is taken here."""
     apply = _get("trl.kernels.chunked_divergence", "ChunkedDivergenceFunction").apply
-    ht, wt = _shared(problem)[1:]
+    ht, wt = _teacher(problem)
     beta, temperature = 0.0, 1.0
 
     def forward() -> Tensor:
-        ws = _shared(problem)[0]
-        return apply(problem.hs, ws, None, ht, wt, None, beta, temperature)[0].mean()
+        rows, _ = apply(problem.hs, _head(problem), None, ht, wt, None, beta, temperature)
+        return rows.mean()
 
     return forward
 
@@ -194,7 +198,7 @@ def _liger_ce(problem: Problem) -> Forward:
     loss = _get("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")(
         accum_dtype=torch.float32
     )
-    return lambda: loss(problem.ws, problem.hs, problem.labels)
+    return lambda: loss(_head(problem), problem.hs, problem.labels)
 
 
 def _cce(problem: Problem) -> Forward:
@@ -203,19 +207,21 @@ def _cce(problem: Problem) -> Forward:
     """
     call = _get("cut_cross_entropy", "linear_cross_entropy")
     impl = "cce" if problem.hs.is_cuda else "torch_compile"
-    return lambda: call(problem.hs, problem.ws, problem.labels, impl=impl)
+    return lambda: call(problem.hs, _head(problem), problem.labels, impl=impl)
 
 
 def _quack(problem: Problem) -> Forward:
     """Token chunks of 4,096 through CuTe kernels."""
     call = _get("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
-    return lambda: call(problem.hs, problem.ws, problem.labels)
+    return lambda: call(problem.hs, _head(problem), problem.labels)
 
 
 def _torch_chunked(problem: Problem) -> Forward:
     """PyTorch's own chunked cross-entropy of a linear layer."""
     options = _get("torch.nn", "LinearCrossEntropyOptions")()
-    return lambda: F.linear_cross_entropy(problem.hs, problem.ws, problem.labels, options=options)
+    return lambda: F.linear_cross_entropy(
+        problem.hs, _head(problem), problem.labels, options=options
+    )
 
 
 # --- both: no other project than Liger has one call for them --------------------------------------
@@ -237,13 +243,13 @@ def _never(problem: Problem) -> Forward:
     raise RuntimeError(f"peers: a refused peer was asked for {problem.case.loss!r}")
 
 
-#: Read in its version 2026.10.9. Without `unsloth` beside it the import raises; with it, it sets
-#: PyTorch's allocator and Triton's compiler through the environment and unsloth patches PyTorch and
-#: transformers, for every method measured in the same process. Its packages also exclude the
-#: version of TRL that has the kernel compared here.
+#: Of version 2026.10.9. Its module can be imported only after `unsloth`; on the way the environment
+#: gets settings of PyTorch's allocator and of Triton, and patches for some fifty model families are
+#: loaded. Measured here were then every other method under those. It also asks for trl ≤ 1.15.0,
+#: which is not the version that is compared.
 _UNSLOTH = (
-    "not run: its module imports only with unsloth, which changes the allocator, Triton and "
-    "PyTorch for every other method of the process"
+    "not run: its module imports only after unsloth, which changes settings of the allocator and "
+    "of Triton, and patches PyTorch, for every other method of the process"
 )
 
 PEERS = (
