@@ -45,7 +45,7 @@ from benchmarks.shapes import StepCase, Suite
 AGREE = {"fp32": (1e-5, 1e-3), "bf16": (1e-2, 1e-1)}
 
 #: At most so many measurements for a largest batch beyond the first two.
-TRIES = 8
+TRIES = 10
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -210,7 +210,8 @@ def largest(
     """The largest batch whose measured `peak` is within `budget`, and every peak measured.
 
     The two batches of `first` are measured, then what the line through the two latest proposes,
-    between the largest that fits and the smallest that does not, until these are neighbours.
+    between the largest that fits and the smallest that does not, until these are neighbours (or
+    `TRIES` is used up: then it is the largest that was seen to fit).
     """
     peaks: dict[int, float] = {}
     for batch in first:
@@ -225,8 +226,8 @@ def largest(
         guess = math.inf
         if 0 < slope < math.inf:
             guess = b + (budget - peaks[b]) / slope
-        elif beyond < math.inf:
-            guess = (fits + beyond) / 2  # no line goes through "out of memory"
+        if beyond < math.inf and peaks[int(beyond)] == math.inf:  # no line leads to that
+            guess = min(guess, (fits + beyond) / 2)
         # at most 16 times the last that fits: a line may be flat by chance
         n = int(max(fits + 1, min(guess, beyond - 1, 16 * max(fits, 1))))
         peaks[n] = peak(n)
