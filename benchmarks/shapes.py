@@ -336,7 +336,7 @@ def _gpu_suite() -> Suite:
         every_backend=(trained, frozen),
         rounds=10,
         device="cuda",
-        step=_stages(_REAL, 256, 128, 4, 32768),
+        step=_stages(_REAL, 256, 128, 4, 16384),
     )
 
 
@@ -349,7 +349,7 @@ def _quick_suite() -> Suite:
     ladder = replace(_LADDER, vocab_t=8000, vocab_s=8000, dtype="bf16")
     return Suite(
         "quick",
-        "under a minute: that everything runs; too small for the promises",
+        "about a minute: that everything runs; too small for the promises",
         speed=cases + relation,
         memory=(cases[1], replace(cases[1], rows=512), with_vocab(cases[1], 65536)),
         accuracy=(Ladder(ladder, (0.3, 0.03)),),

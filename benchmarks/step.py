@@ -251,6 +251,9 @@ def _peaks_on_gpu(case: StepCase, key: str) -> dict[str, Any]:
     training.step(training.batch(1))  # optimiser state, Gram matrices of frozen heads, libraries
 
     def peak(samples: int) -> float:
+        training.forget()  # what a step that ran out of memory left
+        gc.collect()
+        torch.cuda.empty_cache()
         try:
             inputs = training.batch(samples)
             torch.cuda.synchronize()
@@ -261,11 +264,6 @@ def _peaks_on_gpu(case: StepCase, key: str) -> dict[str, Any]:
             return torch.cuda.max_memory_allocated() - before
         except torch.OutOfMemoryError:
             return math.inf
-        finally:
-            inputs = None
-            training.forget()
-            gc.collect()
-            torch.cuda.empty_cache()
 
     return _found_peaks(case, peak)
 
