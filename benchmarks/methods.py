@@ -16,6 +16,7 @@ in `peers`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -154,7 +155,8 @@ def _compiled(problem: Problem) -> Run:
         loss.backward()
         return loss.detach()
 
-    run()
+    with suppress(torch.OutOfMemoryError):  # raised again where it is measured, and a row there
+        run()
     problem.forget_gradients()
     return run
 
