@@ -41,8 +41,8 @@ class Peer:
 
     Attributes:
         key, label, losses: as in `methods.Method`.
-        module, function: where it lives; looked up before it is called.
-        package: the distribution, for its version; more than one where losses are combined.
+        module, function: where it lives; looked for before it is called.
+        packages: its distributions, for their versions; two where two calls make the loss.
         forward: prepares a problem and returns what computes the loss.
         devices: types of device it runs on.
         capability: least compute capability of a GPU.
