@@ -12,9 +12,9 @@ student's layers are checkpointed, as the published scripts have it.
 * **Peak** beyond weights and optimiser state, so gradients count, as in `memory`: on a CPU the
   kernel's high-water mark of a child process of its own, on a GPU the allocator's.
 * **Largest batch** within a stated budget for that peak: measured at one sample and at the timed
-  batch; the line through two measurements proposes the next batch to measure, until one fits and
-  the next larger does not. On a GPU a step that runs out of memory does not fit. So the answer is
-  two measurements, not an extrapolation.
+  batch; the line through the two latest measurements proposes the next batch to measure, until one
+  fits and the next larger does not, or is not expected to by the line. On a GPU a step that runs
+  out of memory does not fit. So the answer is a batch that was run, not an extrapolation.
 """
 
 from __future__ import annotations
@@ -210,14 +210,14 @@ def largest(
     """The largest batch whose measured `peak` is within `budget`, and every peak measured.
 
     The two batches of `first` are measured, then what the line through the two latest proposes,
-    between the largest that fits and the smallest that does not, until these are neighbours (or
-    `TRIES` is used up: then it is the largest that was seen to fit).
+    between the largest that fits and the smallest that does not, until these are neighbours or the
+    line expects them to be (or `TRIES` is used up: then it is the largest that was seen to fit).
     """
     peaks: dict[int, float] = {}
     for batch in first:
         peaks[batch] = peak(batch)
     a, b = first
-    for _ in range(TRIES):
+    for turn in range(TRIES):
         fits = max((n for n, found in peaks.items() if found <= budget), default=0)
         beyond = min((n for n, found in peaks.items() if found > budget), default=math.inf)
         if fits + 1 >= beyond:
@@ -226,6 +226,8 @@ def largest(
         guess = math.inf
         if 0 < slope < math.inf:
             guess = b + (budget - peaks[b]) / slope
+            if turn and peaks[b] <= budget and b == fits and guess < fits + 1:
+                break
         if beyond < math.inf and peaks[int(beyond)] == math.inf:  # no line leads to that
             guess = min(guess, (fits + beyond) / 2)
         # at most 16 times the last that fits: a line may be flat by chance
