@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import mllmkd_kernels as mk
+from benchmarks import peers
 from benchmarks.shapes import Suite
 
 #: Changes when a reader of older files would misread newer ones.
@@ -45,7 +46,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "mllmkd_kernels": mk.__version__,
-        "peers": {name: _version(name) for name in ("liger-kernel", "trl")},
+        "peers": peers.versions(),
         "commit": _commit(),
     }
 

@@ -20,7 +20,7 @@ import torch
 from benchmarks.methods import EAGER, FLOOR, Method, Run, select
 from benchmarks.problem import Problem, make
 from benchmarks.shapes import Case, Suite
-from benchmarks.vetting import Verdict, Vetting
+from benchmarks.vetting import Verdict, Vetting, said
 
 
 def steps(suite: Suite, only: tuple[str, ...], rounds: int) -> int:
@@ -59,25 +59,28 @@ def _seconds(
     rounds: int,
     tick: Callable[[str], None],
 ) -> dict[str, list[float]]:
-    """key → seconds of every round, for the methods that may be measured. One that does not fit
-    the device's memory is dropped, and its verdict says so.
+    """key → seconds of every round, for the methods that may be measured. One that cannot be
+    prepared or run at this size (memory, a kernel's limits) is dropped, and its verdict says so.
     """
-    fit = [method for method in methods if verdicts[method.key].status == "ok"]
-    runs = {method.key: method.build(problem) for method in fit}
-    seconds: dict[str, list[float]] = {method.key: [] for method in fit}
+    runs: dict[str, Run] = {}
+    seconds: dict[str, list[float]] = {}
     for turn in range(rounds + 1):
         for method in methods:
             tick(f"{problem.case.title}: {method.label}")
-            if method.key in runs:
-                try:
-                    spent = _once(runs[method.key], problem)
-                except torch.OutOfMemoryError as error:
-                    verdicts[method.key] = Verdict("failed", _first_line(error))
-                    del runs[method.key], seconds[method.key]
-                    _drop_memory(problem)
-                    continue
-                if turn:  # the first round is warm-up: code is compiled, pages are mapped
-                    seconds[method.key].append(spent)
+            if verdicts[method.key].status != "ok":
+                continue
+            try:
+                if not turn:
+                    runs[method.key], seconds[method.key] = method.build(problem), []
+                spent = _once(runs[method.key], problem)
+            except (Exception, SystemExit) as error:  # other people's code: whatever it raises
+                verdicts[method.key] = Verdict("failed", said(error))
+                runs.pop(method.key, None)
+                seconds.pop(method.key, None)
+                _drop_memory(problem)
+                continue
+            if turn:  # the first round is warm-up: code is compiled, pages are mapped
+                seconds[method.key].append(spent)
     return seconds
 
 
@@ -100,14 +103,10 @@ def _once(run: Run, problem: Problem) -> float:
 
 
 def _drop_memory(problem: Problem) -> None:
-    """After a method has run out of memory: nothing of it stays in the way of the next."""
+    """After a method has failed: nothing of it stays in the way of the next."""
     problem.forget_gradients()
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def _first_line(error: Exception) -> str:
-    return f"out of memory: {str(error).splitlines()[0]}"
 
 
 def _row(

@@ -60,6 +60,11 @@ class Problem:
         values = {n: getattr(self, n) for n in names}
         return replace(self, **{n: t if t is None else t.to(dtype) for n, t in values.items()})
 
+    def on(self, device: torch.device | str) -> Problem:
+        """The same problem with its tensors on `device`."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
     @property
     def vocab(self) -> int:
         return self.options.get("vocab_size") or min(self.ws.shape[0], self.wt.shape[0])
@@ -67,7 +72,7 @@ class Problem:
     def weights(self) -> tuple[Tensor, Tensor]:
         """Weights of the two terms of every row."""
         rows = self.hs.shape[0]
-        even = torch.full((rows,), 1.0 / max(rows, 1), dtype=torch.float64)
+        even = self.hs.new_full((rows,), 1.0 / max(rows, 1), dtype=torch.float64)
         return (
             even if self.ce_weight is None else self.ce_weight,
             even if self.kd_weight is None else self.kd_weight,

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import methods, peers, truth, vetting
+from benchmarks import methods, peers, speed, truth, vetting
 from benchmarks.problem import Problem, make
-from benchmarks.shapes import LOSSES, Case
+from benchmarks.shapes import LOSSES, SUITES, Case
 
 CPU = torch.device("cpu")
 #: Rows are a multiple of 8, which quack's kernels want; no other size is a multiple of another.
@@ -161,6 +161,42 @@ def test_a_failure_leaves_no_gradient_to_the_next_method() -> None:
 
     vetting._verdict(methods._peer(_peer(forward=half_way)), problem, truth.truth(problem))
     assert problem.hs.grad is None
+
+
+def _fails_at_full_size(where: str, error: BaseException) -> Any:
+    """Right on the few rows that are checked."""
+
+    def forward(problem: Problem) -> peers.Forward:
+        full = problem.case.rows > vetting.CHECK_ROWS
+        if full and where == "build":
+            raise error
+
+        def loss() -> Tensor:
+            if full and where == "run":
+                raise error
+            return methods._whole_logits(problem)
+
+        return loss
+
+    return forward
+
+
+@pytest.mark.parametrize("where", ["build", "run"])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("too many rows"), SystemExit("no more"), torch.OutOfMemoryError("no memory")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_peer_that_fails_at_full_size_is_a_row_too(
+    where: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = _peer(forward=_fails_at_full_size(where, error))
+    monkeypatch.setattr(methods, "METHODS", (methods.EAGER, methods._peer(peer)))
+    suite = replace(SUITES["tiny"], speed=(replace(CASE, rows=vetting.CHECK_ROWS + 1),))
+    rows = {r["method"]: r for r in speed.measure(suite, (), 1, vetting.Vetting(), lambda _: None)}
+    assert rows["torch-eager"]["median_s"] > 0
+    assert rows[peer.key]["status"] == "failed" and str(error) in rows[peer.key]["reason"]
+    assert "median_s" not in rows[peer.key]
 
 
 # --- what is wrong, and what is merely coarse ----------------------------------------------------

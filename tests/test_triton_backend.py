@@ -17,11 +17,6 @@ from mllmkd_kernels import ops, plan, reference
 from tests.problems import PROBLEMS, Problem, check_result, expected, near_converged, problem, run
 from tests.tolerances import check, ladder_bound, relative_error
 
-pytestmark = [
-    pytest.mark.usefixtures("device"),
-    # the interpreter computes with NumPy, which warns of the infinities that these problems are of
-    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
-]
 ALGORITHMS = ("chunk", "stream")
 
 
@@ -39,36 +34,39 @@ def check_all(p: Problem, divergence: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_every_problem(name: str, algorithm: str) -> None:
-    check_all(problem(name), "forward_kl")
+def test_every_problem(name: str, algorithm: str, device: torch.device) -> None:
+    check_all(problem(name).on(device), "forward_kl")
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "skew_reverse_kl"])
-def test_all_options_at_once(divergence: str, algorithm: str) -> None:
-    check_all(problem("ragged"), divergence)
+def test_all_options_at_once(divergence: str, algorithm: str, device: torch.device) -> None:
+    check_all(problem("ragged").on(device), divergence)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bits(dtype: torch.dtype, algorithm: str) -> None:
-    check_all(problem("aligned", dtype), "forward_kl")
+def test_16_bits(dtype: torch.dtype, algorithm: str, device: torch.device) -> None:
+    check_all(problem("aligned", dtype).on(device), "forward_kl")
 
 
-def test_operands_of_different_dtypes(algorithm: str) -> None:
-    p = problem("aligned")
+def test_operands_of_different_dtypes(algorithm: str, device: torch.device) -> None:
+    p = problem("aligned").on(device)
     mixed = Problem(p.hs.bfloat16(), p.ws, p.ht.half(), p.wt.bfloat16(), p.labels)
     check_all(mixed, "forward_kl")
 
 
 @pytest.mark.parametrize("eps", [0.1, 0.003])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_near_convergence(dtype: torch.dtype, eps: float, algorithm: str) -> None:
-    p = near_converged(eps, v=512).to(dtype)
+def test_near_convergence(
+    dtype: torch.dtype, eps: float, algorithm: str, device: torch.device
+) -> None:
+    p = near_converged(eps, v=512).to(dtype).on(device)
     got, want = run(p, "triton"), expected(p)
     for name in ("dh", "dw"):
         error = relative_error(getattr(got, name), getattr(want, name))
         assert error <= ladder_bound(dtype, eps), name
 
 
+@pytest.mark.usefixtures("device")
 def test_a_small_budget_streams() -> None:
     """By the model: at 64 MiB a chunk of 55 rows would read the heads 149 times."""
     big = plan.Shapes(8192, 151_936, 1024, 2560, True, True, torch.bfloat16)
@@ -79,6 +77,7 @@ def test_a_small_budget_streams() -> None:
     assert small.algorithm == "stream" and small.workspace_bytes <= 64 * 2**20 + copy
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 @pytest.mark.parametrize("d_t", [0, 2560])
 @pytest.mark.parametrize("wants", [(False, False), (True, False), (True, True)])
@@ -97,10 +96,10 @@ def test_the_plan_counts_what_the_kernels_do(
     assert moved == n * v * (4 * blocks * plan._sweeps(s) + 2 * any(wants))
 
 
-def test_log_probabilities() -> None:
-    p = problem("ragged")
+def test_log_probabilities(device: torch.device) -> None:
+    p = problem("ragged").on(device)
     hs, ws = p.hs.clone().requires_grad_(), p.ws.clone().requires_grad_()
-    labels = torch.randint(0, 307, (13,))
+    labels = torch.randint(0, 307, (13,), device=device)
     mk.fused_linear_logprob(hs, ws, labels, backend="triton").sum().backward()
     exact_h, exact_w = (x.detach().double().requires_grad_() for x in (hs, ws))
     z = reference.logits(exact_h, exact_w, None, None, 307)
@@ -111,10 +110,10 @@ def test_log_probabilities() -> None:
 
 
 @pytest.mark.parametrize("loss", ["features", "logits"])
-def test_relations(loss: str) -> None:
-    hs, ht = torch.randn(20, 12), torch.randn(20, 9)
-    ws, wt = torch.randn(50, 12), torch.randn(50, 9)
-    cu_seqlens = torch.tensor([0, 7, 7, 20], dtype=torch.int32)
+def test_relations(loss: str, device: torch.device) -> None:
+    hs, ht = torch.randn(20, 12, device=device), torch.randn(20, 9, device=device)
+    ws, wt = torch.randn(50, 12, device=device), torch.randn(50, 9, device=device)
+    cu_seqlens = torch.tensor([0, 7, 7, 20], dtype=torch.int32, device=device)
 
     def forward(backend: str, dtype: torch.dtype) -> torch.Tensor:
         h = hs.to(dtype).requires_grad_()
@@ -133,19 +132,21 @@ def test_relations(loss: str) -> None:
 
 
 def _arguments(p: Problem) -> tuple:
-    even = torch.full((p.hs.shape[0],), 0.1)
+    even = p.hs.new_full((p.hs.shape[0],), 0.1)
     heads = p.hs.clone().requires_grad_(), p.ws.clone().requires_grad_(), None, p.ht, p.wt, None
     options = "jsd", 0.5, 1.0, 0.0, 0.0, p.vocab, -100, True, True, False, "triton", 0.0
     return (*heads, p.labels, even, even, *options)
 
 
-def test_opcheck() -> None:
+def test_opcheck(device: torch.device) -> None:
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    torch.library.opcheck(ops.linear_distill, _arguments(problem("one_row")), test_utils=checks)
+    torch.library.opcheck(
+        ops.linear_distill, _arguments(problem("one_row").on(device)), test_utils=checks
+    )
 
 
-def test_compile_of_a_caller() -> None:
-    p = problem("one_row")
+def test_compile_of_a_caller(device: torch.device) -> None:
+    p = problem("one_row").on(device)
 
     def loss(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return mk.fused_linear_distill(h, w, p.ht, p.wt, p.labels, backend="triton").loss
@@ -154,12 +155,13 @@ def test_compile_of_a_caller() -> None:
     torch.testing.assert_close(compiled(p.hs, p.ws), loss(p.hs, p.ws))
 
 
-def test_fp64_is_refused_by_name() -> None:
-    p = problem("one_row").to(torch.float64)
+def test_fp64_is_refused_by_name(device: torch.device) -> None:
+    p = problem("one_row").to(torch.float64).on(device)
     with pytest.raises(ValueError, match="backend: 'triton' has no fp64; 'eager' computes fp64"):
         run(p, "triton")
 
 
+@pytest.mark.usefixtures("device")
 def test_without_gpu_and_interpreter_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="'triton' was asked for, but the tensors are on cpu"):

@@ -13,15 +13,9 @@ import torch
 import mllmkd_kernels as mk
 from mllmkd_kernels import plan
 from mllmkd_kernels.backends import cuda
-from tests.problems import Problem, problem, run
+from tests.problems import problem, run
 
 DIVERGENCES = ("forward_kl", "jsd")  # in one sweep and in two
-
-
-def on(device: str, p: Problem) -> Problem:
-    """The problem with its tensors on `device`."""
-    moved = {k: v.to(device) for k, v in vars(p).items() if isinstance(v, torch.Tensor)}
-    return Problem(**{**vars(p), **moved})
 
 
 def main(device: str = "cuda") -> int:
@@ -33,14 +27,14 @@ def main(device: str = "cuda") -> int:
         for name in names:
             for dtype in (torch.float32, torch.bfloat16):
                 for divergence in DIVERGENCES:
-                    run(on(device, problem(name, dtype)), "triton", divergence)
+                    run(problem(name, dtype).on(device), "triton", divergence)
                     print(f"{algorithm} {name} {dtype} {divergence}", flush=True)
     plan.distill_plan = decide
     if device == "cuda" and cuda.available():
         for divergence in DIVERGENCES:
-            run(on(device, problem("ragged")), "cuda", divergence)
+            run(problem("ragged").on(device), "cuda", divergence)
             print(f"cuda ragged {divergence}", flush=True)
-    p = on(device, problem("ragged"))
+    p = problem("ragged").on(device)
     h, w = p.hs.clone().requires_grad_(), p.ws.clone().requires_grad_()
     mk.fused_linear_logprob(h, w, p.labels, backend="triton").sum().backward()
     print("log-probabilities", flush=True)

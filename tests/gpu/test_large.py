@@ -16,7 +16,6 @@ from torch import Tensor
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import plan, reference
-from tests.gpu.small import on
 from tests.problems import expected, near_converged, run
 from tests.tolerances import TOLERANCES, ladder_bound, relative_error
 
@@ -61,7 +60,7 @@ def test_the_ladder_with_a_real_vocabulary(
     vocab: int, divergence: str, dtype: torch.dtype, eps: float, algorithm: str
 ) -> None:
     p = near_converged(eps, n=64, v=vocab, d=128)
-    p = on("cuda", replace(p, kd_weight=torch.full((64,), 1000.0)).to(dtype))
+    p = replace(p, kd_weight=torch.full((64,), 1000.0)).to(dtype).on("cuda")
     got, want = run(p, "triton", divergence), expected(p, divergence)
     for name in ("dh", "dw"):
         error = relative_error(getattr(got, name), getattr(want, name))
