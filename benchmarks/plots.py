@@ -4,7 +4,7 @@ the accuracy ladder, and whole training steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,16 @@ from matplotlib.ticker import NullLocator, StrMethodFormatter
 from benchmarks.methods import FLOOR, METHODS
 from benchmarks.shapes import DTYPES, Case, step_case
 
-#: One colour and marker a method, in every figure; colours that colour-blind readers tell apart.
+#: One colour and marker a method, in every figure; the first colours are those that colour-blind
+#: readers tell apart, and a marker comes back with another colour only.
 _PALETTE = (
-    "#7f7f7f",
-    "#d55e00",
-    "#0072b2",
-    "#56b4e9",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#000000",
-    "#8c510a",
-    "#5e3c99",
-    "#b2abd2",
-)
+    "#7f7f7f", "#d55e00", "#8c510a", "#56b4e9", "#0072b2", "#cc79a7", "#e69f00", "#009e73",
+    "#000000", "#5e3c99", "#b2abd2", "#66a61e", "#a6761d", "#e7298a", "#1b9e77", "#7570b3",
+    "#e6ab02", "#b15928", "#fb9a99", "#33a02c",
+)  # fmt: skip
+_MARKS = "osD^vP*<>hXpd"
 COLOURS = {method.key: _PALETTE[i % len(_PALETTE)] for i, method in enumerate(METHODS)}
-MARKERS = {method.key: "osD^vP*<>hX"[i % 11] for i, method in enumerate(METHODS)}
+MARKERS = {method.key: _MARKS[i % len(_MARKS)] for i, method in enumerate(METHODS)}
 
 
 def draw(record: dict[str, Any], folder: Path) -> list[Path]:
@@ -58,29 +52,42 @@ def draw(record: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def time_over_floor(record: dict[str, Any]) -> Figure | None:
-    """Bars: time of every method over the matrix products alone, case by case."""
+    """Bars: time of every method over the matrix products alone, case by case. The axis is
+    logarithmic and bars begin at 1, so that a method of a hundred times the floor leaves the others
+    legible.
+    """
     rows = [r for r in record.get("speed", []) if r.get("over_floor") and r["method"] != FLOOR.key]
     if not rows:
         return None
     cases = list(dict.fromkeys(Case(**row["case"]) for row in rows))
-    methods = list(dict.fromkeys((row["method"], row["label"]) for row in rows))
-    height = 1.4 + 0.22 * len(rows) + 0.2 * len(cases)
-    figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
-    thickness = 0.8 / len(methods)
-    for n, (key, label) in enumerate(methods):
-        mine = {Case(**row["case"]): row["over_floor"] for row in rows if row["method"] == key}
-        places = [i + n * thickness for i, case in enumerate(cases) if case in mine]
-        values = [mine[case] for case in cases if case in mine]
-        bars = axes.barh(places, values, thickness * 0.9, color=COLOURS[key], label=label)
-        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
-    axes.axvline(1, color="black", linewidth=1, linestyle="--")
-    middle = 0.4 - thickness / 2
-    axes.set_yticks([i + middle for i in range(len(cases))], [_label(c) for c in cases], fontsize=8)
+    figure, axes = plt.subplots(
+        figsize=(9, 1.6 + 0.17 * len(rows) + 0.2 * len(cases)), layout="constrained"
+    )
+    place, middles = 0.0, []
+    for case in cases:
+        mine = [row for row in rows if Case(**row["case"]) == case]
+        for n, row in enumerate(mine):
+            value, key = row["over_floor"], row["method"]
+            axes.barh(place + n, value - 1, 0.85, left=1, color=COLOURS[key], label=row["label"])
+            beside = {"xytext": (3 if value >= 1 else -3, 0), "textcoords": "offset points"}
+            axes.annotate(f"{value:.2f}", (value, place + n), va="center", fontsize=7,
+                          ha="left" if value >= 1 else "right", **beside)  # fmt: skip
+        middles.append(place + (len(mine) - 1) / 2)
+        place += len(mine) + 1.2
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.margins(x=0.1, y=0.02)
+    low, high = axes.get_xlim()
+    ticks = [t for t in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= t <= high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_yticks(middles, [_label(case) for case in cases], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("time / time of the matrix products alone (dashed: 1)")
+    axes.set_xlabel("time / time of the matrix products alone")
     axes.set_title("One step's loss, forward and backward", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    _legend(figure, [axes], columns=3)
     _plain(axes)
+    axes.grid(False, axis="y")
     return figure
 
 
@@ -95,11 +102,7 @@ def memory_against_size(record: dict[str, Any]) -> Figure | None:
     )
     for axes, (axis, swept) in zip(panels[0], sweeps, strict=True):
         _memory_panel(axes, axis, swept)
-    handles: dict[str, Any] = {}
-    for axes in panels[0]:
-        lines, labels = axes.get_legend_handles_labels()
-        handles |= dict(zip(labels, lines, strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=8)
+    _legend(figure, panels[0], columns=3)
     return figure
 
 
@@ -154,8 +157,7 @@ def accuracy_ladder(record: dict[str, Any]) -> Figure | None:
         axes.set_xlabel("ε: teacher = student + ε·noise (towards convergence →)")
         axes.set_ylabel("relative error of the gradient")
         _plain(axes)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
-                  fontsize=8)  # fmt: skip
+    _legend(figure, panels[0], columns=3)
     return figure
 
 
@@ -192,8 +194,7 @@ def training_step(record: dict[str, Any]) -> Figure | None:
         f"A whole training step: {m.name}, {m.dtype}, V {m.vocab:,}, {m.image_rows} visual rows a "
         "sample; memory beyond weights and optimiser state", fontsize=9,
     )  # fmt: skip
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
-                  fontsize=8)  # fmt: skip
+    _legend(figure, panels, columns=2)
     return figure
 
 
@@ -222,7 +223,22 @@ def _most_swept(rows: list[dict[str, Any]], axis: str) -> list[dict[str, Any]]:
 
 def _label(case: Case) -> str:
     head = "trained" if case.train_head else "frozen"
-    return f"{case.loss} {case.dtype}, head {head}\n{case.pair}, N {case.rows:,}"
+    images = f"{case.images} x " if case.images > 1 else ""
+    return (
+        f"{case.loss} {case.dtype}, head {head}\n"
+        f"{case.pair}, N {images}{case.rows:,}, V {case.vocab:,}"
+    )
+
+
+def _legend(figure: Figure, panels: Iterable[Axes], columns: int) -> None:
+    """One for all panels, each label once, below them."""
+    found: dict[str, Any] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        found = dict(zip(labels, handles, strict=True)) | found
+    figure.legend(
+        list(found.values()), list(found), loc="outside lower center", ncols=columns, fontsize=8
+    )
 
 
 def _plain(axes: Axes) -> None:

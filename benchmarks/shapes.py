@@ -197,8 +197,7 @@ class StepCase:
         """One line that names the case."""
         m = self.models
         return (
-            f"{self.stage.upper()} step, {m.dtype}: {m.name}, {m.teacher.layers} layers of "
-            f"{m.teacher.hidden:,} → {m.student.layers} of {m.student.hidden:,}, V {m.vocab:,}, "
+            f"{self.stage.upper()} step, {m.dtype}: {m.name}, V {m.vocab:,}, "
             f"{self.tokens} tokens a sample ({m.image_rows} visual)"
         )
 
