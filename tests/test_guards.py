@@ -274,7 +274,6 @@ def forced(
     return run
 
 
-@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 @pytest.mark.parametrize("name", STREAMED)
 def test_launches_of_the_streamed_algorithm(
     name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -287,7 +286,6 @@ def test_launches_of_the_streamed_algorithm(
     assert forced(monkeypatch, "stream", device, 160)(divergence, gradients, 1e-6) == expected
 
 
-@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_launches_of_the_chunked_algorithm(
     divergence: str, device: torch.device, monkeypatch: pytest.MonkeyPatch

@@ -17,9 +17,6 @@ from mllmkd_kernels.backends.triton import divergence, tiles  # noqa: E402
 from tests.test_divergence import TABLE, log_probs, name_of  # noqa: E402
 from tests.tolerances import LADDER, relative_error  # noqa: E402
 
-# NumPy, which the interpreter computes with, warns of every NaN and infinity that a GPU just forms.
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
-
 #: A whole tensor's error where log-probabilities are given: that of `tests.test_divergence`.
 EXACT = 2e-6
 

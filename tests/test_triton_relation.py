@@ -18,9 +18,6 @@ pytest.importorskip("triton")
 
 from mllmkd_kernels.backends.triton import relation
 
-# NumPy, which the interpreter computes with, warns of every NaN and infinity that a GPU just forms.
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
-
 #: Blocks this small make every loop run several times. 16 is the least that tl.dot takes on a GPU.
 SMALL = {"block": 16, "block_k": 16, "splits": 2, "num_warps": 1, "num_stages": 1}
 SMALL_GRAD = {**SMALL, "block_d": 32}

@@ -29,9 +29,6 @@ from tests.problems import (
 )
 from tests.tolerances import LADDER, check, ladder_bound, ladder_value_bound, relative_error
 
-# NumPy, which the interpreter computes with, warns of every NaN and infinity that a GPU just forms.
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
-
 #: 100 columns are 4 blocks of 32, the last one with 4, or one of 128.
 BLOCKS = {"many-blocks": {"BLOCK": 32, "num_warps": 1}, "one-block": {"BLOCK": 128, "num_warps": 2}}
 V = 100

@@ -30,11 +30,7 @@ from tests.problems import problem as make
 from tests.tolerances import LADDER, check, ladder_bound, ladder_value_bound, relative_error
 
 pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.usefixtures("device"),
-    # the interpreter computes with NumPy, which warns of the infinities that these problems are of
-    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
-]
+pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EVERYTHING = (True, True, True)
