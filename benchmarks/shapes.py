@@ -257,7 +257,7 @@ _LADDER = Case("ladder", 64, 256, 256, 32000, 32000, loss="kl")
 
 # Small models with a large vocabulary: on two cores a step takes a second, and its losses matter.
 _SMALL = Vlm(
-    "small pair", Sizes(512, 6, 8), Sizes(256, 4, 4), Sizes(96, 3, 4), 32768, 160, 16, "fp32"
+    "small pair", Sizes(384, 4, 6), Sizes(192, 3, 3), Sizes(96, 3, 4), 32768, 160, 16, "fp32"
 )
 # LLaVA-KD's main pair at its published sizes, with its tower: SigLIP so400m, patch 14 at 384.
 _REAL = Vlm(
@@ -303,7 +303,7 @@ def _cpu_suite() -> Suite:
         memory=big + sweep + frozen[1:] + relation,
         accuracy=tuple(Ladder(replace(_LADDER, dtype=dtype)) for dtype in PROMISED),
         every_backend=frozen[1:],
-        step=_stages(_SMALL, 64, 40, 4, 384),
+        step=_stages(_SMALL, 64, 40, 4, 320),
     )
 
 

@@ -13,8 +13,9 @@ student's layers are checkpointed, as the published scripts have it.
   kernel's high-water mark of a child process of its own, on a GPU the allocator's.
 * **Largest batch** within a stated budget for that peak: measured at one sample and at the timed
   batch; the line through the two latest measurements proposes the next batch to measure, until one
-  fits and the next larger does not, or is not expected to by the line. On a GPU a step that runs
-  out of memory does not fit. So the answer is a batch that was run, not an extrapolation.
+  fits and one larger (beyond 20, by a twentieth) does not, or is not expected to by the line. On a
+  GPU a step that runs out of memory does not fit. So the answer is a batch that was run, not an
+  extrapolation.
 """
 
 from __future__ import annotations
@@ -211,8 +212,9 @@ def largest(
     """The largest batch whose measured `peak` is within `budget`, and every peak measured.
 
     The two batches of `first` are measured, then what the line through the two latest proposes,
-    between the largest that fits and the smallest that does not, until these are neighbours or the
-    line expects them to be (or `TRIES` is used up: then it is the largest that was seen to fit).
+    between the largest that fits and the smallest that does not, until these are neighbours (or
+    within a twentieth) or the line expects them to be; or `TRIES` is used up, then it is the
+    largest that was seen to fit.
     """
     peaks: dict[int, float] = {}
     for batch in first:
@@ -221,13 +223,14 @@ def largest(
     for turn in range(TRIES):
         fits = max((n for n, found in peaks.items() if found <= budget), default=0)
         beyond = min((n for n, found in peaks.items() if found > budget), default=math.inf)
-        if fits + 1 >= beyond:
+        more = fits + max(1, fits // 20)
+        if more >= beyond:
             break
         slope = (peaks[b] - peaks[a]) / (b - a)
         guess = math.inf
         if 0 < slope < math.inf:
             guess = b + (budget - peaks[b]) / slope
-            if turn and peaks[b] <= budget and b == fits and guess < fits + 1:
+            if turn and peaks[b] <= budget and b == fits and guess < more:
                 break
         if beyond < math.inf and peaks[int(beyond)] == math.inf:  # no line leads to that
             guess = min(guess, (fits + beyond) / 2)
