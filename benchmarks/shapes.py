@@ -303,7 +303,7 @@ def _cpu_suite() -> Suite:
         memory=big + sweep + frozen[1:] + relation,
         accuracy=tuple(Ladder(replace(_LADDER, dtype=dtype)) for dtype in PROMISED),
         every_backend=frozen[1:],
-        step=_stages(_SMALL, 64, 40, 4, 320),
+        step=_stages(_SMALL, 64, 40, 4, 192),
     )
 
 
@@ -370,7 +370,7 @@ def _tiny_suite() -> Suite:
         accuracy=(Ladder(ladder, (0.3, 0.03)), Ladder(replace(ladder, dtype="bf16"), (0.3, 0.03))),
         every_backend=cases,
         rounds=2,
-        step=_stages(_TOY, 8, 4, 2, 2),
+        step=_stages(_TOY, 8, 4, 2, 2)[:1],
     )
 
 

@@ -234,8 +234,8 @@ def largest(
                 break
         if beyond < math.inf and peaks[int(beyond)] == math.inf:  # no line leads to that
             guess = min(guess, (fits + beyond) / 2)
-        # at most 16 times the last that fits: a line may be flat by chance
-        n = int(max(fits + 1, min(guess, beyond - 1, 16 * max(fits, 1))))
+        # at most 8 times the last that fits: a line may be flat by chance
+        n = int(max(fits + 1, min(guess, beyond - 1, 8 * max(fits, 1))))
         peaks[n] = peak(n)
         a, b = (b, n) if peaks[n] < math.inf else (a, b)
     return max((n for n, found in peaks.items() if found <= budget), default=0), peaks
