@@ -291,7 +291,7 @@ def row_losses(
         return dz
     name = "none" if z_t is None else divergence
     settings: dict[str, Any] = dict(
-        tables.launch("rows", z_s.device) if launch is None else launch,
+        tables.bounded(launch or tables.launch("rows", z_s.device), z_s.device),
         NAME=name, SCALED=temperature != 1.0 and z_t is not None, CAP_S=cap_s, CAP_T=cap_t,
     )  # fmt: skip
     kernel = long_row_kernel

@@ -254,7 +254,9 @@ def _launch(
     """The table's parameters; operands of unequal dtypes are fp32 when they are multiplied."""
     dtypes = {x.dtype for head in heads for x in (head.h, head.w)}
     plain = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    return {**tables.launch(kernel, heads[0].h.device, plain, tma), **(override or {})}
+    device = heads[0].h.device
+    use = tables.launch(kernel, device, plain, tma) | (override or {})
+    return use if plain.itemsize == 2 else tables.bounded(use, device)
 
 
 def parts(kernel: str, launch: dict[str, int]) -> int:

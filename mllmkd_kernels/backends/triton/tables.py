@@ -31,6 +31,9 @@ Table = dict[str, dict[str, dict[str, int]]]
 #: Parameters that may be any positive number; the others are sides of blocks, powers of two.
 COUNTS = ("num_stages", "splits")
 
+#: 32-bit registers of a multiprocessor, on every architecture of the tables.
+REGISTERS = 65536
+
 #: Changes when a reader of older files would misread newer ones.
 SCHEMA = 1
 
@@ -54,7 +57,11 @@ def _row(block: int, warps: int) -> dict[str, int]:
 # spills there, and `values` does for one divergence (255, two spills), so they take 128 × 64.
 _HOPPER: Table = {
     "rows": {"single": _row(4096, 8)},
-    "statistics": {"half": _matrix(128, 128, 64, 8, 3), "single": _matrix(64, 64, 32, 8, 2)},
+    "statistics": {
+        "half-tma": _matrix(128, 128, 64, 8, 3),
+        "half": _matrix(128, 64, 64, 8, 3),
+        "single": _matrix(64, 64, 32, 8, 2),
+    },
     "values": {"half": _matrix(128, 64, 64, 8, 3), "single": _matrix(64, 64, 32, 8, 2)},
     "gradient": {
         "half-tma": _matrix(128, 128, 64, 8, 3),
@@ -69,9 +76,8 @@ _HOPPER: Table = {
 _AMPERE: Table = _HOPPER
 
 # Compiled, not timed. Accumulators are in tensor memory and leave registers free: `values` takes
-# 128 × 128 too (96 registers). Triton 3.6 spills a row kernel of 4,096 columns at a time (JSD).
+# 128 × 128 too (96 registers).
 _BLACKWELL: Table = _HOPPER | {
-    "rows": {"single": _row(2048, 8)},
     "values": _HOPPER["values"] | {"half-tma": _matrix(128, 128, 64, 8, 3)},
 }
 
@@ -106,6 +112,16 @@ def launch(
     if device.type == "cpu":
         return dict(_entry(INTERPRETER, kernel, dtype, tma))
     return dict(_for_gpu(kernel, dtype, tma, *_gpu(device)))
+
+
+def bounded(parameters: dict[str, int], device: torch.device) -> dict[str, int]:
+    """Launch parameters with a bound on registers that no kernel reaches, for kernels without
+    tensor cores. Left free, ptxas would rather spill a few of theirs than miss the number that lets
+    two blocks share a multiprocessor: 128, with 4 or 5 spilled, where 140 hold everything.
+    """
+    if device.type != "cuda" or torch.version.hip:
+        return dict(parameters)
+    return {**parameters, "maxnreg": min(255, REGISTERS // (32 * parameters["num_warps"]))}
 
 
 @contextmanager
