@@ -29,7 +29,8 @@ def measured(s: Shapes, device: torch.device, plan: Plan, workspace_mb: float | 
         raise RuntimeError("measure: there is no CUDA device on this machine")
     hs, ht = _normal(s.rows, s.d_s, s, device), _normal(s.rows, s.d_t, s, device)
     ws, wt = _normal(s.vocab, s.d_s, s, device), _normal(s.vocab, s.d_t, s, device)
-    hs.requires_grad_(s.want_dh), ws.requires_grad_(s.want_dw)
+    hs.requires_grad_(s.want_dh)
+    ws.requires_grad_(s.want_dw)
     labels = torch.zeros(s.rows, dtype=torch.int64, device=device)
     even = 1 / max(s.rows, 1)
 

@@ -288,7 +288,8 @@ def test_faster_matmuls_elsewhere_do_not_round_the_logits(
     """TF32 and bf16 products of fp32 operands are a setting of the process; here they are off, and
     as the caller left them afterwards.
     """
-    libraries = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn  # its stubs lack `matmul`
+    libraries = torch.backends.cuda.matmul, mkldnn.matmul
     seen, original = [], products.product
 
     def spy(a: Tensor, b: Tensor, out: Tensor) -> None:

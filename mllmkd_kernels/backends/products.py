@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ def full_fp32() -> Iterator[None]:
     """fp32 products in fp32, whatever ``torch.set_float32_matmul_precision`` says: TF32, or bf16 on
     some processors, would round the logits. The caller's settings come back.
     """
-    libraries = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn  # its stubs lack `matmul`
+    libraries = torch.backends.cuda.matmul, mkldnn.matmul
     before = [library.fp32_precision for library in libraries]
     changed = [
         (x, was) for x, was in zip(libraries, before, strict=True) if was in ("tf32", "bf16")
