@@ -5,7 +5,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint format demo bench clean distclean FORCE
+.PHONY: help install test lint format demo bench gpu gpu-offline clean distclean FORCE
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -35,7 +35,7 @@ EXT_STAMP := $(VENV)/.stamp-extension
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(EXT_STAMP) ## create .venv, install everything, build the C++ extension
 
@@ -45,19 +45,26 @@ test: install ## run every test that a machine without a GPU can run (ARGS=... g
 lint: $(DEPS_STAMP) ## check style and types: ruff, clang-format, pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 	$(BIN)/pyright
 
 format: $(DEPS_STAMP) ## mend what ruff and clang-format can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu,$(SOURCES))
+	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
 demo: install ## train teacher and students, write a report (SEEDS=3 DATA=easy-vqa OUT=dir GARMENTS=dir)
 	$(BIN)/python -m training demo $(strip $(DEMO_OPTIONS) $(ARGS))
 
 bench: install ## measure time, memory and accuracy against plain PyTorch (ARGS=... is passed on)
 	$(BIN)/python -m benchmarks all $(ARGS)
+
+# The machine's own Python, because there PyTorch and Triton are those that its driver needs.
+gpu: ## on a machine with a GPU: its tests and benchmark, with no virtual environment (ARGS="--stages bench")
+	PYTHONPATH=. python3 -m tests.gpu $(ARGS)
+
+gpu-offline: install ## compile every GPU kernel for sm_80, sm_90, sm_100 without a GPU (ARGS="--arch 90")
+	$(BIN)/python -m tests.gpu.offline $(ARGS)
 
 clean: ## remove the compiled extension, build folders and caches; keep .venv, data and runs/
 	rm -rf build/temp.* build/lib.* build/bdist.* dist *.egg-info mllmkd_kernels/_C*.so

@@ -1,17 +1,22 @@
 """How is the C++ extension built? Metadata is in pyproject.toml; this adds `mllmkd_kernels._C`.
 
 Each instruction set is compiled from its own file with its own flags, and chosen when the program
-runs. Environment: ``MLLMKD_NO_EXT=1`` leaves the extension out, ``MLLMKD_REQUIRE_EXT=1`` makes a
-failed build an error, ``DEBUG=1`` builds without optimisation.
+runs. CUDA kernels are added where torch is built for CUDA and nvcc is there; if they do not
+compile, the extension is built without them. Environment: ``MLLMKD_NO_EXT=1`` leaves the extension
+out, ``MLLMKD_NO_CUDA=1`` only the CUDA kernels, ``MLLMKD_REQUIRE_EXT=1`` makes a failed build an
+error, ``DEBUG=1`` builds without optimisation.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from setuptools import Extension, setup
 
@@ -35,6 +40,10 @@ PER_FILE = {
     "kernels_avx512.cpp": ("AVX512", AVX512),
     "product_avx512_bf16.cpp": ("AVX512", [*AVX512, "-mavx512bf16"]),
 }
+
+
+#: `nvcc_flags` and what it is for; run as a file, since the package cannot be imported yet.
+NVCC = runpy.run_path(str(ROOT / "mllmkd_kernels" / "backends" / "nvcc.py"))
 
 
 def on_x86() -> bool:
@@ -66,19 +75,64 @@ def extension_arguments() -> dict:
         return unavailable(
             f"torch cannot be imported while building ({error}); use --no-build-isolation"
         )
+    reason = why_no_cuda(cpp_extension)
+    if reason:
+        print(f"mllmkd_kernels: building without CUDA kernels: {reason}")
+    extension = make_extension(cpp_extension, cuda=not reason)
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": build_command(cpp_extension)}}
+
+
+def make_extension(cpp_extension: ModuleType, cuda: bool) -> Extension:
+    """`mllmkd_kernels._C`, with or without the CUDA kernels."""
     optimise = ["-O0", "-g"] if os.environ.get("DEBUG") == "1" else ["-O3", "-g0"]
     flags = [*COMMON, *optimise, "-fopenmp"]
     sources = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
     if not on_x86():
         sources = [s for s in sources if s.name not in PER_FILE or s.name == "kernels_default.cpp"]
-    extension = cpp_extension.CppExtension(
+    cxx = [*flags, f'-DMLLMKD_CXX_FLAGS="{" ".join(flags)}"']
+    headers = [h for kind in ("*.h", "*.cuh") for h in (ROOT / "csrc").rglob(kind)]
+    common = {
+        "extra_link_args": ["-fopenmp"],
+        "depends": [str(h.relative_to(ROOT)) for h in headers],
+    }
+    if not cuda:
+        paths = [str(s.relative_to(ROOT)) for s in sources]
+        return cpp_extension.CppExtension(
+            "mllmkd_kernels._C", paths, extra_compile_args=cxx, **common
+        )
+    sources += [s for kind in ("*.cpp", "*.cu") for s in sorted((ROOT / "csrc/cuda").glob(kind))]
+    nvcc = NVCC["nvcc_flags"](*known_architectures(cpp_extension.CUDA_HOME))
+    return cpp_extension.CUDAExtension(
         "mllmkd_kernels._C",
         [str(s.relative_to(ROOT)) for s in sources],
-        extra_compile_args=[*flags, f'-DMLLMKD_CXX_FLAGS="{" ".join(flags)}"'],
-        extra_link_args=["-fopenmp"],
-        depends=[str(h.relative_to(ROOT)) for h in (ROOT / "csrc").rglob("*.h")],
+        define_macros=[("MLLMKD_CUDA", None)],
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        **common,
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": build_command(cpp_extension)}}
+
+
+def why_no_cuda(cpp_extension: ModuleType) -> str:
+    """Why the CUDA kernels are not built; empty if they are."""
+    import torch
+
+    if os.environ.get("MLLMKD_NO_CUDA") == "1":
+        return "MLLMKD_NO_CUDA=1"
+    if torch.version.cuda is None:
+        return "this torch is not built for CUDA"
+    home = cpp_extension.CUDA_HOME
+    if home is None or not Path(home, "bin", "nvcc").exists():
+        return "no nvcc was found; set CUDA_HOME to a CUDA toolkit"
+    if not known_architectures(home):
+        return f"the nvcc of {home} is too old for sm_90a"
+    return ""
+
+
+def known_architectures(cuda_home: str) -> list[str]:
+    """Which of the architectures that the kernels are for does this nvcc know?"""
+    command = [str(Path(cuda_home, "bin", "nvcc")), "--list-gpu-code"]
+    listed = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    # "90a" is 90 with what only that GPU has: not listed on its own
+    return [a for a in NVCC["ARCHITECTURES"] if f"sm_{a.rstrip('a')}" in listed]
 
 
 def build_command(cpp_extension: ModuleType) -> type:
@@ -89,23 +143,41 @@ def build_command(cpp_extension: ModuleType) -> type:
             try:
                 super().build_extensions()
             except Exception as error:
-                unavailable(str(error).strip().splitlines()[-1])
-                self.extensions = []
+                if isinstance(self.extensions[0].extra_compile_args, dict):
+                    self.build_without_cuda(error)
+                else:
+                    unavailable(last_line(error))
+                    self.extensions = []
+
+        def build_without_cuda(self, error: Exception) -> None:
+            """The CPU kernels do not pay for a CUDA toolkit that does not fit. The extension keeps
+            what setuptools has noted on it.
+            """
+            print(f"mllmkd_kernels: CUDA kernels not built: {last_line(error)}", file=sys.stderr)
+            vars(self.extensions[0]).update(vars(make_extension(cpp_extension, cuda=False)))
+            self.build_extensions()
 
         def build_extension(self, ext: Extension) -> None:
             """Files with flags of their own first; setuptools compiles the rest and links."""
+            flags: Any = ext.extra_compile_args
+            cxx = flags["cxx"] if isinstance(flags, dict) else flags
             for source in [s for s in ext.sources if Path(s).name in PER_FILE]:
                 ext.sources.remove(source)
                 ext.extra_objects += self.compiler.compile(
                     [source],
                     output_dir=str(Path(self.build_temp, Path(source).stem)),
                     include_dirs=ext.include_dirs,
-                    extra_postargs=[*ext.extra_compile_args, *flags_of(source)],
+                    extra_postargs=[*cxx, *flags_of(source)],
                     depends=ext.depends,
                 )
             super().build_extension(ext)
 
     return Build
+
+
+def last_line(error: Exception) -> str:
+    """What an error says at its end, which is where compilers and ninja say it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def unavailable(reason: str) -> dict:

@@ -4,6 +4,8 @@ Read the files in this order and you follow a figure from its shape to the READM
 `shapes` (what is measured) → `problem` (its tensors) → `methods` (who computes it) → `truth` (is
 the answer right?) → `speed`, `memory`, `accuracy` (the figures) → `targets` (which promises hold) →
 `record` (JSON) → `tables`, `plots`, `report`, `readme` (what a person reads); `cli` runs them.
+Whole training steps have models instead of tensors: `vlm` → `naive` → `step`. `test_operators` is
+for pytest-benchmark: one small benchmark an operator, to compare two commits with.
 
-Left out: GPUs, training steps and `torch.compile`d baselines.
+Left out: several GPUs and `torch.compile`d baselines.
 """

@@ -25,7 +25,7 @@ def contract(dtype: str, epsilon: float) -> float:
 
 def steps(suite: Suite, only: tuple[str, ...]) -> int:
     """How often `measure` will call `tick`."""
-    return sum(len(ladder.epsilons) * len(_methods(only)) for ladder in suite.accuracy)
+    return sum(len(ladder.epsilons) * len(_methods(suite, only)) for ladder in suite.accuracy)
 
 
 def measure(
@@ -35,9 +35,9 @@ def measure(
     rows = []
     for ladder in suite.accuracy:
         for epsilon in ladder.epsilons:
-            problem = make_near(ladder.case, epsilon)
+            problem = make_near(ladder.case, epsilon, device=suite.device)
             expected = truth.truth(problem)
-            for method in _methods(only):
+            for method in _methods(suite, only):
                 tick(f"{ladder.case.title}, ε {epsilon}: {method.label}")
                 rows.append(
                     {
@@ -53,13 +53,14 @@ def measure(
     return rows
 
 
-def _methods(only: tuple[str, ...]) -> list[Method]:
-    return [method for method in select("kl", only) if method.key != FLOOR.key]
+def _methods(suite: Suite, only: tuple[str, ...]) -> list[Method]:
+    everything = select("kl", only, device=suite.device)
+    return [method for method in everything if method.key != FLOOR.key]
 
 
 def _errors(method: Method, problem: Problem, expected: truth.Truth) -> dict[str, Any]:
     """Errors of the loss and of both gradients; here a large one is the finding, not a fault."""
-    reason = method.missing()
+    reason = method.why_not(problem.hs.device)
     if reason:
         return {"status": "missing", "reason": reason}
     try:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import accuracy, memory, methods, readme, record, report, speed, targets
+from benchmarks import accuracy, memory, methods, readme, record, report, speed, step, targets
 from benchmarks.shapes import SUITES, Suite
 from benchmarks.vetting import Vetting
 
@@ -18,16 +20,18 @@ ROOT = Path(__file__).parent.parent
 
 DESCRIPTION = """\
 Measures the losses of mllmkd_kernels against plain PyTorch, the matrix products alone and other
-projects where they are installed. Every method's loss and gradients are compared with fp64 before
-it is measured. Prints tables and which promises hold, writes JSON and a report page with plots."""
+projects where they are installed, and whole training steps with either. Every method's loss and
+gradients are compared with fp64 before it is measured. Prints tables and which promises hold,
+writes JSON and a report page with plots."""
 
 EPILOG = """\
 examples:
   python -m benchmarks all                 everything: minutes on two cores (what `make bench` does)
   python -m benchmarks speed --quick       does it run here, under a minute
   python -m benchmarks speed --only floor,torch-eager,mk-cpu --rounds 9
+  python -m benchmarks all --device cuda   a GPU's shapes, where there is one (the default there)
   python -m benchmarks readme              put the newest full run into README.md
-  pip install 'mllmkd_kernels[peers]'      adds Liger and TRL to the comparison
+  pip install 'mllmkd_kernels[peers]'      adds other projects to the comparison
 
 methods: """ + ", ".join(method.key for method in methods.METHODS)
 
@@ -43,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
         ("speed", "time of forward and backward, interleaved, over floor and against eager"),
         ("memory", "peak memory beyond inputs and gradients, each in a fresh process"),
         ("accuracy", "loss and gradient error as the student converges"),
-        ("all", "speed, memory and accuracy"),
+        ("step", "whole training steps: tokens a second, peak memory, largest batch"),
+        ("all", "speed, memory, accuracy and step"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         _measuring_options(command)
@@ -56,9 +61,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _measuring_options(command: argparse.ArgumentParser) -> None:
-    """What speed, memory, accuracy and all have in common."""
+    """What all commands that measure have in common."""
     suites = "; ".join(f"{suite.name}: {suite.note}" for suite in SUITES.values())
-    command.add_argument("--suite", choices=tuple(SUITES), default="cpu", help=suites)
+    command.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu"
+    )
+    command.add_argument(
+        "--suite", choices=tuple(SUITES), help=f"default: that of the device; {suites}"
+    )
     command.add_argument(
         "--quick", action="store_const", const="quick", dest="suite", help="same as --suite quick"
     )
@@ -70,7 +80,7 @@ def _measuring_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="folder of the JSON and the report; a full run of suite cpu goes to "
+        help="folder of the JSON and the report; a full run of suite cpu or gpu goes to "
         "benchmarks/results by itself, any other to runs/benchmarks",
     )  # fmt: skip
 
@@ -89,10 +99,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measure(args: argparse.Namespace, console: Console) -> int:
-    suite = SUITES[args.suite]
+    suite = _suite(args.suite, args.device)
     parts = record.SECTIONS if args.command == "all" else (args.command,)
     rounds = args.rounds or suite.rounds
-    methods.select("ce+kl", args.only)  # an unknown key is an error before anything is measured
+    methods.select(
+        "ce+kl", args.only, device=suite.device
+    )  # an unknown key is an error before anything is measured
     run = record.new(suite, rounds, args.only)
     console.print(report.machine_line(run), highlight=False, markup=False)
     if run["machine"]["load_at_start"] > 0.5 * run["machine"]["cores"]:
@@ -102,7 +114,7 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
             style="yellow",
         )
     run |= _sections(parts, suite, args.only, rounds, console)
-    judged = methods.ours_by_default()
+    judged = methods.ours_by_default(suite.device)
     run["judged_method"], run["judged"] = judged.key, judged.label
     run["targets"] = targets.judge(run, judged.key)
     report.show(run, console)
@@ -110,6 +122,19 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
     page = report.write(run, path.with_suffix(""))
     console.print(f"\nwritten: {_short(path)}\n         {_short(page)}", highlight=False)
     return 0
+
+
+def _suite(name: str | None, device: str | None) -> Suite:
+    """The suite by name, for the device.
+
+    Raises:
+        ValueError: a GPU is asked for where there is none.
+    """
+    gpu = torch.cuda.is_available()
+    device = device or ("cuda" if gpu else "cpu")
+    if device == "cuda" and not gpu:
+        raise ValueError("device: cuda was asked for, and PyTorch sees no GPU")
+    return replace(SUITES[name or {"cuda": "gpu", "cpu": "cpu"}[device]], device=device)
 
 
 def _folder(run: dict[str, Any]) -> Path:
@@ -125,8 +150,9 @@ def _sections(
         "speed": speed.steps(suite, only, rounds),
         "memory": memory.steps(suite, only),
         "accuracy": accuracy.steps(suite, only),
+        "step": step.steps(suite, only, rounds),
     }
-    vetting = Vetting()
+    vetting = Vetting(suite.device)
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
         task = progress.add_task("", total=sum(steps[part] for part in parts))
@@ -141,6 +167,8 @@ def _sections(
             found["memory"] = memory.measure(suite, only, vetting, tick)
         if "accuracy" in parts:
             found["accuracy"] = accuracy.measure(suite, only, tick)
+        if "step" in parts:
+            found["step"] = step.measure(suite, only, rounds, tick)
     return found
 
 

@@ -10,6 +10,10 @@ resident memory and runs one forward and backward. Then
 the peak over what every method must hold at the end. The kernel keeps the high-water mark
 (``VmHWM``, reset through ``/proc/self/clear_refs``) at every page fault, so nothing is sampled and
 no peak is missed. Linux only; elsewhere a row says so.
+
+On a GPU the allocator keeps its own high-water mark, so no child is needed:
+
+    extra = max_memory_allocated − memory_allocated before − bytes of the gradients.
 """
 
 from __future__ import annotations
@@ -47,25 +51,29 @@ def measure(
         methods = _methods(suite, case, only)
         verdicts = vetting.verdicts(methods, case)
         gc.collect()
+        weigh = _on_gpu if suite.device == "cuda" else _in_child
         for method in methods:
             tick(f"{case.title}: {method.label}")
             verdict = verdicts[method.key]
             row = {
                 "case": asdict(case), "method": method.key, "label": method.label,
                 "version": method.version(), "status": verdict.status, "reason": verdict.reason,
-                "predicted_bytes": predicted(method, case),
+                "predicted_bytes": predicted(method, case, suite.device),
             }  # fmt: skip
-            rows.append(row | (_in_child(method, case) if verdict.status == "ok" else {}))
+            rows.append(row | (weigh(method, case) if verdict.status == "ok" else {}))
     return rows
 
 
-def predicted(method: Method, case: Case) -> int | None:
+def predicted(method: Method, case: Case, device: str = "cpu") -> int | None:
     """What `mllmkd_kernels.explain` says of our methods; None for what it does not plan."""
-    if not method.key.startswith("mk-") or method.missing() or case.loss == "relation":
+    unfit = not method.key.startswith("mk-") or method.why_not(torch.device(device))
+    if unfit or case.loss == "relation":
         return None
+    backend, _, budget = method.key[3:].partition("-")
     return mk.explain(
         case.rows, case.vocab, case.d_s, 0 if case.loss == "ce" else case.d_t,
-        train_head=case.train_head, dtype=DTYPES[case.dtype], backend=method.key[3:],
+        train_head=case.train_head, dtype=DTYPES[case.dtype], device=device, backend=backend,
+        workspace_mb=float(budget.removesuffix("mb")) if budget else None,
     ).peak_bytes  # fmt: skip
 
 
@@ -73,9 +81,33 @@ def _methods(suite: Suite, case: Case, only: tuple[str, ...]) -> list[Method]:
     """The floor computes no loss: its memory means nothing."""
     return [
         method
-        for method in select(case.loss, only, case in suite.every_backend)
+        for method in select(case.loss, only, case in suite.every_backend, suite.device)
         if method.key != FLOOR.key
     ]
+
+
+def _on_gpu(method: Method, case: Case) -> dict[str, Any]:
+    """``extra_bytes``, or a status and reason where the step failed."""
+    try:
+        method.build(make(_small(case), device="cuda"))()  # libraries take their workspaces once
+        problem = make(case, device="cuda")
+        run = method.build(problem)
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        rise = torch.cuda.max_memory_allocated() - before
+        gradients = [t.grad for t in (problem.hs, problem.ws) if t.grad is not None]
+        return {"extra_bytes": rise - sum(gradient.nbytes for gradient in gradients)}
+    except Exception as error:  # other people's code: whatever it raises becomes a row
+        line = str(error).splitlines()[0] if str(error) else ""
+        return {"status": "failed", "reason": f"{type(error).__name__}: {line}"}
+    finally:
+        problem = run = None
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _in_child(method: Method, case: Case) -> dict[str, Any]:

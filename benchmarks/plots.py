@@ -1,10 +1,10 @@
-"""What does it look like? Three figures from a record: time over the floor, memory against N, and
-the accuracy ladder.
+"""What does it look like? Four figures from a record: time over the floor, memory against N and V,
+the accuracy ladder, and whole training steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from benchmarks.methods import FLOOR, METHODS
-from benchmarks.shapes import DTYPES, Case
+from benchmarks.shapes import DTYPES, Case, step_case
 
-#: One colour and marker a method, in every figure; colours that colour-blind readers tell apart.
-_PALETTE = ("#7f7f7f", "#d55e00", "#0072b2", "#56b4e9", "#009e73", "#cc79a7", "#e69f00")
+#: One colour and marker a method, in every figure; the first colours are those that colour-blind
+#: readers tell apart, and a marker comes back with another colour only.
+_PALETTE = (
+    "#7f7f7f", "#d55e00", "#8c510a", "#56b4e9", "#0072b2", "#cc79a7", "#e69f00", "#009e73",
+    "#000000", "#5e3c99", "#b2abd2", "#66a61e", "#a6761d", "#e7298a", "#1b9e77", "#7570b3",
+    "#e6ab02", "#b15928", "#fb9a99", "#33a02c",
+)  # fmt: skip
+_MARKS = "osD^vP*<>hXpd"
 COLOURS = {method.key: _PALETTE[i % len(_PALETTE)] for i, method in enumerate(METHODS)}
-MARKERS = {method.key: "osD^vP*"[i % 7] for i, method in enumerate(METHODS)}
+MARKERS = {method.key: _MARKS[i % len(_MARKS)] for i, method in enumerate(METHODS)}
 
 
 def draw(record: dict[str, Any], folder: Path) -> list[Path]:
@@ -30,8 +36,9 @@ def draw(record: dict[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     drawings: dict[str, Callable[[dict[str, Any]], Figure | None]] = {
         "time_over_floor": time_over_floor,
-        "memory_against_rows": memory_against_rows,
+        "memory_against_size": memory_against_size,
         "accuracy_ladder": accuracy_ladder,
+        "training_step": training_step,
     }
     paths = []
     for name, drawing in drawings.items():
@@ -45,59 +52,85 @@ def draw(record: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def time_over_floor(record: dict[str, Any]) -> Figure | None:
-    """Bars: time of every method over the matrix products alone, case by case."""
+    """Bars: time of every method over the matrix products alone, case by case. The axis is
+    logarithmic and bars begin at 1, so that a method of a hundred times the floor leaves the others
+    legible.
+    """
     rows = [r for r in record.get("speed", []) if r.get("over_floor") and r["method"] != FLOOR.key]
     if not rows:
         return None
     cases = list(dict.fromkeys(Case(**row["case"]) for row in rows))
-    methods = list(dict.fromkeys((row["method"], row["label"]) for row in rows))
-    height = 1.4 + 0.22 * len(rows) + 0.2 * len(cases)
-    figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
-    thickness = 0.8 / len(methods)
-    for n, (key, label) in enumerate(methods):
-        mine = {Case(**row["case"]): row["over_floor"] for row in rows if row["method"] == key}
-        places = [i + n * thickness for i, case in enumerate(cases) if case in mine]
-        values = [mine[case] for case in cases if case in mine]
-        bars = axes.barh(places, values, thickness * 0.9, color=COLOURS[key], label=label)
-        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
-    axes.axvline(1, color="black", linewidth=1, linestyle="--")
-    middle = 0.4 - thickness / 2
-    axes.set_yticks([i + middle for i in range(len(cases))], [_label(c) for c in cases], fontsize=8)
+    figure, axes = plt.subplots(
+        figsize=(9, 1.6 + 0.17 * len(rows) + 0.2 * len(cases)), layout="constrained"
+    )
+    place, middles = 0.0, []
+    for case in cases:
+        mine = [row for row in rows if Case(**row["case"]) == case]
+        for n, row in enumerate(mine):
+            value, key = row["over_floor"], row["method"]
+            axes.barh(place + n, value - 1, 0.85, left=1, color=COLOURS[key], label=row["label"])
+            beside = {"xytext": (3 if value >= 1 else -3, 0), "textcoords": "offset points"}
+            axes.annotate(f"{value:.2f}", (value, place + n), va="center", fontsize=7,
+                          ha="left" if value >= 1 else "right", **beside)  # fmt: skip
+        middles.append(place + (len(mine) - 1) / 2)
+        place += len(mine) + 1.2
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.margins(x=0.1, y=0.02)
+    low, high = axes.get_xlim()
+    ticks = [t for t in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= t <= high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_yticks(middles, [_label(case) for case in cases], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("time / time of the matrix products alone (dashed: 1)")
+    axes.set_xlabel("time / time of the matrix products alone")
     axes.set_title("One step's loss, forward and backward", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    _legend(figure, [axes], columns=3)
     _plain(axes)
+    axes.grid(False, axis="y")
     return figure
 
 
-def memory_against_rows(record: dict[str, Any]) -> Figure | None:
-    """Lines: extra memory against N for the case that was swept, predictions dotted."""
+def memory_against_size(record: dict[str, Any]) -> Figure | None:
+    """Lines, log-log: extra memory against N and against V, predictions dotted."""
     rows = [r for r in record.get("memory", []) if r.get("extra_bytes") is not None]
-    swept = _most_swept(rows)
-    if not swept:
+    sweeps = [(axis, swept) for axis in _AXES if (swept := _most_swept(rows, axis))]
+    if not sweeps:
         return None
-    figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    figure, panels = plt.subplots(
+        1, len(sweeps), figsize=(5.4 * len(sweeps), 4.4), squeeze=False, layout="constrained"
+    )
+    for axes, (axis, swept) in zip(panels[0], sweeps, strict=True):
+        _memory_panel(axes, axis, swept)
+    _legend(figure, panels[0], columns=3)
+    return figure
+
+
+def _memory_panel(axes: Axes, axis: str, swept: list[dict[str, Any]]) -> None:
+    def size(row: dict[str, Any]) -> int:
+        return _AXES[axis](Case(**row["case"]))
+
     for key, label in dict.fromkeys((row["method"], row["label"]) for row in swept):
-        mine = sorted((r for r in swept if r["method"] == key), key=lambda r: r["case"]["rows"])
-        n = [row["case"]["rows"] for row in mine]
-        axes.plot(n, [row["extra_bytes"] / 2**20 for row in mine], color=COLOURS[key],
+        mine = sorted((r for r in swept if r["method"] == key), key=size)
+        sizes = [size(row) for row in mine]
+        axes.plot(sizes, [row["extra_bytes"] / 2**20 for row in mine], color=COLOURS[key],
                   marker=MARKERS[key], label=label)  # fmt: skip
         if all(row["predicted_bytes"] is not None for row in mine):
-            axes.plot(n, [row["predicted_bytes"] / 2**20 for row in mine], ":", color=COLOURS[key])
+            axes.plot(
+                sizes, [row["predicted_bytes"] / 2**20 for row in mine], ":", color=COLOURS[key]
+            )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    ticks = sorted({row["case"]["rows"] for row in swept})
+    ticks = sorted({size(row) for row in swept})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("rows N")
-    axes.set_ylabel("MiB beyond inputs and gradients")
     case = Case(**swept[0]["case"])
-    axes.set_title(f"Peak memory, {case.dtype}, V {case.vocab:,} (dotted: explain())", fontsize=10)
-    axes.legend(fontsize=8)
+    fixed = f"V {case.vocab:,}" if axis == "rows N" else f"N {case.all_rows:,}"
+    axes.set_xlabel(axis)
+    axes.set_ylabel("MiB beyond inputs and gradients")
+    axes.set_title(f"Peak memory, {case.dtype}, {fixed} (dotted: explain())", fontsize=10)
     _plain(axes)
-    return figure
 
 
 def accuracy_ladder(record: dict[str, Any]) -> Figure | None:
@@ -124,23 +157,88 @@ def accuracy_ladder(record: dict[str, Any]) -> Figure | None:
         axes.set_xlabel("ε: teacher = student + ε·noise (towards convergence →)")
         axes.set_ylabel("relative error of the gradient")
         _plain(axes)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
-                  fontsize=8)  # fmt: skip
+    _legend(figure, panels[0], columns=3)
     return figure
 
 
-def _most_swept(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the case that differs only in N most often; empty without a sweep."""
+def training_step(record: dict[str, Any]) -> Figure | None:
+    """Bars: tokens a second, peak memory and largest batch of whole steps, with either losses."""
+    rows = [row for row in record.get("step", []) if row.get("tokens_per_s")]
+    if not rows:
+        return None
+    stages = list(dict.fromkeys(row["case"]["stage"] for row in rows))
+    methods = list(dict.fromkeys((row["method"], row["label"]) for row in rows))
+    case = step_case(rows[0]["case"])
+    panels_of: tuple[tuple[str, Callable[[dict[str, Any]], float | None]], ...] = (
+        (f"tokens a second, batch {case.batch}", lambda row: row["tokens_per_s"]),
+        (f"peak MiB, batch {case.batch}", lambda row: (row.get("extra_bytes") or 0) / 2**20),
+        (f"largest batch in {case.budget_mib:,} MiB", lambda row: row.get("largest_batch")),
+    )
+    figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.6), layout="constrained")
+    width = 0.8 / len(methods)
+    for axes, (title, value) in zip(panels, panels_of, strict=True):
+        for n, (key, label) in enumerate(methods):
+            mine = {row["case"]["stage"]: value(row) or 0 for row in rows if row["method"] == key}
+            places = [i + n * width for i, stage in enumerate(stages) if stage in mine]
+            bars = axes.bar(places, mine.values(), width * 0.92, color=COLOURS[key], label=label)
+            axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=8)
+        middle = 0.4 - width / 2
+        axes.set_xticks([i + middle for i in range(len(stages))], [s.upper() for s in stages])
+        axes.set_title(title, fontsize=10)
+        axes.margins(y=0.12)
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        _plain(axes)
+        axes.grid(False, axis="x")
+    m = case.models
+    figure.suptitle(
+        f"A whole training step: {m.name}, {m.dtype}, V {m.vocab:,}, {m.image_rows} visual rows a "
+        "sample; memory beyond weights and optimiser state", fontsize=9,
+    )  # fmt: skip
+    _legend(figure, panels, columns=2)
+    return figure
+
+
+#: What is swept, and how a case says it.
+_AXES: dict[str, Callable[[Case], int]] = {
+    "rows N": lambda case: case.all_rows,
+    "vocabulary V": lambda case: case.vocab,
+}
+_FREE = {"rows N": {"rows": 0}, "vocabulary V": {"vocab_s": 0, "vocab_t": 0}}
+
+
+def _most_swept(rows: list[dict[str, Any]], axis: str) -> list[dict[str, Any]]:
+    """The rows of the case that differs only in `axis` most often, of the largest such case where
+    several do; empty without a sweep.
+    """
     groups: dict[Case, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(Case(**{**row["case"], "rows": 0}), []).append(row)
-    sweeps = [g for g in groups.values() if len({row["case"]["rows"] for row in g}) > 1]
-    return max(sweeps, key=lambda g: len({row["case"]["rows"] for row in g}), default=[])
+        groups.setdefault(Case(**(row["case"] | _FREE[axis])), []).append(row)
+
+    def sizes(group: list[dict[str, Any]]) -> set[int]:
+        return {_AXES[axis](Case(**row["case"])) for row in group}
+
+    sweeps = [group for group in groups.values() if len(sizes(group)) > 1]
+    return max(sweeps, key=lambda g: (len(sizes(g)), max(sizes(g))), default=[])
 
 
 def _label(case: Case) -> str:
     head = "trained" if case.train_head else "frozen"
-    return f"{case.loss} {case.dtype}, head {head}\n{case.pair}, N {case.rows:,}"
+    images = f"{case.images} x " if case.images > 1 else ""
+    return (
+        f"{case.loss} {case.dtype}, head {head}\n"
+        f"{case.pair}, N {images}{case.rows:,}, V {case.vocab:,}"
+    )
+
+
+def _legend(figure: Figure, panels: Iterable[Axes], columns: int) -> None:
+    """One for all panels, each label once, below them."""
+    found: dict[str, Any] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        found = dict(zip(labels, handles, strict=True)) | found
+    figure.legend(
+        list(found.values()), list(found), loc="outside lower center", ncols=columns, fontsize=8
+    )
 
 
 def _plain(axes: Axes) -> None:

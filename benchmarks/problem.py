@@ -28,6 +28,12 @@ class Problem:
     wt: Tensor | None  # (V_t, D_t)
     labels: Tensor  # (N,) int64
 
+    @property
+    def ends(self) -> Tensor:
+        """(images + 1,) int32: where the rows of every image begin, and the last end."""
+        images = torch.arange(self.case.images + 1, dtype=torch.int32, device=self.hs.device)
+        return images * self.case.rows
+
     def teacher(self) -> tuple[Tensor, Tensor]:
         """(ht, wt), for a loss that has a teacher."""
         if self.ht is None or self.wt is None:
@@ -45,42 +51,43 @@ class Problem:
         return self
 
 
-def make(case: Case, seed: int = 0) -> Problem:
+def make(case: Case, seed: int = 0, device: str = "cpu") -> Problem:
     """The tensors of `case`: teacher and student independent, far from convergence."""
-    rng = torch.Generator().manual_seed(seed)
-    dtype = DTYPES[case.dtype]
-    hs, ws = _hidden(case.rows, case.d_s, dtype, rng), _head(case.vocab_s, case.d_s, dtype, rng)
+    rng = torch.Generator(device).manual_seed(seed)
+    dtype, rows = DTYPES[case.dtype], case.all_rows
+    hs, ws = _hidden(rows, case.d_s, dtype, rng), _head(case.vocab_s, case.d_s, dtype, rng)
     ht = wt = None
     if case.loss != "ce":
-        ht, wt = _hidden(case.rows, case.d_t, dtype, rng), _head(case.vocab_t, case.d_t, dtype, rng)
-    labels = torch.randint(case.vocab, (case.rows,), generator=rng)
+        ht, wt = _hidden(rows, case.d_t, dtype, rng), _head(case.vocab_t, case.d_t, dtype, rng)
+    labels = torch.randint(case.vocab, (rows,), generator=rng, device=device)
     return Problem(case, hs, ws, ht, wt, labels).as_leaves()
 
 
-def make_near(case: Case, epsilon: float, seed: int = 0) -> Problem:
+def make_near(case: Case, epsilon: float, seed: int = 0, device: str = "cpu") -> Problem:
     """A rung of the ladder: both models share a head, ``h_t = h_s + ε·noise``."""
     if case.d_s != case.d_t or case.vocab_s != case.vocab_t:
         raise ValueError(
             f"case: a ladder compares equal shapes, got D {case.d_s} and {case.d_t}, "
             f"V {case.vocab_s} and {case.vocab_t}"
         )
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator(device).manual_seed(seed)
     dtype = DTYPES[case.dtype]
-    h = torch.randn(case.rows, case.d_s, generator=rng)
-    noise = torch.randn(case.rows, case.d_s, generator=rng)
+    h = torch.randn(case.rows, case.d_s, generator=rng, device=device)
+    noise = torch.randn(case.rows, case.d_s, generator=rng, device=device)
     ws = _head(case.vocab_s, case.d_s, dtype, rng)
     ht = (h + epsilon * noise).to(dtype)
-    labels = torch.randint(case.vocab, (case.rows,), generator=rng)
+    labels = torch.randint(case.vocab, (case.rows,), generator=rng, device=device)
     return Problem(case, h.to(dtype), ws, ht, ws.detach(), labels).as_leaves()
 
 
 def _hidden(rows: int, d: int, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
-    return torch.randn(rows, d, generator=rng).to(dtype)
+    return torch.randn(rows, d, generator=rng, device=rng.device).to(dtype)
 
 
 def _head(vocab: int, d: int, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
     """Drawn a slice at a time, so that building a bf16 head never holds an fp32 one."""
-    w = torch.empty(vocab, d, dtype=dtype)
+    w = torch.empty(vocab, d, dtype=dtype, device=rng.device)
     for part in w.split(8192):
-        part.copy_(torch.randn(part.shape, generator=rng).mul_(LOGIT_STD / d**0.5))
+        values = torch.randn(part.shape, generator=rng, device=rng.device)
+        part.copy_(values.mul_(LOGIT_STD / d**0.5))
     return w

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.methods import EAGER
 from benchmarks.record import load
 from benchmarks.report import machine_line
-from benchmarks.shapes import DTYPES, Case, headline
+from benchmarks.shapes import PROMISED, Case, headline, step_case
 from benchmarks.tables import Table, markdown, mebibytes, seconds, times
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -32,6 +32,8 @@ def block(path: Path, root: Path) -> str:
     ]
     if relation := _relation_lines(record):
         parts.append(relation)
+    if record.get("step"):
+        parts += [_step_note(record["step"]), markdown(_step_table(record["step"]))]
     folder = path.with_suffix("")
     name = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.name
     if (folder / "accuracy_ladder.png").exists():
@@ -61,7 +63,7 @@ def _headline_table(record: dict[str, Any]) -> Table:
     rows = []
     for label in labels:
         cells: list[str] = []
-        for dtype in DTYPES:
+        for dtype in PROMISED:
             fast, small = speed.get((dtype, label), {}), memory.get((dtype, label), {})
             if fast.get("status", "ok") != "ok":
                 cells += [fast["status"], "", "", ""]
@@ -74,11 +76,11 @@ def _headline_table(record: dict[str, Any]) -> Table:
             ]
         rows.append((label, *cells))
     heads = ("time", "over floor", "faster", "memory")
-    return Table("", "", ("", *(f"{d} {h}" for d in DTYPES for h in heads)), rows)
+    return Table("", "", ("", *(f"{d} {h}" for d in PROMISED for h in heads)), rows)
 
 
 def _headline_rows(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
-    cases = {headline(dtype): dtype for dtype in DTYPES}
+    cases = {headline(dtype): dtype for dtype in PROMISED}
     return {(cases[c], r["label"]): r for r in rows if (c := Case(**r["case"])) in cases}
 
 
@@ -94,6 +96,37 @@ def _ladder_table(record: dict[str, Any]) -> Table:
         )
         body.append((label, *cells))
     return Table("", "", ("", *(f"ε = {e:g}" for e in epsilons)), body)
+
+
+def _step_note(rows: list[dict[str, Any]]) -> str:
+    case = step_case(rows[0]["case"])
+    m = case.models
+    return (
+        f"A whole training step, teacher and student forward to AdamW: {m.name}, "
+        f"{m.teacher.layers} layers of {m.teacher.hidden:,} → {m.student.layers} of "
+        f"{m.student.hidden:,}, V {m.vocab:,}, {m.dtype}, {case.batch} samples with {m.image_rows} "
+        "visual rows each. Memory is beyond weights and optimiser state; the largest batch is the "
+        f"largest that keeps it within {case.budget_mib:,} MiB."
+    )
+
+
+def _step_table(rows: list[dict[str, Any]]) -> Table:
+    body = []
+    for row in rows:
+        name = f"{row['case']['stage'].upper()}, {row['label']}"
+        if row["status"] != "ok":
+            body.append((name, row["status"], "", "", ""))
+            continue
+        body.append(
+            (
+                name,
+                f"{row['tokens_per_s']:,.0f}",
+                times(row["times_eager"]),
+                mebibytes(row["extra_bytes"]),
+                f"{row['largest_batch']:,}",
+            )
+        )
+    return Table("", "", ("", "tokens/s", "faster", "memory", "largest batch"), body)
 
 
 def _relation_lines(record: dict[str, Any]) -> str:

@@ -19,18 +19,23 @@ from typing import Any
 import torch
 
 import mllmkd_kernels as mk
+from benchmarks import peers
 from benchmarks.shapes import Suite
 
 #: Changes when a reader of older files would misread newer ones.
 SCHEMA = 1
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS = ("speed", "memory", "accuracy")
+#: What `all` measures.
+SECTIONS = ("speed", "memory", "accuracy", "step")
+#: What a published run has at least: `step` is younger than some of them.
+REQUIRED = ("speed", "memory", "accuracy")
 
 
-def machine() -> dict[str, Any]:
-    """Processor, memory, versions and commit of this run."""
-    return {
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Processor, memory, versions and commit of this run; the GPU where one is measured."""
+    gpu = _gpu() if device == "cuda" else {}
+    return gpu | {
         "cpu": _cpu_model(),
         "cores": _cores(),
         "threads": torch.get_num_threads(),
@@ -41,7 +46,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "mllmkd_kernels": mk.__version__,
-        "peers": {name: _version(name) for name in ("liger-kernel", "trl")},
+        "peers": peers.versions(),
         "commit": _commit(),
     }
 
@@ -54,14 +59,16 @@ def new(suite: Suite, rounds: int, only: tuple[str, ...] = ()) -> dict[str, Any]
         "suite": suite.name,
         "rounds": rounds,
         "only": list(only),
-        "machine": machine(),
+        "machine": machine(suite.device),
     }
 
 
 def file_name(record: dict[str, Any]) -> str:
     """<machine>-<date>.json; a run that is not for publication says what it is."""
-    slug = re.sub(r"[^a-z0-9]+", "-", record["machine"]["cpu"].lower()).strip("-")
-    parts = [slug, f"{record['machine']['cores']}-cores", record["date"][:10]]
+    machine = record["machine"]
+    slug = re.sub(r"[^a-z0-9]+", "-", machine.get("gpu", machine["cpu"]).lower()).strip("-")
+    cores = [] if "gpu" in machine else [f"{machine['cores']}-cores"]
+    parts = [slug, *cores, record["date"][:10]]
     if not publishable(record):
         measured = [name for name in SECTIONS if name in record]
         parts += [record["suite"], *(measured if len(measured) < len(SECTIONS) else ())]
@@ -70,9 +77,9 @@ def file_name(record: dict[str, Any]) -> str:
 
 
 def publishable(record: dict[str, Any]) -> bool:
-    """Every section and method of the full suite, medians of at least five rounds."""
-    whole = all(name in record for name in SECTIONS) and not record["only"]
-    return whole and record["suite"] == "cpu" and record["rounds"] >= 5
+    """Every required section and all methods of the full suite, medians of at least five rounds."""
+    whole = all(name in record for name in REQUIRED) and not record["only"]
+    return whole and record["suite"] in ("cpu", "gpu") and record["rounds"] >= 5
 
 
 def save(record: dict[str, Any], folder: Path) -> Path:
@@ -100,10 +107,23 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest publishable record, by the date inside the file; None if there is none."""
+    """The newest publishable record of a CPU, by the date inside the file; None if there is none.
+    That of a GPU has other shapes than the README's table.
+    """
     found = [(load(path), path) for path in sorted(folder.glob("*.json"))]
-    fit = [(record["date"], path) for record, path in found if publishable(record)]
+    fit = [(r["date"], path) for r, path in found if publishable(r) and r["suite"] == "cpu"]
     return max(fit)[1] if fit else None
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+    }
 
 
 def _cpu_model() -> str:

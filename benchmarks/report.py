@@ -14,8 +14,9 @@ from benchmarks.tables import markdown, tables
 
 CAPTIONS = {
     "time_over_floor": "Time over the matrix products alone.",
-    "memory_against_rows": "Peak memory beyond inputs and gradients.",
+    "memory_against_size": "Peak memory beyond inputs and gradients.",
     "accuracy_ladder": "Relative gradient error as the student converges.",
+    "training_step": "Whole training steps: tokens a second, peak memory, largest batch.",
 }
 
 
@@ -55,8 +56,11 @@ def machine_line(record: dict[str, Any]) -> str:
     m = record["machine"]
     missing = [name for name, version in m["peers"].items() if version is None]
     peers = [f"{name} {version}" for name, version in m["peers"].items() if version]
+    gpu = ""
+    if "gpu" in m:
+        gpu = f"{m['gpu']} ({m['gpu_memory_gib']} GiB), CUDA {m['cuda']}, Triton {m['triton']}; "
     text = (
-        f"{m['cpu']}, {m['cores']} cores ({m['vector_units']}), {m['memory_gib']} GiB, "
+        f"{gpu}{m['cpu']}, {m['cores']} cores ({m['vector_units']}), {m['memory_gib']} GiB, "
         f"{m['threads']} threads, {m['system']}; Python {m['python']}, torch {m['torch']}, "
         f"mllmkd_kernels {m['mllmkd_kernels']} at {m['commit'] or 'no commit'}"
     )

@@ -15,10 +15,12 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
+import torch
+
 from benchmarks.methods import EAGER, FLOOR, Method, Run, select
 from benchmarks.problem import Problem, make
 from benchmarks.shapes import Case, Suite
-from benchmarks.vetting import Verdict, Vetting
+from benchmarks.vetting import Verdict, Vetting, said
 
 
 def steps(suite: Suite, only: tuple[str, ...], rounds: int) -> int:
@@ -37,43 +39,74 @@ def measure(
     table: list[dict[str, Any]] = []
     for case in suite.speed:
         methods = _methods(suite, case, only)
-        verdicts = vetting.verdicts(methods, case)
-        seconds = _seconds(make(case), methods, verdicts, rounds, tick)
+        verdicts = dict(vetting.verdicts(methods, case))
+        problem = make(case, device=suite.device)
+        seconds = _seconds(problem, methods, verdicts, rounds, tick)
+        del problem
         gc.collect()  # the inputs of one case leave before those of the next come
         table += [_row(case, method, verdicts[method.key], seconds) for method in methods]
     return table
 
 
 def _methods(suite: Suite, case: Case, only: tuple[str, ...]) -> list[Method]:
-    return select(case.loss, only, case in suite.every_backend)
+    return select(case.loss, only, case in suite.every_backend, suite.device)
 
 
 def _seconds(
     problem: Problem,
     methods: Sequence[Method],
-    verdicts: Mapping[str, Verdict],
+    verdicts: dict[str, Verdict],
     rounds: int,
     tick: Callable[[str], None],
 ) -> dict[str, list[float]]:
-    """key → seconds of every round, for the methods that may be measured."""
-    fit = [method for method in methods if verdicts[method.key].status == "ok"]
-    runs = {method.key: method.build(problem) for method in fit}
-    seconds: dict[str, list[float]] = {method.key: [] for method in fit}
+    """key → seconds of every round, for the methods that may be measured. One that cannot be
+    prepared or run at this size (memory, a kernel's limits) is dropped, and its verdict says so.
+    """
+    runs: dict[str, Run] = {}
+    seconds: dict[str, list[float]] = {}
     for turn in range(rounds + 1):
         for method in methods:
             tick(f"{problem.case.title}: {method.label}")
-            if method.key in runs:
+            if verdicts[method.key].status != "ok":
+                continue
+            try:
+                if not turn:
+                    runs[method.key], seconds[method.key] = method.build(problem), []
                 spent = _once(runs[method.key], problem)
-                if turn:  # the first round is warm-up: code is compiled, pages are mapped
-                    seconds[method.key].append(spent)
+            except (Exception, SystemExit) as error:  # other people's code: whatever it raises
+                verdicts[method.key] = Verdict("failed", said(error))
+                runs.pop(method.key, None)
+                seconds.pop(method.key, None)
+                _drop_memory(problem)
+                continue
+            if turn:  # the first round is warm-up: code is compiled, pages are mapped
+                seconds[method.key].append(spent)
     return seconds
 
 
 def _once(run: Run, problem: Problem) -> float:
+    """Seconds of one step; on a GPU between two events, so that what Python does meanwhile is
+    hidden where the device is busy, as in training.
+    """
     problem.forget_gradients()
+    if problem.hs.is_cuda:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def _drop_memory(problem: Problem) -> None:
+    """After a method has failed: nothing of it stays in the way of the next."""
+    problem.forget_gradients()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _row(

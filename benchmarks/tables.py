@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from benchmarks.shapes import Case
+from benchmarks.shapes import Case, step_case
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ def tables(record: dict[str, Any]) -> Iterator[Table]:
         yield _memory(record["memory"])
     for rows in _by_case(record.get("accuracy", [])):
         yield _accuracy(rows)
+    for rows in _by_case(record.get("step", [])):
+        yield _step(rows)
 
 
 def markdown(table: Table) -> str:
@@ -125,6 +127,41 @@ def _accuracy(rows: list[dict[str, Any]]) -> Table:
         ("method", *(f"ε = {e:g}" for e in epsilons)),
         body,
     )
+
+
+def _step(rows: list[dict[str, Any]]) -> Table:
+    case = step_case(rows[0]["case"])
+    body = []
+    for row in rows:
+        if row["status"] != "ok":
+            body.append((row["label"], _trouble(row), *[""] * 5))
+            continue
+        body.append(
+            (
+                row["label"],
+                seconds(row["median_s"]),
+                f"{seconds(row['min_s'])} – {seconds(row['max_s'])}",
+                f"{row['tokens_per_s']:,.0f}",
+                times(row["times_eager"]),
+                mebibytes(row["extra_bytes"]),
+                f"{row['largest_batch']:,}",
+            )
+        )
+    models = case.models
+    off = {
+        field: max(row.get(field, 0.0) for row in rows) for field in ("loss_off", "gradient_off")
+    }
+    return Table(
+        case.title,
+        f"Teacher ({models.teacher.layers} layers of {models.teacher.hidden:,}) and student "
+        f"({models.student.layers} of {models.student.hidden:,}) forward, losses, backward, AdamW; "
+        f"batch of {case.batch}, medians of {_rounds(rows)} interleaved rounds. Peak beyond "
+        f"weights and optimiser state; the largest batch that was run with a peak within "
+        f"{case.budget_mib:,} MiB. Losses agree to {off['loss_off']:.0e}, gradients to "
+        f"{off['gradient_off']:.0e}.",
+        ("losses", "time", "min – max", "tokens/s", "faster", "peak", "largest batch"),
+        body,
+    )  # fmt: skip
 
 
 def _rung(row: dict[str, Any] | None) -> str:

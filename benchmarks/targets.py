@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.methods import EAGER
-from benchmarks.shapes import DTYPES, headline
+from benchmarks.shapes import PROMISED, headline
 
 #: Time over the matrix products alone, at most.
 OVER_FLOOR = 1.15
@@ -39,10 +39,10 @@ class Target:
 def judge(record: dict[str, Any], method: str) -> list[dict[str, Any]]:
     """Every promise, judged for the method key `method`, as dictionaries for the record."""
     found = []
-    for dtype in DTYPES:
+    for dtype in PROMISED:
         found += _speed(record.get("speed", []), method, dtype)
         found.append(_memory(record.get("memory", []), method, dtype))
-    for dtype in DTYPES:
+    for dtype in PROMISED:
         found.append(_accuracy(record.get("accuracy", []), method, dtype))
     return [asdict(target) for target in found]
 

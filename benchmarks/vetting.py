@@ -37,7 +37,8 @@ class Verdict:
 class Vetting:
     """Verdicts, remembered: a sweep over N asks the same question of the same heads again."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
         self._verdicts: dict[tuple[str, Case], Verdict] = {}
 
     def verdicts(self, methods: Sequence[Method], case: Case) -> dict[str, Verdict]:
@@ -45,7 +46,7 @@ class Vetting:
         kind = replace(case, rows=0)
         ask = [method for method in methods if (method.key, kind) not in self._verdicts]
         if ask:
-            few = make(replace(case, rows=min(CHECK_ROWS, case.rows)))
+            few = make(replace(case, rows=min(CHECK_ROWS, case.rows)), device=self._device)
             expected = truth.truth(few)
             for method in ask:
                 self._verdicts[method.key, kind] = _verdict(method, few, expected)
@@ -53,14 +54,22 @@ class Vetting:
 
 
 def _verdict(method: Method, problem: Problem, expected: truth.Truth) -> Verdict:
-    reason = method.missing()
+    reason = method.why_not(problem.hs.device)
     if reason:
         return Verdict("missing", reason)
     if method.key == FLOOR.key:
         return Verdict("ok")  # matrix products without a loss: there is nothing to be right about
     try:
         found = truth.errors(method, problem, expected)
-    except Exception as error:  # other people's code: whatever it raises becomes a row
-        return Verdict("failed", f"{type(error).__name__}: {error}")
+    except (Exception, SystemExit) as error:  # other people's code: whatever it raises is a row
+        return Verdict("failed", said(error))
+    finally:
+        problem.forget_gradients()  # what a method left when it failed is not the next one's
     wrong = truth.verdict(found, problem.case.dtype)
     return Verdict("wrong" if wrong else "ok", wrong, found)
+
+
+def said(error: BaseException) -> str:
+    """Type and first line of what was raised; the rest of it, a compiler's say, names folders."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

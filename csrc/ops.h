@@ -41,4 +41,13 @@ at::Tensor relation_grad(
     const at::Tensor& hs, const at::Tensor& ks, const at::Tensor& ht, const at::Tensor& kt,
     const at::Tensor& cu_seqlens, const at::Tensor& coef);
 
+// The row kernel of the chunk algorithm on a GPU, in a build with CUDA: (ce, kd) of C rows of V
+// logits, and over `zs` their gradient where it is wanted. `cluster`: CTAs for a row, 0 to choose.
+std::tuple<at::Tensor, at::Tensor> cuda_rows_(
+    at::Tensor& zs, const Optional& zt, const Optional& bs, const Optional& bt,
+    const Optional& labels, const Optional& ce_weight, const Optional& kd_weight,
+    const Optional& broken_s, const Optional& broken_t, std::string_view divergence, double param,
+    double temperature, double cap_s, double cap_t, int64_t ignore_index, bool want_dz,
+    bool dz_bf16, int64_t cluster);
+
 }  // namespace mllmkd

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mllmkd_kernels import checks, ops
-from mllmkd_kernels.backends.eager import accumulation_dtype
+from mllmkd_kernels.backends.products import accumulation_dtype
 from mllmkd_kernels.divergence import Divergence
 
 

@@ -36,6 +36,9 @@ PARAMETERS: dict[str, tuple[str | None, float]] = {
     "soft_cross_entropy": (None, 0.0),
 }
 
+#: Divergences whose gradient is q − p: no mean over the whole row has to be known first.
+ONE_SWEEP = frozenset({"forward_kl", "soft_cross_entropy"})
+
 
 @dataclass(frozen=True)
 class Divergence:

@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mllmkd_kernels.backends import eager
+from mllmkd_kernels.backends import products
 
 
 def gram(
@@ -30,10 +30,10 @@ def gram(
     """G = WᵀW over the first `vocab` rows, (D, D) fp32 (fp64 for fp64); a bias is an extra
     column of W.
     """
-    acc = eager.accumulation_dtype(weight, bias)
+    acc = products.accumulation_dtype(weight, bias)
     size = weight.shape[1] + (bias is not None)
     g = torch.zeros(size, size, dtype=acc, device=weight.device)
-    for rows in eager._chunks(vocab, eager.VOCAB_SLICE):
+    for rows in products.chunks(vocab, products.VOCAB_SLICE):
         w = _with_bias(weight[rows], None if bias is None else bias[rows], acc)
         g.addmm_(w.mT, w)
     return g
@@ -52,7 +52,7 @@ def gram_backward(
     dw = torch.zeros_like(weight)
     db = torch.zeros_like(bias) if bias is not None else weight.new_empty(0)
     symmetric = dg + dg.mT
-    for rows in eager._chunks(vocab, eager.VOCAB_SLICE):
+    for rows in products.chunks(vocab, products.VOCAB_SLICE):
         product = _with_bias(weight[rows], None if bias is None else bias[rows], acc) @ symmetric
         dw[rows] = product[:, :d].to(dw.dtype)
         if bias is not None:
@@ -74,18 +74,19 @@ def relation(
     """Loss (scalar) and the unscaled gradients dh (N, D_s), dg (D_s, D_s); an unwanted one
     comes back empty.
     """
-    acc = eager.accumulation_dtype(hs, gs, ht, gt)
-    hs, ht = hs.to(acc).contiguous(), ht.to(acc).contiguous()
-    ks, kt = hs if gs is None else hs @ gs.to(acc), ht if gt is None else ht @ gt.to(acc)
-    stats = backend.relation_stats(hs, ks, ht, kt, cu_seqlens)
+    acc = products.accumulation_dtype(hs, gs, ht, gt)
+    hs_acc, ht_acc = hs.to(acc).contiguous(), ht.to(acc).contiguous()
+    ks = hs_acc if gs is None else _product(hs, gs.to(acc), hs)
+    kt = ht_acc if gt is None else _product(ht, gt.to(acc), ht)
+    stats = backend.relation_stats(hs_acc, ks, ht_acc, kt, cu_seqlens)
     loss, coef = cosine_of_stats(stats, cu_seqlens, joint)
-    dh = dg = hs.new_empty(0)
+    dh = dg = hs_acc.new_empty(0)
     if want_dh or want_dg:
-        m = backend.relation_grad(hs, ks, ht, kt, cu_seqlens, coef)
+        m = backend.relation_grad(hs_acc, ks, ht_acc, kt, cu_seqlens, coef)
         if want_dh:
-            dh = 2 * m if gs is None else (m @ gs.to(acc)).mul_(2)
+            dh = 2 * m if gs is None else _product(m, gs.to(acc), hs).mul_(2)
         if want_dg:
-            dg = hs.mT @ m
+            dg = _product(hs.mT, m, hs)
     return loss.to(acc), dh, dg.clone() if dg is dh else dg
 
 
@@ -98,10 +99,11 @@ def cosine_of_stats(stats: Tensor, cu_seqlens: Tensor, joint: bool) -> tuple[Ten
     their R are blocks of one matrix, whose inner products are sums.
     """
     if joint:
-        loss, coef = cosine_of_stats(stats.sum(0, keepdim=True), cu_seqlens[[0, -1]], False)
+        ends = torch.stack((cu_seqlens[0], cu_seqlens[-1]))  # [[0, -1]] would wait for a GPU
+        loss, coef = cosine_of_stats(stats.sum(0, keepdim=True), ends, False)
         return loss, coef.expand(stats.shape[0], 2).contiguous()
     ss, tt, st = stats.unbind(1)
-    empty = (cu_seqlens.diff() == 0).to(stats.device)
+    empty = (cu_seqlens.diff() == 0).to(stats.device, non_blocking=True)
     flat = (ss == 0) | (tt == 0)
     norms = torch.where(flat, 1.0, ss.sqrt() * tt.sqrt())
     images = max(stats.shape[0], 1)
@@ -109,6 +111,15 @@ def cosine_of_stats(stats: Tensor, cu_seqlens: Tensor, joint: bool) -> tuple[Ten
     factor_t = torch.where(flat, 0.0, -1 / norms)
     factor_s = torch.where(flat, 0.0, st / (norms * torch.where(flat, 1.0, ss)))
     return per_image.sum() / images, torch.stack((factor_t, factor_s), 1) / images
+
+
+def _product(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
+    """a @ b in the dtype of `b`, for hidden states `h`. On a GPU fp32 products of the Gram would
+    cost more than all tiles of R; with bf16 hidden states they are made of bf16 products.
+    """
+    if h.is_cuda and h.dtype == torch.bfloat16 and b.dtype == torch.float32:
+        return products.product_split(a, b)
+    return a.to(b.dtype) @ b
 
 
 def _with_bias(weight: Tensor, bias: Tensor | None, acc: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ depends on it.
 from __future__ import annotations
 
 import functools
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -21,29 +22,42 @@ import torch
 from torch import Tensor
 
 from mllmkd_kernels import gram, plan, softcapped
-from mllmkd_kernels.backends import cpu, eager
+from mllmkd_kernels.backends import cpu, eager, products
 
-_MODULES: dict[str, ModuleType] = {"eager": eager, "cpu": cpu}
 _NAMESPACE = "mllmkd_kernels"
 
 
-def _module(backend: str, device: torch.device) -> ModuleType:
-    return _MODULES[plan.choose_backend(backend, device)[0]]
+def _named(backend: str) -> ModuleType:
+    """The module of a backend. Triton is imported when it is first used: it takes a second, and a
+    machine without a GPU need not have it.
+    """
+    if backend == "triton":
+        return importlib.import_module("mllmkd_kernels.backends.triton")
+    if backend == "cuda":
+        return importlib.import_module("mllmkd_kernels.backends.triton.clustered")
+    return {"eager": eager, "cpu": cpu}[backend]
+
+
+def _module(backend: str, *operands: Tensor | None) -> ModuleType:
+    dtypes = tuple(x.dtype for x in operands if x is not None)
+    device = next(x.device for x in operands if x is not None)
+    return _named(plan.choose_backend(backend, device, dtypes)[0])
 
 
 def _operator(name: str) -> Any:
     """Register an operator. Autocast ends here: public functions cast their arguments as it would,
-    and from then on products are fp32, or the logits would be rounded to 16 bits after all.
+    and from then on products are fp32, or the logits would be rounded to 16 bits after all. For the
+    same reason TF32 ends here.
     """
 
     def register(f: Any) -> Any:
         @functools.wraps(f)
-        def without_autocast(*arguments: Any) -> Any:
+        def exactly(*arguments: Any) -> Any:
             device = next(x.device.type for x in arguments if isinstance(x, Tensor))
-            with torch.autocast(device, enabled=False):
+            with torch.autocast(device, enabled=False), products.full_fp32():
                 return f(*arguments)
 
-        return torch.library.custom_op(f"{_NAMESPACE}::{name}", mutates_args=())(without_autocast)
+        return torch.library.custom_op(f"{_NAMESPACE}::{name}", mutates_args=())(exactly)
 
     return register
 
@@ -70,7 +84,7 @@ def scale_gradient(saved: Tensor, grad: Tensor, like: Tensor) -> Tensor:
         grad = grad.to(saved.dtype)
     elif saved.device.type != "cpu":  # there a product with a 0-dim fp32 factor is fp32 inside
         out = torch.empty_like(saved)
-        for rows in eager._chunks(saved.shape[0], eager.VOCAB_SLICE):
+        for rows in products.chunks(saved.shape[0], products.VOCAB_SLICE):
             out[rows] = saved[rows].float() * grad.float()
         return out
     return (saved * grad).to(like.dtype)
@@ -137,35 +151,31 @@ def linear_distill(
     workspace_mb: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, ce (N,), kd (N,), dh, dw, db): see `backends.eager.distill_rows`."""
-    with_teacher = ht is not None and wt is not None
-    chosen = plan.distill_plan(
-        hs.shape[0],
-        vocab,
-        hs.shape[1],
-        ht.shape[1] if ht is not None else 0,
-        want_dh=want_dh,
-        want_dw=want_dw,
-        dtype=ws.dtype,
-        device=hs.device,
-        backend=backend,
-        workspace_mb=workspace_mb if workspace_mb > 0 else None,
-    )
-    return _MODULES[chosen.backend].distill_rows(
-        hs, ws, bs,
-        ht if with_teacher else None, wt if with_teacher else None, bt,
-        labels, ce_weight, kd_weight,
-        divergence, param, temperature, cap_s, cap_t, vocab, ignore_index,
-        want_dh, want_dw, want_db, chosen.chunk_rows,
+    operands = [x for x in (hs, ws, ht, wt) if x is not None]
+    dtypes = {x.dtype for x in operands}
+    shapes = plan.Shapes(
+        hs.shape[0], vocab, hs.shape[1], 0 if ht is None else ht.shape[1], want_dh, want_dw,
+        torch.float64 if torch.float64 in dtypes else ws.dtype, len(dtypes) == 1, divergence,
     )  # fmt: skip
+    budget = workspace_mb if workspace_mb > 0 else None
+    chosen = plan.distill_plan(shapes, hs.device, backend, budget)
+    module = _named(chosen.backend)
+    arguments = (
+        hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature,
+        cap_s, cap_t, vocab, ignore_index, want_dh, want_dw, want_db,
+    )  # fmt: skip
+    if chosen.algorithm == "stream":
+        return module.distill_stream(*arguments, chosen.chunk_vocab)
+    return module.distill_rows(*arguments, chosen.chunk_rows)
 
 
 @linear_distill.register_fake
 def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature, cap_s,
       cap_t, vocab, ignore_index, want_dh, want_dw, want_db, backend, workspace_mb):  # fmt: skip
-    acc = eager.accumulation_dtype(hs, ws, bs, ht, wt, bt)
+    acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     rows = hs.new_empty(hs.shape[0], dtype=acc)
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
-    dw = ws.new_empty(ws.shape if want_dw else (0,))
+    dw = ws.new_empty(ws.shape if want_dw else (0,), dtype=products.head_gradient_dtype(ws))
     db = hs.new_empty(ws.shape[0] if want_db else 0, dtype=acc)
     return hs.new_empty((), dtype=acc), rows, torch.empty_like(rows), dh, dw, db
 
@@ -177,9 +187,10 @@ _gradients_formed_in_forward(linear_distill, 21, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2})
 
 
 def _logprob_chunk(
-    h: Tensor, vocab: int, acc: torch.dtype, backend: ModuleType, workspace_mb: float
+    h: Tensor, vocab: int, acc: torch.dtype, module: ModuleType, workspace_mb: float
 ) -> int:
-    name, blocks = ("cpu", 1) if backend is cpu else ("eager", 3)
+    name = module.__name__.rpartition(".")[2]
+    blocks = 3 if name == "eager" else 1
     budget = workspace_mb if workspace_mb > 0 else None
     return plan.chunk_rows(name, h.shape[0], vocab, blocks, acc.itemsize, budget)
 
@@ -201,8 +212,8 @@ def linear_logprob(
     workspace_mb: float,
 ) -> tuple[Tensor, Tensor]:
     """(log-probability (N,), log-sum-exp (N,)): see `backends.eager.logprob_rows`."""
-    module = _module(backend, h.device)
-    chunk = _logprob_chunk(h, vocab, eager.accumulation_dtype(h, w, b), module, workspace_mb)
+    module = _module(backend, h, w, b)
+    chunk = _logprob_chunk(h, vocab, products.accumulation_dtype(h, w, b), module, workspace_mb)
     return module.logprob_rows(h, w, b, labels, temperature, cap, vocab, ignore_index, chunk)
 
 
@@ -222,7 +233,7 @@ def _(
     backend,
     workspace_mb,
 ):
-    logp = h.new_empty(h.shape[0], dtype=eager.accumulation_dtype(h, w, b))
+    logp = h.new_empty(h.shape[0], dtype=products.accumulation_dtype(h, w, b))
     return logp, torch.empty_like(logp)
 
 
@@ -245,13 +256,13 @@ def linear_logprob_backward(
     workspace_mb: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dh, dw, db in the dtypes of h, w, b: see `backends.eager.logprob_grad`."""
-    module = _module(backend, h.device)
+    module = _module(backend, h, w, b)
     chunk = _logprob_chunk(h, vocab, lse.dtype, module, workspace_mb)
     dh, dw, db = module.logprob_grad(
         grad.to(lse.dtype).contiguous(), h, w, b, labels, lse,
         temperature, cap, vocab, ignore_index, want_dh, want_dw, want_db, chunk,
     )  # fmt: skip
-    return dh.to(h.dtype), dw, db if b is None else db.to(b.dtype)
+    return dh.to(h.dtype), dw.to(w.dtype), db if b is None else db.to(b.dtype)
 
 
 @linear_logprob_backward.register_fake
@@ -296,7 +307,7 @@ def head_gram(w: Tensor, b: Tensor | None, vocab: int) -> Tensor:
 @head_gram.register_fake
 def _(w, b, vocab):
     size = w.shape[1] + (b is not None)
-    return w.new_empty(size, size, dtype=eager.accumulation_dtype(w, b))
+    return w.new_empty(size, size, dtype=products.accumulation_dtype(w, b))
 
 
 @_operator("head_gram_backward")
@@ -340,13 +351,13 @@ def relation(
     joint: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, dh, dg): see `gram.relation`."""
-    module = _module(backend, hs.device)
+    module = _module(backend, hs, gs, ht, gt)
     return gram.relation(module, hs, gs, ht, gt, cu_seqlens, want_dh, want_dg, joint)
 
 
 @relation.register_fake
 def _(hs, gs, ht, gt, cu_seqlens, want_dh, want_dg, backend, joint):
-    acc = eager.accumulation_dtype(hs, gs, ht, gt)
+    acc = products.accumulation_dtype(hs, gs, ht, gt)
     d = hs.shape[1]
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
     return hs.new_empty((), dtype=acc), dh, hs.new_empty((d, d) if want_dg else (0,), dtype=acc)
@@ -373,7 +384,7 @@ def relation_softcapped(
     joint: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dh, dw, db): see `softcapped.relation`."""
-    acc = eager.accumulation_dtype(hs, ws, bs, ht, wt, bt)
+    acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     student = softcapped.Head(hs, ws, bs, cap_s, vocab, acc)
     teacher = softcapped.Head(ht, wt, bt, cap_t, vocab, acc)
     return softcapped.relation(student, teacher, cu_seqlens, want_dh, want_dw, want_db, joint)
@@ -381,10 +392,11 @@ def relation_softcapped(
 
 @relation_softcapped.register_fake
 def _(hs, ws, bs, ht, wt, bt, cu_seqlens, cap_s, cap_t, vocab, want_dh, want_dw, want_db, joint):
-    acc = eager.accumulation_dtype(hs, ws, bs, ht, wt, bt)
+    acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
     db = hs.new_empty(ws.shape[0] if want_db else 0, dtype=acc)
-    return hs.new_empty((), dtype=acc), dh, ws.new_empty(ws.shape if want_dw else (0,)), db
+    dw = ws.new_empty(ws.shape if want_dw else (0,), dtype=products.head_gradient_dtype(ws))
+    return hs.new_empty((), dtype=acc), dh, dw, db
 
 
 _gradients_formed_in_forward(relation_softcapped, 14, {0: 1, 1: 2, 2: 3})

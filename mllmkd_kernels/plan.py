@@ -1,9 +1,13 @@
-"""Which backend, how many rows at a time, and what will it cost? Decided here, from shapes alone,
-and explained.
+"""Which algorithm, how much at a time, and what will it cost? Decided here, from shapes alone, and
+explained.
 
-The chunked algorithm holds the logits of C rows of both models. C is what the workspace budget
-allows, but never so few that the weights are read more often than the products cost: a chunk below
-a few dozen rows turns two matrix products into a copy of the heads.
+*chunk* holds the logits of C rows of both models. C is what the workspace budget allows, but never
+so few that the weights are read more often than the products cost: a chunk below a few dozen rows
+turns two matrix products into a copy of the heads.
+
+*stream* holds no logits: it multiplies the heads once for the statistics of every row and once more
+for the gradients, a slice of the vocabulary at a time. It costs more FLOPs and writes dW once,
+without an fp32 copy of the head. On a GPU the cheaper one by the model below is taken.
 """
 
 from __future__ import annotations
@@ -12,10 +16,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mllmkd_kernels.backends import cpu
+from mllmkd_kernels import hardware
+from mllmkd_kernels.choose import choose_backend
+from mllmkd_kernels.divergence import ONE_SWEEP
 
 #: Default budget for the logits of a chunk: 220 rows of two fp32 blocks at V = 151,936.
 WORKSPACE_MB = 256.0
+
+#: The same on a GPU: 512 rows. There fewer make the accumulation of dW, 8 bytes of traffic per
+#: entry and chunk, cost more than its products.
+WORKSPACE_MB_GPU = 600.0
 
 #: The C++ kernels take no more rows at a time, whatever the budget: fewer read the heads too often,
 #: more leave the cache. Measured on two cores, bf16, as time over the floor's: V 151,936 with 110,
@@ -25,11 +35,17 @@ CPU_CHUNK_ROWS = 256
 #: A chunk never has fewer rows than this, whatever the budget: each chunk reads both heads once.
 MIN_CHUNK_ROWS = 32
 
+#: A slice of the streamed vocabulary never has fewer columns, and is a multiple of this: the width
+#: of one tile of the kernels.
+VOCAB_TILE = 128
+
 #: Logit-sized tensors alive at once in plain PyTorch, where log-probabilities, ratios and terms are
 #: tensors of their own: with a teacher (measured: 17 to 18), and for cross-entropy alone.
 EAGER_BLOCKS, EAGER_BLOCKS_CE = 18, 4
 
-BACKENDS = ("eager", "cpu")
+#: Share of the vendor's rate that the products inside Triton's kernels are taken to reach
+#: (assumed, not measured).
+STREAM_EFFICIENCY = 0.75
 
 
 @dataclass(frozen=True)
@@ -38,25 +54,35 @@ class Plan:
     2·m·n·k a product.
 
     Attributes:
-        backend: "eager" or "cpu".
-        algorithm: "chunk" (logits of `chunk_rows` rows at a time).
-        chunk_rows: C, the rows whose logits exist at the same time.
-        workspace_bytes: the logits of one chunk and the fp32 accumulator of dW.
+        backend: "eager", "cpu", "triton" or "cuda".
+        algorithm: "chunk" (logits of `chunk_rows` rows at a time) or "stream" (none; the gradient
+            of `chunk_vocab` columns at a time).
+        chunk_rows: C, the rows whose logits exist at the same time; all of them for "stream".
+        chunk_vocab: the columns that exist at the same time; all of them for "chunk".
+        workspace_bytes: the logits of one chunk and the fp32 accumulator of dW; for "stream" the
+            gradient of one slice of the vocabulary.
         saved_bytes: unscaled gradients, kept from forward until backward has scaled them.
         peak_bytes: the most that exists at once beyond the returned gradients. The C++ kernels keep
             their workspace for the next call, so there the two add up.
         flops: matrix products of forward and backward together.
         floor_flops: the least any exact method needs.
+        seconds: predicted time of forward and backward; None where there is no model (CPU).
+        floor_seconds: predicted time of the least products alone.
+        measured: what `explain(measure=True)` found, in words; "" before.
         reasons: why, one sentence each.
     """
 
     backend: str
     algorithm: str
     chunk_rows: int
+    chunk_vocab: int
     workspace_bytes: int
     saved_bytes: int
     flops: int
     floor_flops: int
+    seconds: float | None = None
+    floor_seconds: float | None = None
+    measured: str = ""
     reasons: tuple[str, ...] = field(default=())
 
     @property
@@ -66,42 +92,53 @@ class Plan:
         return max(self.workspace_bytes, kept + self.saved_bytes)
 
     def __str__(self) -> str:
-        head = (
-            f"{self.backend} backend, {self.algorithm} algorithm, "
-            f"{self.chunk_rows} rows at a time: "
+        size = (
+            f"{self.chunk_rows} rows"
+            if self.algorithm == "chunk"
+            else f"{self.chunk_vocab} columns"
+        )
+        lines = [
+            f"{self.backend} backend, {self.algorithm} algorithm, {size} at a time: "
             f"{self.workspace_bytes / 2**20:.0f} MiB of workspace, at most "
             f"{self.peak_bytes / 2**20:.0f} MiB with saved gradients, {self.flops / 1e9:.1f} GFLOP "
             f"({self.flops / max(self.floor_flops, 1):.2f}x the least possible)"
-        )
-        return "\n".join([head, *(f"  - {reason}" for reason in self.reasons)])
+        ]
+        if self.seconds is not None and self.floor_seconds is not None:
+            lines.append(
+                f"  predicted {self.seconds * 1e3:.2f} ms, products alone "
+                f"{self.floor_seconds * 1e3:.2f} ms "
+                f"({self.seconds / max(self.floor_seconds, 1e-9):.2f}x)"
+            )
+        if self.measured:
+            lines.append(f"  measured {self.measured}")
+        return "\n".join([*lines, *(f"  - {reason}" for reason in self.reasons)])
 
 
-def choose_backend(
-    backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...] = ()
-) -> tuple[str, str]:
-    """The backend that `backend` ("auto" or a name) means on `device`, and why.
-
-    Raises:
-        ValueError: unknown name, or a backend that cannot serve this device.
-        RuntimeError: the backend was asked for by name and is not built.
+@dataclass(frozen=True)
+class Shapes:
+    """What a plan follows from: N, V, D_s, D_t (0: no teacher), which gradients are wanted, the
+    head's dtype, whether all operands share it, and the divergence.
     """
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"backend: got {backend!r}, expected one of 'auto', {', '.join(map(repr, BACKENDS))}"
-        )
-    if backend == "eager":
-        return "eager", "asked for by name"
-    if backend == "cpu":
-        if device.type != "cpu":
-            raise ValueError(f"backend: 'cpu' was asked for, but the tensors are on {device}")
-        if not cpu.available():
-            raise RuntimeError(f"backend: 'cpu' was asked for, but {cpu.why_not()}")
-        return "cpu", "asked for by name"
-    if device.type != "cpu":
-        return "eager", f"the only backend for {device.type} tensors"
-    if not cpu.available():
-        return "eager", f"the C++ kernels are not there: {cpu.why_not()}"
-    return "cpu", "C++ kernels for CPU tensors"
+
+    rows: int
+    vocab: int
+    d_s: int
+    d_t: int
+    want_dh: bool
+    want_dw: bool
+    dtype: torch.dtype
+    uniform: bool = True
+    divergence: str = "forward_kl"
+
+    @property
+    def gradients(self) -> int:
+        """How many gradients are products of N·V·D_s."""
+        return int(self.want_dh) + int(self.want_dw)
+
+    @property
+    def floor_flops(self) -> int:
+        """Every product once."""
+        return 2 * self.rows * self.vocab * (self.d_s * (1 + self.gradients) + self.d_t)
 
 
 def chunk_rows(
@@ -115,7 +152,7 @@ def chunk_rows(
     """C: the most rows whose `blocks` logit blocks of `vocab` columns fit the budget; equal
     chunks, at least one row.
     """
-    budget = (WORKSPACE_MB if workspace_mb is None else workspace_mb) * 2**20
+    budget = _budget(backend, workspace_mb)
     most = max(MIN_CHUNK_ROWS, int(budget // max(blocks * vocab * element_bytes, 1)))
     if backend == "cpu":
         most = min(most, CPU_CHUNK_ROWS)
@@ -123,40 +160,158 @@ def chunk_rows(
     return max(1, -(-rows // chunks))
 
 
+def chunk_vocab(rows: int, vocab: int, element_bytes: int, workspace_mb: float | None) -> int:
+    """The most columns, in whole tiles, whose gradient for all rows fits the budget."""
+    columns = int(_budget("triton", workspace_mb) // max(rows * element_bytes, 1))
+    tiles = min(columns, vocab) // VOCAB_TILE
+    return max(1, tiles) * VOCAB_TILE
+
+
+def _budget(backend: str, workspace_mb: float | None) -> float:
+    default = WORKSPACE_MB_GPU if backend in ("triton", "cuda") else WORKSPACE_MB
+    return (default if workspace_mb is None else workspace_mb) * 2**20
+
+
 def distill_plan(
-    rows: int,
-    vocab: int,
-    d_s: int,
-    d_t: int,
-    *,
-    want_dh: bool,
-    want_dw: bool,
-    dtype: torch.dtype,
+    s: Shapes,
     device: torch.device,
     backend: str = "auto",
     workspace_mb: float | None = None,
+    algorithm: str | None = None,
+    gpu: hardware.Gpu | None = None,
 ) -> Plan:
-    """The plan of `fused_linear_distill`; `d_t` = 0 when there is no teacher."""
-    name, why = choose_backend(backend, device)
-    element = 8 if dtype == torch.float64 else 4
-    blocks = 2 if d_t else 1
+    """The plan of `fused_linear_distill`. `algorithm` forces "chunk" or "stream" where the backend
+    has both; `gpu` predicts for another GPU than the one of `device`.
+    """
+    name, why = choose_backend(backend, device, (s.dtype,))
+    if name not in ("triton", "cuda"):
+        return _host_plan(s, name, why, workspace_mb)
+    gpu = gpu or hardware.of_device(device)
+    chunk = _chunk_on_gpu(s, name, gpu, workspace_mb)
+    stream = _stream_on_gpu(s, gpu, workspace_mb)
+    if name == "cuda" or not s.uniform or algorithm == "chunk":
+        return _because(chunk, why, "only this algorithm has these operands or was asked for")
+    if algorithm == "stream":
+        return _because(stream, why, "asked for by name")
+    best, other = sorted((chunk, stream), key=lambda plan: plan.seconds or 0.0)
+    times = f"{(best.seconds or 0) * 1e3:.2f} ms predicted for {gpu.name}, "
+    return _because(best, why, times + f"{other.algorithm} {(other.seconds or 0) * 1e3:.2f} ms")
+
+
+def _because(plan: Plan, *why: str) -> Plan:
+    return Plan(**{**plan.__dict__, "reasons": (*why, *plan.reasons)})
+
+
+def _wanted(s: Shapes) -> str:
+    names = [n for n, want in (("dh", s.want_dh), ("dw", s.want_dw)) if want]
+    return f"gradients wanted: {', '.join(names) or 'none'}"
+
+
+def _saved_bytes(s: Shapes, element: int) -> int:
+    head = 4 if s.dtype == torch.float16 else s.dtype.itemsize
+    return s.rows * s.d_s * element * s.want_dh + s.vocab * s.d_s * head * s.want_dw
+
+
+def _host_plan(s: Shapes, name: str, why: str, workspace_mb: float | None) -> Plan:
+    element = 8 if s.dtype == torch.float64 else 4
+    blocks = 2 if s.d_t else 1
     if name == "eager":
-        blocks = EAGER_BLOCKS if d_t else EAGER_BLOCKS_CE
-    c = chunk_rows(name, rows, vocab, blocks, element, workspace_mb)
-    gradients = int(want_dh) + int(want_dw)
-    flops = 2 * rows * vocab * (d_s + d_t + gradients * d_s)
-    summed_apart = want_dw and dtype.itemsize < 4 and (name == "eager" or c < rows)
-    accumulator = vocab * d_s * element if summed_apart else 0  # dW is rounded once, at the end
-    saved = (rows * d_s * element if want_dh else 0) + (vocab * d_s * dtype.itemsize) * want_dw
-    wanted = ", ".join(n for n, want in (("dh", want_dh), ("dw", want_dw)) if want) or "none"
-    reasons = (
-        why,
-        f"{blocks} logit blocks of {c} x {vocab} x {element} bytes fit the workspace budget",
-        f"gradients wanted: {wanted}",
-        "logits are made once: gradients are formed with the loss and only scaled in backward",
-    )
-    workspace = blocks * c * vocab * element + accumulator
-    return Plan(name, "chunk", c, workspace, saved, flops, flops, reasons)
+        blocks = EAGER_BLOCKS if s.d_t else EAGER_BLOCKS_CE
+    c = chunk_rows(name, s.rows, s.vocab, blocks, element, workspace_mb)
+    summed_apart = s.want_dw and s.dtype.itemsize < 4 and (name == "eager" or c < s.rows)
+    accumulator = s.vocab * s.d_s * element * summed_apart  # dW is rounded once, at the end
+    return Plan(
+        name, "chunk", c, s.vocab, blocks * c * s.vocab * element + accumulator,
+        _saved_bytes(s, element), s.floor_flops, s.floor_flops,
+        reasons=(
+            why,
+            f"{blocks} logit blocks of {c} x {s.vocab} x {element} bytes fit the workspace budget",
+            _wanted(s),
+            "logits are made once: gradients are formed with the loss and only scaled in backward",
+        ),
+    )  # fmt: skip
+
+
+# --- what a GPU is predicted to need -------------------------------------------------------------
+
+
+def _rates(s: Shapes, gpu: hardware.Gpu) -> tuple[float, int, int]:
+    """FLOP/s of the products, bytes of an operand, bytes of an entry of the gradient block."""
+    half = s.uniform and s.dtype.itemsize == 2
+    bf16 = s.uniform and s.dtype == torch.bfloat16
+    return (gpu.half_flops if half else gpu.single_flops), (2 if half else 4), (2 if bf16 else 4)
+
+
+def _sweeps(s: Shapes) -> int:
+    """How often the logits are gone through: log-sum-exps; values or gradient, if there is either;
+    gradient apart, where it needs a mean over the whole row.
+    """
+    teacher, gradients = s.d_t > 0, s.gradients > 0
+    return 1 + (teacher or gradients) + (teacher and gradients and s.divergence not in ONE_SWEEP)
+
+
+def _masked_rows(s: Shapes, operand: int) -> int:
+    """dW multiplies a copy of the hidden states in which rows without weight are 0."""
+    return s.rows * s.d_s * operand * s.want_dw
+
+
+def _chunk_on_gpu(s: Shapes, name: str, gpu: hardware.Gpu, workspace_mb: float | None) -> Plan:
+    """Every product is as slow as its FLOPs or its bytes, whichever is more; the row kernel between
+    them is bytes alone.
+    """
+    rate, operand, dz = _rates(s, gpu)
+    blocks = 2 if s.d_t else 1
+    c = chunk_rows(name, s.rows, s.vocab, blocks, 4, workspace_mb)
+    chunks = -(-s.rows // c)
+
+    def product(d: int, moved: int) -> float:
+        return max(2 * c * s.vocab * d / rate, moved / gpu.bandwidth)
+
+    block, gradient_block = c * s.vocab * 4, c * s.vocab * dz
+    head_s, head_t = s.vocab * s.d_s * operand, s.vocab * s.d_t * operand
+    accumulator = s.vocab * s.d_s * 4  # read and written by every chunk
+    once = product(s.d_s, head_s + block) + (product(s.d_t, head_t + block) if s.d_t else 0)
+    once += s.want_dh * product(s.d_s, head_s + gradient_block)
+    once += s.want_dw * product(s.d_s, gradient_block + 2 * accumulator)
+    reads = 1 if name == "cuda" else _sweeps(s)
+    moved = reads * blocks * block + gradient_block * (s.gradients > 0)
+    seconds = chunks * (once + moved / gpu.bandwidth)
+    workspace = blocks * block + _masked_rows(s, operand)
+    workspace += accumulator * (s.want_dw and s.dtype.itemsize < 4)
+    return Plan(
+        name, "chunk", c, s.vocab, workspace, _saved_bytes(s, 4), s.floor_flops, s.floor_flops,
+        seconds, s.floor_flops / rate,
+        reasons=(
+            f"{blocks} logit blocks of {c} x {s.vocab} x 4 bytes fit the workspace budget",
+            _wanted(s),
+            f"the row kernel reads its block {'once' if reads == 1 else f'{reads} times'}",
+        ),
+    )  # fmt: skip
+
+
+def _stream_on_gpu(s: Shapes, gpu: hardware.Gpu, workspace_mb: float | None) -> Plan:
+    """Both heads are multiplied once for the statistics and once more for gradients or values; a
+    third time where the gradient needs a mean over the whole row first.
+    """
+    rate, operand, dz = _rates(s, gpu)
+    columns = min(chunk_vocab(s.rows, s.vocab, dz, workspace_mb), max(s.vocab, 1))
+    sweeps = _sweeps(s)
+    logits = 2 * s.rows * s.vocab * (s.d_s + s.d_t)
+    folded = 2 * s.rows * s.vocab * s.d_s * s.gradients
+    slices = -(-s.vocab // columns)
+    moved = s.rows * s.vocab * dz * (1 + s.gradients) * (s.gradients > 0)
+    moved += slices * s.rows * s.d_s * 8 * s.want_dh  # dh is read and written by every slice
+    seconds = sweeps * logits / (rate * STREAM_EFFICIENCY) + folded / rate + moved / gpu.bandwidth
+    workspace = s.rows * columns * dz * (s.gradients > 0) + _masked_rows(s, operand)
+    return Plan(
+        "triton", "stream", s.rows, columns, workspace, _saved_bytes(s, 4),
+        sweeps * logits + folded, s.floor_flops, seconds, s.floor_flops / rate,
+        reasons=(
+            f"a gradient slice of {s.rows} x {columns} x {dz} bytes fits the workspace budget",
+            _wanted(s),
+            f"both heads are multiplied {sweeps} times: no logits in memory",
+        ),
+    )  # fmt: skip
 
 
 def explain(
@@ -168,21 +323,29 @@ def explain(
     train_hidden: bool = True,
     train_head: bool = True,
     dtype: torch.dtype = torch.float32,
+    divergence: str = "forward_kl",
     device: torch.device | str = "cpu",
     backend: str = "auto",
     workspace_mb: float | None = None,
+    gpu: str | None = None,
+    measure: bool = False,
 ) -> Plan:
     """The plan of `fused_linear_distill` for these shapes; ``print(explain(...))`` says why.
 
     Args:
         rows, vocab, d_s, d_t: N, V and the hidden sizes of student and teacher (0: no teacher).
         train_hidden, train_head: whether the student's hidden states and head require gradients.
-        dtype: of the head weights.
-        device, backend, workspace_mb: as the call will have them.
+        dtype: of the head weights and hidden states.
+        divergence: its name.
+        device, backend, workspace_mb: as the call will have them. ``device="cuda"`` may be asked
+            about on a machine without a GPU: the prediction is then made for `gpu`.
+        gpu: "a100", "h100", "h200" or "b200"; default the GPU of `device`, else "h100".
+        measure: run the call on random tensors of these shapes on `device` and put what was
+            measured beside what was predicted.
 
     Raises:
         ValueError, RuntimeError: sizes that are not positive; a backend that is unknown or cannot
-            serve the device.
+            serve the device; an unknown GPU.
     """
     for name, value, least in (
         ("rows", rows, 0),
@@ -192,7 +355,13 @@ def explain(
     ):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
-    return distill_plan(
-        rows, vocab, d_s, d_t, want_dh=train_hidden, want_dw=train_head, dtype=dtype,
-        device=torch.device(device), backend=backend, workspace_mb=workspace_mb,
-    )  # fmt: skip
+    device = torch.device(device)
+    shapes = Shapes(rows, vocab, d_s, d_t, train_hidden, train_head, dtype, divergence=divergence)
+    plan = distill_plan(
+        shapes, device, backend, workspace_mb, gpu=None if gpu is None else hardware.named(gpu)
+    )
+    if measure:
+        from mllmkd_kernels.measure import measured  # it calls the package, which imports this
+
+        plan = Plan(**{**plan.__dict__, "measured": measured(shapes, device, plan, workspace_mb)})
+    return plan

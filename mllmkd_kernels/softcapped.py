@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mllmkd_kernels.backends import eager
+from mllmkd_kernels.backends import eager, products
 from mllmkd_kernels.gram import cosine_of_stats
 
 
@@ -35,7 +35,7 @@ class Head:
 
     def slices(self, rows: slice) -> Iterator[tuple[slice, Tensor]]:
         """(vocabulary slice, logits of `rows` in it)."""
-        for columns in eager._chunks(self.vocab, eager.VOCAB_SLICE):
+        for columns in products.chunks(self.vocab, products.VOCAB_SLICE):
             b = None if self.b is None else self.b[columns]
             size = columns.stop - columns.start
             z = eager._logits(self.h[rows], self.w[columns], b, size, self.acc)
@@ -66,20 +66,25 @@ def relation(
     images = [slice(a, b) for a, b in pairwise(ends)]
     stats = torch.zeros(len(images), 3, dtype=torch.float64, device=student.h.device)
     for i, image in enumerate(images):
-        for strip in eager._chunks(image.stop - image.start, eager.RELATION_TILE):
+        for strip in products.chunks(image.stop - image.start, eager.RELATION_TILE):
             r_s, r_t = student.strip(image, strip).double(), teacher.strip(image, strip).double()
             stats[i] += torch.stack([(r_s * r_s).sum(), (r_t * r_t).sum(), (r_s * r_t).sum()])
     loss, coef = cosine_of_stats(stats, cu_seqlens, joint)
-    grads = eager._Gradients(student.h, student.w, student.acc, want_dh, want_dw, want_db)
+    grads = products.Gradients(student.h, student.w, student.acc, want_dh, want_dw, want_db)
     if grads.wanted:
         for i, image in enumerate(images):
-            for strip in eager._chunks(image.stop - image.start, eager.RELATION_TILE):
+            for strip in products.chunks(image.stop - image.start, eager.RELATION_TILE):
                 _add_strip(grads, student, teacher, image, strip, coef[i].to(student.acc))
     return loss.to(student.acc), *grads.result()
 
 
 def _add_strip(
-    grads: eager._Gradients, student: Head, teacher: Head, image: slice, strip: slice, coef: Tensor
+    grads: products.Gradients,
+    student: Head,
+    teacher: Head,
+    image: slice,
+    strip: slice,
+    coef: Tensor,
 ) -> None:
     """Fold dZ = 2 dR Z of one strip of rows into the gradients, slice by slice."""
     dr = coef[0] * teacher.strip(image, strip) + coef[1] * student.strip(image, strip)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import reference
+from tests.tolerances import check
 
 DIVERGENCES = (
     "forward_kl",
@@ -59,6 +60,11 @@ class Problem:
         values = {n: getattr(self, n) for n in names}
         return replace(self, **{n: t if t is None else t.to(dtype) for n, t in values.items()})
 
+    def on(self, device: torch.device | str) -> Problem:
+        """The same problem with its tensors on `device`."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
     @property
     def vocab(self) -> int:
         return self.options.get("vocab_size") or min(self.ws.shape[0], self.wt.shape[0])
@@ -66,7 +72,7 @@ class Problem:
     def weights(self) -> tuple[Tensor, Tensor]:
         """Weights of the two terms of every row."""
         rows = self.hs.shape[0]
-        even = torch.full((rows,), 1.0 / max(rows, 1), dtype=torch.float64)
+        even = self.hs.new_full((rows,), 1.0 / max(rows, 1), dtype=torch.float64)
         return (
             even if self.ce_weight is None else self.ce_weight,
             even if self.kd_weight is None else self.kd_weight,
@@ -114,6 +120,27 @@ def expected(p: Problem, divergence: Any = "forward_kl", dtype: Any = torch.floa
 def naive(p: Problem, divergence: Any = "forward_kl") -> Result:
     """Plain PyTorch in fp32 on the inputs as they are: the yardstick of a fair error."""
     return expected(p, divergence, torch.float32)
+
+
+def check_result(got: Result, p: Problem, divergence: str, dtype: torch.dtype) -> None:
+    """Every field of a result against fp64, in units of what plain fp32 achieves."""
+    want, plain = expected(p, divergence), naive(p, divergence)
+    head = p.ws.double().norm() * sum(w.double().abs().max() for w in p.weights() if w.numel())
+    # Below 1e-9 nats of a KL, whose terms are second-order small, and for |p − q|, which is not.
+    values = {"cancels": 1.0 if divergence == "total_variation" else 1e-3, "what": divergence}
+    fp64 = dtype == torch.float64
+    for name in ("loss", "ce", "kd"):
+        row = "fp64" if fp64 else "value"
+        check(getattr(got, name), getattr(want, name), row, getattr(plain, name), **values)
+    for name in ("dh", "dw", "db"):
+        gradient, like = getattr(got, name), getattr(want, name)
+        if like is None:
+            continue
+        row = "fp64" if fp64 else "gradient" if dtype == torch.float32 else "16-bit gradient"
+        cancels = float(head) / p.ws.shape[1] ** 0.5 if p.hs.numel() else 0.0
+        check(
+            gradient, like, row, getattr(plain, name), cancels=cancels, what=f"{divergence} {name}"
+        )
 
 
 # --- the named problems --------------------------------------------------------------------------

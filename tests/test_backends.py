@@ -5,7 +5,7 @@ work for what nobody wants, no large tensor and no look at the data?
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
@@ -13,34 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mllmkd_kernels as mk
-from mllmkd_kernels import ops, plan
-from mllmkd_kernels.backends import cpu, eager
-from tests.problems import BACKENDS, DIVERGENCES, DTYPES, Problem, near_converged, problem, run
+from mllmkd_kernels import choose, ops, plan
+from mllmkd_kernels.backends import cpu, eager, products
+from tests.problems import (
+    DIVERGENCES,
+    DTYPES,
+    Problem,
+    expected,
+    near_converged,
+    problem,
+    run,
+)
 from tests.tolerances import check
+from tests.watch import Watch, inside_operators
 
 SIGNATURES = ("distill_rows", "logprob_rows", "logprob_grad", "relation_stats", "relation_grad")
-
-
-class Watch(TorchDispatchMode):
-    """Records the entries of the largest tensor made and the FLOPs of matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest, self.flops = 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.untyped_storage().nbytes():
-            self.largest = max(self.largest, out.untyped_storage().nbytes() // out.itemsize)
-        name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "addmm_"):
-            a, b = args[-2:]
-            self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        return out
 
 
 @contextmanager
@@ -60,12 +49,17 @@ def spied(monkeypatch: pytest.MonkeyPatch, backend: str, function: str) -> Itera
 
 
 def test_every_backend_offers_the_same_functions() -> None:
-    assert set(ops._MODULES) == set(plan.BACKENDS) == set(BACKENDS)
-    if not cpu.available():
-        pytest.skip(f"backend 'cpu': {cpu.why_not()}")
-    for name in SIGNATURES:
-        mine, other = (list(inspect.signature(getattr(m, name)).parameters) for m in (eager, cpu))
-        assert mine == other, name
+    pytest.importorskip("triton")
+    for backend, name in product(choose.BACKENDS, SIGNATURES):
+        module = ops._named(backend)
+        mine, want = (_required(getattr(m, name)) for m in (module, eager))
+        assert mine == want, (backend, name)
+
+
+def _required(function: Callable[..., Any]) -> list[str]:
+    """Names of the parameters without a default: a backend may have more, for tests and tuning."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty]
 
 
 @pytest.mark.skipif(not cpu.available(), reason=f"backend 'cpu': {cpu.why_not()}")
@@ -154,13 +148,12 @@ def test_products_are_those_of_the_plan(grad_h: bool, grad_w: bool, with_teacher
     a missing teacher leaves its share out.
     """
     p = problem("aligned")
-    chosen = plan.distill_plan(
-        32, 512, 64, 128 if with_teacher else 0, want_dh=grad_h, want_dw=grad_w,
-        dtype=torch.float32, device=torch.device("cpu"), backend="eager",
-    )  # fmt: skip
+    d_t = 128 if with_teacher else 0
+    shapes = plan.Shapes(32, 512, 64, d_t, grad_h, grad_w, torch.float32)
+    chosen = plan.distill_plan(shapes, torch.device("cpu"), "eager")
     with Watch() as watch:
         _distill_rows(p, "forward_kl", (grad_h, grad_w, False), with_teacher)
-    assert watch.flops == chosen.flops == chosen.floor_flops
+    assert watch.tally.flops == chosen.flops == chosen.floor_flops
 
 
 def _distill_rows(
@@ -181,45 +174,22 @@ def test_the_eager_backend_never_holds_the_logits() -> None:
     p = near_converged(0.1, n=96, v=2048, d=4)
     with Watch() as watch:
         _distill_rows(p, "jsd", (True, True, False))
-    assert watch.largest == 8 * 2048
+    assert watch.tally.largest == 8 * 2048
 
 
 def test_the_relation_never_holds_its_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     """R of 300 rows has 90,000 entries, its logits 300 × 5,000: no tensor comes near either."""
     monkeypatch.setattr(eager, "RELATION_TILE", 64)
-    monkeypatch.setattr(eager, "VOCAB_SLICE", 500)
+    monkeypatch.setattr(products, "VOCAB_SLICE", 500)
     hs, ht = torch.randn(300, 8, requires_grad=True), torch.randn(300, 12)
     ws, wt = torch.randn(5000, 8, requires_grad=True), torch.randn(5000, 12)
     for cap in (None, 3.0):
-        with _inside_operators() as watches:
+        with inside_operators() as seen:
             mk.fused_linear_relation(
                 hs, ws, ht, wt, backend="eager", student_softcap=cap
             ).backward()
         # The largest: the heads' own gradient, or a vocabulary slice of one image's logits.
-        assert 0 < max(w.largest for w in watches) <= max(ws.numel(), 300 * 500)
-
-
-@contextmanager
-def _inside_operators() -> Iterator[list[Watch]]:
-    """Watches that see what the operators' implementations do: a dispatch mode around the caller
-    sees an operator only as one call.
-    """
-    watches: list[Watch] = []
-    patch = pytest.MonkeyPatch()
-    for module, name in ((ops.gram, "gram"), (ops.gram, "gram_backward"), (ops.gram, "relation"),
-                         (ops.softcapped, "relation")):  # fmt: skip
-        original = getattr(module, name)
-
-        def watched(*arguments: Any, original: Any = original) -> Any:
-            with Watch() as watch:
-                watches.append(watch)
-                return original(*arguments)
-
-        patch.setattr(module, name, watched)
-    try:
-        yield watches
-    finally:
-        patch.undo()
+        assert 0 < seen.largest <= max(ws.numel(), 300 * 500)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -269,3 +239,22 @@ def test_accumulation_over_two_calls_adds_up(backend: str) -> None:
     assert hs.grad is not None and ws.grad is not None
     check(hs.grad, whole.dh, "gradient")
     check(ws.grad, whole.dw, "gradient")
+
+
+def test_a_loss_scale_rescues_gradients_below_fp16(backend: str) -> None:
+    """Row weights of 1e-7 put every gradient below 2^-24, the smallest fp16 number: a loss scale
+    must still find them, so nothing may be stored in fp16 before it is scaled.
+    """
+    p = replace(problem("aligned"), ce_weight=torch.full((32,), 1e-7), kd_weight=torch.zeros(32))
+    p = p.to(torch.float16)
+    hs, ws = p.hs.clone().requires_grad_(), p.ws.clone().requires_grad_()
+    ce_weight, kd_weight = p.weights()
+    out = mk.fused_linear_distill(
+        hs, ws, p.ht, p.wt, p.labels, ce_weight=ce_weight, kd_weight=kd_weight, backend=backend
+    )
+    scale = 2.0**17
+    (out.loss * scale).backward()
+    want = expected(p)
+    assert hs.grad is not None and ws.grad is not None
+    check(hs.grad.double() / scale, want.dh, "16-bit gradient")
+    check(ws.grad.double() / scale, want.dw, "16-bit gradient")

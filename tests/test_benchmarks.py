@@ -11,10 +11,24 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import memory, methods, peers, readme, record, speed, targets, truth, vetting
+from benchmarks import (
+    memory,
+    methods,
+    peers,
+    plots,
+    readme,
+    record,
+    report,
+    speed,
+    step,
+    targets,
+    truth,
+    vetting,
+    vlm,
+)
 from benchmarks.cli import ROOT, main
 from benchmarks.problem import Problem, make, make_near
-from benchmarks.shapes import SUITES, Case, headline
+from benchmarks.shapes import DTYPES, SUITES, Case, StepCase, headline, with_vocab
 from mllmkd_kernels import reference
 
 TINY = SUITES["tiny"]
@@ -44,6 +58,7 @@ def test_every_section_has_a_figure_for_every_method(run: Path) -> None:
         ("speed", {"floor", "torch-eager", OURS.key}),
         ("memory", {"torch-eager", OURS.key}),
         ("accuracy", {"torch-eager", OURS.key}),
+        ("step", {"torch-eager", OURS.key}),
     ):
         assert {row["method"] for row in found[section]} == methods_there
         assert {row["status"] for row in found[section]} == {"ok"}, section
@@ -55,6 +70,14 @@ def test_every_section_has_a_figure_for_every_method(run: Path) -> None:
     for row in found["accuracy"]:
         if row["method"] == OURS.key:
             assert row["gradient"] <= row["contract"]
+    assert [row["case"]["stage"] for row in found["step"]] == ["dpt", "dpt"]
+    for row in found["step"]:
+        assert len(row["seconds"]) == TINY.rounds and row["tokens_per_s"] > 0
+        assert row["loss_off"] < 1e-5 and row["gradient_off"] < 1e-3
+        budget, peaks = row["case"]["budget_mib"] * 2**20, dict(row["peaks"])
+        assert {1, row["case"]["batch"]} <= set(peaks)
+        fitting = [batch for batch, peak in peaks.items() if peak <= budget]
+        assert row["largest_batch"] == max(fitting, default=0)
 
 
 @pytest.mark.slow
@@ -73,7 +96,7 @@ def test_a_run_says_where_it_was_made_and_names_no_host(run: Path) -> None:
 def test_the_report_shows_every_figure_it_links(run: Path) -> None:
     folder = run.with_suffix("")
     page = (folder / "report.md").read_text()
-    for name in ("time_over_floor", "memory_against_rows", "accuracy_ladder"):
+    for name in ("time_over_floor", "memory_against_size", "accuracy_ladder", "training_step"):
         assert f"({name}.png)" in page
         assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert page.count("not measured") == 6  # the promises are about the headline shape
@@ -144,7 +167,7 @@ def test_truth_is_the_reference_in_fp64(loss: str, train_head: bool) -> None:
 
 
 @pytest.mark.parametrize("loss", ["ce+kl", "ce", "kl", "relation"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_plain_pytorch_and_ours_compute_the_same_loss(loss: str, dtype: str) -> None:
     case = replace(CASE, loss=loss, dtype=dtype)
     verdicts = vetting.Vetting().verdicts([methods.EAGER, *methods.OURS], case)
@@ -204,6 +227,82 @@ def test_a_nan_is_wrong() -> None:
 def test_a_ladder_needs_equal_shapes() -> None:
     with pytest.raises(ValueError, match="D 5 and 9"):
         make_near(CASE, 0.1)
+
+
+# --- whole training steps ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slope", [3.0, 7.9, 40.0])
+@pytest.mark.parametrize("budget", [0.5, 12.0, 50.0, 1000.0])
+def test_the_largest_batch_fits_and_the_next_does_not(slope: float, budget: float) -> None:
+    # Not quite a line: workspaces grow in steps.
+    def peak(batch: int) -> float:
+        return 2 + slope * batch + batch**0.5 + 3 * (batch > 5)
+
+    found, peaks = step.largest(peak, budget, (1, 2))
+    assert found == 0 or peaks[found] <= budget  # it was measured
+    assert peak(found + max(1, found // 20)) > budget
+    assert len(peaks) <= 2 + step.TRIES
+
+
+def test_a_batch_that_runs_out_of_memory_does_not_fit() -> None:
+    found, peaks = step.largest(lambda n: n if n < 11 else float("inf"), 1e9, (1, 4))
+    assert found == 10 and peaks[11] == float("inf")
+
+
+def test_a_peak_that_does_not_grow_ends_the_search() -> None:
+    found, peaks = step.largest(lambda n: 1.0, 2.0, (1, 2))
+    assert found == max(peaks) and len(peaks) == 2 + step.TRIES
+
+
+@pytest.mark.parametrize("stage", ["dpt", "dft"])
+def test_naive_and_our_losses_train_alike(stage: str) -> None:
+    case = replace(TINY.step[0], stage=stage)
+    rows: list[dict[str, Any]] = [
+        {"method": key, "status": "ok"} for key in ("torch-eager", "mk-eager")
+    ]
+    trainings = {row["method"]: step._training(case, row["method"], "cpu") for row in rows}
+    step._compare(case, rows, trainings)
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+    assert rows[0]["loss"] > 0 and rows[1]["gradient_off"] > 0  # compared with another's
+    trained = len(trainings["mk-eager"].trained)
+    assert trained == (
+        4 if stage == "dpt" else len(list(_student(case).parameters())) - _frozen(case)
+    )
+    # Another loss is told apart.
+    trainings["mk-eager"]._module.loss.relation = 0.4
+    step._compare(case, rows, trainings)
+    assert [row["status"] for row in rows] == ["ok", "wrong"]
+    assert "off plain PyTorch's" in rows[1]["reason"]
+
+
+def _student(case: StepCase) -> Any:
+    return vlm.pair(case.models, "cpu")[0]
+
+
+def _frozen(case: StepCase) -> int:
+    """The tower's parameters."""
+    return len(list(_student(case).model.vision_tower.parameters()))
+
+
+def test_a_step_moves_what_is_trained_and_nothing_else() -> None:
+    training = step._training(TINY.step[0], "mk-eager", "cpu")
+    student, teacher = vlm.pair(TINY.step[0].models, "cpu")
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    frozen = [p.clone() for p in teacher.parameters()]
+    training.step(training.batch(2))
+    moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all(name.startswith("model.multi_modal_projector.") for name in moved)
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), frozen, strict=True))
+    assert all(p.grad is None for p in student.parameters())
+    vlm.pair.cache_clear()  # its weights have moved
+
+
+def test_without_transformers_a_step_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "_found", lambda package: package != "transformers")
+    rows = step.measure(TINY, (), 1, lambda _: None)
+    assert len(rows) == 2 and {row["status"] for row in rows} == {"missing"}
+    assert rows[0]["reason"] == "needs transformers"
 
 
 # --- promises ------------------------------------------------------------------------------------
@@ -303,6 +402,50 @@ def test_readme_is_rewritten_and_then_current(
     assert "| mllmkd_kernels, eager backend | 1.00 s | 1.10x | 2.00x | 0 MiB |" in text
 
 
+def _steps() -> list[dict[str, Any]]:
+    same = {"status": "ok", "median_s": 2.0, "min_s": 1.0, "max_s": 3.0, "seconds": [2.0],
+            "loss_off": 0.0, "gradient_off": 1e-7}  # fmt: skip
+    return [
+        {"case": asdict(case), "method": key, "label": label, **same, "tokens_per_s": 1234.5,
+         "times_eager": 2.5, "extra_bytes": 7 * 2**20, "largest_batch": batch}
+        for case in (TINY.step[0], replace(TINY.step[0], stage="dft"))
+        for key, label, batch in (("torch-eager", "PyTorch", 3), ("mk-cpu", "ours", 40))
+    ]  # fmt: skip
+
+
+def test_steps_are_in_the_readme_and_the_report_if_they_were_measured(tmp_path: Path) -> None:
+    old = _record()
+    assert "training step" not in readme.block(record.save(old, tmp_path / "old"), tmp_path)
+    new = old | {"step": _steps()}
+    assert record.publishable(old) and record.publishable(new)
+    path = record.save(new, tmp_path / "new")
+    text = readme.block(path, tmp_path)
+    assert "A whole training step" in text and "within 2 MiB" in text
+    assert "| DFT, ours | 1,234 | 2.50x | 7 MiB | 40 |" in text
+    alone = new | {"speed": [], "memory": [], "accuracy": []}
+    page = report.write(alone, tmp_path / "page").read_text()
+    assert "(training_step.png)" in page and "## DPT step, fp32: toy pair" in page
+    assert "| ours | 2.00 s | 1.00 s – 3.00 s | 1,234 | 2.50x | 7 MiB | 40 |" in page
+    assert "Losses agree to 0e+00, gradients to 1e-07." in page
+
+
+def test_memory_is_drawn_against_what_was_swept(tmp_path: Path) -> None:
+    base = replace(headline("bf16"), rows=256)
+    cases = [replace(base, rows=n) for n in (128, 256, 512)]
+    cases += [with_vocab(base, v) for v in (16384, 2**17)]
+    cases.append(replace(base, train_head=False))
+    rows = [
+        {"case": asdict(case), "method": "mk-cpu", "label": "ours", "extra_bytes": case.rows * 1e6,
+         "predicted_bytes": None}
+        for case in cases
+    ]  # fmt: skip
+    found = {axis: plots._most_swept(rows, axis) for axis in plots._AXES}
+    sizes = {axis: [plots._AXES[axis](Case(**r["case"])) for r in f] for axis, f in found.items()}
+    assert sizes == {"rows N": [128, 256, 512], "vocabulary V": [256 * 256, 16384, 2**17]}
+    assert plots.memory_against_size({"memory": rows[:1]}) is None
+    assert [p.name for p in plots.draw({"memory": rows}, tmp_path)] == ["memory_against_size.png"]
+
+
 @pytest.mark.parametrize(
     "text", ["", readme.BEGIN, readme.END + readme.BEGIN, 2 * (readme.BEGIN + readme.END)]
 )
@@ -343,7 +486,15 @@ def test_help_names_every_command_and_method(capsys: pytest.CaptureFixture[str])
         main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for word in ("speed", "memory", "accuracy", "all", "readme", *(m.key for m in methods.METHODS)):
+    for word in (
+        "speed",
+        "memory",
+        "accuracy",
+        "step",
+        "all",
+        "readme",
+        *(m.key for m in methods.METHODS),
+    ):
         assert word in text
 
 

@@ -17,36 +17,15 @@ from tests.problems import (
     DIVERGENCES,
     DTYPES,
     PROBLEMS,
-    Problem,
     Result,
     _random,
+    check_result,
     expected,
     naive,
     problem,
     run,
 )
 from tests.tolerances import check
-
-
-def check_result(got: Result, p: Problem, divergence: str, dtype: torch.dtype) -> None:
-    """Every field of a result against fp64, in units of what plain fp32 achieves."""
-    want, plain = expected(p, divergence), naive(p, divergence)
-    head = p.ws.double().norm() * sum(w.double().abs().max() for w in p.weights() if w.numel())
-    # Below 1e-9 nats of a KL, whose terms are second-order small, and for |p − q|, which is not.
-    values = {"cancels": 1.0 if divergence == "total_variation" else 1e-3, "what": divergence}
-    fp64 = dtype == torch.float64
-    for name in ("loss", "ce", "kd"):
-        row = "fp64" if fp64 else "value"
-        check(getattr(got, name), getattr(want, name), row, getattr(plain, name), **values)
-    for name in ("dh", "dw", "db"):
-        gradient, like = getattr(got, name), getattr(want, name)
-        if like is None:
-            continue
-        row = "fp64" if fp64 else "gradient" if dtype == torch.float32 else "16-bit gradient"
-        cancels = float(head) / p.ws.shape[1] ** 0.5 if p.hs.numel() else 0.0
-        check(
-            gradient, like, row, getattr(plain, name), cancels=cancels, what=f"{divergence} {name}"
-        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import ops
+from mllmkd_kernels.backends import products
 from mllmkd_kernels.divergence import PARAMETERS
-from tests.problems import DIVERGENCES
+from tests.problems import DIVERGENCES, problem, run
 
 # 4 rows, 6 and 7 tokens, hidden sizes 2 and 3: gradcheck runs forward twice for each of 30 entries.
 N, V_S, V_T, D_S, D_T = 4, 6, 7, 2, 3
@@ -278,3 +279,29 @@ def test_fakes_of_unwanted_gradients_are_empty(wanted: int, backend: str) -> Non
         arguments = (*arguments[:first], *flags, *arguments[first + 3 :])
         torch.library.opcheck(op, arguments, test_utils=["test_schema", "test_faketensor"])
         assert [bool(g.numel()) for g in op(*arguments)[-3:]] == flags
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_faster_matmuls_elsewhere_do_not_round_the_logits(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TF32 and bf16 products of fp32 operands are a setting of the process; here they are off, and
+    as the caller left them afterwards.
+    """
+    mkldnn: Any = torch.backends.mkldnn  # its stubs lack `matmul`
+    libraries = torch.backends.cuda.matmul, mkldnn.matmul
+    seen, original = [], products.product
+
+    def spy(a: Tensor, b: Tensor, out: Tensor) -> None:
+        seen.append([library.fp32_precision for library in libraries])
+        original(a, b, out)
+
+    monkeypatch.setattr(products, "product", spy)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        run(problem("aligned"), "eager")
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen and all(found == ["ieee", "ieee"] for found in seen)

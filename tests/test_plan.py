@@ -8,6 +8,7 @@ import torch
 import mllmkd_kernels as mk
 from mllmkd_kernels import plan
 from mllmkd_kernels.backends import cpu
+from mllmkd_kernels.choose import choose_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -74,21 +75,24 @@ def test_the_plan_says_why() -> None:
 
 def test_auto_takes_the_kernels_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "available", lambda: True)
-    assert plan.choose_backend("auto", CPU)[0] == "cpu"
-    assert plan.choose_backend("auto", CUDA) == ("eager", "the only backend for cuda tensors")
+    assert choose_backend("auto", CPU)[0] == "cpu"
+    assert choose_backend("auto", CUDA)[0] == "triton"
+    assert choose_backend("auto", CUDA, (torch.float64,))[0] == "eager"
+    assert choose_backend("auto", torch.device("meta"))[0] == "eager"
     monkeypatch.setattr(cpu, "available", lambda: False)
     monkeypatch.setattr(cpu, "why_not", lambda: "no compiler")
-    name, why = plan.choose_backend("auto", CPU)
+    name, why = choose_backend("auto", CPU)
     assert name == "eager" and "no compiler" in why
     with pytest.raises(RuntimeError, match="backend: 'cpu' was asked for, but no compiler"):
-        plan.choose_backend("cpu", CPU)
+        choose_backend("cpu", CPU)
 
 
 def test_a_backend_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="'cpu' was asked for, but the tensors are on cuda"):
-        plan.choose_backend("cpu", CUDA)
+        choose_backend("cpu", CUDA)
     with pytest.raises(
-        ValueError, match="backend: got 'gpu', expected one of 'auto', 'eager', 'cpu'"
+        ValueError,
+        match="backend: got 'gpu', expected one of 'auto', 'eager', 'cpu', 'triton', 'cuda'",
     ):
         mk.explain(1, 1, 1, backend="gpu")
 

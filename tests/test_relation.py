@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import reference
-from mllmkd_kernels.backends import cpu, eager
+from mllmkd_kernels.backends import cpu, eager, products
 from tests.problems import BACKENDS, DTYPES
 from tests.tolerances import check
 
@@ -109,7 +109,7 @@ def test_more_rows_than_a_tile_and_more_tokens_than_a_slice(
 ) -> None:
     # A tile has 512 rows; at 8 the same loops run on 20. The tiles of C++ keep their size.
     monkeypatch.setattr(eager, "RELATION_TILE", 8)
-    monkeypatch.setattr(eager, "VOCAB_SLICE", 32)
+    monkeypatch.setattr(products, "VOCAB_SLICE", 32)
     for softcap in (None, 3.0):
         check_against_logits(inputs(), [20], True, backend, student_softcap=softcap)
 

@@ -14,7 +14,7 @@ namespace {
 // dst[offset, offset + n) = src in dst's dtype; the only rounding of dW.
 template <class T>
 void round_rows(const T* src, int64_t n, const at::Tensor& dst, int64_t offset) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dst.scalar_type(), "dw", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, dst.scalar_type(), "dw", [&] {
     scalar_t* out = dst.mutable_data_ptr<scalar_t>() + offset;
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<scalar_t>(src[i]);
   });
@@ -46,7 +46,9 @@ Gradients<T>::Gradients(
                 left_row = product_.stride * bytes;
   dh = at::zeros(shape_if(wanted.dh, {hidden.size(0), features_}), real);
   db = at::zeros(shape_if(wanted.db, {weight.size(0)}), real);
-  dw = at::empty(shape_if(wanted.dw, {weight.size(0), features_}), weight.scalar_type());
+  // not fp16: an incoming gradient (a loss scale) has yet to lift dW above its smallest number
+  const auto stored = weight.scalar_type() == at::kHalf ? real : weight.scalar_type();
+  dw = at::empty(shape_if(wanted.dw, {weight.size(0), features_}), stored);
   if (!wanted.any()) return;
   prefer_huge_pages(dw);
   g_ = Buffer(threads, kTile * panel * sizeof(T));
@@ -55,7 +57,7 @@ Gradients<T>::Gradients(
     right_h_ = Buffer(blocks * feature_panels_, product_.depth * panel * bytes);
     left_v_ = Buffer(threads, kTile * left_row);
     edge_ = Buffer(threads, kTile * panel * sizeof(T));
-    if (weight.scalar_type() == real) {
+    if (stored == real) {
       sum_ = dw.mutable_data_ptr<T>();
     } else if (many_chunks) {
       dw_sum_ = Buffer::kept(1, vocab * features_ * sizeof(T));
@@ -63,7 +65,7 @@ Gradients<T>::Gradients(
     } else {
       dw_tile_ = Buffer(threads, kTile * features_ * sizeof(T));
     }
-    rounds_ = weight.scalar_type() != real;
+    rounds_ = stored != real;
   }
   if (wanted.dh) {
     right_w_ = Buffer(threads, (kTile + 1) * panel * bytes);

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllmkd_kernels.backends import products
+
 try:
     _C: Any = importlib.import_module("mllmkd_kernels._C")
     _WHY_NOT = ""
@@ -75,7 +77,7 @@ def distill_rows(
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (scalar), CE and D per row (N,), and the unscaled gradients dh (N, D_s), dw (V_s, D_s)
-    in the weight's dtype, db (V_s,).
+    in `products.head_gradient_dtype`, db (V_s,).
     """
     return torch.ops.mllmkd_cpu.distill_rows(
         hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature,
@@ -146,17 +148,12 @@ def relation_grad(
     return torch.ops.mllmkd_cpu.relation_grad(hs, ks, ht, kt, cu_seqlens, coef)
 
 
-def _sum_dtype(*tensors: Tensor | None) -> torch.dtype:
-    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if double else torch.float32
-
-
 def _fake_gradients(
     h: Tensor, w: Tensor, dtype: torch.dtype, want_dh: bool, want_dw: bool, want_db: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         h.new_empty(h.shape if want_dh else (0,), dtype=dtype),
-        w.new_empty(w.shape if want_dw else (0,)),
+        w.new_empty(w.shape if want_dw else (0,), dtype=products.head_gradient_dtype(w)),
         w.new_empty((w.shape[0],) if want_db else (0,), dtype=dtype),
     )
 
@@ -168,14 +165,14 @@ if available():
         hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature,
         cap_s, cap_t, vocab, ignore_index, want_dh, want_dw, want_db, chunk_rows,
     ):  # fmt: skip
-        dtype = _sum_dtype(hs, ws, bs, ht, wt, bt)
+        dtype = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
         rows = hs.new_empty(hs.shape[:1], dtype=dtype)
         gradients = _fake_gradients(hs, ws, dtype, want_dh, want_dw, want_db)
         return hs.new_empty((), dtype=dtype), rows, torch.empty_like(rows), *gradients
 
     @torch.library.register_fake("mllmkd_cpu::logprob_rows")
     def _(h, w, b, labels, temperature, cap, vocab, ignore_index, chunk_rows):
-        rows = h.new_empty(h.shape[:1], dtype=_sum_dtype(h, w, b))
+        rows = h.new_empty(h.shape[:1], dtype=products.accumulation_dtype(h, w, b))
         return rows, torch.empty_like(rows)
 
     @torch.library.register_fake("mllmkd_cpu::logprob_grad")
@@ -183,7 +180,9 @@ if available():
         grad, h, w, b, labels, lse, temperature, cap, vocab, ignore_index, want_dh, want_dw,
         want_db, chunk_rows,
     ):  # fmt: skip
-        return _fake_gradients(h, w, _sum_dtype(h, w, b), want_dh, want_dw, want_db)
+        return _fake_gradients(
+            h, w, products.accumulation_dtype(h, w, b), want_dh, want_dw, want_db
+        )
 
     @torch.library.register_fake("mllmkd_cpu::relation_stats")
     def _(hs, ks, ht, kt, cu_seqlens):

@@ -8,7 +8,7 @@ multiplies them by its incoming gradient.
 
 These functions are the interface of every backend. Conventions: ``vocab`` is the number of shared
 columns, a soft-cap of 0.0 means none, an unwanted gradient is returned as an empty tensor, ``dh``
-and ``db`` come in the accumulation dtype (fp32, or fp64), ``dw`` in the weight's.
+and ``db`` come in the accumulation dtype (fp32, or fp64), ``dw`` in `products.head_gradient_dtype`.
 """
 
 from __future__ import annotations
@@ -20,23 +20,12 @@ import torch
 from torch import Tensor
 
 from mllmkd_kernels import divergence as div
-
-#: Columns of a weight that are converted to the accumulation dtype at a time: 8,192 × D 4,096 is
-#: 128 MiB in fp32.
-VOCAB_SLICE = 8192
+from mllmkd_kernels.backends import products
+from mllmkd_kernels.backends.products import Gradients, accumulation_dtype, chunks
 
 #: Side of a relation tile: R_s and R_t of 512 × 512 fp32 entries are 2 MiB, the size of a core's L2
 #: cache.
 RELATION_TILE = 512
-
-
-def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 if any input is fp64, else fp32."""
-    return (
-        torch.float64
-        if any(t is not None and t.dtype == torch.float64 for t in tensors)
-        else torch.float32
-    )
 
 
 def distill_rows(
@@ -68,9 +57,9 @@ def distill_rows(
     table = _divergence(divergence, param)
     ce, kd = (torch.zeros(hs.shape[0], dtype=acc, device=hs.device) for _ in range(2))
     loss = torch.zeros((), dtype=torch.float64, device=hs.device)
-    grads = _Gradients(hs, ws, acc, want_dh, want_dw, want_db)
-    _check_labels(labels, vocab, ignore_index)
-    for rows in _chunks(hs.shape[0], chunk_rows):
+    grads = Gradients(hs, ws, acc, want_dh, want_dw, want_db)
+    check_labels(labels, vocab, ignore_index)
+    for rows in chunks(hs.shape[0], chunk_rows):
         z = _softcap_(_logits(hs[rows], ws, bs, vocab, acc), cap_s, hs[rows])
         dz = torch.zeros_like(z) if grads.wanted else None
         if labels is not None and ce_weight is not None:
@@ -89,7 +78,7 @@ def distill_rows(
                 da = div.gradients(table, log_p, log_q)
                 dz += _scale_rows(da, weight / temperature)
         if dz is not None:
-            dead = _dead_rows(hs, rows, labels, ce_weight, kd_weight, ignore_index)
+            dead = dead_rows(hs, rows, labels, ce_weight, kd_weight, ignore_index)
             grads.add(rows, _through_softcap_(dz, z, cap_s), dead=dead)
     return loss.to(acc), ce, kd, *grads.result()
 
@@ -110,8 +99,8 @@ def logprob_rows(
     """
     acc = accumulation_dtype(h, w, b)
     logp, lse = (torch.zeros(h.shape[0], dtype=acc, device=h.device) for _ in range(2))
-    _check_labels(labels, vocab, ignore_index)
-    for rows in _chunks(h.shape[0], chunk_rows):
+    check_labels(labels, vocab, ignore_index)
+    for rows in chunks(h.shape[0], chunk_rows):
         a = _softcap_(_logits(h[rows], w, b, vocab, acc), cap, h[rows]).div_(temperature)
         lse[rows] = _logsumexp(a)
         logp[rows] = _at_label(a, labels[rows], ignore_index) - lse[rows]
@@ -136,8 +125,8 @@ def logprob_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dh, dw, db of Σ_n grad[n]·logp[n]; the logits are made again, chunk by chunk."""
     acc = accumulation_dtype(h, w, b)
-    grads = _Gradients(h, w, acc, want_dh, want_dw, want_db)
-    for rows in _chunks(h.shape[0], chunk_rows):
+    grads = Gradients(h, w, acc, want_dh, want_dw, want_db)
+    for rows in chunks(h.shape[0], chunk_rows):
         z = _softcap_(_logits(h[rows], w, b, vocab, acc), cap, h[rows])
         weight = -torch.where(labels[rows] == ignore_index, 0, grad[rows].to(acc)) / temperature
         q = (z / temperature - lse[rows, None]).exp_()
@@ -189,68 +178,15 @@ def relation_grad(
     return m
 
 
-class _Gradients:
-    """The accumulators of the wanted gradients; `add` folds in the dz block of some rows."""
-
-    def __init__(
-        self, h: Tensor, w: Tensor, acc: torch.dtype, dh: bool, dw: bool, db: bool
-    ) -> None:
-        self.h, self.w, self.acc = h, w, acc
-
-        def zeros(wanted: bool, *shape: int) -> Tensor | None:
-            return torch.zeros(shape, dtype=acc, device=h.device) if wanted else None
-
-        self.dh, self.dw, self.db = zeros(dh, *h.shape), zeros(dw, *w.shape), zeros(db, w.shape[0])
-        self.wanted = dh or dw or db
-
-    def add(
-        self, rows: slice, dz: Tensor, columns: slice | None = None, dead: Tensor | None = None
-    ) -> None:
-        """Fold in dz (rows, columns); by default the columns are the first `dz.shape[1]` of the
-        vocabulary. `dead` marks rows of zero weight: they may hold NaN, and 0 · NaN is NaN.
-        """
-        first = 0 if columns is None else columns.start
-        h = self.h[rows].to(self.acc)
-        if dead is not None:
-            h, dz = h.masked_fill(dead[:, None], 0), dz.masked_fill_(dead[:, None], 0)
-        for part in _chunks(dz.shape[1], VOCAB_SLICE):
-            tokens = slice(first + part.start, first + part.stop)
-            if self.dh is not None:
-                self.dh[rows].addmm_(dz[:, part], self.w[tokens].to(self.acc))
-            if self.dw is not None:
-                self.dw[tokens].addmm_(dz[:, part].mT, h)
-        if self.db is not None:
-            self.db[first : first + dz.shape[1]] += dz.sum(0)
-
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        def none(dtype: torch.dtype) -> Tensor:  # a new one each time: outputs may not alias
-            return torch.empty(0, dtype=dtype, device=self.h.device)
-
-        return (
-            none(self.acc) if self.dh is None else self.dh,
-            none(self.w.dtype) if self.dw is None else self.dw.to(self.w.dtype),
-            none(self.acc) if self.db is None else self.db,
-        )
-
-
 def _divergence(name: str, param: float) -> div.Divergence:
     key, _ = div.PARAMETERS[name]
     return div.Divergence(name, **({} if key is None else {key: param}))
 
 
-def _chunks(n: int, size: int) -> Iterator[slice]:
-    for start in range(0, n, size):
-        yield slice(start, min(start + size, n))
-
-
 def _logits(h: Tensor, w: Tensor, b: Tensor | None, vocab: int, acc: torch.dtype) -> Tensor:
-    """h Wᵀ + b in the accumulation dtype: 16-bit inputs are widened first, their products are
-    exact.
-    """
-    h = h.to(acc)
+    """h Wᵀ + b in the accumulation dtype."""
     z = torch.empty(h.shape[0], vocab, dtype=acc, device=h.device)
-    for columns in _chunks(vocab, VOCAB_SLICE):
-        torch.mm(h, w[columns].to(acc).mT, out=z[:, columns])
+    products.product(h, w[:vocab].mT, z)
     return z if b is None else z.add_(b[:vocab])
 
 
@@ -293,7 +229,7 @@ def _scale_rows(dz: Tensor, weight: Tensor) -> Tensor:
     return scaled.masked_fill_((weight == 0)[:, None], 0)
 
 
-def _dead_rows(
+def dead_rows(
     hs: Tensor,
     rows: slice,
     labels: Tensor | None,
@@ -320,7 +256,7 @@ def _cross_entropy(
     return (lse - _at_label(z, labels, ignore_index)).masked_fill_(ignored, 0)
 
 
-def _check_labels(labels: Tensor | None, vocab: int, ignore_index: int) -> None:
+def check_labels(labels: Tensor | None, vocab: int, ignore_index: int) -> None:
     """On the CPU, where looking costs nothing, a label outside the vocabulary is named;
     elsewhere asserted on device.
     """
@@ -341,7 +277,7 @@ def _relation_tiles(ends: list[int]) -> Iterator[tuple[int, slice, slice]]:
     """(image, row slice, column slice) of the lower triangle of every image's R."""
     for image, (start, end) in enumerate(pairwise(ends)):
         blocks = [
-            slice(start + s.start, start + s.stop) for s in _chunks(end - start, RELATION_TILE)
+            slice(start + s.start, start + s.stop) for s in chunks(end - start, RELATION_TILE)
         ]
         for n, i in enumerate(blocks):
             for j in blocks[: n + 1]:

@@ -1,0 +1,172 @@
+"""Which matrix products, and in what precision? Shared by the backends that call a vendor's GEMM.
+
+Accumulation is fp32 always (fp64 for fp64 inputs), and so are the results: 16-bit inputs are never
+answered by a 16-bit block of logits. On CUDA the GEMM itself gives fp32 from 16-bit operands; where
+the library has no such product (CPU), operands are widened, a slice of the vocabulary at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Rows of a head that are widened at a time: 8,192 × D 4,096 is 128 MiB in fp32.
+VOCAB_SLICE = 8192
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 if any input is fp64, else fp32."""
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def head_gradient_dtype(weight: Tensor) -> torch.dtype:
+    """Dtype of a dW that is yet to be scaled by the incoming gradient: the weight's, but fp32 for
+    fp16, whose smallest number a loss scale has not lifted it above yet.
+    """
+    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
+
+
+def chunks(n: int, size: int) -> Iterator[slice]:
+    """[0, n) in slices of `size`, the last one shorter."""
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """fp32 products in fp32, whatever ``torch.set_float32_matmul_precision`` says: TF32, or bf16 on
+    some processors, would round the logits. The caller's settings come back.
+    """
+    mkldnn: Any = torch.backends.mkldnn  # its stubs lack `matmul`
+    libraries = torch.backends.cuda.matmul, mkldnn.matmul
+    before = [library.fp32_precision for library in libraries]
+    changed = [
+        (x, was) for x, was in zip(libraries, before, strict=True) if was in ("tf32", "bf16")
+    ]
+    for library, _ in changed:
+        library.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for library, was in changed:
+            library.fp32_precision = was
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, (M, K) by (K, L), in the accumulation dtype of `out`."""
+    if _gemm_widens(a, b, out):
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        return
+    a = a.to(out.dtype)
+    for columns in chunks(b.shape[1], VOCAB_SLICE):
+        torch.mm(a, b[:, columns].to(out.dtype), out=out[:, columns])
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b in the accumulation dtype of `out`; `out` (M, L), and M or K may be V long."""
+    if _gemm_widens(a, b, out):
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    elif b.dtype == out.dtype or b.shape[0] <= VOCAB_SLICE:
+        b = b.to(out.dtype)
+        for rows in chunks(a.shape[0], VOCAB_SLICE):
+            out[rows].addmm_(a[rows].to(out.dtype), b)
+    else:
+        for k in chunks(b.shape[0], VOCAB_SLICE):
+            out.addmm_(a[:, k].to(out.dtype), b[k].to(out.dtype))
+
+
+def product_split(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, (M, K) by (K, L), bf16 or fp32 each, in fp32 and as exact as an fp32 product, from
+    products of bf16 matrices.
+
+    An fp32 number is the sum of three bf16 numbers, each the rounding of what the ones before left.
+    Products of parts that both are roundings of roundings fall below the last bit of fp32: with one
+    operand in bf16 already three products remain, otherwise six. A GPU multiplies bf16 about 15
+    times as fast as fp32. The small ones come first, so that large ones do not absorb them.
+    """
+    parts_a, parts_b = _bf16_parts(a), _bf16_parts(b)
+    out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
+    pairs = [(i, j) for i in range(len(parts_a)) for j in range(len(parts_b)) if i + j < 3]
+    smallest, *larger = sorted(pairs, key=sum, reverse=True)
+    product(parts_a[smallest[0]], parts_b[smallest[1]], out)
+    for i, j in larger:
+        add_product(out, parts_a[i], parts_b[j])
+    return out
+
+
+def _bf16_parts(x: Tensor) -> list[Tensor]:
+    """x itself if it is bf16; else three bf16 tensors whose sum is x to the last bit of fp32."""
+    if x.dtype == torch.bfloat16:
+        return [x]
+    parts = []
+    for _ in range(3):
+        parts.append(x.to(torch.bfloat16))
+        x = x - parts[-1]  # exact in fp32: the rest has fewer bits than x
+    return parts
+
+
+def _gemm_widens(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Can the library multiply these as they are into an fp32 `out`?"""
+    return (
+        a.device.type == "cuda"
+        and a.dtype == b.dtype
+        and a.dtype in _HALVES
+        and out.dtype == torch.float32
+    )
+
+
+class Gradients:
+    """The accumulators of the wanted gradients of one head; `add` folds in the dz block of some
+    rows, `result` gives dh (N, D) and db (V,) in the accumulation dtype, dw (V, D) in
+    `head_gradient_dtype`, and an empty tensor for what was not wanted.
+    """
+
+    def __init__(
+        self, h: Tensor, w: Tensor, acc: torch.dtype, dh: bool, dw: bool, db: bool
+    ) -> None:
+        self.h, self.w, self.acc = h, w, acc
+
+        def zeros(wanted: bool, *shape: int) -> Tensor | None:
+            return torch.zeros(shape, dtype=acc, device=h.device) if wanted else None
+
+        self.dh, self.dw, self.db = zeros(dh, *h.shape), zeros(dw, *w.shape), zeros(db, w.shape[0])
+        self.wanted = dh or dw or db
+
+    def add(
+        self, rows: slice, dz: Tensor, columns: slice | None = None, dead: Tensor | None = None
+    ) -> None:
+        """Fold in dz (rows, columns), fp32 or the 16-bit dtype of h and w; by default the columns
+        are the first `dz.shape[1]` of the vocabulary. `dead` marks rows of zero weight: they may
+        hold NaN, and 0 · NaN is NaN.
+        """
+        first = 0 if columns is None else columns.start
+        tokens = slice(first, first + dz.shape[1])
+        h = self.h[rows]
+        if dead is not None:
+            h, dz = h.masked_fill(dead[:, None], 0), dz.masked_fill_(dead[:, None], 0)
+        if self.dh is not None:
+            add_product(self.dh[rows], dz, self.w[tokens])
+        if self.dw is not None:
+            add_product(self.dw[tokens], dz.mT, h)
+        if self.db is not None:
+            self.db[tokens] += dz.sum(0, dtype=self.acc)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(dh, dw, db)."""
+        dw_dtype = head_gradient_dtype(self.w)
+
+        def none(dtype: torch.dtype) -> Tensor:  # a new one each time: outputs may not alias
+            return torch.empty(0, dtype=dtype, device=self.h.device)
+
+        return (
+            none(self.acc) if self.dh is None else self.dh,
+            none(dw_dtype) if self.dw is None else self.dw.to(dw_dtype),
+            none(self.acc) if self.db is None else self.db,
+        )

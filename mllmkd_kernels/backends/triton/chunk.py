@@ -1,0 +1,142 @@
+"""chunk: a vendor's GEMM makes the logits of C rows, `rows` turns them into loss terms and
+gradient, two more products fold the gradient into dh and dw.
+
+Nothing here is larger than one block of logits of each model, allocated once and used by every
+chunk; dz lies in the student's. Where hidden states and head are bf16, so is dz, and all products
+run on tensor cores; otherwise dz is fp32: in fp16 entries below 6e-8, most of a vocabulary's
+share of a row of weight 1/N, would be 0.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mllmkd_kernels.backends import cuda, eager, products
+from mllmkd_kernels.backends.triton.rows import row_losses, row_stride
+
+
+def _distill(
+    losses: Callable[..., Tensor | None],  # `rows.row_losses` or another of its signature
+    hs: Tensor,  # (N, D_s)
+    ws: Tensor,  # (V_s, D_s)
+    bs: Tensor | None,  # (V_s,)
+    ht: Tensor | None,  # (N, D_t); None: no divergence
+    wt: Tensor | None,  # (V_t, D_t)
+    bt: Tensor | None,  # (V_t,)
+    labels: Tensor | None,  # (N,); None: no cross-entropy
+    ce_weight: Tensor | None,  # (N,)
+    kd_weight: Tensor | None,  # (N,)
+    divergence: str,
+    param: float,
+    temperature: float,
+    cap_s: float,
+    cap_t: float,
+    vocab: int,
+    ignore_index: int,
+    want_dh: bool,
+    want_dw: bool,
+    want_db: bool,
+    chunk_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, CE and D per row, dh, dw, db: see `eager.distill_rows`, whose conventions hold."""
+    acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
+    if acc != torch.float32:
+        raise TypeError("backend: 'triton' computes in fp32, got fp64 inputs; use backend='eager'")
+    if labels is None or ce_weight is None:
+        labels = ce_weight = None
+    if ht is None or wt is None or kd_weight is None:
+        ht = wt = kd_weight = None
+    eager.check_labels(labels, vocab, ignore_index)
+    n = hs.shape[0]
+    every = slice(0, n)
+    dead = eager.dead_rows(hs, every, labels, ce_weight, kd_weight, ignore_index)
+    # The kernel writes dz = 0 for rows without weight; 0 · NaN of their hidden states would be NaN.
+    alive = hs.masked_fill(dead[:, None], 0) if want_dw else hs
+    grads = products.Gradients(alive, ws, acc, want_dh, want_dw, want_db)
+    half = hs.dtype == ws.dtype == torch.bfloat16
+    dz_dtype = (torch.bfloat16 if half else acc) if grads.wanted else None
+
+    ce, kd = (torch.zeros(n, dtype=acc, device=hs.device) for _ in range(2))
+    stride = row_stride(vocab) if losses is row_losses else vocab
+    block_s = torch.empty(min(chunk_rows, n), stride, device=hs.device)
+    block_t = None if ht is None else torch.empty_like(block_s)
+    for rows in products.chunks(n, chunk_rows):
+        z_s = _logits(block_s, hs[rows], ws, vocab)
+        z_t = None
+        if ht is not None and wt is not None and block_t is not None:
+            z_t = _logits(block_t, ht[rows], wt, vocab)
+        dz = losses(
+            z_s, z_t, bs, bt, _of(labels, rows), _of(ce_weight, rows), _of(kd_weight, rows),
+            ce[rows], kd[rows], divergence, param, temperature, cap_s, cap_t, ignore_index,
+            dz_dtype,
+        )  # fmt: skip
+        if dz is not None:
+            grads.add(rows, dz)
+    loss = torch.zeros((), dtype=torch.float64, device=hs.device)
+    if labels is not None and ce_weight is not None:
+        loss += _weighted_sum(ce_weight, ce, labels != ignore_index)
+    if kd_weight is not None:
+        loss += _weighted_sum(kd_weight, kd)
+    return loss.to(acc), ce, kd, *grads.result()
+
+
+def _cluster_losses(
+    z_s: Tensor,  # (C, V) fp32, contiguous, overwritten where dz is wanted
+    z_t: Tensor | None,  # (C, V) fp32, contiguous
+    b_s: Tensor | None,  # (≥V,)
+    b_t: Tensor | None,  # (≥V,)
+    labels: Tensor | None,  # (C,)
+    ce_weight: Tensor | None,  # (C,)
+    kd_weight: Tensor | None,  # (C,)
+    ce: Tensor,  # (C,)
+    kd: Tensor,  # (C,)
+    divergence: str,
+    param: float,
+    temperature: float,
+    cap_s: float,
+    cap_t: float,
+    ignore_index: int,
+    dz_dtype: torch.dtype | None,
+) -> Tensor | None:
+    """`rows.row_losses` by the CUDA kernel that reads a row once."""
+
+    def broken(z: Tensor | None, cap: float) -> Tensor | None:
+        # every product of a hidden state that is not finite is ±inf or NaN, so one column tells
+        return ~z[:, 0].isfinite() if z is not None and cap else None
+
+    terms = cuda.rows_(
+        z_s, z_t, b_s, b_t, labels,
+        None if ce_weight is None else ce_weight.float(),
+        None if kd_weight is None else kd_weight.float(),
+        broken(z_s, cap_s), broken(z_t, cap_t), divergence, param, temperature, cap_s, cap_t,
+        ignore_index, dz_dtype is not None, dz_dtype == torch.bfloat16,
+    )  # fmt: skip
+    ce.copy_(terms[0])
+    kd.copy_(terms[1])
+    return None if dz_dtype is None else z_s.view(dz_dtype)[:, : z_s.shape[1]]
+
+
+#: With Triton's row kernel, and with the CUDA one: the arguments of `eager.distill_rows`.
+distill_rows = functools.partial(_distill, row_losses)
+distill_rows_cuda = functools.partial(_distill, _cluster_losses)
+
+
+def _logits(block: Tensor, h: Tensor, w: Tensor, vocab: int) -> Tensor:
+    """h Wᵀ, (C, V), in the memory of `block`."""
+    z = block[: h.shape[0], :vocab]
+    products.product(h, w[:vocab].mT, z)
+    return z
+
+
+def _of(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
+
+
+def _weighted_sum(weight: Tensor, x: Tensor, used: Tensor | None = None) -> Tensor:
+    """Σ weight · x in fp64; a weight of 0 silences whatever its row holds."""
+    counts = weight != 0 if used is None else used & (weight != 0)
+    return torch.where(counts, weight * x, 0).sum(dtype=torch.float64)

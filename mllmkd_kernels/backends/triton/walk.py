@@ -1,0 +1,283 @@
+"""In which order is the vocabulary walked? The streamed algorithm: functions of a backend, from the
+three sweeps of `stream`.
+
+    statistics      each head once; with the label's logit that is CE
+    values          each head again: D, where no gradient is wanted or the gradient needs a mean
+    gradient        each head again, some columns at a time: dz (N, columns), and D on the way where
+                    `values` was left out; two products fold dz into dh, and write dw[columns]
+
+Logits never exist outside registers. dz is bf16 where hidden states and head are, else fp32, and is
+the only workspace that grows with N·V. dw of a range of columns is one product over all rows: it is
+summed in fp32 and rounded once, with no fp32 accumulator beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllmkd_kernels.backends import eager, products
+from mllmkd_kernels.backends.triton import stream
+from mllmkd_kernels.backends.triton.divergence import NEEDS_MEAN
+from mllmkd_kernels.backends.triton.heads import Head
+
+#: Columns are taken in multiples of a tile's width, so that a logit comes out of the same tile in
+#: every sweep. Where logits are 1e4, one that is an ulp off the maximum that an earlier sweep found
+#: has a probability that is wrong by 0.2%.
+ALIGNED = 128
+
+#: Fewer columns at a time than this would leave most of a GPU idle.
+LEAST_COLUMNS = 512
+
+
+def sweeps(divergence: str | None, want_gradient: bool) -> int:
+    """How many times each head is multiplied to make logits; `divergence` None: no teacher."""
+    if divergence is None:
+        return 2 if want_gradient else 1
+    return 3 if want_gradient and divergence in NEEDS_MEAN else 2
+
+
+def flops(
+    rows: int, vocab: int, d_s: int, d_t: int, divergence: str | None, want_dh: bool, want_dw: bool
+) -> int:
+    """2·m·n·k of all matrix products; `d_t` 0 and `divergence` None without a teacher."""
+    times = sweeps(divergence, want_dh or want_dw)
+    return 2 * rows * vocab * (times * (d_s + d_t) + (int(want_dh) + int(want_dw)) * d_s)
+
+
+def distill_stream(
+    hs: Tensor,  # (N, D_s)
+    ws: Tensor,  # (V_s, D_s)
+    bs: Tensor | None,  # (V_s,)
+    ht: Tensor | None,  # (N, D_t); None: no divergence
+    wt: Tensor | None,  # (V_t, D_t)
+    bt: Tensor | None,  # (V_t,)
+    labels: Tensor | None,  # (N,); None: no cross-entropy
+    ce_weight: Tensor | None,  # (N,)
+    kd_weight: Tensor | None,  # (N,)
+    divergence: str,
+    param: float,
+    temperature: float,
+    cap_s: float,
+    cap_t: float,
+    vocab: int,
+    ignore_index: int,
+    want_dh: bool,
+    want_dw: bool,
+    want_db: bool,
+    chunk_vocab: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `eager.distill_rows`, but the gradient is made `chunk_vocab` columns at a time."""
+    student, teacher = _head(hs, ws, bs, cap_s), None
+    if ht is not None and wt is not None and kd_weight is not None:
+        teacher = _head(ht, wt, bt, cap_t)
+    if ce_weight is None:
+        labels = None
+    if teacher is None:
+        temperature = 1.0  # it is the divergence's alone
+    eager.check_labels(labels, vocab, ignore_index)
+    sweep = _Sweep(student, teacher, labels, vocab, temperature, divergence, param)
+    ce, kd = sweep.facts.new_zeros(2, hs.shape[0])
+    loss = torch.zeros((), dtype=torch.float64, device=hs.device)
+    wanted = want_dh or want_dw or want_db
+    grads = products.Gradients(hs, ws, torch.float32, False, False, False).result()
+    with _on(hs.device):
+        sweep.statistics()
+        if labels is not None and ce_weight is not None:
+            ignored = labels == ignore_index
+            ce = sweep.cross_entropy().masked_fill(ignored, 0)
+            sweep[stream.CE_WEIGHT].copy_(ce_weight).masked_fill_(ignored, 0)
+            valid = (ce_weight != 0) & ~ignored
+            loss += torch.where(valid, ce_weight * ce, 0).sum(dtype=torch.float64)
+        if teacher is not None and kd_weight is not None:
+            sweep[stream.KD_WEIGHT].copy_(kd_weight / temperature)
+        if teacher is not None and (not wanted or divergence in NEEDS_MEAN):
+            kd = sweep.values()
+        if wanted:
+            dead = (sweep[stream.CE_WEIGHT] == 0) & (sweep[stream.KD_WEIGHT] == 0)
+            grads, on_the_way = sweep.gradients(dead, want_dh, want_dw, want_db, chunk_vocab)
+            kd = kd if on_the_way is None else on_the_way
+    if teacher is not None and kd_weight is not None:
+        loss += torch.where(kd_weight != 0, kd_weight * kd, 0).sum(dtype=torch.float64)
+    return loss.float(), ce, kd, *grads
+
+
+def logprob_rows(
+    h: Tensor,  # (N, D)
+    w: Tensor,  # (≥V, D)
+    b: Tensor | None,  # (≥V,)
+    labels: Tensor,  # (N,)
+    temperature: float,
+    cap: float,
+    vocab: int,
+    ignore_index: int,
+    chunk_rows: int,
+) -> tuple[Tensor, Tensor]:
+    """As `eager.logprob_rows`. `chunk_rows` is not used: all rows at once need no workspace."""
+    eager.check_labels(labels, vocab, ignore_index)
+    sweep = _Sweep(_head(h, w, b, cap), None, labels, vocab, temperature)
+    with _on(h.device):
+        sweep.statistics()
+        lse = sweep[stream.TOP_S] / temperature + sweep[stream.LOG_S]
+        return -sweep.cross_entropy().masked_fill(labels == ignore_index, 0), lse
+
+
+def logprob_grad(
+    grad: Tensor,  # (N,)
+    h: Tensor,  # (N, D)
+    w: Tensor,  # (≥V, D)
+    b: Tensor | None,  # (≥V,)
+    labels: Tensor,  # (N,)
+    lse: Tensor,  # (N,)
+    temperature: float,
+    cap: float,
+    vocab: int,
+    ignore_index: int,
+    want_dh: bool,
+    want_dw: bool,
+    want_db: bool,
+    chunk_rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `eager.logprob_grad`. Here columns are taken at a time, all rows of them: as many as make
+    a block no larger than `chunk_rows` rows of the vocabulary.
+    """
+    sweep = _Sweep(_head(h, w, b, cap), None, labels, vocab, temperature)
+    with _on(h.device):
+        sweep[stream.LOG_S].copy_(lse)
+        weight = sweep[stream.CE_WEIGHT].copy_(grad).div_(-temperature)
+        dead = weight.masked_fill_(labels == ignore_index, 0) == 0
+        columns = max(LEAST_COLUMNS, chunk_rows * vocab // max(h.shape[0], 1))
+        return sweep.gradients(dead, want_dh, want_dw, want_db, columns)[0]
+
+
+class _Sweep:
+    """The sweeps over one or two heads, and what they find out about every row."""
+
+    def __init__(
+        self,
+        student: Head,
+        teacher: Head | None,
+        labels: Tensor | None,
+        vocab: int,
+        temperature: float,
+        divergence: str = "forward_kl",
+        param: float = 0.0,
+    ) -> None:
+        self.student, self.teacher, self.labels, self.vocab = student, teacher, labels, vocab
+        self.divergence, self.param = divergence, param
+        self.scale = 1.0 / temperature
+        # Only beside a teacher do CE and the softmax at temperature T differ.
+        self.two_scales = teacher is not None and labels is not None and temperature != 1.0
+        rows = student.h.shape[0]
+        self.facts = student.h.new_zeros(stream.FACTS, rows, dtype=torch.float32)
+
+    def __getitem__(self, fact: Any) -> Tensor:
+        return self.facts[fact.value]
+
+    def statistics(self) -> None:
+        """Maxima, log-sums and the labels' logits, into `facts`."""
+        first, second = self.facts[0:4], self.facts[4:8]
+        stream.statistics(self.student, self.labels, self.scale, self.two_scales, self.vocab, first)
+        if self.teacher is not None:
+            stream.statistics(self.teacher, None, self.scale, False, self.vocab, second)
+
+    def cross_entropy(self) -> Tensor:
+        """−log softmax(z)[label] of every row, (N,), at scale 1 beside a teacher."""
+        below = self[stream.TOP_S] - self[stream.Z_LABEL]
+        if self.two_scales:
+            return below + self[stream.LOG_ONE]
+        return below * self.scale + self[stream.LOG_S]
+
+    def values(self) -> Tensor:
+        """D of every row, (N,); Σ q·slope into `facts`."""
+        assert self.teacher is not None
+        found = stream.values(
+            self.student, self.teacher, self.facts, self.divergence, self.param, self.scale,
+            self.vocab,
+        )  # fmt: skip
+        self[stream.MEAN].copy_(found[1])
+        return found[0]
+
+    def gradients(
+        self, dead: Tensor, want_dh: bool, want_dw: bool, want_db: bool, columns: int
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+        """(dh, dw, db), and D of every row where `values` has not been there before. `dead` (N,)
+        marks rows of no weight: their hidden states may be NaN, and 0 · NaN is NaN.
+        """
+        h, w = self.student.h, self.student.w
+        want_kd = self.teacher is not None and self.divergence not in NEEDS_MEAN
+        kd = torch.zeros_like(self.facts[0]) if want_kd else None
+        dh = torch.zeros_like(h, dtype=torch.float32) if want_dh else None
+        dw = torch.empty_like(w, dtype=products.head_gradient_dtype(w)) if want_dw else None
+        db = h.new_zeros(w.shape[0], dtype=torch.float32) if want_db else None
+        if dw is not None:
+            dw[self.vocab :].zero_()
+            h = h.masked_fill(dead[:, None], 0)
+        columns = -(-min(columns, self.vocab) // ALIGNED) * ALIGNED
+        halves = h.dtype == w.dtype == torch.bfloat16
+        dtype = torch.bfloat16 if halves else torch.float32
+        block = h.new_empty(h.shape[0], columns, dtype=dtype)
+        for tokens in products.chunks(self.vocab, columns):
+            dz = block[:, : tokens.stop - tokens.start]
+            terms = stream.gradient(
+                self.student, self.teacher, self.labels, self.facts, dz, tokens, self.divergence,
+                self.param, self.scale, self.two_scales, want_kd,
+            )  # fmt: skip
+            if kd is not None and terms is not None:
+                kd += terms
+            if dh is not None:
+                products.add_product(dh, dz, w[tokens])
+            if dw is not None:
+                _write_product(dz.mT, h, dw[tokens])
+            if db is not None:
+                db[tokens] = dz.sum(0, dtype=torch.float32)
+        none = products.Gradients(h, w, torch.float32, False, False, False).result()
+        return (
+            none[0] if dh is None else dh,
+            none[1] if dw is None else dw,
+            none[2] if db is None else db,
+        ), kd
+
+
+def _write_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, summed in fp32 and rounded once to the dtype of `out`."""
+    if out.dtype == torch.float32:
+        products.product(a, b, out)
+    elif out.is_cuda and a.dtype == b.dtype == out.dtype:
+        with _full_sums():
+            torch.mm(a, b, out=out)
+    else:
+        exact = torch.empty_like(out, dtype=torch.float32)
+        products.product(a, b, exact)
+        out.copy_(exact)
+
+
+@contextmanager
+def _full_sums() -> Iterator[None]:
+    """A GEMM that splits its sum over several programs may otherwise add the parts in bf16."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_bf16_reduced_precision_reduction
+    settings.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = before
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _head(h: Tensor, w: Tensor, bias: Tensor | None, cap: float) -> Head:
+    for x in (h, w):
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"the streamed algorithm takes fp32, bf16 and fp16, got {x.dtype}; "
+                "backend='eager' takes any"
+            )
+    return Head(h.contiguous(), w.contiguous(), None if bias is None else bias.contiguous(), cap)

@@ -1,0 +1,81 @@
+"""Which backend? By name, or the one made for the device."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from mllmkd_kernels.backends import cpu, cuda
+
+BACKENDS = ("eager", "cpu", "triton", "cuda")
+
+
+def interpreted() -> bool:
+    """Do Triton's kernels run in its interpreter, on CPU tensors?"""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose_backend(
+    backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...] = ()
+) -> tuple[str, str]:
+    """The backend that `backend` ("auto" or a name) means on `device` for operands of `dtypes`, and
+    why.
+
+    Raises:
+        ValueError: unknown name, or a backend that cannot serve this device or dtype.
+        RuntimeError: the backend was asked for by name and is not built or installed.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(
+            f"backend: got {backend!r}, expected one of 'auto', {', '.join(map(repr, BACKENDS))}"
+        )
+    if backend == "auto":
+        return _default_backend(device, dtypes)
+    if backend == "cpu":
+        if device.type != "cpu":
+            raise ValueError(f"backend: 'cpu' was asked for, but the tensors are on {device}")
+        if not cpu.available():
+            raise RuntimeError(f"backend: 'cpu' was asked for, but {cpu.why_not()}")
+    if backend in ("triton", "cuda"):
+        _require_gpu(backend, device, dtypes)
+    return backend, "asked for by name"
+
+
+def _default_backend(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> tuple[str, str]:
+    if device.type == "cuda":
+        if torch.float64 in dtypes:
+            return "eager", "fp64, which the GPU kernels do not have"
+        if not _triton_installed():
+            return "eager", "Triton is not installed"
+        return "triton", f"Triton kernels for {device.type} tensors"
+    if device.type != "cpu":
+        return "eager", f"the only backend for {device.type} tensors"
+    if not cpu.available():
+        return "eager", f"the C++ kernels are not there: {cpu.why_not()}"
+    return "cpu", "C++ kernels for CPU tensors"
+
+
+def _require_gpu(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
+    if torch.float64 in dtypes:
+        raise ValueError(
+            f"backend: {backend!r} has no fp64; 'eager' computes fp64 on {device.type} tensors"
+        )
+    if not _triton_installed():
+        raise RuntimeError(f"backend: {backend!r} was asked for, but Triton is not installed")
+    if backend == "cuda" and device.type != "cuda":
+        raise ValueError(f"backend: 'cuda' was asked for, but the tensors are on {device}")
+    if backend == "cuda" and torch.cuda.is_available() and not cuda.available(device):
+        raise RuntimeError(f"backend: 'cuda' was asked for, but {cuda.why_not(device)}")
+    if device.type == "cuda":
+        return
+    if not interpreted():
+        raise ValueError(
+            f"backend: 'triton' was asked for, but the tensors are on {device}; there Triton has "
+            "only its interpreter (TRITON_INTERPRET=1, for tests)"
+        )
+
+
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

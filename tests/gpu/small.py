@@ -1,0 +1,51 @@
+"""Every kernel once, on problems so small that a sanitizer gets through them.
+
+Run by ``python -m tests.gpu`` under compute-sanitizer, which finds what a right answer hides: reads
+and writes outside a tensor. Sizes are primes, so that every masked tail runs.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+import mllmkd_kernels as mk
+from mllmkd_kernels import plan
+from mllmkd_kernels.backends import cuda
+from tests.problems import problem, run
+
+DIVERGENCES = ("forward_kl", "jsd")  # in one sweep and in two
+
+
+def main(device: str = "cuda") -> int:
+    """Run everything; an exception or the sanitizer says what is wrong."""
+    decide = plan.distill_plan
+    names = ("ragged", "aligned")
+    for algorithm in ("chunk", "stream"):
+        plan.distill_plan = functools.partial(decide, algorithm=algorithm)
+        for name in names:
+            for dtype in (torch.float32, torch.bfloat16):
+                for divergence in DIVERGENCES:
+                    run(problem(name, dtype).on(device), "triton", divergence)
+                    print(f"{algorithm} {name} {dtype} {divergence}", flush=True)
+    plan.distill_plan = decide
+    if device == "cuda" and cuda.available():
+        for divergence in DIVERGENCES:
+            run(problem("ragged").on(device), "cuda", divergence)
+            print(f"cuda ragged {divergence}", flush=True)
+    p = problem("ragged").on(device)
+    h, w = p.hs.clone().requires_grad_(), p.ws.clone().requires_grad_()
+    mk.fused_linear_logprob(h, w, p.labels, backend="triton").sum().backward()
+    print("log-probabilities", flush=True)
+    ends = torch.tensor([0, 3, 3, p.hs.shape[0]], dtype=torch.int32, device=device)
+    h.grad = None
+    mk.relation_cosine(h, p.ht, ends, backend="triton").backward()
+    print("relation", flush=True)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

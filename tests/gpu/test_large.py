@@ -1,0 +1,205 @@
+"""Is it right at the sizes of real models, where a GPU is needed to compute the truth at all?
+
+Vocabularies of 32k and 152k, blocks of more than 2^31 elements, memory against the plan, the same
+bits twice, and no waiting for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import mllmkd_kernels as mk
+from mllmkd_kernels import plan, reference
+from tests.problems import expected, near_converged, run
+from tests.tolerances import TOLERANCES, ladder_bound, relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+#: Past this index arithmetic of 32 bits is wrong: 14,336 × 151,936 is 2^31.02.
+VOCAB, MANY_ROWS = 151936, 14336
+
+
+@pytest.fixture(autouse=True)
+def _empty_gpu() -> Iterator[None]:
+    yield
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture(params=["chunk", "stream"])
+def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each algorithm in turn, whatever the plan would take."""
+    forced = functools.partial(plan.distill_plan, algorithm=request.param)
+    monkeypatch.setattr(plan, "distill_plan", forced)
+    return request.param
+
+
+def _normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    """Logits of two of these, over D, have a standard deviation of 2."""
+    rng = torch.Generator("cuda").manual_seed(seed + len(shape) + shape[0])
+    x = torch.randn(shape, generator=rng, device="cuda", dtype=torch.float32)
+    return x.mul_((4 / shape[-1]) ** 0.25).to(dtype)
+
+
+# --- accuracy -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eps", [0.1, 0.003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("vocab", [32000, VOCAB])
+def test_the_ladder_with_a_real_vocabulary(
+    vocab: int, divergence: str, dtype: torch.dtype, eps: float, algorithm: str
+) -> None:
+    p = near_converged(eps, n=64, v=vocab, d=128)
+    p = replace(p, kd_weight=torch.full((64,), 1000.0)).to(dtype).on("cuda")
+    got, want = run(p, "triton", divergence), expected(p, divergence)
+    for name in ("dh", "dw"):
+        error = relative_error(getattr(got, name), getattr(want, name))
+        assert error <= ladder_bound(dtype, eps), f"{name}: {error:.2e}"
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+def _checked_rows(call: Callable[..., tuple[Tensor, ...]], at_a_time: int) -> None:
+    """One call on MANY_ROWS rows; first, middle and last ones against the definition in fp64."""
+    hs, ht = _normal(MANY_ROWS, 64), _normal(MANY_ROWS, 64, seed=1)
+    ws, wt = _normal(VOCAB, 64), _normal(VOCAB, 64, seed=1)
+    labels = torch.arange(MANY_ROWS, device="cuda") * 10  # the last are near the end of V
+    weight = torch.ones(MANY_ROWS, device="cuda")
+    _, ce, kd, dh, *_ = call(
+        hs, ws, None, ht, wt, None, labels, weight, weight, "forward_kl", 0.0, 1.0, 0.0, 0.0,
+        VOCAB, -100, True, False, False, at_a_time,
+    )  # fmt: skip
+    rows = torch.tensor([0, 1, MANY_ROWS // 2, MANY_ROWS - 2, MANY_ROWS - 1], device="cuda")
+    h = hs[rows].double().requires_grad_()
+    z_s = reference.logits(h, ws.double())
+    z_t = reference.logits(ht[rows].double(), wt.double())
+    loss, want_ce, want_kd = reference.linear_distill(
+        z_s, z_t, labels[rows], ce_weight=1.0, kd_weight=1.0
+    )
+    loss.backward()
+    assert h.grad is not None
+    value, gradient = TOLERANCES["value"].floor, TOLERANCES["16-bit gradient"].floor
+    for name, got, want, bound in (
+        ("ce", ce[rows], want_ce, value), ("kd", kd[rows], want_kd, 4 * value),
+        ("dh", dh[rows], h.grad, gradient),
+    ):  # fmt: skip
+        for i, row in enumerate(rows.tolist()):
+            error = relative_error(got[i], want[i])
+            assert error <= bound, f"{name} of row {row}: {error:.2e}"
+
+
+def test_a_block_of_logits_past_2_31_elements() -> None:
+    from mllmkd_kernels.backends import triton
+
+    _checked_rows(triton.distill_rows, MANY_ROWS)
+
+
+def test_a_stream_past_2_31_logits_and_a_gradient_slice_past_2_31_elements() -> None:
+    from mllmkd_kernels.backends import triton
+
+    _checked_rows(triton.distill_stream, VOCAB)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("workspace_mb", [None, 64.0])
+def test_memory_is_what_the_plan_says(
+    workspace_mb: float | None, train_head: bool, algorithm: str
+) -> None:
+    n, d_s, d_t = 2048, 1024, 2048
+    hs, ws = _normal(n, d_s).requires_grad_(), _normal(VOCAB, d_s).requires_grad_(train_head)
+    ht, wt = _normal(n, d_t), _normal(VOCAB, d_t)
+    labels = torch.arange(n, device="cuda")
+
+    def step() -> int:
+        hs.grad = ws.grad = None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        mk.fused_linear_distill(
+            hs, ws, ht, wt, labels, ce_weight=1 / n, kd_weight=1 / n, workspace_mb=workspace_mb
+        ).loss.backward()
+        gradients = sum(x.grad.nbytes for x in (hs, ws) if x.grad is not None)
+        return torch.cuda.max_memory_allocated() - before - gradients
+
+    step()  # libraries take their own workspaces once
+    found = step()
+    predicted = plan.explain(
+        n, VOCAB, d_s, d_t, train_head=train_head, dtype=torch.bfloat16, device="cuda",
+        workspace_mb=workspace_mb,
+    ).peak_bytes  # fmt: skip
+    slack = 32 * 2**20  # partial sums, row terms, rounding of the allocator
+    assert found <= 1.05 * predicted + slack, f"{found / 2**20:.0f} of {predicted / 2**20:.0f} MiB"
+    assert found >= 0.5 * predicted - slack, f"{found / 2**20:.0f} of {predicted / 2**20:.0f} MiB"
+
+
+# --- every run the same, and none waits -----------------------------------------------------------
+
+
+def _distill() -> list[Tensor]:
+    hs, ws = _normal(300, 128).requires_grad_(), _normal(5003, 128).requires_grad_()
+    labels = torch.arange(300, device="cuda")
+    out = mk.fused_linear_distill(
+        hs, ws, _normal(300, 192), _normal(5003, 192), labels, ce_weight=1.0, divergence="jsd"
+    )
+    out.loss.backward()
+    assert hs.grad is not None and ws.grad is not None
+    return [out.loss.detach(), out.ce, out.kd, hs.grad, ws.grad]
+
+
+def _relation() -> list[Tensor]:
+    hs, ws = _normal(400, 128).requires_grad_(), _normal(5003, 128).requires_grad_()
+    ends = torch.tensor([0, 131, 131, 400], dtype=torch.int32, device="cuda")
+    loss = mk.fused_linear_relation(hs, ws, _normal(400, 192), _normal(5003, 192), ends)
+    loss.backward()
+    assert hs.grad is not None and ws.grad is not None
+    return [loss.detach(), hs.grad, ws.grad]
+
+
+def _logprob() -> list[Tensor]:
+    h, w = _normal(300, 128).requires_grad_(), _normal(5003, 128).requires_grad_()
+    logp = mk.fused_linear_logprob(h, w, torch.arange(300, device="cuda"))
+    logp.sum().backward()
+    assert h.grad is not None and w.grad is not None
+    return [logp.detach(), h.grad, w.grad]
+
+
+CALLS = {"distill": _distill, "relation": _relation, "logprob": _logprob}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_same_bits_twice(name: str, algorithm: str) -> None:
+    first, second = CALLS[name](), CALLS[name]()
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_waits_for_the_device(name: str, algorithm: str) -> None:
+    """The mode makes PyTorch raise at any call that waits. Moving `ends` or making inputs would
+    wait too, so they are made once before: everything inside is the package's.
+    """
+    CALLS[name]()  # compiles
+    real, made = torch.tensor, {}
+    torch.cuda.synchronize()
+    ends = real([0, 131, 131, 400], dtype=torch.int32, device="cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "tensor", lambda *args, **kwargs: made.setdefault("ends", ends))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            CALLS[name]()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

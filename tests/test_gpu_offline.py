@@ -1,0 +1,174 @@
+"""Does the check without a GPU see what it is there to see? And do the kernels pass it?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from tests.gpu import __main__ as command
+from tests.gpu import calls, offline, resources
+from tests.gpu.resources import Row
+
+ROW = Row(
+    kernel="k", call="c", config="", arch=90, compiler="triton", registers=128, stack=0,
+    shared=1024, spills=0, matrix="wgmma", tma=True, needs=("wgmma", "tma"),
+)  # fmt: skip
+
+
+# --- the verdict ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({}, None),
+        ({"stack": 64}, None),  # an array on the stack is no spill
+        ({"spills": 3}, "spills (3)"),
+        ({"spills": 3, "arch": 100}, "spills (3)"),
+        ({"spills": 3, "arch": 80}, None),  # nobody promised anything about sm_80
+        ({"shared": 227 * 1024}, None),
+        ({"shared": 227 * 1024 + 1}, "232449 B of shared memory of 232448"),
+        ({"shared": 200 * 1024, "arch": 80}, "204800 B of shared memory of 166912"),
+        ({"matrix": "mma.sync"}, "no wgmma (mma.sync)"),
+        ({"tma": False}, "no TMA"),
+        ({"matrix": "-", "tma": False, "needs": ()}, None),
+        ({"matrix": "mma.sync", "tma": False, "arch": 80}, None),
+    ],
+)
+def test_what_fails_a_row(change: dict, fault: str | None) -> None:
+    assert dataclasses.replace(ROW, **change).faults() == ([fault] if fault else [])
+
+
+def test_usage_is_read_and_missing_figures_are_an_error() -> None:
+    text = "Function k:\n REG:255 STACK:592 SHARED:0 LOCAL:0 CONSTANT[0]:620 TEXTURE:0"
+    assert resources.of_usage(text)["STACK"] == 592
+    with pytest.raises(RuntimeError, match="no STACK"):
+        resources.of_usage("REG:1 SHARED:0 LOCAL:0")
+
+
+def test_ptxas_output_becomes_rows() -> None:
+    text = (
+        "ptxas info    : Compiling entry function '_Z1kv' for 'sm_90a'\n"
+        "    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\n"
+        "ptxas info    : Used 40 registers, used 1 barriers, 1024 bytes smem, 400 bytes cmem[0]\n"
+        "ptxas info    : Compiling entry function '_Z1jv' for 'sm_100'\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 24 registers\n"
+    )
+    first, second = resources.of_ptxas(text)
+    assert first == {
+        "kernel": "_Z1kv", "arch": 90, "stack": 16, "spills": 8, "registers": 40, "shared": 1024,
+    }  # fmt: skip
+    assert (second["arch"], second["registers"], second["shared"]) == (100, 24, 0)
+
+
+# --- the kernels ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_configuration_of_every_kernel_compiles_for_sm_90_and_passes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status = offline.main(["--quick", "--only-installed", "--arch", "90", "--processes", "1"])
+    text = capsys.readouterr().out
+    assert status == 0, text[-4000:]
+    for kernel in ("row_kernel", "statistics_kernel", "values_kernel", "gradient_kernel",
+                   "relation_stats_kernel", "relation_grad_kernel", "merge_kernel"):  # fmt: skip
+        assert kernel in text, kernel
+    assert "wgmma" in text and "yes" in text
+
+
+def test_a_call_that_does_not_compile_is_a_fault_with_its_cause() -> None:
+    found = offline.Findings()
+    job = offline.Job(call="no such call", arch=90, triton="")
+    offline.compile_all([job], 1, found, lambda what: None)
+    assert not found.rows and len(found.faults()) == 1
+    assert "'no such call', sm_90, Triton installed" in found.faults()[0]
+
+
+def test_names_narrow_the_selection() -> None:
+    names = [call.name for call in calls.every()]
+    assert len(set(names)) == len(names)
+    assert [call.name for call in calls.selected(calls.every(), "stream jsd")] == [
+        "stream jsd", "stream jsd, no gradient",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(["--kernel", "nobody"], "nobody"), (["--arch", "75"], "75")]
+)
+def test_an_unknown_selection_is_an_error(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status: object = offline.main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    text = capsys.readouterr()
+    assert status == 2 and words in text.out + text.err
+
+
+# --- the command for a machine with a GPU ---------------------------------------------------------
+
+
+def _stage(name: str, **changes: object) -> command.Stage:
+    return dataclasses.replace(command.Stage(name, 5, ("true",)), **changes)  # type: ignore
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome"), [(0, "passed"), (1, "failed"), (None, "stopped")]
+)  # fmt: skip
+def test_a_stage_ends_as_its_command_does(status: int | None, outcome: str) -> None:
+    assert command.perform(_stage("tests"), lambda stage: status).outcome == outcome
+
+
+def test_a_stage_that_cannot_run_is_skipped_and_says_why() -> None:
+    result = command.perform(_stage("sanitizer", command=(), note="not here"), lambda stage: 1)
+    assert result.outcome == "skipped"
+    assert "not here" in command.summary([result])
+
+
+def test_the_whole_fits_into_ten_minutes() -> None:
+    for quick in (False, True):
+        assert sum(stage.seconds for stage in command.stages(quick)) <= 600
+
+
+def test_every_stage_names_files_that_exist() -> None:
+    for stage in command.stages(quick=False):
+        for word in stage.command:
+            if word.startswith("tests/"):
+                assert (command.ROOT / word).exists(), word
+
+
+def test_a_stage_that_takes_too_long_is_stopped() -> None:
+    assert command._run(_stage("tests", seconds=1, command=("sleep", "60"))) is None
+
+
+def test_an_unknown_stage_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--stages", "tests,nobody"]) == 2
+    assert "got nobody, expected some of build, tests" in capsys.readouterr().out
+
+
+def test_without_a_gpu_the_command_points_to_the_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert command.main(["--stages", "tests"]) == 2
+    assert "gpu-offline" in capsys.readouterr().out
+
+
+def test_results_are_handed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, out = tmp_path / "results", tmp_path / "out"
+    (results / "run").mkdir(parents=True)
+    out.mkdir()
+    (results / "run.json").write_text(json.dumps({}))
+    (results / "run" / "report.md").write_text("")
+    monkeypatch.setattr(command, "RESULTS", results)
+    monkeypatch.setattr(command, "RUNS", tmp_path / "none")
+    monkeypatch.setenv("OUT", str(out))
+    command._hand_out(since=0)
+    assert {path.name for path in out.iterdir()} == {"run.json", "report.md"}
