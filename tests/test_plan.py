@@ -109,3 +109,15 @@ def test_a_backend_that_cannot_be() -> None:
 def test_sizes_that_cannot_be(arguments: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mk.explain(*arguments)
+
+
+def test_what_was_measured_stands_beside_what_was_planned() -> None:
+    text = str(mk.explain(16, 300, 8, 12, backend="eager", measure=True))
+    assert "\n  measured " in text and "products alone" in text
+    frozen = mk.explain(
+        16, 300, 8, train_hidden=False, train_head=False, backend="eager", measure=True
+    )
+    assert frozen.measured
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="measure: there is no CUDA device"):
+            mk.explain(16, 300, 8, device="cuda", backend="eager", measure=True)
