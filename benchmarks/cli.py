@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,15 +161,20 @@ def _sections(
         def tick(what: str) -> None:
             progress.update(task, advance=1, description=what)
 
+        measure: dict[str, Callable[[], list[dict[str, Any]]]] = {
+            "speed": lambda: speed.measure(suite, only, rounds, vetting, tick),
+            "memory": lambda: memory.measure(suite, only, vetting, tick),
+            "accuracy": lambda: accuracy.measure(suite, only, tick),
+            "step": lambda: step.measure(suite, only, rounds, tick),
+        }
         found: dict[str, Any] = {}
-        if "speed" in parts:
-            found["speed"] = speed.measure(suite, only, rounds, vetting, tick)
-        if "memory" in parts:
-            found["memory"] = memory.measure(suite, only, vetting, tick)
-        if "accuracy" in parts:
-            found["accuracy"] = accuracy.measure(suite, only, tick)
-        if "step" in parts:
-            found["step"] = step.measure(suite, only, rounds, tick)
+        try:
+            for part in (part for part in measure if part in parts):
+                found[part] = measure[part]()
+        except KeyboardInterrupt:  # Ctrl-C, or a time limit: whole sections are worth keeping
+            console.print(f"interrupted; measured: {', '.join(found) or 'nothing'}", style="yellow")
+            if not found:
+                raise
     return found
 
 

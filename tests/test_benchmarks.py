@@ -506,3 +506,18 @@ def test_one_section_alone(command: str, tmp_path: Path) -> None:
     assert f"-tiny-{command}-" in path.name
     found = json.loads(path.read_text())
     assert [name for name in record.SECTIONS if name in found] == [command]
+
+
+def test_an_interrupted_run_keeps_its_whole_sections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> list[dict[str, Any]]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmarks.speed.measure", lambda *_: [])
+    monkeypatch.setattr("benchmarks.memory.measure", stop)
+    assert main(["all", "--suite", "tiny", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    found = record.load(path)
+    assert found["speed"] == [] and "memory" not in found and not record.publishable(found)
+    assert "interrupted; measured: speed" in capsys.readouterr().out

@@ -164,10 +164,13 @@ def _run(stage: Stage) -> int | None:
     try:
         return process.wait(stage.seconds)
     except subprocess.TimeoutExpired:
-        for how in (signal.SIGINT, signal.SIGKILL):  # pytest reports what it has when interrupted
+        for how in (
+            signal.SIGINT,
+            signal.SIGKILL,
+        ):  # both commands write what they have when interrupted
             os.killpg(process.pid, how)
             try:
-                process.wait(10)
+                process.wait(30)
                 break
             except subprocess.TimeoutExpired:
                 continue
