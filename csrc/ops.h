@@ -7,9 +7,21 @@
 #include <string_view>
 #include <tuple>
 
+#include "divergences.h"
+
 namespace mllmkd {
 
 using Optional = std::optional<at::Tensor>;
+
+inline Divergence divergence_of(std::string_view name) {
+  for (int i = 0; i < static_cast<int>(Divergence::none); ++i) {
+    if (name == kDivergenceNames[i]) return static_cast<Divergence>(i);
+  }
+  TORCH_CHECK_VALUE(
+      false, "divergence: got '", name,
+      "', expected forward_kl, reverse_kl, jsd, skew_forward_kl, ",
+      "skew_reverse_kl, total_variation or soft_cross_entropy");
+}
 
 // L = Σ_n ce_weight[n]·CE_n + kd_weight[n]·D_n over N rows, and its gradients: (loss, ce, kd, dh,
 // dw, db).

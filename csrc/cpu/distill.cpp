@@ -21,19 +21,6 @@
 namespace mllmkd {
 namespace {
 
-Divergence divergence_of(std::string_view name) {
-  static constexpr std::string_view names[] = {
-      "forward_kl",      "reverse_kl",        "jsd", "skew_forward_kl", "skew_reverse_kl",
-      "total_variation", "soft_cross_entropy"};
-  for (int i = 0; i < 7; ++i) {
-    if (name == names[i]) return static_cast<Divergence>(i);
-  }
-  TORCH_CHECK_VALUE(
-      false, "divergence: got '", name,
-      "', expected forward_kl, reverse_kl, jsd, skew_forward_kl, ",
-      "skew_reverse_kl, total_variation or soft_cross_entropy");
-}
-
 struct Options {
   Divergence divergence;
   double param, temperature, cap_s, cap_t;

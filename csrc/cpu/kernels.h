@@ -19,20 +19,11 @@
 
 #include <cstdint>
 
+#include "../divergences.h"
+
 namespace mllmkd {
 
 enum class Dtype : int { f32, f64, bf16, f16 };
-
-enum class Divergence : int {
-  forward_kl,
-  reverse_kl,
-  jsd,
-  skew_forward_kl,
-  skew_reverse_kl,
-  total_variation,
-  soft_cross_entropy,
-  none,  // no teacher: only the cross-entropy
-};
 
 // Packing and multiplying in one element type; sums are always T.
 template <class T>
@@ -107,12 +98,6 @@ struct Kernels {
   void (*stats)(const StatsJob<T>& job);
   void (*loss)(const LossJob<T>& job);
 };
-
-// Gradients that are q − p need no Σ q g first.
-constexpr bool needs_mean(Divergence d) {
-  return d != Divergence::forward_kl && d != Divergence::soft_cross_entropy &&
-         d != Divergence::none;
-}
 
 // The tables of the instruction sets this build has; isa.cpp chooses.
 const Kernels<float>& kernels_default_f32();

@@ -17,12 +17,6 @@
 
 namespace mllmkd::cuda {
 
-// Gradients that are q − p need no Σ q g first.
-constexpr bool needs_mean(Divergence d) {
-  return d != Divergence::forward_kl && d != Divergence::soft_cross_entropy &&
-         d != Divergence::none;
-}
-
 constexpr float kLog2e = 1.4426950408889634f;
 
 MLLMKD_DEVICE float exp2_of(float x) {

@@ -11,19 +11,6 @@
 namespace mllmkd {
 namespace {
 
-cuda::Divergence divergence_of(std::string_view name) {
-  static constexpr std::string_view names[] = {
-      "forward_kl",      "reverse_kl",        "jsd", "skew_forward_kl", "skew_reverse_kl",
-      "total_variation", "soft_cross_entropy"};
-  for (int i = 0; i < 7; ++i) {
-    if (name == names[i]) return static_cast<cuda::Divergence>(i);
-  }
-  TORCH_CHECK_VALUE(
-      false, "divergence: got '", name,
-      "', expected forward_kl, reverse_kl, jsd, skew_forward_kl, ",
-      "skew_reverse_kl, total_variation or soft_cross_entropy");
-}
-
 // The data of a tensor of `sizes` in `dtype` on the device of `beside`, null for none.
 template <class T>
 const T* data_of(
@@ -102,7 +89,7 @@ std::tuple<at::Tensor, at::Tensor> cuda_rows_(
   job.cap_t = static_cast<float>(cap_t);
   job.want_dz = want_dz;
   job.dz_bf16 = dz_bf16;
-  const auto which = kd ? divergence_of(divergence) : cuda::Divergence::none;
+  const auto which = kd ? divergence_of(divergence) : Divergence::none;
   check_cluster(zs, kd, cluster);
   if (zs.numel() > 0) {
     const c10::cuda::CUDAGuard guard(zs.device());

@@ -4,21 +4,12 @@
 
 #include <cstdint>
 
+#include "../divergences.h"
+
 namespace mllmkd::cuda {
 
 // CTAs of one cluster; more than 8 is not portable, but every GPU this is compiled for has it.
 constexpr int kMaxCluster = 16;
-
-enum class Divergence : int {
-  forward_kl,
-  reverse_kl,
-  jsd,
-  skew_forward_kl,
-  skew_reverse_kl,
-  total_variation,
-  soft_cross_entropy,
-  none,  // no teacher: only the cross-entropy
-};
 
 enum class BiasType : int { f32, bf16, f16 };
 

@@ -7,6 +7,7 @@
 namespace emulation {
 
 using namespace mllmkd::cuda;
+using mllmkd::Divergence;
 
 struct Cta {
   std::vector<float> shared;
@@ -169,7 +170,7 @@ const char* emulate_rows(
       dz_bf16};
   static thread_local std::string message;
   try {
-    const auto which = static_cast<Divergence>(divergence);
+    const auto which = static_cast<mllmkd::Divergence>(divergence);
     const auto run = vocab % 4 == 0 ? emulation::runner<4>(which) : emulation::runner<1>(which);
     for (int64_t row = 0; row < rows; ++row) run(job, row, size, threads, seed + row);
   } catch (const std::exception& error) {
