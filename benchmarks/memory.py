@@ -21,16 +21,14 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import mllmkd_kernels as mk
+from benchmarks.child import in_child
 from benchmarks.methods import FLOOR, METHODS, Method, select
 from benchmarks.problem import make
 from benchmarks.shapes import DTYPES, Case, Suite
@@ -51,7 +49,7 @@ def measure(
         methods = _methods(suite, case, only)
         verdicts = vetting.verdicts(methods, case)
         gc.collect()
-        weigh = _on_gpu if suite.device == "cuda" else _in_child
+        weigh = _on_gpu if suite.device == "cuda" else _on_cpu
         for method in methods:
             tick(f"{case.title}: {method.label}")
             verdict = verdicts[method.key]
@@ -110,21 +108,11 @@ def _on_gpu(method: Method, case: Case) -> dict[str, Any]:
         torch.cuda.empty_cache()
 
 
-def _in_child(method: Method, case: Case) -> dict[str, Any]:
-    """``extra_bytes``, or a status and reason where the child could not say."""
-    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-    try:
-        extra = pool.submit(_child, method.key, case, torch.get_num_threads()).result()
-        return {"extra_bytes": extra}
-    except BrokenProcessPool:
-        return {"status": "failed", "reason": "the child process was killed: out of memory?"}
-    except Exception as error:  # other people's code: whatever it raises becomes a row
-        return {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
-    finally:
-        pool.shutdown()
+def _on_cpu(method: Method, case: Case) -> dict[str, Any]:
+    return in_child(_child, method.key, case, torch.get_num_threads())
 
 
-def _child(key: str, case: Case, threads: int) -> int:
+def _child(key: str, case: Case, threads: int) -> dict[str, Any]:
     """Runs in the child: bytes that one step needs beyond inputs and gradients."""
     torch.set_num_threads(threads)
     method = next(method for method in METHODS if method.key == key)
@@ -135,7 +123,7 @@ def _child(key: str, case: Case, threads: int) -> int:
     run = method.build(problem)
     rise = peak_rise(run)
     gradients = [t.grad for t in (problem.hs, problem.ws) if t.grad is not None]
-    return rise - sum(gradient.nbytes for gradient in gradients)
+    return {"extra_bytes": rise - sum(gradient.nbytes for gradient in gradients)}
 
 
 def peak_rise(run: Callable[[], object]) -> int:

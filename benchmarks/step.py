@@ -26,16 +26,14 @@ import importlib.util
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from multiprocessing import get_context
 from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks import methods, truth
+from benchmarks.child import in_child
 from benchmarks.memory import peak_rise
 from benchmarks.methods import EAGER, Method
 from benchmarks.shapes import StepCase, Suite
@@ -193,7 +191,7 @@ def _weigh(
             found = _peaks_on_gpu(case, row["method"])
         else:
             _forget_models()  # the child has its own
-            found = _peaks_in_child(case, row["method"])
+            found = in_child(_child, case, row["method"], torch.get_num_threads())
         row |= found
     if device == "cuda":
         _forget_models()
@@ -272,18 +270,6 @@ def _peaks_on_gpu(case: StepCase, key: str) -> dict[str, Any]:
             return math.inf
 
     return _found_peaks(case, peak)
-
-
-def _peaks_in_child(case: StepCase, key: str) -> dict[str, Any]:
-    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-    try:
-        return pool.submit(_child, case, key, torch.get_num_threads()).result()
-    except BrokenProcessPool:
-        return {"status": "failed", "reason": "the child process was killed: out of memory?"}
-    except Exception as error:  # other people's code: whatever it raises becomes a row
-        return {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
-    finally:
-        pool.shutdown()
 
 
 def _child(case: StepCase, key: str, threads: int) -> dict[str, Any]:
