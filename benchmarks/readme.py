@@ -139,10 +139,13 @@ def _relation_lines(record: dict[str, Any]) -> str:
         if case.loss != "relation" or row["method"] != ours or row["status"] != "ok":
             continue
         head = "trained" if case.train_head else "frozen"
-        lines.append(
-            f"- Relation loss of one image's {case.rows} rows, {case.dtype}, head {head}: "
-            f"{times(row['times_eager'])} faster than through the logits, "
-            f"{mebibytes(memory.get((ours, case)))} extra instead of "
-            f"{mebibytes(memory.get((EAGER.key, case)))}."
+        images = "one image" if case.images == 1 else f"each of {case.images} images"
+        text = (
+            f"- Relation loss of {case.rows} rows of {images}, {case.dtype}, head {head}: "
+            f"{times(row['times_eager'])} faster than through the logits"
         )
+        extra = memory.get((ours, case)), memory.get((EAGER.key, case))
+        if None not in extra:
+            text += f", {mebibytes(extra[0])} extra instead of {mebibytes(extra[1])}"
+        lines.append(f"{text}.")
     return "\n".join(lines)
