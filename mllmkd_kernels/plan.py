@@ -12,7 +12,7 @@ without an fp32 copy of the head. On a GPU the cheaper one by the model below is
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -199,7 +199,7 @@ def distill_plan(
 
 
 def _because(plan: Plan, *why: str) -> Plan:
-    return Plan(**{**plan.__dict__, "reasons": (*why, *plan.reasons)})
+    return replace(plan, reasons=(*why, *plan.reasons))
 
 
 def _wanted(s: Shapes) -> str:
@@ -363,5 +363,5 @@ def explain(
     if measure:
         from mllmkd_kernels.measure import measured  # it calls the package, which imports this
 
-        plan = Plan(**{**plan.__dict__, "measured": measured(shapes, device, plan, workspace_mb)})
+        plan = replace(plan, measured=measured(shapes, device, plan, workspace_mb))
     return plan

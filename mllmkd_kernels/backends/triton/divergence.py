@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 
 from mllmkd_kernels.backends.triton.tiles import exp_minus_line, expm1_near, log1p, log_defect
+from mllmkd_kernels.divergence import ONE_SWEEP, PARAMETERS
 
 #: Divergences whose gradient needs mean = Σ_k q_k slope_k before it can be written.
-NEEDS_MEAN = frozenset(
-    {"reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"}
-)
+NEEDS_MEAN = frozenset(PARAMETERS) - ONE_SWEEP
 
 
 @triton.jit
