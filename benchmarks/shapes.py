@@ -302,7 +302,7 @@ def _cpu_suite() -> Suite:
         speed=(*big, *frozen, *real, *cross_entropy, *relation, replace(fewer, images=3)),
         memory=big + sweep + frozen + relation,
         accuracy=tuple(Ladder(replace(_LADDER, dtype=dtype)) for dtype in PROMISED),
-        every_backend=frozen,
+        every_backend=cross_entropy,
         step=_stages(_SMALL, 64, 40, 4, 192),
     )
 

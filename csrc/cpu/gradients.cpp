@@ -48,9 +48,8 @@ Gradients<T>::Gradients(
   db = at::zeros(shape_if(wanted.db, {weight.size(0)}), real);
   // not fp16: an incoming gradient (a loss scale) has yet to lift dW above its smallest number
   const auto stored = weight.scalar_type() == at::kHalf ? real : weight.scalar_type();
-  dw = at::empty(shape_if(wanted.dw, {weight.size(0), features_}), stored);
+  dw = kept_tensor(shape_if(wanted.dw, {weight.size(0), features_}), stored);
   if (!wanted.any()) return;
-  prefer_huge_pages(dw);
   g_ = Buffer(threads, kTile * panel * sizeof(T));
   if (wanted.dw) {
     dw.narrow(0, hidden.size(0) ? vocab : 0, weight.size(0) - (hidden.size(0) ? vocab : 0)).zero_();

@@ -1,9 +1,5 @@
 #include "head.h"
 
-#if defined(__linux__)
-#  include <sys/mman.h>
-#endif
-
 #include <ATen/Parallel.h>
 
 #include <algorithm>

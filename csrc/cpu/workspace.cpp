@@ -1,6 +1,8 @@
 #include "workspace.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/util/accumulate.h>
 
 #include <mutex>
 #include <utility>
@@ -57,6 +59,15 @@ void give_back(at::Tensor block) {
   }
 }
 
+// Kept memory if there is some that fits, else fresh.
+at::Tensor take_or_allocate(int64_t bytes) {
+  at::Tensor block = take(bytes);
+  if (block.defined()) return block;
+  block = at::empty({bytes}, at::kByte);
+  prefer_huge_pages(block);
+  return block;
+}
+
 }  // namespace
 
 void release_workspace() {
@@ -75,11 +86,27 @@ void prefer_huge_pages(const at::Tensor& x) {
 #endif
 }
 
+at::Tensor kept_tensor(at::IntArrayRef sizes, at::ScalarType dtype) {
+  const int64_t bytes =
+      c10::multiply_integers(sizes) * static_cast<int64_t>(c10::elementSize(dtype));
+  if (bytes < kKeepAtLeast || bytes > kKeepInAll) {
+    at::Tensor fresh = at::empty(sizes, dtype);
+    prefer_huge_pages(fresh);
+    return fresh;
+  }
+  at::Tensor block = take_or_allocate(bytes);
+  void* data = block.mutable_data_ptr();
+  const auto done = [block](void*) mutable { give_back(std::move(block)); };
+  return at::from_blob(data, sizes, done, at::TensorOptions(dtype));
+}
+
 Buffer::Buffer(int64_t parts, int64_t bytes, bool keep) : bytes_(round_up(bytes, 64)), keep_(keep) {
-  if (keep) data_ = take(parts * bytes_);
-  if (data_.defined()) return;
-  data_ = at::empty({parts * bytes_}, at::kByte);
-  prefer_huge_pages(data_);
+  if (keep) {
+    data_ = take_or_allocate(parts * bytes_);
+  } else {
+    data_ = at::empty({parts * bytes_}, at::kByte);
+    prefer_huge_pages(data_);
+  }
 }
 
 Buffer::Buffer(Buffer&& other) noexcept

@@ -15,8 +15,12 @@ inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 // MiB is a hundred thousand page faults per call, a tenth of the time of a bf16 step.
 void prefer_huge_pages(const at::Tensor& x);
 
-// Frees what `Buffer::kept` keeps between calls.
+// Frees what `Buffer::kept` and `kept_tensor` keep between calls.
 void release_workspace();
+
+// An uninitialised tensor whose memory, once its last owner lets it go, waits for the next call: a
+// gradient that is saved for backward is as large as the head, and dies with every step.
+at::Tensor kept_tensor(at::IntArrayRef sizes, at::ScalarType dtype);
 
 // Uninitialised memory from torch's allocator (so that torch's memory tools see it), in equal
 // parts: by thread, by panel, by tile.
