@@ -10,7 +10,8 @@ from pathlib import Path
 
 from training import settings
 from training.config import Config
-from training.recipes import RECIPES, DemoConfig
+from training.demo.recipes import DemoConfig
+from training.recipes import RECIPES
 
 EPILOG = "Every field of a run's configuration (--config FILE.yaml, or --set FIELD=VALUE):\n\n{}"
 DEMO_EPILOG = "Every field of the demo (--set FIELD=VALUE):\n\n{}"
@@ -30,9 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _faults() -> tuple[type[Exception], ...]:
     """What is the user's to mend; anything else keeps its traceback."""
-    from training.garments import GarmentError
+    from training.data.records import DataError
+    from training.demo.garments import GarmentError
     from training.models import CheckpointError
-    from training.records import DataError
 
     return settings.ConfigError, CheckpointError, DataError, GarmentError, FileExistsError
 
@@ -89,8 +90,8 @@ def _show(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     _quiet()
-    from training.collate import LlavaCollator
-    from training.data import LlavaDataset
+    from training.data.collate import LlavaCollator
+    from training.data.dataset import LlavaDataset
     from training.evaluate import evaluate
     from training.models import load_model
 
@@ -104,7 +105,7 @@ def _demo(options: argparse.Namespace) -> None:
     given = [f"{flag}={getattr(options, flag)}" for flag in flags if getattr(options, flag)]
     config = settings.load(DemoConfig, None, [*given, *options.set])
     _quiet()
-    from training.demo import demo
+    from training.demo.run import demo
 
     demo(config)
 

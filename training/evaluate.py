@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 from transformers import LlavaForConditionalGeneration
 
 import mllmkd_kernels as mk
-from training.collate import LlavaCollator
-from training.data import LlavaDataset
+from training.data.collate import LlavaCollator
+from training.data.dataset import LlavaDataset
 
 ROW_BLOCK = 1024  # logits of this many answer rows at a time
 NO_KIND = "all"

@@ -27,14 +27,14 @@ from accelerate import PartialState
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, TrainingArguments
 
 from training import checkpoint, settings
-from training.collate import LlavaCollator
 from training.config import Config, StageConfig, require
-from training.data import LlavaDataset
+from training.data.collate import LlavaCollator
+from training.data.dataset import LlavaDataset
+from training.data.template import TemplateName
 from training.evaluate import Scores, evaluate
 from training.models import build_model, load_model, same_vocabulary, save_model
 from training.stages import STAGES, Stage, freeze, loss_of
 from training.step import DistillStep
-from training.template import TemplateName
 from training.trainer import DistillTrainer
 
 Say = Callable[[str], None]

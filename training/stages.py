@@ -20,7 +20,7 @@ from transformers import LlavaForConditionalGeneration
 
 import mllmkd_kernels as mk
 from training.config import LossConfig
-from training.template import TemplateName
+from training.data.template import TemplateName
 
 PROJECTOR = "model.multi_modal_projector."
 LANGUAGE = ("model.language_model.", "lm_head.")

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaProcessor
 
-from training.collate import Batch
-from training.data import Item
-from training.processing import build_processor
+from training.data.collate import Batch
+from training.data.dataset import Item
+from training.demo.words import build_processor
 
 TALK = "a bag ? a coat . how many there is it this what yes no two"
 WORDS = sorted(set(TALK.split()))

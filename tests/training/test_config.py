@@ -12,7 +12,8 @@ import yaml
 from training import settings
 from training.__main__ import main
 from training.config import Config, LossConfig, ModelConfig, StageConfig
-from training.recipes import RECIPES, DemoConfig
+from training.demo.recipes import DemoConfig
+from training.recipes import RECIPES
 from training.settings import ConfigError
 
 

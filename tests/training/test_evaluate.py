@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.training import tiny
-from training.collate import LlavaCollator
 from training.config import LossConfig
-from training.data import LlavaDataset
+from training.data.collate import LlavaCollator
+from training.data.dataset import LlavaDataset
 from training.evaluate import Scores, answers, evaluate, generate_answer
 from training.models import build_model
 from training.stages import STAGES, freeze, loss_of

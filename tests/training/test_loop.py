@@ -14,9 +14,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArg
 from tests.training import tiny
 from training import checkpoint, settings
 from training.__main__ import main
-from training.collate import LlavaCollator
 from training.config import LossConfig
-from training.data import LlavaDataset
+from training.data.collate import LlavaCollator
+from training.data.dataset import LlavaDataset
 from training.loop import run
 from training.models import build_model, load_model
 from training.settings import ConfigError

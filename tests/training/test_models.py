@@ -17,6 +17,7 @@ from transformers import (
 
 from tests.training import tiny
 from training.config import ModelConfig
+from training.demo.words import build_processor
 from training.models import (
     CheckpointError,
     assemble,
@@ -29,7 +30,6 @@ from training.models import (
     save_model,
     share_tower,
 )
-from training.processing import build_processor
 from training.settings import ConfigError
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.training import tiny
-from training.collate import LlavaCollator
 from training.config import LossConfig
-from training.data import LlavaDataset
+from training.data.collate import LlavaCollator
+from training.data.dataset import LlavaDataset
 from training.models import build_model
 from training.stages import STAGES, freeze, loss_of
 from training.step import TERMS, DistillStep, count_rows

@@ -14,8 +14,8 @@ from PIL import Image
 from transformers import LlavaProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from training.config import Config, DataConfig, LossConfig, ModelConfig, StageConfig
+from training.demo.words import build_processor
 from training.models import build_model, save_model
-from training.processing import build_processor
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200), "grey": (90, 90, 90)}
 WORDS = [*COLOURS, "what", "colour", "and", "this", "is", "say"]

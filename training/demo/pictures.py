@@ -14,14 +14,14 @@ matplotlib.use("Agg")  # files only: no display is needed
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from training.data import LlavaDataset
+from training.data.dataset import LlavaDataset
+from training.demo.folder import LlavaFolder
 from training.evaluate import generate_answer
-from training.folder import LlavaFolder
 from training.models import load_model
 from training.step import TERMS
 
 if TYPE_CHECKING:
-    from training.report import Run
+    from training.demo.report import Run
 
 GRID = 12  # held-out questions shown
 LABELS = {

@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.training.llava_files import SIZE, TOKENS, entry, paint, pixels, processor, write
-from training.collate import LlavaCollator
-from training.data import LlavaDataset
-from training.records import DataError
+from training.data.collate import LlavaCollator
+from training.data.dataset import LlavaDataset
+from training.data.records import DataError
 
 
 @pytest.fixture

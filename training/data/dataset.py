@@ -1,8 +1,8 @@
 """A folder in LLaVA's format as a torch Dataset: one entry in, ids, labels and pixels out.
 
 Faults are found as early as they can be. At construction every entry is validated
-(`training.records`) and every image file must be there; on access images are decoded and the ids
-built. By default the first fault raises a `DataError`. With ``skip_bad=True`` construction also
+(`training.data.records`) and every image file must be there; on access images are decoded and the
+ids built. By default the first fault raises a `DataError`. With ``skip_bad=True`` construction also
 decodes every image and encodes every conversation, drops what is faulty, and lists it in
 ``dataset.skipped``: so the length is known, and no entry is ever replaced by another.
 
@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import LlavaProcessor
 
-from training.records import DataError, Sample, fault, read_samples
-from training.template import Encoded, Encoder, TemplateName
+from training.data.records import DataError, Sample, fault, read_samples
+from training.data.template import Encoded, Encoder, TemplateName
 
 # What Pillow raises on damaged files; SyntaxError is how it reports a broken PNG chunk.
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -52,10 +52,10 @@ class LlavaDataset(Dataset[Item]):
     """LLaVA json as a map-style dataset of `Item`s.
 
     Args:
-        json_path: a LLaVA ``.json`` or ``.jsonl`` file (`training.records`).
+        json_path: a LLaVA ``.json`` or ``.jsonl`` file (`training.data.records`).
         image_root: the folder that image paths are relative to.
         processor: any `LlavaProcessor` whose images all have one size.
-        template: ``chat`` or ``pretrain`` (`training.template`).
+        template: ``chat`` or ``pretrain`` (`training.data.template`).
         system: a line before the first turn of ``chat``.
         max_length: most tokens a sample may have, image tokens included. A longer one is a
             fault: cutting it could cut an image or the answer.

@@ -1,8 +1,8 @@
 """Real garment photographs, four to a picture, with questions made from their labels.
 
 A scene is a 64×64 RGB canvas of 2×2 cells, a 28×28 photo in the middle of each 32×32 cell. The
-language is templated, as in CLEVR; the photographs and labels are real (`training.garments`) and
-ambiguous (shirt, t-shirt, pullover, coat), which is why a teacher has something to pass on.
+language is templated, as in CLEVR; the photographs and labels are real (`training.demo.garments`)
+and ambiguous (shirt, t-shirt, pullover, coat), which is why a teacher has something to pass on.
 
     where     what is at the top left      one of ten garments
     count     how many bag                 0 to 4
@@ -25,8 +25,15 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
-from training.folder import LlavaFolder, Record, progress_bar, record, write_folder, write_lines
-from training.garments import CLASSES, PHOTO, Photos, photo_arrays
+from training.demo.folder import (
+    LlavaFolder,
+    Record,
+    progress_bar,
+    record,
+    write_folder,
+    write_lines,
+)
+from training.demo.garments import CLASSES, PHOTO, Photos, photo_arrays
 
 CELL, CANVAS, GRID = 32, 64, 2
 CELLS = GRID * GRID
@@ -88,7 +95,7 @@ def write_scenes(
     photos: Photos | None = None,
     garments: str | Path | None = None,
 ) -> LlavaFolder:
-    """Write scenes and questions as a LLaVA folder (`training.folder`), or reuse the one there.
+    """Write scenes and questions as a LLaVA folder, or reuse the one there.
 
     Two questions share a scene; pretrain.json has one caption of every training scene. The
     student's examples are the first question of ``student_n`` training scenes, so that each shows

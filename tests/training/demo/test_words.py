@@ -11,9 +11,9 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaProcessor
 
 from tests.training.llava_files import TOKENS, WORDS, entry, processor, write
-from training.processing import build_processor, collect_words, image_tokens
-from training.records import DataError, Place, parse_sample
-from training.template import Encoder
+from training.data.records import DataError, Place, parse_sample
+from training.data.template import Encoder, image_tokens
+from training.demo.words import build_processor, collect_words
 
 QUESTION = "USER: <image>\nwhat is this? ASSISTANT:"
 

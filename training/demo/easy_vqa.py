@@ -23,7 +23,7 @@ from types import ModuleType
 
 import numpy as np
 
-from training.folder import LlavaFolder, Record, progress_bar, record, write_folder
+from training.demo.folder import LlavaFolder, Record, progress_bar, record, write_folder
 
 KINDS = ("colour", "shape", "yesno", "negated")
 CAPTION_QUESTION = "describe the image"
@@ -62,7 +62,7 @@ def write_easy_vqa(
     seed: int = 0,
     progress: bool = True,
 ) -> LlavaFolder:
-    """Write easy-VQA as a LLaVA folder (`training.folder`), or reuse the one there.
+    """Write easy-VQA as a LLaVA folder (`training.demo.folder`), or reuse the one there.
 
     Args:
         out_dir: the folder to write.

@@ -1,8 +1,8 @@
 """What did the demo find? A table, a verdict that follows from it, and where they were measured.
 
 The folder `out/report` holds report.md (all of it, pictures included), table.json and table.csv
-(one row a run, not averaged), and the pictures of `training.pictures`. The verdict is a rule, not a
-judgement: distillation is said to help only if, over the seeds, the distilled students' mean
+(one row a run, not averaged), and the pictures of `training.demo.pictures`. The verdict is a rule,
+not a judgement: distillation is said to help only if, over the seeds, the distilled students' mean
 accuracy on held-out questions exceeds the SFT students' by more than the spread, which is the
 larger of the two sample standard deviations. One seed has no spread, and says so.
 """
@@ -27,11 +27,12 @@ from rich.console import Console
 from rich.table import Table
 
 import mllmkd_kernels as mk
-from training import pictures, settings
+from training import settings
+from training.demo import pictures
+from training.demo.folder import LlavaFolder
+from training.demo.recipes import DemoConfig
 from training.evaluate import CAPTION, Scores
-from training.folder import LlavaFolder
 from training.loop import StageResult
-from training.recipes import DemoConfig
 from training.step import TERMS
 
 TEACHER, EQUAL_STEPS, EQUAL_TIME, DISTILLED = (

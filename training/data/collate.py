@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import LlavaProcessor
 
-from training.data import Item
-from training.template import IGNORE
+from training.data.dataset import Item
+from training.data.template import IGNORE
 
 
 class Batch(TypedDict):

@@ -12,10 +12,10 @@ from PIL import Image
 
 from training import settings
 from training.__main__ import main
-from training.demo import demo
-from training.garments import FILES
-from training.recipes import DemoConfig
-from training.report import DISTILLED, EQUAL_STEPS, EQUAL_TIME, judge, table
+from training.demo.garments import FILES
+from training.demo.recipes import DemoConfig
+from training.demo.report import DISTILLED, EQUAL_STEPS, EQUAL_TIME, judge, table
+from training.demo.run import demo
 
 SMALL = [
     "train_n=40",

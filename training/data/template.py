@@ -7,7 +7,7 @@ Two templates, as LLaVA's stages use them (``</s>`` is the tokenizer's own end o
 * ``pretrain``: ``<image>{caption}``, the question discarded; labels are all after the images. The
   published recipe ends a caption with a line break and **no end of sequence**, so a model trained
   with this template alone does not learn to stop: stopping is learned in the chat stages.
-  A tokenizer that drops white space (`training.processing`'s does) drops that line break too.
+  A tokenizer that drops white space (`training.demo.words`'s does) drops that line break too.
 
 Ids are built piece by piece, never by tokenising a whole string and measuring prefixes: the
 boundary between prompt and answer is then exact for every tokenizer, and the prompt used for
@@ -22,8 +22,7 @@ from typing import Literal, NamedTuple
 
 from transformers import LlavaProcessor
 
-from training.processing import image_tokens
-from training.records import IMAGE_MARK, Sample, fault
+from training.data.records import IMAGE_MARK, Sample, fault
 
 IGNORE = -100
 TemplateName = Literal["chat", "pretrain"]
@@ -128,3 +127,22 @@ class Encoder:
             field = f"conversations[{message}].value"
             raise fault(sample.place, field, repr(text), f"images marked as {IMAGE_MARK} only")
         return ids
+
+
+def image_tokens(processor: LlavaProcessor) -> int:
+    """How many tokens the processor makes of one image.
+
+    Raises:
+        ValueError: the image processor does not give every image the same size.
+    """
+    images = processor.image_processor
+    size = images.crop_size if getattr(images, "do_center_crop", False) else images.size
+    try:
+        height, width = size["height"], size["width"]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"processor: got image size {size}, expected a fixed height and width"
+        ) from None
+    patch = processor.patch_size
+    tokens = (height // patch) * (width // patch) + processor.num_additional_image_tokens
+    return tokens - (processor.vision_feature_select_strategy == "default")

@@ -15,11 +15,18 @@ import pytest
 from PIL import Image
 
 from tests.training.llava_files import pixels
-from training.data import LlavaDataset
-from training.folder import SPLITS, LlavaFolder
-from training.garments import CLASSES, FILES, PACKAGE_FOLDER, GarmentError, Photos, photo_arrays
-from training.processing import build_processor
-from training.scenes import KINDS, ask, canvases, write_scenes
+from training.data.dataset import LlavaDataset
+from training.demo.folder import SPLITS, LlavaFolder
+from training.demo.garments import (
+    CLASSES,
+    FILES,
+    PACKAGE_FOLDER,
+    GarmentError,
+    Photos,
+    photo_arrays,
+)
+from training.demo.scenes import KINDS, ask, canvases, write_scenes
+from training.demo.words import build_processor
 
 TRAIN_N, TEST_N, STUDENT_N = 1200, 400, 60
 
@@ -196,7 +203,7 @@ def test_interrupted_writing_leaves_no_folder(
 ) -> None:
     small = {"train_n": 8, "test_n": 4, "student_n": 4}
     with monkeypatch.context() as patch:
-        patch.setattr("training.scenes.write_lines", lambda *_: 1 / 0)
+        patch.setattr("training.demo.scenes.write_lines", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             write(tmp_path / "a", **small)
     assert not (tmp_path / "a").exists()
@@ -237,7 +244,7 @@ def test_unknown_kind() -> None:
 
 def test_real_photographs() -> None:
     """Where the Debian package is at hand (this never fetches it), it holds what we think."""
-    from training.garments import CACHE
+    from training.demo.garments import CACHE
 
     found = [f for f in (Path("/") / PACKAGE_FOLDER, CACHE / PACKAGE_FOLDER) if f.is_dir()]
     if not found:

@@ -12,8 +12,8 @@ from transformers import (
 )
 
 from tests.training.llava_files import PATCH, SIZE, TOKENS, pixels, processor
-from training.collate import LlavaCollator
-from training.data import Item
+from training.data.collate import LlavaCollator
+from training.data.dataset import Item
 
 IMAGE = processor().image_token_id
 

@@ -24,9 +24,9 @@ from torch import nn
 from tqdm.auto import trange
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from training.data import LlavaDataset
-from training.garments import CLASSES, Photos
-from training.scenes import CELLS, canvases
+from training.data.dataset import LlavaDataset
+from training.demo.garments import CLASSES, Photos
+from training.demo.scenes import CELLS, canvases
 from training.settings import check, setting
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # pixels, targets (B, ...), which logits

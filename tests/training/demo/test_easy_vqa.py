@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from tests.training.llava_files import paint
-from training.data import LlavaDataset
-from training.easy_vqa import captions, question_kind, write_easy_vqa
-from training.folder import SPLITS
-from training.processing import build_processor
+from training.data.dataset import LlavaDataset
+from training.demo.easy_vqa import captions, question_kind, write_easy_vqa
+from training.demo.folder import SPLITS
+from training.demo.words import build_processor
 
 # (question, answer, image): the published wording of each kind
 TRAIN: list[tuple[str, str, int]] = [

@@ -9,7 +9,8 @@ minutes.
     distilled  the same student, same limited data: DPT → SFT → DFT with the teacher
 
 Students of one seed start from the same weights. Everything is kept in `out` and continued if the
-command is given again; `training.report` turns what is there into a table, pictures and a verdict.
+command is given again; `training.demo.report` turns what is there into a table, pictures and a
+verdict.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from contextlib import contextmanager
 import torch
 from rich.console import Console
 
-from training import recipes
-from training.data import LlavaDataset
-from training.easy_vqa import write_easy_vqa
-from training.folder import LlavaFolder
-from training.garments import photo_arrays
+from training.data.dataset import LlavaDataset
+from training.demo import recipes
+from training.demo.easy_vqa import write_easy_vqa
+from training.demo.folder import LlavaFolder
+from training.demo.garments import photo_arrays
+from training.demo.recipes import DemoConfig
+from training.demo.report import Report, Run, write_report
+from training.demo.scenes import write_scenes
+from training.demo.tower import photo_tower, question_tower, save_tower
+from training.demo.words import build_processor
 from training.loop import StageResult, run
-from training.processing import build_processor
-from training.recipes import DemoConfig
-from training.report import Report, Run, write_report
-from training.scenes import write_scenes
 from training.settings import ConfigError
-from training.tower import photo_tower, question_tower, save_tower
 
 console = Console(stderr=True)
 

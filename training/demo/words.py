@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from training.records import IMAGE_MARK, DataError, read_samples
+from training.data.records import IMAGE_MARK, DataError, read_samples
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 SPECIALS = (PAD, EOS, UNKNOWN, IMAGE_MARK)  # ids 0, 1, 2, 3
@@ -116,22 +116,3 @@ def _tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
         extra_special_tokens={"image_token": IMAGE_MARK},
         padding_side="right",
     )
-
-
-def image_tokens(processor: LlavaProcessor) -> int:
-    """How many tokens the processor makes of one image.
-
-    Raises:
-        ValueError: the image processor does not give every image the same size.
-    """
-    images = processor.image_processor
-    size = images.crop_size if getattr(images, "do_center_crop", False) else images.size
-    try:
-        height, width = size["height"], size["width"]
-    except (KeyError, TypeError):
-        raise ValueError(
-            f"processor: got image size {size}, expected a fixed height and width"
-        ) from None
-    patch = processor.patch_size
-    tokens = (height // patch) * (width // patch) + processor.num_additional_image_tokens
-    return tokens - (processor.vision_feature_select_strategy == "default")

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training import garments
-from training.garments import FILES, GarmentError, photo_arrays
+from training.demo import garments
+from training.demo.garments import FILES, GarmentError, photo_arrays
 
 
 def idx(values: np.ndarray, magic: int | None = None) -> bytes:

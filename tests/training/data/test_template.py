@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoTokenizer, LlavaProcessor
 
 from tests.training.llava_files import TOKENS, WORDS, entry, processor
-from training.processing import build_processor
-from training.records import DataError, Place, Sample, parse_sample
-from training.template import Encoder
+from training.data.records import DataError, Place, Sample, parse_sample
+from training.data.template import Encoder
+from training.demo.words import build_processor
 
 PLACE = Place(Path("d.json"), "index 0")
 NO = "·"  # stands for "no label" in the expected label rows below

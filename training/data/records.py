@@ -9,7 +9,7 @@ LLaVA's format is a list (``.json``) or one object per line (``.jsonl``) of::
 An entry becomes a `Sample` or a `DataError` that names file, place, id, field, what came and what
 was expected. Nothing is repaired: a trainer that guesses at malformed data trains on something
 nobody wrote. Keys that LLaVA does not define are ignored, except ``kind`` (a label for reports).
-Images are only named here; `training.data` opens them.
+Images are only named here; `training.data.dataset` opens them.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.training.llava_files import entry, write
-from training.records import DataError, Sample, read_samples
+from training.data.records import DataError, Sample, read_samples
 
 GOOD = entry("<image>\nwhat is this", "a coat", image="a.png")
 

@@ -24,8 +24,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from training.processing import collect_words
-from training.records import IMAGE_MARK
+from training.data.records import IMAGE_MARK
+from training.demo.words import collect_words
 
 Record = dict[str, Any]
 SPLITS = ("pretrain", "train", "student_pretrain", "student_train", "test")
