@@ -8,7 +8,8 @@ definitions.
 
 from mllmkd_kernels.distill import DistillOutput, fused_linear_distill
 from mllmkd_kernels.divergence import Divergence
-from mllmkd_kernels.llava_kd import HeadInputs, LlavaKDLoss, LlavaKDOutput
+from mllmkd_kernels.heads import HeadInputs
+from mllmkd_kernels.llava_kd import LlavaKDLoss, LlavaKDOutput
 from mllmkd_kernels.logprob import fused_linear_logprob
 from mllmkd_kernels.models import head_inputs
 from mllmkd_kernels.plan import Plan, explain

@@ -9,7 +9,6 @@ weights; the fourth goes through the Gram matrices of the heads.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,25 +16,15 @@ from torch import Tensor, nn
 
 from mllmkd_kernels.distill import fused_linear_distill
 from mllmkd_kernels.divergence import Divergence
+from mllmkd_kernels.heads import (
+    HeadInputs,
+    check_batch,
+    check_images,
+    check_selected,
+    take_rows,
+)
 from mllmkd_kernels.relation import fused_linear_relation, head_gram
 from mllmkd_kernels.rows import RowCounts, image_seqlens, response_rows, visual_rows
-
-
-@dataclass(frozen=True)
-class HeadInputs:
-    """What enters a model's ``lm_head``, and the head itself.
-
-    Attributes:
-        hidden: (B, T, D) last hidden states, after the final norm.
-        weight: (V, D).
-        bias: (V,) or None.
-        softcap: c of ``c·tanh(z/c)`` on the logits, or None.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
 
 
 class LlavaKDOutput(NamedTuple):
@@ -121,7 +110,9 @@ class LlavaKDLoss(nn.Module):
 
         Args:
             student, teacher: heads and hidden states; a None teacher leaves cross-entropy alone
-                (the SFT stage).
+                (the SFT stage). The teacher's hidden states may be (M + K, D), stored ones say: its
+                M response rows and then its K visual rows, each in the order of the batch. A loss
+                without visual terms takes the M alone as well.
             labels: (B, T) int64, unshifted, `ignore_index` where there is none.
             image_mask: (B, T) bool, True at image positions. None, or no True: no visual terms, as
                 for text alone.
@@ -139,7 +130,7 @@ class LlavaKDLoss(nn.Module):
             ValueError: shapes that do not fit; teacher and student select different numbers of rows
                 (both named).
         """
-        _check_batch(student, labels, image_mask)
+        check_batch(student, labels, image_mask)
         shape = labels.shape
         mask = (
             torch.zeros(shape, dtype=torch.bool, device=labels.device)
@@ -149,14 +140,17 @@ class LlavaKDLoss(nn.Module):
         rows_s = _Rows.select(self, labels, mask)
         cu = image_seqlens(mask, image_lens)
         rows_t = rows_s
-        if teacher is not None:
+        if teacher is not None and teacher.hidden.ndim == 2:
+            given = teacher_labels is not None or teacher_image_mask is not None
+            rows_t = rows_s.packed(self, teacher.hidden, given)
+        elif teacher is not None:
             t_labels = labels if teacher_labels is None else teacher_labels
             t_mask = mask if teacher_image_mask is None else teacher_image_mask
-            _check_batch(teacher, t_labels, t_mask, "teacher_")
+            check_batch(teacher, t_labels, t_mask, "teacher_")
             rows_t = _Rows.select(self, t_labels, t_mask)
             rows_s.check_against(rows_t)
             if teacher_image_mask is not None and image_lens is None:
-                _check_images(cu, image_seqlens(t_mask))
+                check_images(cu, image_seqlens(t_mask))
         norms = _Norms.of(num_items_in_batch, rows_s, cu.numel() - 1)
         ce, response_kl, visual_kl, loss = self._rows_loss(student, teacher, rows_s, rows_t, norms)
         relation = loss.new_zeros(())
@@ -187,11 +181,11 @@ class LlavaKDLoss(nn.Module):
             torch.cat(parts).to(device) for parts in zip(*columns, strict=True)
         )
         out = fused_linear_distill(
-            _take(student.hidden, [none, *(getattr(rows_s, s.rows) for s in segments)]),
+            take_rows(student.hidden, [none, *(getattr(rows_s, s.rows) for s in segments)]),
             student.weight,
             None
             if teacher is None
-            else _take(teacher.hidden, [none, *(getattr(rows_t, s.rows) for s in segments)]),
+            else take_rows(teacher.hidden, [none, *(getattr(rows_t, s.rows) for s in segments)]),
             None if teacher is None else teacher.weight,
             following,
             ce_weight=ce_weight if any(s.has_ce for s in segments) else 0.0,
@@ -231,9 +225,9 @@ class LlavaKDLoss(nn.Module):
         vocab = self.vocab_size or min(student.weight.shape[0], teacher.weight.shape[0])
         capped = student.softcap is not None or teacher.softcap is not None
         return fused_linear_relation(
-            _take(student.hidden, [rows_s.visual]),
+            take_rows(student.hidden, [rows_s.visual]),
             student.weight,
-            _take(teacher.hidden, [rows_t.visual]),
+            take_rows(teacher.hidden, [rows_t.visual]),
             teacher.weight,
             cu,
             student_gram=None if capped else self._frozen_gram("student", student, vocab),
@@ -314,6 +308,18 @@ class _Rows(NamedTuple):
             found.append(_Segment("visual", self.visual, unlabelled(self.visual), False, "visual"))
         return found
 
+    def packed(self, loss: LlavaKDLoss, hidden: Tensor, other_labels: bool) -> _Rows:
+        """The same rows, where they stand in (M + K, D) hidden states that hold nothing else."""
+        m, k = self.response.numel(), self.visual.numel()
+        check_selected(hidden, m, k, bool(loss.visual or loss.relation))
+        if other_labels or self.unshifted is not None:
+            raise ValueError(
+                "teacher.hidden: its rows are selected already, so teacher_labels, "
+                "teacher_image_mask and response_shift=False cannot select others"
+            )
+        index = torch.arange(m + k, device=hidden.device)
+        return self._replace(response=index[:m], visual=index[m:])
+
     def check_against(self, teacher: _Rows) -> None:
         """Rows correspond one to one, or it is an error: nothing is skipped."""
         for name in ("response", "visual"):
@@ -361,40 +367,3 @@ class _Identity:
             return False
         mine, its = self.weight(), other.weight()
         return mine is not None and mine is its  # tensors compare by entries, so not ==
-
-
-def _take(hidden: Tensor, indices: list[Tensor]) -> Tensor:
-    """Rows of (B, T, D) by flat index, packed (N, D)."""
-    return hidden.flatten(0, 1)[torch.cat(indices)]
-
-
-def _check_images(student: Tensor, teacher: Tensor) -> None:
-    """Images of equal rows on both sides: totals may agree where the splits do not."""
-    ours, theirs = student.diff().tolist(), teacher.diff().tolist()
-    if ours != theirs:
-        raise ValueError(
-            f"teacher_image_mask: its images have {theirs} rows, the student's {ours}; if they "
-            "correspond all the same, say so with image_lens"
-        )
-
-
-def _check_batch(
-    head: HeadInputs, labels: Tensor, image_mask: Tensor | None, who: str = ""
-) -> None:
-    if head.hidden.ndim != 3:
-        raise ValueError(
-            f"{who or 'student.'}hidden: expected (B, T, D), got shape {tuple(head.hidden.shape)}"
-        )
-    expected = tuple(head.hidden.shape[:2])
-    if tuple(labels.shape) != expected:
-        raise ValueError(
-            f"{who}labels: expected shape {expected} as of the hidden states, "
-            f"got {tuple(labels.shape)}"
-        )
-    if image_mask is not None and (
-        tuple(image_mask.shape) != expected or image_mask.dtype != torch.bool
-    ):
-        raise ValueError(
-            f"{who}image_mask: expected bool of shape {expected}, "
-            f"got {image_mask.dtype} {tuple(image_mask.shape)}"
-        )

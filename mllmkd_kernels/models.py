@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllmkd_kernels.llava_kd import HeadInputs
+from mllmkd_kernels.heads import HeadInputs
 
 # Arguments of the loss, which the model would compute after its head. Dropped; nothing else is.
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")

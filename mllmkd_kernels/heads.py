@@ -1,0 +1,81 @@
+"""What do the losses read of a model? Its last hidden states, and the head they go into.
+
+The rows that a loss selects from them (`mllmkd_kernels.rows`) are taken here, and it is checked
+here that labels, masks and hidden states are of one batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """What enters a model's ``lm_head``, and the head itself.
+
+    Attributes:
+        hidden: (B, T, D) last hidden states, after the final norm; of a teacher also rows that are
+            selected already, as `LlavaKDLoss.forward` says.
+        weight: (V, D).
+        bias: (V,) or None.
+        softcap: c of ``c·tanh(z/c)`` on the logits, or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+
+
+def take_rows(hidden: Tensor, indices: list[Tensor]) -> Tensor:
+    """Rows of (B, T, D) or (N', D) by flat index, packed (N, D)."""
+    return hidden.flatten(0, -2)[torch.cat(indices)]
+
+
+def check_images(student: Tensor, teacher: Tensor) -> None:
+    """Images of equal rows on both sides: totals may agree where the splits do not."""
+    ours, theirs = student.diff().tolist(), teacher.diff().tolist()
+    if ours != theirs:
+        raise ValueError(
+            f"teacher_image_mask: its images have {theirs} rows, the student's {ours}; if they "
+            "correspond all the same, say so with image_lens"
+        )
+
+
+def check_batch(head: HeadInputs, labels: Tensor, image_mask: Tensor | None, who: str = "") -> None:
+    """Hidden states (B, T, D) with labels (B, T) and a bool mask (B, T)."""
+    if head.hidden.ndim != 3:
+        raise ValueError(
+            f"{who or 'student.'}hidden: expected (B, T, D), got shape {tuple(head.hidden.shape)}"
+        )
+    expected = tuple(head.hidden.shape[:2])
+    if tuple(labels.shape) != expected:
+        raise ValueError(
+            f"{who}labels: expected shape {expected} as of the hidden states, "
+            f"got {tuple(labels.shape)}"
+        )
+    if image_mask is not None and (
+        tuple(image_mask.shape) != expected or image_mask.dtype != torch.bool
+    ):
+        raise ValueError(
+            f"{who}image_mask: expected bool of shape {expected}, "
+            f"got {image_mask.dtype} {tuple(image_mask.shape)}"
+        )
+
+
+def check_selected(
+    hidden: Tensor,  # (M + K, D)
+    response: int,  # M
+    visual: int,  # K
+    visual_needed: bool,
+) -> None:
+    """Selected rows are as many as labels and mask select; visual ones only where they are read."""
+    expected = {response + visual} if visual_needed else {response, response + visual}
+    if hidden.shape[0] not in expected:
+        raise ValueError(
+            f"teacher.hidden: has {hidden.shape[0]} selected rows, expected {response} response "
+            f"rows and then {visual} visual rows, as labels and image_mask select"
+        )
