@@ -9,33 +9,33 @@
 
 LLaVA-KD (arXiv 2410.16236), section 3; weights 1, 1, 0.5 by default. The vision tower is frozen
 always. With `trains` the projector only, the LM and its head are frozen, so that the losses form no
-`dW`. A stage of one's own is one row.
+`dW`. Which parameters these are in a given class, `training.anatomy` says. A stage of one's own is
+one row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import LlavaForConditionalGeneration
+from torch import nn
 
 import mllmkd_kernels as mk
+from training.anatomy import Role, anatomy
 from training.config import LossConfig
 from training.data.template import TemplateName
 
-PROJECTOR = "model.multi_modal_projector."
-LANGUAGE = ("model.language_model.", "lm_head.")
 DISTILLED = ("ce", "response", "visual", "relation")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the table above; `trains` holds parameter-name prefixes."""
+    """One row of the table above; `trains` holds roles of parameters."""
 
     name: str
     title: str
     data: str  # the field of DataConfig
     template: TemplateName
-    trains: tuple[str, ...]
+    trains: tuple[Role, ...]
     terms: tuple[str, ...]
 
     @property
@@ -44,27 +44,23 @@ class Stage:
         return self.terms != ("ce",)
 
 
-_ALL = (PROJECTOR, *LANGUAGE)
+_PROJECTOR: tuple[Role, ...] = ("projector",)
+_ALL: tuple[Role, ...] = ("projector", "language")
 STAGES = {
-    "pt": Stage("pt", "pre-training", "captions", "pretrain", (PROJECTOR,), ("ce",)),
-    "dpt": Stage("dpt", "distilled pre-training", "captions", "pretrain", (PROJECTOR,), DISTILLED),
+    "pt": Stage("pt", "pre-training", "captions", "pretrain", _PROJECTOR, ("ce",)),
+    "dpt": Stage("dpt", "distilled pre-training", "captions", "pretrain", _PROJECTOR, DISTILLED),
     "sft": Stage("sft", "supervised fine-tuning", "conversations", "chat", _ALL, ("ce",)),
     "dft": Stage("dft", "distilled fine-tuning", "conversations", "chat", _ALL, DISTILLED),
 }
 
 
-def freeze(model: LlavaForConditionalGeneration, stage: Stage) -> list[str]:
+def freeze(model: nn.Module, stage: Stage) -> list[str]:
     """Let exactly the stage's parameters require gradients; return their names."""
-    trainable = []
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(stage.trains))
-        if parameter.requires_grad:
-            trainable.append(name)
-    for prefix in stage.trains:
-        tied_head = prefix == "lm_head." and model.config.tie_word_embeddings
-        if not tied_head and not any(name.startswith(prefix) for name in trainable):
-            raise ValueError(f"stage {stage.name}: the model has no parameter named {prefix}*")
-    return trainable
+    trained = anatomy(model).parameters(*stage.trains)
+    model.requires_grad_(False)
+    for name in trained:
+        model.get_parameter(name).requires_grad_(True)
+    return trained
 
 
 def loss_of(stage: Stage, weights: LossConfig) -> mk.LlavaKDLoss:

@@ -1,26 +1,29 @@
-"""What happens to one batch? Tower once → both projectors and LMs, up to their heads → the loss.
+"""What happens to one batch? Student and teacher, up to their heads → the loss.
 
-    pixel_values (I, 3, H, W) ── tower, frozen, once ──► features (I, P, C)
-                                   ├── student's projector ─► student LM ─► hidden (B, T, Ds) ─┐
-                                   └── teacher's projector ─► teacher LM ─► hidden (B, T, Dt) ─┤
-    labels (B, T), image mask (B, T) ──────────────────────────────────────── LlavaKDLoss ◄────┘
+    batch ──────────── student ─► hidden (B, T, Ds), head (Vs, Ds) ──┐
+      └─ its "teacher" ─ or ───┐                                     ├─► LlavaKDLoss
+         the same batch  teacher ─► hidden (B, T', Dt), head (Vt, Dt)┘
+    labels, image mask, image_lens ──────────────────────────────────┘
 
-I images, P rows each. Neither `lm_head` is ever called: the loss takes the hidden states and both
-head weights. The step is one `nn.Module`, so that a data-parallel wrapper sees a forward; the
-teacher hides in a tuple, which keeps it out of `parameters()`, `state_dict()` and every wrapper.
-What it leaves out: sharded models (FSDP, ZeRO-3).
+Any two image-text-to-text models of transformers will do. Two LLaVAs with equal towers share it:
+`pixel_values (I, 3, H, W)` go through it once, to `features (I, P, C)`, and each model applies its
+own projector. Neither `lm_head` is ever called: the loss takes the hidden states and both head
+weights. The step is one `nn.Module`, so that a data-parallel wrapper sees a forward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 import mllmkd_kernels as mk
-from training.models import image_features, share_tower
+from training.anatomy import anatomy, image_token_id
+from training.models import image_features
+from training.teacher import OnlineTeacher, Teacher, run_to_head
 
 TERMS = ("ce", "response_kl", "visual_kl", "relation")
 
@@ -33,87 +36,106 @@ class DistillStep(nn.Module):
 
     def __init__(
         self,
-        student: LlavaForConditionalGeneration,
-        teacher: LlavaForConditionalGeneration | None,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | Teacher | None,
         loss: mk.LlavaKDLoss,
     ) -> None:
         super().__init__()
         self.student = student
         self.loss = loss
-        self.shared = teacher is not None and share_tower(student, teacher)
-        self._teacher = (teacher.eval().requires_grad_(False),) if teacher is not None else ()
+        self.teacher: Teacher | None = (
+            OnlineTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
+        )
+        self.shared = self.teacher is not None and self.teacher.share(student)
+        self.image_token_id = image_token_id(student)
+        self._modules_of = anatomy(student).modules  # walks every name, so not in each step
 
     def train(self, mode: bool = True) -> DistillStep:
         """Train mode for the student's LM and projector; the frozen tower stays in eval mode."""
         super().train(mode)
-        self.student.model.vision_tower.eval()
+        for path in self._modules_of["vision"]:
+            self.student.get_submodule(path).eval()
+        for path in self._modules_of["projector"]:  # which may lie inside the tower
+            self.student.get_submodule(path).train(mode)
         return self
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,  # (B, T)
-        attention_mask: torch.Tensor,  # (B, T)
-        labels: torch.Tensor,  # (B, T)
-        pixel_values: torch.Tensor | None = None,  # (I, 3, H, W)
-        counts: mk.RowCounts | None = None,
-    ) -> Any:
-        """The `LlavaKDOutput` of the batch; `counts` are the rows of the whole optimiser step."""
-        text = {"input_ids": input_ids, "attention_mask": attention_mask}
-        features_s, features_t = self._features(pixel_values)
-        student = _hidden(self.student, text, features_s)
-        teacher = None
-        for model in self._teacher:
-            nn.Module.to(model, input_ids.device)
+    def forward(self, counts: mk.RowCounts | None = None, **batch: Any) -> mk.LlavaKDOutput:
+        """The loss of one micro-batch.
+
+        Args:
+            counts: the rows of the whole optimiser step; None: of this batch.
+            **batch: `labels` (B, T), what the student's forward takes, and optionally `image_lens`
+                (I,) int64 with the rows of each image, `sample_ids`, and `teacher`, a batch of the
+                teacher's own (the same keys, of the same samples).
+
+        Raises:
+            ValueError: the two views of the batch have other images, or select other rows.
+        """
+        own: Mapping[str, Any] = batch.get("teacher") or {}
+        features = None
+        if self.shared and not own and batch.get("pixel_values") is not None:
             with torch.no_grad():
-                teacher = _hidden(model, text, features_t)
-        image_lens = None
-        if features_s is not None:
-            n_images, rows = features_s.shape[:2]
-            image_lens = torch.full((n_images,), rows, device=input_ids.device)
+                features = image_features(self.student, batch["pixel_values"])  # pyright: ignore[reportArgumentType]
+        student = run_to_head(self.student, batch, features)
+        teacher = self.teacher(batch, features) if self.teacher is not None else None
+        # Without a visual term the rows of the images need not correspond: there are none.
+        with_images = bool(self.loss.visual or self.loss.relation)
+        mask = (batch["input_ids"] == self.image_token_id) & with_images  # (B, T)
+        image_lens = lens_of(batch, mask) if with_images else None
+        teacher_mask = None
+        if own and self.teacher is not None:
+            teacher_mask = (own["input_ids"] == self.teacher.image_token_id) & with_images
+            if with_images:
+                _same_images(image_lens, lens_of(own, teacher_mask))
         return self.loss(
             student,
             teacher,
-            labels,
-            input_ids == self.student.config.image_token_id,
+            batch["labels"],
+            mask,
             num_items_in_batch=counts,
             image_lens=image_lens,
+            teacher_labels=own.get("labels"),
+            teacher_image_mask=teacher_mask,
         )
 
-    @torch.no_grad()
-    def _features(
-        self,
-        pixel_values: torch.Tensor | None,  # (I, 3, H, W)
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Student's and teacher's view of the images, (I, P, C) each; one tower pass where both
-        agree."""
-        if pixel_values is None:
-            return None, None
-        ours = image_features(self.student, pixel_values)
-        if self.shared or not self._teacher:
-            return ours, ours
-        return ours, image_features(self._teacher[0], pixel_values)
+
+def lens_of(
+    batch: Mapping[str, Any],
+    mask: torch.Tensor,  # (B, T) bool, True at image positions
+) -> torch.Tensor | None:  # (I,)
+    """Rows of each image of a batch, in order, or None where each run of image positions is one.
+
+    A batch that does not say (`image_lens`) but has its images stacked, (I, 3, H, W), has equal
+    rows for each of them.
+    """
+    if batch.get("image_lens") is not None:
+        return batch["image_lens"]
+    pixels = batch.get("pixel_values")
+    if pixels is None or pixels.dim() != 4:
+        return None
+    rows = mask.sum() // len(pixels)
+    return rows.expand(len(pixels))
 
 
-def _hidden(
-    model: LlavaForConditionalGeneration,
-    text: dict[str, torch.Tensor],
-    features: torch.Tensor | None,  # (I, P, C)
-) -> mk.HeadInputs:
-    """The model run up to its head, given the tower's output."""
-    if features is None:
-        return mk.head_inputs(model, **text)
-    input_ids = text["input_ids"]
-    embedded = model.get_input_embeddings()(input_ids)
-    at_image = (input_ids == model.config.image_token_id).unsqueeze(-1)
-    projected = model.model.multi_modal_projector(features).to(embedded.dtype)
-    embedded = embedded.masked_scatter(at_image.expand_as(embedded), projected)
-    return mk.head_inputs(model, inputs_embeds=embedded, attention_mask=text["attention_mask"])
-
-
-def count_rows(batches: list[dict[str, torch.Tensor]], image_token_id: int) -> mk.RowCounts:
+def count_rows(batches: Sequence[Mapping[str, Any]], image_token_id: int) -> mk.RowCounts:
     """The rows that each mean in the loss is over, counted over every micro-batch of an
     optimiser step."""
-    response = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-    visual = sum(int((batch["input_ids"] == image_token_id).sum()) for batch in batches)
-    images = sum(len(batch["pixel_values"]) for batch in batches if "pixel_values" in batch)
+    response, visual, images = 0, 0, 0
+    for batch in batches:
+        mask = batch["input_ids"] == image_token_id
+        response += int((batch["labels"][:, 1:] != -100).sum())
+        visual += int(mask.sum())
+        images += len(mk.image_seqlens(mask, lens_of(batch, mask))) - 1
     return mk.RowCounts(response, visual, images)
+
+
+def _same_images(student: torch.Tensor | None, teacher: torch.Tensor | None) -> None:
+    """The totals are compared by the loss; here each image, so that none moves into another."""
+    if student is None or teacher is None:
+        return
+    ours, theirs = student.tolist(), teacher.tolist()
+    if ours != theirs:
+        raise ValueError(
+            f"teacher.image_lens: the teacher's images have {theirs} rows, the student's {ours}; "
+            "set loss.visual and loss.relation to 0, or take a teacher whose images have as many"
+        )

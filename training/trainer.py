@@ -77,7 +77,7 @@ class DistillTrainer(Trainer):
     def _get_num_items_in_batch(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
     ) -> mk.RowCounts:
-        counts = count_rows(batch_samples, self.step.student.config.image_token_id)
+        counts = count_rows(batch_samples, self.step.image_token_id)
         if self.args.world_size > 1:
             local = torch.tensor([counts], device=device)
             gathered: Any = self.accelerator.gather(local)

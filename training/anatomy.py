@@ -1,0 +1,108 @@
+"""Where does a class keep its vision tower, its projector and its language model?
+
+The classes of transformers that join a tower to a language model agree on a `model.` that holds the
+parts and on what the parts do, but not on their names: the projector is `multi_modal_projector`,
+`connector`, or Qwen's `merger` inside the tower. A stage trains *roles*, and this file says which
+parameters play which. It goes by names that are there, not by a list of classes, and a parameter
+that it cannot place is an error: left out, it would be neither frozen nor trained on purpose.
+
+| role | what | examples |
+|---|---|---|
+| `vision` | patches to features; frozen in every stage | `vision_tower`, `visual`, `vision_model` |
+| `projector` | features to the LM's width | `multi_modal_projector`, `image_newline`, `merger` |
+| `language` | the LM, its embeddings and its head | `language_model`, `text_model`, `lm_head` |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+Role = Literal["vision", "projector", "language"]
+
+# Below `model.`; the longest name wins, so that `visual.merger` is not taken for the tower.
+_PLACES: dict[str, Role] = {
+    "vision_tower": "vision",
+    "vision_model": "vision",
+    "visual": "vision",
+    "multi_modal_projector": "projector",
+    "connector": "projector",
+    "visual.merger": "projector",
+    "visual.deepstack_merger_list": "projector",
+    "image_newline": "projector",
+    "language_model": "language",
+    "text_model": "language",
+}
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Names of a model's parts.
+
+    Attributes:
+        roles: role of every parameter, by its name in `model.named_parameters()`.
+        modules: path of each module that plays a role, by role; a bare parameter is no module.
+    """
+
+    roles: dict[str, Role]
+    modules: dict[Role, tuple[str, ...]]
+
+    def parameters(self, *roles: Role) -> list[str]:
+        """Names of the parameters with one of these roles, in the model's order."""
+        return [name for name, role in self.roles.items() if role in roles]
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    """The parts of an image-text-to-text model of transformers.
+
+    Raises:
+        TypeError: a part is missing or has no parameters, or a parameter belongs to none of them.
+    """
+    places = _places(model)
+    roles: dict[str, Role] = {}
+    odd: list[str] = []
+    for name, _ in model.named_parameters():
+        found = [place for place in places if name == place or name.startswith(f"{place}.")]
+        if found:
+            roles[name] = places[max(found, key=len)]
+        else:
+            odd.append(name)
+    missing = [role for role in ("vision", "projector", "language") if role not in roles.values()]
+    if odd or missing:
+        what = f"no {' and no '.join(missing)}" if missing else f"{', '.join(odd[:4])} in none"
+        raise TypeError(
+            f"model: {type(model).__name__} has {what} of the known places, expected a vision "
+            f"tower, a projector and a language model below `model.`: {', '.join(_PLACES)}"
+        )
+    modules: dict[Role, tuple[str, ...]] = {"vision": (), "projector": (), "language": ()}
+    kinds = dict(model.named_modules())
+    for place, role in places.items():
+        if place in kinds:
+            modules[role] = (*modules[role], place)
+    return Anatomy(roles, modules)
+
+
+def image_token_id(model: Any) -> int:
+    """The id that stands where a row of an image goes, by the name the model's config has for it.
+
+    Raises:
+        TypeError: the config names none.
+    """
+    for name in ("image_token_id", "image_token_index"):
+        value = getattr(model.config, name, None)
+        if isinstance(value, int):
+            return value
+    raise TypeError(
+        f"model: the config of {type(model).__name__} has no image_token_id, expected the id of "
+        "the token that stands for image rows"
+    )
+
+
+def _places(model: Any) -> dict[str, Role]:
+    """Full path -> role, the output head included."""
+    places: dict[str, Role] = {f"model.{place}": role for place, role in _PLACES.items()}
+    head = model.get_output_embeddings()
+    places |= {path: "language" for path, module in model.named_modules() if module is head}
+    return places
