@@ -3,6 +3,6 @@ and the demo.
 
 Read in the order of the flow: `config` (what can be set) → `data` (what is read) → `models` (what
 is trained) → `stages` (which parameters, which loss terms) → `step` (one batch through both models)
-→ `loop` (the trainer) → `evaluate` (what was learned). `python -m training --help` is the one entry
-point.
+→ `loop` (the trainer) → `evaluation` (what was learned). `python -m training --help` is the one
+entry point.
 """

@@ -92,7 +92,7 @@ def _eval(options: argparse.Namespace) -> None:
     _quiet()
     from training.data.collate import LlavaCollator
     from training.data.dataset import LlavaDataset
-    from training.evaluate import evaluate
+    from training.evaluation.held_out import evaluate
     from training.models import load_model
 
     model, processor = load_model(options.model)

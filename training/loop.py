@@ -31,7 +31,7 @@ from training.config import Config, StageConfig, require
 from training.data.collate import LlavaCollator
 from training.data.dataset import LlavaDataset
 from training.data.template import TemplateName
-from training.evaluate import Scores, evaluate
+from training.evaluation.held_out import Scores, evaluate
 from training.models import build_model, load_model, same_vocabulary, save_model
 from training.stages import STAGES, Stage, freeze, loss_of
 from training.step import DistillStep

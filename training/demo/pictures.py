@@ -16,7 +16,7 @@ from PIL import Image
 
 from training.data.dataset import LlavaDataset
 from training.demo.folder import LlavaFolder
-from training.evaluate import generate_answer
+from training.evaluation.held_out import generate_answer
 from training.models import load_model
 from training.step import TERMS
 

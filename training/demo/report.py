@@ -31,7 +31,7 @@ from training import settings
 from training.demo import pictures
 from training.demo.folder import LlavaFolder
 from training.demo.recipes import DemoConfig
-from training.evaluate import CAPTION, Scores
+from training.evaluation.held_out import CAPTION, Scores
 from training.loop import StageResult
 from training.step import TERMS
 

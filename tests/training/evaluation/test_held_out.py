@@ -11,7 +11,7 @@ from tests.training import tiny
 from training.config import LossConfig
 from training.data.collate import LlavaCollator
 from training.data.dataset import LlavaDataset
-from training.evaluate import Scores, answers, evaluate, generate_answer
+from training.evaluation.held_out import Scores, answers, evaluate, generate_answer
 from training.models import build_model
 from training.stages import STAGES, freeze, loss_of
 from training.step import DistillStep

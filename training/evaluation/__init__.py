@@ -1,0 +1,7 @@
+"""What did a model learn? One pass over held-out data, or answers it writes to a benchmark.
+
+`held_out` scores a model in training; `benchmarks` names what can be asked: a reader of the
+benchmark's own files (`questions`, `captions`), the words of the prompt, and a scorer (`scores`).
+`generate` lets a saved model write the answers, `run` puts the parts together, and `export` hands
+a model or its answers to others.
+"""
