@@ -32,6 +32,7 @@ TORCH_LIBRARY(mllmkd_cpu, m) {
       "float cap, int vocab, int ignore_index, bool want_dh, bool want_dw, bool want_db, int "
       "chunk_rows) "
       "-> (Tensor dh, Tensor dw, Tensor db)");
+  m.def("scaled(Tensor x, Tensor factor) -> Tensor");
   m.def("relation_stats(Tensor hs, Tensor ks, Tensor ht, Tensor kt, Tensor cu_seqlens) -> Tensor");
   m.def(
       "relation_grad(Tensor hs, Tensor ks, Tensor ht, Tensor kt, Tensor cu_seqlens, Tensor coef) "
@@ -42,6 +43,7 @@ TORCH_LIBRARY_IMPL(mllmkd_cpu, CPU, m) {
   m.impl("distill_rows", TORCH_FN(mllmkd::distill_rows));
   m.impl("logprob_rows", TORCH_FN(mllmkd::logprob_rows));
   m.impl("logprob_grad", TORCH_FN(mllmkd::logprob_grad));
+  m.impl("scaled", TORCH_FN(mllmkd::scaled));
   m.impl("relation_stats", TORCH_FN(mllmkd::relation_stats));
   m.impl("relation_grad", TORCH_FN(mllmkd::relation_grad));
 }

@@ -87,6 +87,8 @@ def scale_gradient(saved: Tensor, grad: Tensor, like: Tensor) -> Tensor:
         for rows in products.chunks(saved.shape[0], products.VOCAB_SLICE):
             out[rows] = saved[rows].float() * grad.float()
         return out
+    if saved.device.type == "cpu" and cpu.available() and saved.is_contiguous():
+        return cpu.scaled(saved, grad).to(like.dtype)
     return (saved * grad).to(like.dtype)
 
 

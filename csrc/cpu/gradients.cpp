@@ -3,10 +3,14 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/mul.h>
 
 #include <algorithm>
 #include <cstring>
+
+#include "../ops.h"
 
 namespace mllmkd {
 namespace {
@@ -188,5 +192,11 @@ void Gradients<T>::finish_chunk() {
 
 template class Gradients<float>;
 template class Gradients<double>;
+
+at::Tensor scaled(const at::Tensor& x, const at::Tensor& factor) {
+  at::Tensor out = at::empty_like(x);
+  prefer_huge_pages(out);
+  return at::mul_out(out, x, factor);
+}
 
 }  // namespace mllmkd

@@ -54,6 +54,11 @@ def release_workspace() -> None:
         _C.release_workspace()
 
 
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x · factor (0-dim, in the dtype of x), in memory of large pages."""
+    return torch.ops.mllmkd_cpu.scaled(x, factor)
+
+
 def distill_rows(
     hs: Tensor,  # (N, D_s)
     ws: Tensor,  # (V_s, D_s)
