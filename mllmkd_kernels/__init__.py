@@ -15,6 +15,12 @@ from mllmkd_kernels.models import head_inputs
 from mllmkd_kernels.plan import Plan, explain
 from mllmkd_kernels.relation import fused_linear_relation, head_gram, relation_cosine
 from mllmkd_kernels.rows import RowCounts, image_seqlens, response_rows, visual_rows
+from mllmkd_kernels.vocab_parallel import (
+    vocab_parallel_distill,
+    vocab_parallel_gram,
+    vocab_parallel_relation,
+)
+from mllmkd_kernels.vocab_slices import VocabSlice, vocab_rows, vocab_slice
 
 __version__ = "0.1.0"
 
@@ -26,6 +32,7 @@ __all__ = [
     "LlavaKDOutput",
     "Plan",
     "RowCounts",
+    "VocabSlice",
     "explain",
     "fused_linear_distill",
     "fused_linear_logprob",
@@ -36,4 +43,9 @@ __all__ = [
     "relation_cosine",
     "response_rows",
     "visual_rows",
+    "vocab_parallel_distill",
+    "vocab_parallel_gram",
+    "vocab_parallel_relation",
+    "vocab_rows",
+    "vocab_slice",
 ]

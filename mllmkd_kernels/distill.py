@@ -105,7 +105,7 @@ def fused_linear_distill(
         IndexError: a label outside the vocabulary (on the CPU; a device-side assertion elsewhere).
         RuntimeError: a gradient of the loss is differentiated again.
     """
-    rows = _check_heads(
+    rows = check_heads(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
     )
     heads = [student_weight.shape[0]] + (
@@ -141,7 +141,7 @@ def fused_linear_distill(
     return DistillOutput(loss, ce.detach(), kd.detach())
 
 
-def _check_heads(
+def check_heads(
     hs: Tensor,
     ws: Tensor,
     bs: Tensor | None,

@@ -192,11 +192,17 @@ def _difference(p: Tensor, q: Tensor, u: Tensor) -> Tensor:
 
 def gradients(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
     """∂D/∂a (N, V) for student log-probabilities `log_q` = log_softmax(a)."""
-    p, q, u, lam = log_p.exp(), log_q.exp(), _log_ratio(log_p, log_q), divergence.param
+    if divergence.name in ONE_SWEEP:
+        return _difference(log_p.exp(), log_q.exp(), _log_ratio(log_p, log_q))
+    q, slope = slopes(divergence, log_p, log_q)
+    return from_slopes(q, slope, slope_sums(q, slope))
+
+
+def slopes(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """q and g = ∂f/∂q up to a constant, (N, V) each, of a divergence that is not in `ONE_SWEEP`."""
+    u, lam = _log_ratio(log_p, log_q), divergence.param
     w = 1.0 - lam
     match divergence.name:
-        case "forward_kl" | "soft_cross_entropy":
-            return _difference(p, q, u)
         case "reverse_kl":
             slope = u
         case "jsd":
@@ -208,5 +214,14 @@ def gradients(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
             slope = -mix - lam * torch.expm1(-mix)
         case _:  # total_variation
             slope = 0.5 * torch.where(u.isnan(), u, torch.sign(u))  # sign(NaN) would be 0
-    mean = _times(q, slope).sum(-1, keepdim=True)
-    return _times(q, slope - mean)
+    return log_q.exp(), slope
+
+
+def slope_sums(q: Tensor, slope: Tensor) -> Tensor:
+    """Σ_k q_k g_k of every row, (N,); sums over slices of the vocabulary add up to it."""
+    return _times(q, slope).sum(-1)
+
+
+def from_slopes(q: Tensor, slope: Tensor, sums: Tensor) -> Tensor:
+    """∂D/∂a = q ∘ (g − Σ_k q_k g_k), given the sums (N,) over the whole vocabulary."""
+    return _times(q, slope - sums[:, None])

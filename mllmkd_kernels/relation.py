@@ -8,6 +8,9 @@ sum, as in flash-attention.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -112,51 +115,95 @@ def fused_linear_relation(
     Raises:
         TypeError, ValueError: arguments that do not fit, named with what was expected.
     """
-    student_hidden, teacher_hidden, cu_seqlens = _packed(
-        "student_hidden", student_hidden, "teacher_hidden", teacher_hidden, cu_seqlens
-    )
-    checks.head("student_", student_hidden, student_weight, student_bias)
-    checks.head("teacher_", teacher_hidden, teacher_weight, teacher_bias)
+    pair = Pair.of(
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
+        cu_seqlens,
+    )  # fmt: skip
     vocab = checks.vocabulary(vocab_size, student_weight.shape[0], teacher_weight.shape[0])
-    cu = _images(student_hidden, teacher_hidden, cu_seqlens, "student_hidden", "teacher_hidden")
     caps = [
         checks.softcap("student_softcap", student_softcap),
         checks.softcap("teacher_softcap", teacher_softcap),
     ]
-    hs, ws, bs = autocast(student_hidden, student_weight, student_bias)
-    ht, wt, bt = autocast(teacher_hidden, teacher_weight, teacher_bias)
-    assert hs is not None and ws is not None and ht is not None and wt is not None
-    ht, wt, bt = ht.detach(), wt.detach(), None if bt is None else bt.detach()
     if any(caps):
         if student_gram is not None or teacher_gram is not None:
             raise ValueError(
                 "student_gram, teacher_gram: a soft-capped pair has no Gram matrix; pass None"
             )
-        args = hs, ws, bs, ht, wt, bt, cu, *caps, vocab, *wants(hs, ws, bs)
-        return ops.relation_softcapped(*args, joint)[0]
-    if student_gram is not None and any(wants(ws, bs)) and not student_gram.requires_grad:
-        raise ValueError(
-            "student_gram: a cached Gram would cut the gradient of student_weight, which requires "
-            "one; pass None, or freeze the head"
-        )
-    gs = _gram_of("student_", student_gram, ws, bs, vocab)
-    gt = _gram_of("teacher_", teacher_gram, wt, bt, vocab).detach()
-    hs, ht = _with_ones(hs, bs), _with_ones(ht, bt)
-    return ops.relation(hs, gs, ht, gt, cu, *wants(hs, gs), backend, joint)[0]
+        wanted = wants(pair.hs, pair.ws, pair.bs)
+        return ops.relation_softcapped(*pair, *caps, vocab, *wanted, joint)[0]
 
-
-def _gram_of(
-    who: str, cached: Tensor | None, weight: Tensor, bias: Tensor | None, vocab: int
-) -> Tensor:
-    """The cached Gram if it fits the head, else a new one."""
-    if cached is None:
+    def gram(weight: Tensor, bias: Tensor | None) -> Tensor:
         return head_gram(weight, bias, vocab_size=vocab)
-    checks.floating(f"{who}gram", cached, 2)
+
+    return pair.relation(student_gram, teacher_gram, gram, joint, backend)
+
+
+class Pair(NamedTuple):
+    """Two heads and the packed rows that enter them, checked and cast; the teacher's detached."""
+
+    hs: Tensor
+    ws: Tensor
+    bs: Tensor | None
+    ht: Tensor
+    wt: Tensor
+    bt: Tensor | None
+    cu: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        hs: Tensor,
+        ws: Tensor,
+        bs: Tensor | None,
+        ht: Tensor,
+        wt: Tensor,
+        bt: Tensor | None,
+        cu: Tensor | None,
+    ) -> Pair:
+        """Pack, check and cast, as `fused_linear_relation` describes its arguments."""
+        hs, ht, cu = _packed("student_hidden", hs, "teacher_hidden", ht, cu)
+        checks.head("student_", hs, ws, bs)
+        checks.head("teacher_", ht, wt, bt)
+        cu = _images(hs, ht, cu, "student_hidden", "teacher_hidden")
+        bt = None if bt is None else bt.detach()
+        hs_, ws_, bs_ = autocast(hs, ws, bs)
+        ht_, wt_, bt_ = autocast(ht.detach(), wt.detach(), bt)
+        assert hs_ is not None and ws_ is not None and ht_ is not None and wt_ is not None
+        return cls(hs_, ws_, bs_, ht_, wt_, bt_, cu)
+
+    def relation(
+        self,
+        student_gram: Tensor | None,
+        teacher_gram: Tensor | None,
+        gram: Callable[[Tensor, Tensor | None], Tensor],  # of a head whose Gram is not cached
+        joint: bool,
+        backend: str,
+    ) -> Tensor:
+        """The loss through both Grams."""
+        trained = any(wants(self.ws, self.bs))
+        if student_gram is not None and trained and not student_gram.requires_grad:
+            raise ValueError(
+                "student_gram: a cached Gram would cut the gradient of student_weight, which "
+                "requires one; pass None, or freeze the head"
+            )
+        _check_gram("student_", student_gram, self.ws, self.bs)
+        _check_gram("teacher_", teacher_gram, self.wt, self.bt)
+        gs = gram(self.ws, self.bs) if student_gram is None else student_gram
+        gt = gram(self.wt, self.bt) if teacher_gram is None else teacher_gram
+        hs, ht = _with_ones(self.hs, self.bs), _with_ones(self.ht, self.bt)
+        want = wants(hs, gs)
+        return ops.relation(hs, gs, ht, gt.detach(), self.cu, *want, backend, joint)[0]
+
+
+def _check_gram(who: str, gram: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
+    """A cached Gram fits its head."""
+    if gram is None:
+        return
+    checks.floating(f"{who}gram", gram, 2)
     size = weight.shape[1] + (bias is not None)
-    if tuple(cached.shape) != (size, size):
-        raise ValueError(f"{who}gram: expected shape ({size}, {size}), got {tuple(cached.shape)}")
-    checks.same_device(f"{who}gram", cached, f"{who}weight", weight)
-    return cached
+    if tuple(gram.shape) != (size, size):
+        raise ValueError(f"{who}gram: expected shape ({size}, {size}), got {tuple(gram.shape)}")
+    checks.same_device(f"{who}gram", gram, f"{who}weight", weight)
 
 
 def _with_ones(hidden: Tensor, bias: Tensor | None) -> Tensor:

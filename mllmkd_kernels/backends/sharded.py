@@ -1,0 +1,182 @@
+"""The chunked algorithm where the columns of the logits lie on several ranks.
+
+Every rank makes its own columns of both logit blocks of the same C rows, C × V/R entries each.
+What a row needs of the other ranks are sums over the vocabulary, three exchanges a chunk:
+
+    maximum of z, maximum of b                                      MAX
+    Σ exp z, Σ exp a, Σ exp b, each less its maximum; z at the label  SUM
+    D, and Σ q g where the gradient needs it                        SUM
+
+Eight numbers a row at most: 32 bytes in fp32. The terms and slopes are those of `divergence`, whose
+sums over slices add up; so a KL of nearly equal models is as exact here as it is whole. ``dh``
+(N, D_s) is summed over the ranks once, at the end; ``dw`` and ``db`` are of this rank's rows.
+
+It is made of the eager backend's pieces. Kernels that return per-row maxima and sums of a slice
+(those that stream the vocabulary do, inside) could take their place; the exchanges would stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mllmkd_kernels import divergence as div
+from mllmkd_kernels.backends import eager
+from mllmkd_kernels.backends.products import Gradients, accumulation_dtype, chunks
+from mllmkd_kernels.vocab_slices import VocabSlice
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is the same for all rows; tensors of N rows as in `eager.distill_rows`."""
+
+    ht: Tensor | None
+    wt: Tensor | None  # (V_t of this rank, D_t)
+    bt: Tensor | None
+    labels: Tensor | None  # (N,), tokens of the whole vocabulary
+    ce_weight: Tensor | None
+    kd_weight: Tensor | None
+    divergence: div.Divergence
+    temperature: float
+    cap_s: float
+    cap_t: float
+    held: VocabSlice
+    ignore_index: int
+    chunk_rows: int
+    group: dist.ProcessGroup | None
+
+
+def distill_rows(
+    hs: Tensor,  # (N, D_s), the same on every rank
+    ws: Tensor,  # (V_s of this rank, D_s)
+    bs: Tensor | None,
+    call: Call,
+    want_dh: bool,
+    want_dw: bool,
+    want_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, CE and D per row, the same on every rank; unscaled dh (N, D_s) of all ranks, dw and
+    db of this one.
+    """
+    acc = accumulation_dtype(hs, ws, bs, call.ht, call.wt, call.bt)
+    ce, kd = (torch.zeros(hs.shape[0], dtype=acc, device=hs.device) for _ in range(2))
+    loss = torch.zeros((), dtype=torch.float64, device=hs.device)
+    grads = Gradients(hs, ws, acc, want_dh, want_dw, want_db)
+    eager.check_labels(call.labels, call.held.vocab, call.ignore_index)
+    for rows in chunks(hs.shape[0], call.chunk_rows):
+        block = _Block(hs, ws, bs, rows, acc, call)
+        dz = torch.zeros_like(block.z) if grads.wanted else None
+        if call.labels is not None and call.ce_weight is not None:
+            weight = call.ce_weight[rows].masked_fill(call.labels[rows] == call.ignore_index, 0)
+            ce[rows] = block.cross_entropy(call.labels[rows], weight, dz)
+            loss += torch.where(weight != 0, weight * ce[rows], 0).sum(dtype=torch.float64)
+        if call.kd_weight is not None:
+            weight = call.kd_weight[rows]
+            kd[rows] = block.divergence(weight, dz)
+            loss += torch.where(weight != 0, weight * kd[rows], 0).sum(dtype=torch.float64)
+        if dz is not None:
+            weights = call.labels, call.ce_weight, call.kd_weight
+            dead = eager.dead_rows(hs, rows, *weights, call.ignore_index)
+            grads.add(rows, eager._through_softcap_(dz, block.z, call.cap_s), dead=dead)
+    dh, dw, db = grads.result()
+    if want_dh:
+        dist.all_reduce(dh, group=call.group)
+    return loss.to(acc), ce, kd, dh, dw, db
+
+
+class _Block:
+    """This rank's columns of the logits of some rows, and their row statistics over all ranks."""
+
+    def __init__(
+        self, hs: Tensor, ws: Tensor, bs: Tensor | None, rows: slice, acc: torch.dtype, call: Call
+    ) -> None:
+        self.call, columns = call, call.held.stop - call.held.start
+        z = eager._logits(hs[rows], ws, bs, columns, acc)
+        self.z = eager._softcap_(z, call.cap_s, hs[rows])  # (C, columns)
+        tops = [_maximum(self.z)]
+        if call.kd_weight is not None:
+            assert call.ht is not None and call.wt is not None
+            b = eager._logits(call.ht[rows], call.wt, call.bt, columns, acc)
+            self.b = eager._softcap_(b, call.cap_t, call.ht[rows]).div_(call.temperature)
+            tops.append(_maximum(self.b))
+        tops = _reduced(tops, dist.ReduceOp.MAX, call.group)
+        self.z_top = tops[0]
+        sums = []
+        if call.ce_weight is not None:
+            assert call.labels is not None
+            self.local = _local(call.labels[rows], call)
+            at_label = eager._at_label(self.z, self.local, -1) if columns else self.z_top * 0
+            sums = [_exp_sum(self.z, self.z_top), at_label.masked_fill(self.local < 0, 0)]
+        if call.kd_weight is not None:
+            self.a = self.z / call.temperature
+            self.a_top, self.b_top = tops[0] / call.temperature, tops[1]
+            sums += [_exp_sum(self.a, self.a_top), _exp_sum(self.b, self.b_top)]
+        self.sums = _reduced(sums, dist.ReduceOp.SUM, call.group)
+
+    def cross_entropy(self, labels: Tensor, weight: Tensor, dz: Tensor | None) -> Tensor:
+        """CE of every row (0 where ignored); adds weight·(softmax(z) − onehot) to `dz`."""
+        log_sum, at_label = self.sums[0].log(), self.sums[1]
+        if dz is not None:
+            q = (self.z - self.z_top[:, None]).sub_(log_sum[:, None]).exp_()
+            if q.shape[1]:
+                q = eager._minus_one_hot_(q, self.local, -1)
+            dz += eager._scale_rows(q, weight)
+        ce = log_sum + (self.z_top - at_label)
+        return ce.masked_fill_(labels == self.call.ignore_index, 0)
+
+    def divergence(self, weight: Tensor, dz: Tensor | None) -> Tensor:
+        """D of every row; adds weight·∂D/∂z to `dz`."""
+        table, group = self.call.divergence, self.call.group
+        sum_a, sum_b = self.sums[-2:]
+        log_q = self.a.sub_(self.a_top[:, None]).sub_(sum_a.log()[:, None])
+        log_p = self.b.sub_(self.b_top[:, None]).sub_(sum_b.log()[:, None])
+        terms = [div.values(table, log_p, log_q)]
+        if table.name in div.ONE_SWEEP:
+            (kd,) = _reduced(terms, dist.ReduceOp.SUM, group)
+            da = None if dz is None else div.gradients(table, log_p, log_q)
+        else:  # also where no gradient is wanted here: all ranks exchange the same
+            q, slope = div.slopes(table, log_p, log_q)
+            terms.append(div.slope_sums(q, slope))
+            kd, mean = _reduced(terms, dist.ReduceOp.SUM, group)
+            da = None if dz is None else div.from_slopes(q, slope, mean)
+        if dz is not None and da is not None:
+            dz += eager._scale_rows(da, weight / self.call.temperature)
+        return kd
+
+
+def _reduced(
+    terms: list[Tensor],  # (C,) each
+    op: dist.ReduceOp.RedOpType,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, ...]:
+    """Each term over all ranks, in one exchange."""
+    if not terms:
+        return ()
+    stacked = torch.stack(terms)
+    dist.all_reduce(stacked, op=op, group=group)
+    return stacked.unbind()
+
+
+def _maximum(z: Tensor) -> Tensor:
+    """Row-wise maximum, −inf of no columns. A NaN is left to the sums: what the maximum of a NaN
+    and a number is depends on who exchanges them.
+    """
+    if not z.shape[1]:
+        return z.new_full((z.shape[0],), -torch.inf)
+    top = z.amax(-1)
+    return top.masked_fill_(top.isnan(), -torch.inf)
+
+
+def _exp_sum(z: Tensor, top: Tensor) -> Tensor:
+    """Σ exp(z − top) of this rank's columns."""
+    return (z - top[:, None]).exp_().sum(-1)
+
+
+def _local(labels: Tensor, call: Call) -> Tensor:
+    """Labels as columns of this rank, −1 where another rank has the token or there is none."""
+    here = (labels >= call.held.start) & (labels < call.held.stop)
+    here &= labels != call.ignore_index
+    return torch.where(here, labels - call.held.start, -1)
