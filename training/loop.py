@@ -32,7 +32,7 @@ from training.data.collate import LlavaCollator
 from training.data.dataset import LlavaDataset
 from training.data.template import TemplateName
 from training.evaluation.held_out import Scores, evaluate
-from training.models import build_model, load_model, same_vocabulary, save_model
+from training.models import Processor, Vlm, build_model, load_vlm, same_vocabulary, save_model
 from training.stages import STAGES, Stage, freeze, loss_of
 from training.step import DistillStep
 from training.trainer import DistillTrainer
@@ -83,7 +83,7 @@ def run(config: Config, say: Say = print) -> list[StageResult]:
             _train(config, STAGES[name], model, processor, teacher, folder, say)
         else:
             say(f"{folder}: already done")
-            model, processor = load_model(folder / "model")
+            model, processor = load_vlm(folder / "model", dtype=torch.float32)
         results.append(_result(config, name, model, processor, folder, say))
     return results
 
@@ -182,12 +182,12 @@ def load_data(
     )
 
 
-def _teacher(config: Config, processor: LlavaProcessor) -> LlavaForConditionalGeneration | None:
+def _teacher(config: Config, processor: Processor) -> Vlm | None:
     needed = [name for name in config.stages if STAGES[name].needs_teacher]
     if not needed:
         return None
     path = require(config.teacher, "teacher", f"stage {needed[0]} compares with a teacher")
-    teacher, its_processor = load_model(path)
+    teacher, its_processor = load_vlm(path)
     same_vocabulary(processor, its_processor)
     return teacher
 

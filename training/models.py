@@ -1,10 +1,10 @@
 """Which model is trained, and how is it loaded and saved without anything going missing?
 
-Every model here is an ordinary `LlavaForConditionalGeneration`: a vision tower, a two-layer GELU
-projector (`mlp2x_gelu`: Linear(C, D) → GELU → Linear(D, D)) and a causal LM. It is put together
-from a tower and a language model (`assemble`), or loaded from a folder (`load_model`), and saved
-with its processor (`save_model`) so that `AutoModelForImageTextToText` and `AutoProcessor` load it
-with no help from this package.
+A model is any class that `AutoModelForImageTextToText` knows, loaded from a folder or hub name
+(`load_vlm`), or a LLaVA put together here (`assemble`) from a vision tower (SigLIP, CLIP), a new
+two-layer GELU projector (`mlp2x_gelu`: Linear(C, D) → GELU → Linear(D, D)) and a causal LM. It is
+saved with its processor (`save_model`) so that `AutoModelForImageTextToText` and `AutoProcessor`
+load it with no help from this package.
 
 A checkpoint of another architecture is an error that names what differs. Missing, surplus or
 misshapen weights are too: several published trainers load with `strict=False` and train whatever
@@ -13,9 +13,9 @@ happened to be initialised at random.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,37 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
+    ProcessorMixin,
     Qwen2Config,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from training.config import ModelConfig, require
 
 IMAGE_TOKEN = "<image>"
+# The ids of `training.data.template`'s chat prompt, for who has only the saved folder.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %} ASSISTANT:{% else %} "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ eos_token }}{% endif %}{% endfor %}"
+)
+# Any class of AutoModelForImageTextToText, and of AutoProcessor: what they have in common (a
+# forward, a tokenizer) is no type of transformers'.
+Vlm = Any
+Processor = Any
 
 
 class CheckpointError(ValueError):
@@ -46,14 +65,23 @@ class CheckpointError(ValueError):
     the difference."""
 
 
-def build_model(
-    config: ModelConfig, seed: int
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The model and processor a `ModelConfig` describes; new weights are drawn from `seed`."""
+def build_model(config: ModelConfig, seed: int) -> tuple[Vlm, Processor]:
+    """The model and processor a `ModelConfig` describes, in fp32; new weights are drawn from
+    `seed`.
+
+    fp32 whatever the checkpoint has: an update of 2e-5 is lost in a bf16 weight.
+    """
     if config.path is not None:
-        return load_model(config.path, config.processor)
+        return load_vlm(config.path, config.processor, dtype=torch.float32)
     vision = require(config.vision, "model.vision", "a vision tower, or set model.path")
-    processor = load_processor(config.processor, vision, config.language)
+    processor = (
+        load_processor(config.processor)
+        if config.processor is not None
+        else _new_processor(config, vision)
+    )
+    if not isinstance(processor, LlavaProcessor):
+        kind = type(processor).__name__
+        raise CheckpointError(f"{config.processor}: is a {kind}, expected a LlavaProcessor")
     torch.manual_seed(seed)
     tower = load_tower(vision)
     language = _language_model(config, processor)
@@ -95,24 +123,29 @@ def assemble(
     return model
 
 
-def load_model(
-    path: str | Path, processor: str | None = None
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A saved model and its processor.
+def load_vlm(
+    path: str | Path, processor: str | None = None, *, dtype: torch.dtype | str = "auto"
+) -> tuple[Vlm, Processor]:
+    """A model of any image-text-to-text class and its processor, from a folder or hub name.
 
-    Raises `CheckpointError` if the folder is not a LLaVA checkpoint, or if a weight is missing,
-    surplus or misshapen.
+    Args:
+        path: where the model is.
+        processor: where its processor is, if not there.
+        dtype: of the weights; "auto" keeps the checkpoint's.
+
+    Raises:
+        CheckpointError: there is no such model, or a weight is missing, surplus or misshapen.
     """
-    _expect_llava(path)
+    _check_kind(path, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "an image-text-to-text model")
     try:
-        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path,
             output_loading_info=True,
-            dtype="auto",
+            dtype=dtype,
             ignore_mismatched_sizes=True,  # reported below, by key, instead of in a log
         )
-    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be loaded as a LLaVA model: {error}") from error
+    except (RuntimeError, OSError, ValueError, ImportError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: the model cannot be loaded: {error}") from error
     model, info = loaded
     faults = {
         name: sorted(map(str, keys)) for name, keys in info.items() if name in _FAULTS and keys
@@ -123,6 +156,15 @@ def load_model(
 
 
 _FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+
+
+def load_model(
+    path: str | Path, processor: str | None = None
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """`load_vlm` where it has to be a LLaVA; `CheckpointError` if it is another architecture."""
+    _check_kind(path, ("llava",), "'llava'")
+    loaded: Any = load_vlm(path, processor)
+    return loaded
 
 
 def load_state(model: nn.Module, state: dict[str, torch.Tensor], origin: str | Path) -> None:
@@ -157,36 +199,47 @@ def load_tower(path: str) -> PreTrainedModel:
     return tower
 
 
-def load_processor(
-    path: str | None, vision: str | None = None, language: str | None = None
-) -> LlavaProcessor:
-    """The processor in `path`, or one put together from the tower's image processor and the LM's
-    tokenizer."""
-    if path is not None:
+def load_processor(path: str) -> Processor:
+    """The processor in a folder or on the hub, whole: tokenizer, image processor, chat template.
+
+    Raises:
+        CheckpointError: it is not there, or needs a package that is not installed.
+    """
+    try:
         processor = AutoProcessor.from_pretrained(path)
-        if not isinstance(processor, LlavaProcessor):
-            kind = type(processor).__name__
-            raise CheckpointError(f"{path}: is a {kind}, expected a LlavaProcessor")
-        return processor
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"{path}: the processor cannot be loaded: {error}") from error
+    if not isinstance(processor, ProcessorMixin):
+        kind = type(processor).__name__
+        raise CheckpointError(
+            f"{path}: has only a {kind}, expected a processor for text and images"
+        )
+    return processor
+
+
+def _new_processor(config: ModelConfig, vision: str) -> LlavaProcessor:
+    """A processor of the tower's image processor and the LM's tokenizer, `<image>` added."""
     language = require(
-        language, "model.processor", "a processor, or model.language with a tokenizer"
+        config.language, "model.processor", "a processor, or model.language with a tokenizer"
     )
     tokenizer = AutoTokenizer.from_pretrained(language)
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    tower = AutoConfig.from_pretrained(require(vision, "model.vision", "the image processor"))
+    tower = AutoConfig.from_pretrained(vision)
+    tower = getattr(tower, "vision_config", tower)
     return LlavaProcessor(
         image_processor=AutoImageProcessor.from_pretrained(vision),
         tokenizer=tokenizer,
-        patch_size=getattr(tower, "vision_config", tower).patch_size,
-        vision_feature_select_strategy="full",
+        patch_size=tower.patch_size,
+        vision_feature_select_strategy=config.feature_strategy,
         image_token=IMAGE_TOKEN,
+        # CLIP puts a class token before its patches, which the strategy "default" drops again
+        num_additional_image_tokens=int(tower.model_type == "clip_vision_model"),
+        chat_template=CHAT_TEMPLATE,
     )
 
 
-def save_model(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, path: str | Path
-) -> None:
+def save_model(model: Vlm, processor: Processor, path: str | Path) -> None:
     """Write model and processor to `path`: under another name first, then renamed, so `path` is
     whole or absent."""
     target = Path(path)
@@ -199,36 +252,7 @@ def save_model(
     os.replace(staging, target)
 
 
-def share_tower(
-    student: LlavaForConditionalGeneration, teacher: LlavaForConditionalGeneration
-) -> bool:
-    """Let the teacher use the student's vision tower if the two are equal; say whether they are.
-
-    Equal means weight by weight, and read at the same layer. Then the tower is in memory once and
-    runs once a batch; each model applies its own projector to its output.
-    """
-    ours, theirs = student.model.vision_tower, teacher.model.vision_tower
-    same_output = _selection(student.config) == _selection(teacher.config)
-    a, b = ours.state_dict(), theirs.state_dict()
-    equal = a.keys() == b.keys() and all(torch.equal(a[key], b[key].to(a[key])) for key in a)
-    if equal and same_output:
-        teacher.model.vision_tower = ours
-    return equal and same_output
-
-
-def image_features(
-    model: LlavaForConditionalGeneration,
-    pixel_values: torch.Tensor,  # (n_images, 3, H, W)
-) -> torch.Tensor:  # (n_images, P, C)
-    """The tower's hidden states that the projector reads; what `LlavaModel.get_image_features`
-    projects."""
-    layers, strategy = _selection(model.config)
-    states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-    chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
-    return torch.cat([h[:, 1:] if strategy == "default" else h for h in chosen], dim=-1)
-
-
-def same_vocabulary(student: LlavaProcessor, teacher: LlavaProcessor) -> None:
+def same_vocabulary(student: Processor, teacher: Processor) -> None:
     """Raise `CheckpointError` unless both tokenizers give every word the same id: the losses
     compare column by column."""
     ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
@@ -238,10 +262,6 @@ def same_vocabulary(student: LlavaProcessor, teacher: LlavaProcessor) -> None:
             f"teacher: its tokenizer ({len(theirs)} tokens) differs from the student's "
             f"({len(ours)}), for instance {odd}; distillation needs one vocabulary"
         )
-
-
-def _selection(config: LlavaConfig) -> tuple[Any, str]:
-    return config.vision_feature_layer, config.vision_feature_select_strategy
 
 
 def _language_model(config: ModelConfig, processor: LlavaProcessor) -> Any:
@@ -275,17 +295,17 @@ def _grow_vocabulary(model: LlavaForConditionalGeneration, processor: LlavaProce
         model.resize_token_embeddings(tokens)
 
 
-def _expect_llava(path: str | Path) -> None:
-    """Look at config.json before transformers does: its own message for another architecture is
-    hard to read."""
-    if not Path(path).is_dir():
-        return  # a hub name: transformers resolves it
-    config_file = Path(path) / "config.json"
-    if not config_file.is_file():
-        raise CheckpointError(f"{path}: no config.json there, expected a saved LLaVA model")
-    kind = json.loads(config_file.read_text()).get("model_type")
-    if kind != "llava":
-        raise CheckpointError(f"{path}: model_type is {kind!r}, expected 'llava'")
+def _check_kind(path: str | Path, kinds: Collection[str], expected: str) -> None:
+    """Look at the model_type before transformers does: its own message is hard to read."""
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: neither a folder nor on the hub: {error}") from error
+    if not values:
+        raise CheckpointError(f"{path}: no config.json there, expected a saved model")
+    kind = values.get("model_type")
+    if kind not in kinds:
+        raise CheckpointError(f"{path}: model_type is {kind!r}, expected {expected}")
 
 
 def _listed(faults: dict[str, list[str]], most: int = 4) -> str:

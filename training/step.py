@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 import mllmkd_kernels as mk
 from training.anatomy import anatomy, image_token_id
-from training.models import image_features
+from training.shared_tower import image_features
 from training.teacher import OnlineTeacher, Teacher, run_to_head
 
 TERMS = ("ce", "response_kl", "visual_kl", "relation")

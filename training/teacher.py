@@ -20,7 +20,7 @@ from transformers import LlavaForConditionalGeneration
 
 import mllmkd_kernels as mk
 from training.anatomy import image_token_id
-from training.models import share_tower
+from training.shared_tower import share_tower
 
 # What a batch carries for the step, the loss or the log, and no model takes.
 _NOT_FOR_MODELS = ("labels", "image_lens", "sample_ids", "teacher")

@@ -26,7 +26,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 import mllmkd_kernels as mk
 from training import checkpoint
 from training.meter import Meter
-from training.models import load_model, load_state
+from training.models import load_state, load_vlm
 from training.step import TERMS, DistillStep, count_rows
 
 
@@ -126,7 +126,7 @@ class DistillTrainer(Trainer):
     ) -> None:
         """Weights of a checkpoint into the student; `CheckpointError` where they do not fit
         exactly."""
-        loaded, _ = load_model(resume_from_checkpoint)
+        loaded, _ = load_vlm(resume_from_checkpoint)
         load_state(self.step.student, loaded.state_dict(), resume_from_checkpoint)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -6,31 +6,39 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    CLIPConfig,
+    CLIPModel,
     LlavaForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from tests import tiny_models
 from tests.training import tiny
+from training import models
+from training.anatomy import image_token_id
 from training.config import ModelConfig
 from training.demo.words import build_processor
 from training.models import (
     CheckpointError,
     assemble,
     build_model,
-    image_features,
     load_model,
+    load_processor,
     load_state,
     load_tower,
+    load_vlm,
     same_vocabulary,
     save_model,
-    share_tower,
 )
 from training.settings import ConfigError
+from training.shared_tower import image_features, share_tower
 
 
 @pytest.fixture
@@ -55,9 +63,9 @@ def test_saved_folder_is_loaded_by_transformers_alone(built, tmp_path):
     assert not list(tmp_path.glob(".*incomplete")), "nothing of the staging folder stays"
 
 
-def test_parts_keep_their_weights(tower):
+def tiny_language():
     torch.manual_seed(3)
-    language = Qwen2ForCausalLM(
+    return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=40,
             hidden_size=16,
@@ -68,12 +76,71 @@ def test_parts_keep_their_weights(tower):
             tie_word_embeddings=True,
         )
     )
+
+
+def test_parts_keep_their_weights(tower):
+    language = tiny_language()
     eye = load_tower(str(tower))
     model = assemble(eye, language, image_token_id=3, feature_layer=-1)
     assert torch.equal(model.lm_head.weight, language.lm_head.weight)
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight, "tied stays tied"
     for key, value in eye.state_dict().items():
         assert torch.equal(model.model.vision_tower.state_dict()[key], value)
+
+
+def test_a_student_from_a_whole_clip_and_a_causal_lm(tmp_path):
+    """As LLaVA-MoD's: CLIP's class token dropped; the processor is made of the two folders."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**sizes, "intermediate_size": 32, "image_size": 16, "patch_size": 8}
+    text = {**sizes, "intermediate_size": 32, "vocab_size": 30, "eos_token_id": 1}
+    CLIPModel(CLIPConfig(vision_config=vision, text_config=text)).save_pretrained(tmp_path / "clip")
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    ).save_pretrained(tmp_path / "clip")
+    tiny_language().save_pretrained(tmp_path / "lm")
+    tokenizer = tiny.processor().tokenizer
+    tokenizer.save_pretrained(tmp_path / "lm")
+    model, processor = build_model(
+        ModelConfig(
+            vision=str(tmp_path / "clip"),
+            language=str(tmp_path / "lm"),
+            feature_strategy="default",
+        ),
+        0,
+    )
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "say"}]}]
+    prompt = processor.apply_chat_template(chat, tokenize=False)
+    assert prompt == "USER: <image>\nsay ASSISTANT:"
+    inputs = processor(images=[Image.new("RGB", (20, 30))], text=prompt, return_tensors="pt")
+    assert int((inputs["input_ids"] == image_token_id(model)).sum()) == 4, "no row for the CLS"
+    assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
+    save_model(model, processor, tmp_path / "m")
+    again = load_processor(str(tmp_path / "m"))
+    assert again(images=[Image.new("RGB", (20, 30))], text=prompt).input_ids == [
+        inputs["input_ids"][0].tolist()
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["llava-onevision", "qwen2.5-vl", "internvl", "smolvlm", "llava-siglip-full"]
+)
+def test_round_trip_of_every_class(name, tmp_path, monkeypatch):
+    model, _ = tiny_models.build(name)
+    monkeypatch.setattr(models, "load_processor", lambda path: path)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "a")
+    for dtype, expected in (("auto", torch.bfloat16), (torch.float32, torch.float32)):
+        again, where = load_vlm(tmp_path / "a", dtype=dtype)
+        assert type(again) is type(model) and where == str(tmp_path / "a")
+        assert again.dtype == expected
+        written = model.state_dict()
+        assert all(
+            torch.equal(written[k].to(dtype=expected), v) for k, v in again.state_dict().items()
+        )
+    state = load_file(tmp_path / "a" / "model.safetensors")
+    state.pop(next(key for key in sorted(state) if "norm" in key))
+    save_file(state, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"missing_keys: .*norm"):
+        load_vlm(tmp_path / "a")
 
 
 def test_seed_decides_new_weights(tower):
@@ -113,6 +180,14 @@ class TestBrokenCheckpoints:
         tmp_path.joinpath("empty").mkdir()
         with pytest.raises(CheckpointError, match=r"no config.json"):
             load_model(tmp_path / "empty")
+
+    def test_no_such_model(self):
+        with pytest.raises(CheckpointError, match=r"nobody/nothing: neither a folder nor"):
+            load_vlm("nobody/nothing")
+
+    def test_not_for_images_and_text(self, tower):
+        with pytest.raises(CheckpointError, match="expected an image-text-to-text model"):
+            load_vlm(tower)
 
     def test_another_architecture(self, tower):
         with pytest.raises(CheckpointError, match="model_type is 'siglip_vision_model'"):

@@ -20,21 +20,11 @@ from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from training.data.records import IMAGE_MARK, DataError, read_samples
+from training.models import CHAT_TEMPLATE
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 SPECIALS = (PAD, EOS, UNKNOWN, IMAGE_MARK)  # ids 0, 1, 2, 3
 TEMPLATE_WORDS = ("USER:", "ASSISTANT:")
-# The ids of `Encoder.prompt`, for whoever has only the saved folder and apply_chat_template.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{% endif %} ASSISTANT:{% else %} "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "</s>{% endif %}{% endfor %}"
-)
 
 
 def splitter() -> Sequence:
