@@ -43,8 +43,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> logprob_grad(
     const at::Tensor& labels, const at::Tensor& lse, double temperature, double cap, int64_t vocab,
     int64_t ignore_index, bool want_dh, bool want_dw, bool want_db, int64_t chunk_rows);
 
-// x · factor (0-dim) as torch.mul has it, in memory of large pages: a gradient of a head is fresh
-// memory every step, and 4 KiB at a time its page faults cost as much as the product.
+// x · factor (0-dim) as torch.mul has it, in memory kept from the last step: a head's gradient is
+// new every step, and the page faults of fresh memory cost more than the product.
 at::Tensor scaled(const at::Tensor& x, const at::Tensor& factor);
 
 // (images, 3) fp64: <R_s,R_s>, <R_t,R_t>, <R_s,R_t> with R = K Hᵀ of each image's rows.

@@ -3,7 +3,6 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mul.h>
 
@@ -194,8 +193,7 @@ template class Gradients<float>;
 template class Gradients<double>;
 
 at::Tensor scaled(const at::Tensor& x, const at::Tensor& factor) {
-  at::Tensor out = at::empty_like(x);
-  prefer_huge_pages(out);
+  at::Tensor out = kept_tensor(x.sizes(), x.scalar_type());
   return at::mul_out(out, x, factor);
 }
 

@@ -15,7 +15,7 @@
 namespace mllmkd {
 namespace {
 
-constexpr int64_t kKeepAtLeast = int64_t{4} << 20, kKeepInAll = int64_t{512} << 20;
+constexpr int64_t kKeepAtLeast = int64_t{4} << 20, kKeepInAll = int64_t{768} << 20;
 
 // Blocks between two calls; calls of several threads at once each take their own.
 struct Kept {

@@ -28,7 +28,7 @@ class Buffer {
  public:
   Buffer() = default;
   Buffer(int64_t parts, int64_t bytes) : Buffer(parts, bytes, false) {}
-  // The same, but kept for the next call when this one ends, up to 512 MiB in all: a step of
+  // The same, but kept for the next call when this one ends, up to 768 MiB in all: a step of
   // training asks for the same workspace every time, and the kernel would clear its pages anew.
   static Buffer kept(int64_t parts, int64_t bytes) { return Buffer(parts, bytes, true); }
   Buffer(Buffer&& other) noexcept;

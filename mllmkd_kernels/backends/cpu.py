@@ -49,13 +49,13 @@ def cpu_features() -> dict[str, bool | int | str]:
 
 
 def release_workspace() -> None:
-    """Free the logits workspace (at most 512 MiB) that is kept from one call to the next."""
+    """Free the logits workspace (at most 768 MiB) that is kept from one call to the next."""
     if available():
         _C.release_workspace()
 
 
 def scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """x · factor (0-dim, in the dtype of x), in memory of large pages."""
+    """x · factor (0-dim), in memory kept from the last step where there is some."""
     return torch.ops.mllmkd_cpu.scaled(x, factor)
 
 
