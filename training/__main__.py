@@ -11,9 +11,12 @@ from pathlib import Path
 from training import settings
 from training.config import Config
 from training.demo.recipes import DemoConfig
-from training.recipes import RECIPES
+from training.recipes import names, recipe, summaries
 
-EPILOG = "Every field of a run's configuration (--config FILE.yaml, or --set FIELD=VALUE):\n\n{}"
+EPILOG = (
+    "Recipes (--recipe NAME):\n\n{}\n\n"
+    "Every field of a run's configuration (--config FILE.yaml, or --set FIELD=VALUE):\n\n{}"
+)
 DEMO_EPILOG = "Every field of the demo (--set FIELD=VALUE):\n\n{}"
 
 
@@ -40,7 +43,7 @@ def _faults() -> tuple[type[Exception], ...]:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    fields = EPILOG.format("\n".join(settings.describe(Config)))
+    fields = EPILOG.format("\n".join(summaries()), "\n".join(settings.describe(Config)))
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__, epilog=fields)
     parser.formatter_class = raw
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -51,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, epilog=fields, formatter_class=raw)
         command.add_argument("--config", metavar="FILE.yaml", help="configuration file")
         command.add_argument(
-            "--recipe", choices=sorted(RECIPES), help="a complete one to start from"
+            "--recipe", choices=names(), metavar="NAME", help="a shipped one to start from (below)"
         )
         command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
         command.set_defaults(function=function)
@@ -72,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config(options: argparse.Namespace) -> Config:
-    base = RECIPES[options.recipe]() if options.recipe else None
+    base = recipe(options.recipe) if options.recipe else None
     return settings.load(Config, options.config, options.set, base)
 
 

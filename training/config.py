@@ -5,7 +5,7 @@ A `Config` describes one model and the stages it goes through, in order. A teach
 stages `pt, sft`; a distilled student is a run with stages `dpt, sft, dft` and `teacher` pointing at
 the teacher's folder. The defaults are LLaVA-KD's (RECIPES: batch 256 at 1e-3 for the projector
 stages, 128 at 2e-5 for the others, cosine, warm-up 3%, no weight decay, loss weights 1, 1, 1, 0.5);
-`recipes.py` has complete configurations as functions.
+`recipes/` has complete configurations.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ DIVERGENCES = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model to train: a LLaVA folder (`path`), or the parts it is put together from."""
+    """The model to train: one that is there (`path`), or the parts a LLaVA is put together from."""
 
-    path: str | None = setting(None, "folder of a LlavaForConditionalGeneration to start from")
+    path: str | None = setting(
+        None, "folder or hub name of an image-text-to-text model to start from"
+    )
     vision: str | None = setting(
-        None, "folder or hub name of the vision tower (SigLIP), if path is null"
+        None, "folder or hub name of the vision tower (SigLIP or CLIP), if path is null"
     )
     language: str | None = setting(
         None, "folder or hub name of the causal LM; null: a new one of the sizes below"
     )
     processor: str | None = setting(
-        None, "folder or hub name of the LlavaProcessor; null: the one in path"
+        None, "folder or hub name of the processor; null: the one in path, or made of the parts"
     )
     hidden: int = setting(64, "new LM: hidden size D", gt=0)
     layers: int = setting(2, "new LM: number of layers", gt=0)
@@ -156,7 +158,7 @@ class Config:
         ("dpt", "sft", "dft"), "stages in order", choices=("pt", "dpt", "sft", "dft")
     )
     teacher: str | None = setting(
-        None, "folder of the teacher (a LlavaForConditionalGeneration), for dpt and dft"
+        None, "folder or hub name of the teacher (any image-text-to-text model), for dpt and dft"
     )
     model: ModelConfig = section(ModelConfig, "the model to train")
     data: DataConfig = section(DataConfig, "the data to train on")

@@ -1,38 +1,41 @@
-"""Complete configurations, as functions: LLaVA-KD at its published sizes.
+"""Which complete configurations are shipped, and what is each for? The YAML files in `recipes/`.
 
-They give what the papers and scripts state (arXiv 2410.16236; stages, rates and batch sizes from
-the LLaVA-KD scripts) and leave the paths to the caller: `python -m training run --recipe
-llava_kd_student --set ...`.
+A recipe is the configuration of a published run, or of a pair of published models, with the source
+of every value in a comment; only the data is left to give: `python -m training run --recipe
+llava-kd-1b --set data.captions=...`. Its first comment line says what it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from pathlib import Path
 
-from training.config import Config, StageConfig
+from training import settings
+from training.config import Config
 
-
-def llava_kd_teacher() -> Config:
-    """The teacher's two stages, LLaVA's own: captions at 1e-3, then instructions at 2e-5."""
-    return Config(out="runs/llava_kd_teacher", stages=("pt", "sft"), precision="bf16")
+FOLDER = Path(__file__).with_name("recipes")
 
 
-def llava_kd_student() -> Config:
-    """The student's three stages, DPT → SFT → DFT, with the paper's weights 1, 1, 0.5."""
-    stage = partial(StageConfig, micro_batch=1)
-    return Config(
-        out="runs/llava_kd_student",
-        stages=("dpt", "sft", "dft"),
-        precision="bf16",
-        grad_checkpointing=True,
-        dpt=stage(batch_size=256, lr=1e-3),
-        sft=stage(batch_size=128, lr=2e-5),
-        dft=stage(batch_size=128, lr=2e-5),
-    )
+def names() -> list[str]:
+    """Names of the recipes, in alphabetical order."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-RECIPES: dict[str, Callable[[], Config]] = {
-    "llava_kd_teacher": llava_kd_teacher,
-    "llava_kd_student": llava_kd_student,
-}
+def recipe(name: str) -> Config:
+    """The configuration of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in names():
+        raise settings.ConfigError(f"--recipe {name}: expected one of {', '.join(names())}")
+    return settings.load(Config, FOLDER / f"{name}.yaml")
+
+
+def summaries() -> list[str]:
+    """One line a recipe for `--help`: its name and its first comment line."""
+    width = max(map(len, names()))
+    return [f"  {name:<{width}}  {_first_comment(FOLDER / f'{name}.yaml')}" for name in names()]
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text().partition("\n")[0].removeprefix("#").strip()

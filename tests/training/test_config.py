@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from training import settings
 from training.__main__ import main
 from training.config import Config, LossConfig, ModelConfig, StageConfig
 from training.demo.recipes import DemoConfig
-from training.recipes import RECIPES
+from training.recipes import names, recipe
 from training.settings import ConfigError
 
 
@@ -35,9 +36,9 @@ def test_yaml_without_a_dot_is_still_a_number():
     assert settings.build(Config, {"sft": {"lr": "2e-3"}}).sft.lr == 2e-3
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize("name", names())
 def test_dump_is_read_back(name, tmp_path):
-    config = RECIPES[name]()
+    config = recipe(name)
     file = tmp_path / "c.yaml"
     file.write_text(settings.dump(config))
     assert settings.load(Config, file) == config
@@ -116,7 +117,7 @@ def test_command_line_reports_a_fault_in_one_line(capsys):
 
 def test_command_line_show_and_help():
     shown = subprocess.run(
-        [sys.executable, "-m", "training", "show", "--recipe", "llava_kd_student"],
+        [sys.executable, "-m", "training", "show", "--recipe", "llava-kd-1b"],
         capture_output=True,
         text=True,
         check=True,
@@ -126,3 +127,4 @@ def test_command_line_show_and_help():
         [sys.executable, "-m", "training", "--help"], capture_output=True, text=True, check=True
     )
     assert "dft.loss.temperature" in helped.stdout
+    assert re.search(r"qwen2.5-vl-7b-3b +Qwen2.5-VL-3B from Qwen2.5-VL-7B", helped.stdout)
