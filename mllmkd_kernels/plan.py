@@ -28,9 +28,9 @@ WORKSPACE_MB = 256.0
 WORKSPACE_MB_GPU = 600.0
 
 #: The C++ kernels take no more rows at a time, whatever the budget: fewer read the heads too often,
-#: more leave the cache. Measured on two cores, bf16, as time over the floor's: V 151,936 with 110,
-#: 220, 440 rows 1.21, 1.07, 1.24; V 65,536 with 128, 256, 512 rows 1.17, 1.04 to 1.07, 1.16.
-CPU_CHUNK_ROWS = 256
+#: more leave the cache. Measured on two cores, bf16, V 65,536, as time over the floor's: 256, 352,
+#: 512 rows 1.16, 1.14, 1.08.
+CPU_CHUNK_ROWS = 512
 
 #: A chunk never has fewer rows than this, whatever the budget: each chunk reads both heads once.
 MIN_CHUNK_ROWS = 32
@@ -59,7 +59,8 @@ class Plan:
             of `chunk_vocab` columns at a time).
         chunk_rows: C, the rows whose logits exist at the same time; all of them for "stream".
         chunk_vocab: the columns that exist at the same time; all of them for "chunk".
-        workspace_bytes: the logits of one chunk and the fp32 accumulator of dW; for "stream" the
+        workspace_bytes: the logits of one chunk and the fp32 accumulator of dW (which "cpu" counts
+            among what is saved: it rounds in place); for "stream" the
             gradient of one slice of the vocabulary.
         saved_bytes: unscaled gradients, kept from forward until backward has scaled them.
         peak_bytes: the most that exists at once beyond the returned gradients. The C++ kernels keep
@@ -207,9 +208,14 @@ def _wanted(s: Shapes) -> str:
     return f"gradients wanted: {', '.join(names) or 'none'}"
 
 
+def _head_bytes(s: Shapes) -> int:
+    """Of an entry of the saved dW."""
+    return 4 if s.dtype == torch.float16 else s.dtype.itemsize
+
+
 def _saved_bytes(s: Shapes, element: int) -> int:
-    head = 4 if s.dtype == torch.float16 else s.dtype.itemsize
-    return s.rows * s.d_s * element * s.want_dh + s.vocab * s.d_s * head * s.want_dw
+    dh, dw = s.rows * s.d_s * element * s.want_dh, s.vocab * s.d_s * _head_bytes(s) * s.want_dw
+    return dh + dw
 
 
 def _host_plan(s: Shapes, name: str, why: str, workspace_mb: float | None) -> Plan:
@@ -218,11 +224,15 @@ def _host_plan(s: Shapes, name: str, why: str, workspace_mb: float | None) -> Pl
     if name == "eager":
         blocks = EAGER_BLOCKS if s.d_t else EAGER_BLOCKS_CE
     c = chunk_rows(name, s.rows, s.vocab, blocks, element, workspace_mb)
-    summed_apart = s.want_dw and s.dtype.itemsize < 4 and (name == "eager" or c < s.rows)
-    accumulator = s.vocab * s.d_s * element * summed_apart  # dW is rounded once, at the end
+    workspace, saved = blocks * c * s.vocab * element, _saved_bytes(s, element)
+    if s.want_dw and s.dtype.itemsize < 4 and (name == "eager" or c < s.rows):
+        accumulator = s.vocab * s.d_s * element  # dW is rounded once, at the end
+        if name == "eager":
+            workspace += accumulator
+        else:  # in place: the rounded dW lies in what it was summed in
+            saved += accumulator - s.vocab * s.d_s * _head_bytes(s)
     return Plan(
-        name, "chunk", c, s.vocab, blocks * c * s.vocab * element + accumulator,
-        _saved_bytes(s, element), s.floor_flops, s.floor_flops,
+        name, "chunk", c, s.vocab, workspace, saved, s.floor_flops, s.floor_flops,
         reasons=(
             why,
             f"{blocks} logit blocks of {c} x {s.vocab} x {element} bytes fit the workspace budget",

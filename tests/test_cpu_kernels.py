@@ -42,6 +42,7 @@ def test_kernel_divergences(divergence: str, dtype: torch.dtype) -> None:
         (32, 225, 31, 17),  # a tile of one row, odd features: the padded half of a bf16 pair
         (300, 449, 300, 600),  # two blocks of tokens, two slabs of features, two tiles and a row
         (530, 64, 600, 513),  # two blocks and two slabs in bf16
+        (150, 2700, 31, 17),  # 13 tiles in two chunks: bf16's dW moves together in four doublings
     ],
 )
 @pytest.mark.parametrize("dtype", FLOATS[:3], ids=lambda d: str(d)[6:])

@@ -31,7 +31,7 @@ def test_an_ample_budget_is_one_chunk_and_a_poor_one_the_smallest() -> None:
 
 def test_the_kernels_take_no_more_rows_than_their_cache_likes() -> None:
     assert plan.chunk_rows("cpu", 1024, 65_536, 2, 4, None) == plan.CPU_CHUNK_ROWS
-    assert plan.chunk_rows("cpu", 1000, 100, 2, 4, 1e6) == 250
+    assert plan.chunk_rows("cpu", 1000, 100, 2, 4, 1e6) == 500
 
 
 def test_saved_gradients_count_beside_the_workspace_that_is_kept() -> None:

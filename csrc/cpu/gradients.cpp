@@ -14,13 +14,32 @@
 namespace mllmkd {
 namespace {
 
-// dst[offset, offset + n) = src in dst's dtype; the only rounding of dW.
+// n numbers of `src` in `dtype` at `dst`, which may be `src` itself; the only rounding of dW.
 template <class T>
-void round_rows(const T* src, int64_t n, const at::Tensor& dst, int64_t offset) {
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, dst.scalar_type(), "dw", [&] {
-    scalar_t* out = dst.mutable_data_ptr<scalar_t>() + offset;
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<scalar_t>(src[i]);
+void round_rows(const T* src, int64_t n, at::ScalarType dtype, void* dst) {
+  constexpr int64_t block = 512;
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, dtype, "dw", [&] {
+    scalar_t rounded[block];
+    for (int64_t i = 0; i < n; i += block) {
+      const int64_t count = std::min(block, n - i);
+      for (int64_t j = 0; j < count; ++j) rounded[j] = static_cast<scalar_t>(src[i + j]);
+      std::memcpy(static_cast<scalar_t*>(dst) + i, rounded, count * sizeof(scalar_t));
+    }
   });
+}
+
+// Pieces of `piece` bytes (the last shorter), spread `spread` bytes apart, move together in place.
+// Those of [n, 2n) go where [n/2, n) were, as long as they are no more than half as dense: so each
+// doubling is parallel, and reads nothing that it writes.
+void move_together(char* data, int64_t bytes, int64_t piece, int64_t spread) {
+  const int64_t pieces = (bytes + piece - 1) / piece;
+  for (int64_t n = 1; n < pieces; n *= 2) {
+    at::parallel_for(n, std::min(2 * n, pieces), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        std::memcpy(data + i * piece, data + i * spread, std::min(piece, bytes - i * piece));
+      }
+    });
+  }
 }
 
 std::vector<int64_t> shape_if(bool wanted, std::vector<int64_t> shape) {
@@ -41,6 +60,7 @@ Gradients<T>::Gradients(
       features_(hidden.size(1)),
       feature_panels_((features_ + kernels_.panel - 1) / kernels_.panel),
       chunk_(chunk),
+      vocab_(hidden.size(0) ? vocab : 0),
       many_(many_chunks) {
   const auto real = c10::CppTypeToScalarType<T>::value;
   const int64_t threads = at::get_num_threads(), panel = kernels_.panel,
@@ -51,20 +71,26 @@ Gradients<T>::Gradients(
   db = at::zeros(shape_if(wanted.db, {weight.size(0)}), real);
   // not fp16: an incoming gradient (a loss scale) has yet to lift dW above its smallest number
   const auto stored = weight.scalar_type() == at::kHalf ? real : weight.scalar_type();
-  dw = kept_tensor(shape_if(wanted.dw, {weight.size(0), features_}), stored);
+  const auto shape = shape_if(wanted.dw, {weight.size(0), features_});
+  in_place_ = wanted.dw && many_chunks && stored != real;
+  if (in_place_) {
+    // summed in T; at the end the rounded numbers take the first half of the same memory
+    const at::Tensor sum = kept_tensor(shape, real);
+    sum_ = sum.mutable_data_ptr<T>();
+    dw = at::from_blob(sum_, shape, [sum](void*) {}, at::TensorOptions(stored));
+  } else {
+    dw = kept_tensor(shape, stored);
+  }
   if (!wanted.any()) return;
   g_ = Buffer(threads, kTile * panel * sizeof(T));
   if (wanted.dw) {
-    dw.narrow(0, hidden.size(0) ? vocab : 0, weight.size(0) - (hidden.size(0) ? vocab : 0)).zero_();
+    if (!in_place_) tail().zero_();
     right_h_ = Buffer(blocks * feature_panels_, product_.depth * panel * bytes);
     left_v_ = Buffer(threads, kTile * left_row);
     edge_ = Buffer(threads, kTile * panel * sizeof(T));
     if (stored == real) {
       sum_ = dw.mutable_data_ptr<T>();
-    } else if (many_chunks) {
-      dw_sum_ = Buffer::kept(1, vocab * features_ * sizeof(T));
-      sum_ = dw_sum_.template part<T>(0);
-    } else {
+    } else if (!in_place_) {
       dw_tile_ = Buffer(threads, kTile * features_ * sizeof(T));
     }
     rounds_ = stored != real;
@@ -139,7 +165,9 @@ void Gradients<T>::multiply_dw(int64_t v, int m, int64_t panel, int64_t panels, 
     add_panel_dw(m, k, block, i, left_v_.part(thread), out + i * kernels_.panel, add, thread);
   }
   const bool complete = last_ && (panel + panels) * kernels_.panel >= rows_;
-  if (complete && rounds_) round_rows(out, m * features_, dw, v * features_);
+  if (!complete || !rounds_) return;
+  char* place = static_cast<char*>(dw.mutable_data_ptr()) + v * features_ * dw.element_size();
+  round_rows(out, m * features_, dw.scalar_type(), in_place_ ? static_cast<void*>(out) : place);
 }
 
 // One panel of columns of dW. The last may be narrower than a panel: then by way of a buffer.
@@ -174,6 +202,13 @@ void Gradients<T>::multiply_dh(int64_t v, int m, int64_t panel, int64_t panels, 
 template <class T>
 void Gradients<T>::finish_chunk() {
   started_ = true;
+  if (in_place_ && last_) {
+    const int64_t tile = kTile * features_, size = dw.element_size();
+    move_together(
+        static_cast<char*>(dw.mutable_data_ptr()), vocab_ * features_ * size, tile * size,
+        tile * static_cast<int64_t>(sizeof(T)));
+    tail().zero_();
+  }
   if (!wanted_.dh) return;
   const int threads = at::get_num_threads();
   const int64_t ld = feature_panels_ * kernels_.panel;

@@ -44,6 +44,8 @@ class Gradients {
   void multiply_dh(int64_t v, int m, int64_t panel, int64_t panels, int thread);
   void add_panel_dw(
       int m, int k, int64_t block, int64_t i, const void* left, T* out, bool add, int thread) const;
+  // Rows of the weight beyond the vocabulary; all of them if there are no tokens.
+  at::Tensor tail() const { return dw.narrow(0, vocab_, dw.size(0) - vocab_); }
   int64_t columns(int64_t i) const {
     return std::min<int64_t>(kernels_.panel, features_ - i * kernels_.panel);
   }
@@ -52,16 +54,15 @@ class Gradients {
   const Kernels<T>& kernels_;
   const Product<T>& product_;
   Wanted wanted_;
-  int64_t features_, feature_panels_, chunk_, row_ = 0, rows_ = 0;
+  int64_t features_, feature_panels_, chunk_, vocab_, row_ = 0, rows_ = 0;
   const bool many_;
   bool started_ = false, last_ = false;
   Buffer right_h_;              // (blocks, feature panels) hidden states, token depth
   Buffer right_w_;              // (threads) one panel of weight rows
   Buffer g_, left_v_, left_c_;  // (threads) G: as written, by vocabulary row, by token
   Buffer dh_, dw_tile_, edge_;  // (threads)
-  Buffer dw_sum_;               // (V, D) of T, where dW is a sum over chunks and not of T itself
-  T* sum_ = nullptr;            // where dW is summed: itself, dw_sum_, or null for dw_tile_
-  bool rounds_ = false;
+  T* sum_ = nullptr;            // where dW is summed: in its own memory, or null for dw_tile_
+  bool rounds_ = false, in_place_ = false;  // in_place_: summed in T where it will lie rounded
 };
 
 }  // namespace mllmkd
