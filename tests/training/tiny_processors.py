@@ -1,10 +1,10 @@
 """The real processor classes at tiny sizes: what a test needs to be any off-the-shelf model.
 
-`PROCESSORS` names a builder for each class. All share one byte-level tokenizer made here (every text
-has ids, none is unknown) and use the image processors that run on Pillow. The chat templates are
-written here too, with the published ones' structure: Qwen's default system turn, OneVision's answers
-that open differently in history and in a prompt, SmolVLM's space before an answer, InternVL's line
-break after an image.
+`PROCESSORS` names a builder for each class. All share one byte-level tokenizer made here (every
+text has ids, none is unknown) and use the image processors that run on Pillow. The chat templates
+are written here too, with the published ones' structure: Qwen's default system turn, OneVision's
+answers that open differently in history and in a prompt, SmolVLM's space before an answer,
+InternVL's line break after an image.
 
 Two packages these classes ask for are only used for video, and are stood in for where they are not
 installed: torchvision (the video processors) and num2words (SmolVLM spells the number of frames).
@@ -31,7 +31,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 from transformers.video_processing_utils import VideoProcessorMixin
 
 START, END, EOS, PAD = "<|im_start|>", "<|im_end|>", "<end_of_utterance>", "<|pad|>"
@@ -203,5 +203,6 @@ if not is_torchvision_available():
     vars(processing_utils.transformers_module)["VideoProcessorMixin"] = NoVideo
     auto: Any = import_module("transformers.models.auto.video_processing_auto")
     auto.AutoVideoProcessor = NoVideo
-if processing_smolvlm.num2words is None:
-    vars(processing_smolvlm)["num2words"] = str
+smol: Any = processing_smolvlm
+if smol.num2words is None:
+    smol.num2words = str
