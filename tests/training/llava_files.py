@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlavaProcessor
 
 from training.data.collate import Batch
-from training.data.dataset import Item
+from training.data.item import Item
 from training.demo.words import build_processor
 
 TALK = "a bag ? a coat . how many there is it this what yes no two"

@@ -1,67 +1,120 @@
 """How do samples of different lengths, with and without images, become one batch?
 
-Ids, attention mask and labels are padded on the right to the longest sample (causal attention
-never looks there, and labels there are -100); images of all samples are stacked in the order of
-their image tokens, which is how `LlavaForConditionalGeneration` expects them. Text-only samples
-bring no images, so they mix with the others freely; a batch of text alone has no pixel_values.
+Whatever has one value a token is padded on the right to the longest sample (causal attention never
+looks there, and labels there are -100). Whatever came of images is put end to end in the order of
+the samples, which is how every class of model finds it again: images (LLaVA), tiles (InternVL),
+patches with their `image_grid_thw` (Qwen). Where a class has an axis of tiles per image (OneVision)
+or of images per sample (SmolVLM), that axis is filled up with zeros first, which those models leave
+out themselves. Text-only samples bring no images, so they mix with the others freely; a batch of
+text alone has no pixel_values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
-from transformers import LlavaProcessor
+from torch.nn.functional import pad
 
-from training.data.dataset import Item
-from training.data.template import IGNORE
+from training.data.item import IGNORE, TOKEN_EXTRAS, Item
+
+NOT_VISUAL = ("input_ids", "labels", "image_lens", "sample_id", "teacher", *TOKEN_EXTRAS)
 
 
 class Batch(TypedDict):
-    """B samples padded to T tokens; pixel_values is absent when no sample has an image."""
+    """B samples padded to T tokens, and the visual entries the processor makes."""
 
     input_ids: Tensor  # (B, T) int64
     attention_mask: Tensor  # (B, T) int64, 1 on tokens and 0 on padding
     labels: Tensor  # (B, T) int64
-    pixel_values: NotRequired[Tensor]  # (sum of n_images, 3, H, W) float32
+    image_lens: Tensor  # (images,) int64: image-token rows of each image
+    sample_ids: list[str]
+    pixel_values: NotRequired[Tensor]  # absent when no sample has an image
+    teacher: NotRequired[Any]  # a Batch of the same samples, made by the teacher's encoder
 
 
-class LlavaCollator:
+class Collator:
     """Right-pads `Item`s into a `Batch`.
 
+    Args:
+        processor: whose pad token fills short samples.
+        teacher: the processor of the items' ``teacher`` items, if they have them.
+
     Raises:
-        ValueError: the processor's tokenizer has no pad token.
+        ValueError: a processor's tokenizer has no pad token.
     """
 
-    def __init__(self, processor: LlavaProcessor) -> None:
-        if processor.tokenizer.pad_token_id is None:
-            raise ValueError("processor: its tokenizer has no pad_token, which fills short samples")
-        self.pad_id: int = processor.tokenizer.pad_token_id
+    def __init__(self, processor: Any, teacher: Any = None) -> None:
+        self.pad_id = _pad_id(processor)
+        self.teacher = Collator(teacher) if teacher is not None else None
 
     def __call__(self, items: Sequence[Item]) -> Batch:
         """One batch of at least one item, in their order.
 
         Raises:
-            ValueError: no items, or images of different sizes.
+            ValueError: no items, images of sizes that do not go together, or an entry that some
+                items with images lack.
         """
         if not items:
             raise ValueError("items: got none, expected at least one")
         ids = [item["input_ids"] for item in items]
-        batch = Batch(
-            input_ids=_padded(ids, self.pad_id),
-            attention_mask=_padded([torch.ones_like(row) for row in ids], 0),
-            labels=_padded([item["labels"] for item in items], IGNORE),
-        )
-        pixels = [item["pixel_values"] for item in items if "pixel_values" in item]
-        if pixels:
-            sizes = {tuple(image.shape[1:]) for image in pixels}
-            if len(sizes) > 1:
-                raise ValueError(f"items: got images of sizes {sorted(sizes)}, expected one size")
-            batch["pixel_values"] = torch.cat(pixels)
-        return batch
+        batch: dict[str, Any] = {
+            "input_ids": _padded(ids, self.pad_id),
+            "attention_mask": _padded([torch.ones_like(row) for row in ids], 0),
+            "labels": _padded([item["labels"] for item in items], IGNORE),
+            "image_lens": torch.cat([item["image_lens"] for item in items]),
+            "sample_ids": [item["sample_id"] for item in items],
+        }
+        for name in TOKEN_EXTRAS:
+            rows = [item[name] for item in items if name in item]
+            if rows:
+                batch[name] = _padded(rows, 0)
+        batch |= _visual(items)
+        if self.teacher is not None:
+            batch["teacher"] = self.teacher([item["teacher"] for item in items])  # pyright: ignore[reportTypedDictNotRequiredAccess]
+        return batch  # pyright: ignore[reportReturnType]
+
+
+LlavaCollator = Collator
+
+
+def _visual(items: Sequence[Item]) -> dict[str, Tensor]:
+    """Every entry that came of images, put end to end."""
+    shown = [item for item in items if len(item["image_lens"])]
+    names = sorted({name for item in shown for name in item} - set(NOT_VISUAL))
+    entries = {}
+    for name in names:
+        if any(name not in item for item in shown):
+            raise ValueError(f"items: {name} in some with images and not in others")
+        entries[name] = _end_to_end(name, [item[name] for item in shown])  # pyright: ignore
+    return entries
+
+
+def _end_to_end(name: str, tensors: list[Tensor]) -> Tensor:
+    """Tensors (n, ...) as one (sum of n, ...); an axis of tiles or images is filled with zeros."""
+    if tensors[0].dim() == 5 or name == "pixel_attention_mask":
+        most = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
+        tensors = [_grown(t, most) for t in tensors]
+    sizes = {tuple(tensor.shape[1:]) for tensor in tensors}
+    if len(sizes) > 1:
+        raise ValueError(f"items: got {name} of sizes {sorted(sizes)}, expected one size")
+    return torch.cat(tensors)
+
+
+def _grown(tensor: Tensor, sizes: list[int]) -> Tensor:
+    """The tensor with axes 1 and later filled up to `sizes` at their ends."""
+    missing = [most - size for most, size in zip(sizes, tensor.shape[1:], strict=True)]
+    return pad(tensor, [n for size in reversed(missing) for n in (0, size)])
 
 
 def _padded(rows: list[Tensor], value: int) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+def _pad_id(processor: Any) -> int:
+    pad_id = processor.tokenizer.pad_token_id
+    if pad_id is None:
+        raise ValueError("processor: its tokenizer has no pad_token, which fills short samples")
+    return pad_id

@@ -14,30 +14,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import LlavaProcessor
 
+from training.data.chat import encoder_for
+from training.data.item import Item, ItemEncoder, Seen
 from training.data.records import DataError, Sample, fault, read_samples
-from training.data.template import Encoded, Encoder, TemplateName
+from training.data.template import TemplateName
 
 # What Pillow raises on damaged files; SyntaxError is how it reports a broken PNG chunk.
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 WHOLE_IMAGE = "an image file that decodes whole"
-
-
-class Item(TypedDict):
-    """One sample: T tokens; pixel_values is absent for text alone."""
-
-    input_ids: Tensor  # (T,) int64
-    labels: Tensor  # (T,) int64, -100 on everything that gpt did not say
-    pixel_values: NotRequired[Tensor]  # (n_images, 3, H, W) float32
 
 
 class Skip(NamedTuple):
@@ -54,17 +45,21 @@ class LlavaDataset(Dataset[Item]):
     Args:
         json_path: a LLaVA ``.json`` or ``.jsonl`` file (`training.data.records`).
         image_root: the folder that image paths are relative to.
-        processor: any `LlavaProcessor` whose images all have one size.
-        template: ``chat`` or ``pretrain`` (`training.data.template`).
+        processor: any image-text processor with a chat template (`training.data.chat`), or a
+            `LlavaProcessor` whose images all have one size.
+        template: ``chat`` or ``pretrain`` (`training.data.template`, `training.data.chat`).
         system: a line before the first turn of ``chat``.
         max_length: most tokens a sample may have, image tokens included. A longer one is a
             fault: cutting it could cut an image or the answer.
         skip_bad: leave faulty entries out, counted and listed, instead of raising.
+        teacher: the teacher's processor, if it differs: each item then has a ``teacher`` item,
+            made by it of the same sample.
         image_cache_mb: keep processed images in memory up to this size, per process.
 
     Raises:
         DataError: the file is unusable, an entry is faulty, or (skip_bad) none is sound.
-        ValueError: a bad max_length, image_cache_mb, template or processor.
+        ValueError: a bad max_length, image_cache_mb, template or processor (a `ConfigError` where
+            the processor's chat template cannot be trained with).
 
     Attributes:
         samples: the validated entries in file order; ``samples[i].kind`` and ``.turns`` belong to
@@ -76,8 +71,9 @@ class LlavaDataset(Dataset[Item]):
         self,
         json_path: str | Path,
         image_root: str | Path,
-        processor: LlavaProcessor,
+        processor: Any,
         *,
+        teacher: Any = None,
         template: TemplateName = "chat",
         system: str = "",
         max_length: int = 2048,
@@ -90,11 +86,13 @@ class LlavaDataset(Dataset[Item]):
             raise ValueError(f"image_cache_mb: got {image_cache_mb}, expected 0 or more")
         self.json_path, self.image_root = Path(json_path), Path(image_root)
         self.max_length, self.skip_bad = max_length, skip_bad
-        self.encoder = Encoder(processor, template, system)
-        self.image_processor = processor.image_processor
+        self.encoder: ItemEncoder = encoder_for(processor, template, system)
+        self.encoders = [self.encoder]
+        if teacher is not None:
+            self.encoders.append(encoder_for(teacher, template, system))
         self.samples: list[Sample] = []
         self.skipped: list[Skip] = []
-        self._cache: dict[Path, Tensor] = {}
+        self._cache: list[dict[tuple[str, ...], Seen]] = [{} for _ in self.encoders]
         self._cache_left = image_cache_mb << 20
         self._image_faults: dict[Path, str | None] = {}  # images are shared: look at each once
         for index, entry in enumerate(self._entries()):
@@ -117,15 +115,11 @@ class LlavaDataset(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         """Item ``index``; raises `DataError` if an image is damaged or the sample is too long."""
         sample = self.samples[index]
-        ids, labels = self._encoded(sample)
-        item = Item(
-            input_ids=torch.tensor(ids, dtype=torch.int64),
-            labels=torch.tensor(labels, dtype=torch.int64),
-        )
-        if sample.images:
-            pixels = [self._pixels(sample, i) for i in range(len(sample.images))]
-            item["pixel_values"] = torch.stack(pixels)
-        return item
+        images = [] if self._kept(sample) else self._images(sample)
+        items = [self._item(which, sample, images) for which in range(len(self.encoders))]
+        for extra in items[1:]:
+            items[0]["teacher"] = extra
+        return items[0]
 
     def image_path(self, image: str) -> Path:
         """Where an image named by an entry lies."""
@@ -150,16 +144,32 @@ class LlavaDataset(Dataset[Item]):
             if (got := self._image_faults[path]) is not None:
                 raise fault(entry.place, f"image[{i}]", got, WHOLE_IMAGE)
         if self.skip_bad:
-            self._encoded(entry)
+            for encoder in self.encoders:
+                fixed = encoder.fixed_image_tokens
+                seen = None if fixed else encoder.see(self._images(entry))
+                self._fits(entry, encoder.length(entry, seen))
         return entry
 
-    def _encoded(self, sample: Sample) -> Encoded:
-        encoded = self.encoder.encode(sample)
-        length = len(encoded.input_ids)
+    def _fits(self, sample: Sample, length: int) -> None:
         if length > self.max_length:
             got = f"{length} tokens"
             raise fault(sample.place, "conversations", got, f"at most max_length {self.max_length}")
-        return encoded
+
+    def _item(self, which: int, sample: Sample, images: list[Image.Image]) -> Item:
+        """The sample as one of the encoders makes it, its images from the cache if kept there."""
+        encoder, cache = self.encoders[which], self._cache[which]
+        seen = cache.get(sample.images)
+        if seen is None:
+            seen = encoder.see(images)
+            if seen.nbytes <= self._cache_left:  # when full nothing is evicted: order is random
+                self._cache_left -= seen.nbytes
+                cache[sample.images] = seen
+        item = encoder.item(sample, seen)
+        self._fits(sample, len(item["input_ids"]))
+        return item
+
+    def _kept(self, sample: Sample) -> bool:
+        return all(sample.images in cache for cache in self._cache)
 
     def _image_fault(self, path: Path) -> str | None:
         """Why an image is unusable, or None: looked for, and with skip_bad decoded."""
@@ -172,21 +182,16 @@ class LlavaDataset(Dataset[Item]):
                 return _damage(path, error)
         return None
 
-    def _pixels(self, sample: Sample, i: int) -> Tensor:
-        """Processed pixels (3, H, W) of one image, from the cache if they are kept there."""
-        path = self.image_path(sample.images[i])
-        pixels = self._cache.get(path)
-        if pixels is None:
+    def _images(self, sample: Sample) -> list[Image.Image]:
+        images = []
+        for i, name in enumerate(sample.images):
+            path = self.image_path(name)
             try:
-                image = _decoded(path)
+                images.append(_decoded(path))
             except BROKEN_IMAGE as error:
                 got = _damage(path, error)
                 raise fault(sample.place, f"image[{i}]", got, WHOLE_IMAGE) from error
-            pixels = self.image_processor(images=image, return_tensors="pt").pixel_values[0]
-            if pixels.nbytes <= self._cache_left:  # when full nothing is evicted: order is random
-                self._cache_left -= pixels.nbytes
-                self._cache[path] = pixels
-        return pixels
+        return images
 
     def _report_skips(self) -> None:
         first = self.skipped[0].reason

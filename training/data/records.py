@@ -55,12 +55,18 @@ def fault(place: Place, field: str, got: object, expected: str) -> DataError:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One validated entry: image paths as written, and (human, gpt) turns in order."""
+    """One validated entry: image paths as written, and (human, gpt) turns in order.
+
+    ``system`` is a system message of its own; ``ordered`` says that images stay where they are in
+    a turn, where LLaVA would put a turn's only image first.
+    """
 
     place: Place
     images: tuple[str, ...]
     turns: tuple[tuple[str, str], ...]
     kind: str | None = None
+    system: str | None = None
+    ordered: bool = False
 
     @property
     def id(self) -> str:

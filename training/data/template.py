@@ -18,15 +18,17 @@ LLaVA-KD do (half of LLaVA's captions data writes it last); with several, they s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from PIL import Image
 from transformers import LlavaProcessor
 
+from training.data.item import IGNORE, Item, Seen, build_item
+from training.data.pieces import Pieces
 from training.data.records import IMAGE_MARK, Sample, fault
 
-IGNORE = -100
 TemplateName = Literal["chat", "pretrain"]
-CACHED_PIECES = 1 << 16  # templated questions repeat; beyond this many texts nothing more is kept
 
 
 class Encoded(NamedTuple):
@@ -49,6 +51,8 @@ class Encoder:
             image processor whose number of tokens per image is not fixed.
     """
 
+    fixed_image_tokens = True
+
     def __init__(
         self, processor: LlavaProcessor, template: TemplateName = "chat", system: str = ""
     ) -> None:
@@ -60,9 +64,26 @@ class Encoder:
         self.template, self.system = template, f"{system} " if system else ""
         self.image_id: int = processor.image_token_id
         self.tokens_per_image = image_tokens(processor)
-        self._pieces: dict[str, tuple[int, ...]] = {}
+        self.image_processor = processor.image_processor
+        self._text = Pieces(self.tokenizer)
         start = self.tokenizer("").input_ids[:1]  # what the tokenizer itself puts before any text
         self._start = start if start == [self.tokenizer.bos_token_id] else []
+
+    def see(self, images: Sequence[Image.Image]) -> Seen:
+        """The pixels of one sample's images, (n_images, 3, H, W), and their tokens."""
+        if not images:
+            return Seen()
+        pixels = self.image_processor(images=list(images), return_tensors="pt").pixel_values
+        ids = [[self.image_id] * self.tokens_per_image for _ in images]
+        return Seen(ids, [len(row) for row in ids], inputs={"pixel_values": pixels})
+
+    def item(self, sample: Sample, seen: Seen) -> Item:
+        """Ids, labels and pixels of one sample; raises as `encode` does."""
+        return build_item(sample, *self.encode(sample), seen, {})
+
+    def length(self, sample: Sample, seen: Seen | None = None) -> int:
+        """Tokens of the item; raises as `encode` does."""
+        return len(self.encode(sample).input_ids)
 
     def encode(self, sample: Sample) -> Encoded:
         """Ids and labels of a whole sample.
@@ -118,11 +139,7 @@ class Encoder:
         return ids
 
     def _tokens(self, sample: Sample, message: int, text: str) -> tuple[int, ...]:
-        ids = self._pieces.get(text)
-        if ids is None:
-            ids = tuple(self.tokenizer(text, add_special_tokens=False).input_ids) if text else ()
-            if len(self._pieces) < CACHED_PIECES:
-                self._pieces[text] = ids
+        ids = self._text.ids(text)
         if self.image_id in ids:
             field = f"conversations[{message}].value"
             raise fault(sample.place, field, repr(text), f"images marked as {IMAGE_MARK} only")

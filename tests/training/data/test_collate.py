@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -12,8 +14,8 @@ from transformers import (
 )
 
 from tests.training.llava_files import PATCH, SIZE, TOKENS, pixels, processor
-from training.data.collate import LlavaCollator
-from training.data.dataset import Item
+from training.data.collate import Batch, Collator
+from training.data.item import Item
 
 IMAGE = processor().image_token_id
 
@@ -25,7 +27,8 @@ def item(length: int, images: int, seed: int = 0) -> Item:
     words[1 : 1 + images * TOKENS] = IMAGE
     labels = torch.full((length,), -100)
     labels[-2:] = words[-2:]
-    one = Item(input_ids=words, labels=labels)
+    lens = torch.full((images,), TOKENS)
+    one = Item(input_ids=words, labels=labels, image_lens=lens, sample_id=f"s{length}")
     if images:
         one["pixel_values"] = torch.randn(images, 3, SIZE, SIZE, generator=generator)
     return one
@@ -60,13 +63,21 @@ def model() -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config).eval()
 
 
+def inputs(batch: Batch) -> dict[str, Any]:
+    """What of a batch a model's forward takes."""
+    ours = ("labels", "image_lens", "sample_ids")
+    return {name: value for name, value in batch.items() if name not in ours}
+
+
 def test_right_padding() -> None:
-    batch = LlavaCollator(processor())([item(7, 1), item(4, 0), item(12, 2)])
+    batch = Collator(processor())([item(7, 1), item(4, 0), item(12, 2)])
     pad = processor().tokenizer.pad_token_id
     assert batch["attention_mask"].tolist() == [[1] * n + [0] * (12 - n) for n in (7, 4, 12)]
     padding = batch["attention_mask"] == 0
     assert (batch["input_ids"][padding] == pad).all()
     assert (batch["labels"][padding] == -100).all()
+    assert batch["image_lens"].tolist() == [TOKENS] * 3
+    assert batch["sample_ids"] == ["s7", "s4", "s12"]
     for row, one in enumerate([item(7, 1), item(4, 0), item(12, 2)]):
         length = one["input_ids"].numel()
         assert torch.equal(batch["input_ids"][row, :length], one["input_ids"])
@@ -75,31 +86,32 @@ def test_right_padding() -> None:
 
 def test_images_of_all_samples_in_order() -> None:
     items = [item(12, 2, seed=1), item(4, 0), item(7, 1, seed=2)]
-    images = pixels(LlavaCollator(processor())(items))
+    images = pixels(Collator(processor())(items))
     assert torch.equal(images[:2], pixels(items[0]))
     assert torch.equal(images[2:], pixels(items[2]))
 
 
 def test_text_alone_has_no_pixels() -> None:
-    assert "pixel_values" not in LlavaCollator(processor())([item(4, 0), item(5, 0)])
+    assert "pixel_values" not in Collator(processor())([item(4, 0), item(5, 0)])
 
 
 @torch.no_grad()
 def test_model_sees_each_sample_of_a_mixed_batch_as_it_sees_it_alone() -> None:
-    llava, collate = model(), LlavaCollator(processor())
+    llava, collate = model(), Collator(processor())
     items = [item(7, 1, seed=3), item(4, 0, seed=4), item(12, 2, seed=5)]
-    batch = llava(**collate(items)).logits
+    batch = llava(**inputs(collate(items))).logits
     for row, one in enumerate(items):
-        alone = llava(**collate([one])).logits[0]
+        alone = llava(**inputs(collate([one]))).logits[0]
         torch.testing.assert_close(batch[row, : len(alone)], alone, atol=1e-6, rtol=1e-5)
     # and the images matter: the comparison above would not notice if they were ignored
     other = items[0].copy()
     other["pixel_values"] = pixels(items[0]) + 1
-    assert not torch.allclose(llava(**collate([other])).logits, llava(**collate(items[:1])).logits)
+    same, changed = inputs(collate(items[:1])), inputs(collate([other]))
+    assert not torch.allclose(llava(**changed).logits, llava(**same).logits)
 
 
 def test_bad_input() -> None:
-    collate = LlavaCollator(processor())
+    collate = Collator(processor())
     with pytest.raises(ValueError, match="got none"):
         collate([])
     odd = item(7, 1)
@@ -109,4 +121,4 @@ def test_bad_input() -> None:
     padless = processor()
     padless.tokenizer.pad_token = None
     with pytest.raises(ValueError, match="no pad_token"):
-        LlavaCollator(padless)
+        Collator(padless)

@@ -176,8 +176,8 @@ def test_image_cache_returns_the_same_pixels_and_keeps_its_budget(root: Path) ->
     for _ in range(2):
         for i in range(3):
             assert torch.equal(pixels(cached[i]), pixels(plain[i]))
-    assert len(cached._cache) == 2 and cached._cache_left == 0
-    assert not plain._cache
+    assert len(cached._cache[0]) == 2 and cached._cache_left == 0
+    assert not plain._cache[0]
 
 
 @pytest.mark.parametrize("name", ["max_length", "image_cache_mb"])

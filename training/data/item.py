@@ -1,0 +1,81 @@
+"""What does one sample look like on its way from an encoder to a batch?
+
+An encoder sees a sample's images once (`Seen`: their tokens and tensors), then writes the ids
+around them (`Item`). What the tensors of an image are called and shaped is the processor's
+business; here only the names of those that have one value a token are known, because they are
+padded like ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NotRequired, Protocol, TypedDict
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from training.data.records import Sample
+
+IGNORE = -100
+# Entries of one value a token besides ids and labels; 0 is "text" in each.
+TOKEN_EXTRAS = ("mm_token_type_ids", "token_type_ids")
+
+
+class Item(TypedDict):
+    """One sample of T tokens, with whatever the processor made of its images besides."""
+
+    input_ids: Tensor  # (T,) int64
+    labels: Tensor  # (T,) int64, -100 on everything that is not an answer
+    image_lens: Tensor  # (n_images,) int64: image-token rows of each image, in order
+    sample_id: str
+    pixel_values: NotRequired[Tensor]  # absent for text alone
+    teacher: NotRequired[Any]  # the Item that the teacher's own encoder made of the same sample
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a processor made of a sample's images, ready to be put between pieces of text."""
+
+    ids: list[list[int]] = field(default_factory=list)  # per image, with its borders
+    lens: list[int] = field(default_factory=list)  # per image, image tokens among them
+    extras: dict[str, list[list[int]]] = field(default_factory=dict)  # per image, like ids
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # pixel_values and its company
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tensors."""
+        return sum(tensor.nbytes for tensor in self.inputs.values())
+
+
+class ItemEncoder(Protocol):
+    """Samples to items: `training.data.template.Encoder` or `training.data.chat.ChatEncoder`."""
+
+    fixed_image_tokens: bool  # whether every image has as many tokens, so that lengths need no look
+
+    def see(self, images: Sequence[Image.Image]) -> Seen:
+        """Process the images of one sample."""
+        ...
+
+    def item(self, sample: Sample, seen: Seen) -> Item:
+        """Ids, labels and visual tensors of one sample; `DataError` if it cannot be encoded."""
+        ...
+
+    def length(self, sample: Sample, seen: Seen | None) -> int:
+        """Tokens of the item; `seen` may be None where `fixed_image_tokens`."""
+        ...
+
+
+def build_item(
+    sample: Sample, ids: list[int], labels: list[int], seen: Seen, extras: dict[str, list[int]]
+) -> Item:
+    """The `Item` of finished lists, all of one value a token."""
+    fixed = Item(
+        input_ids=torch.tensor(ids, dtype=torch.int64),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        image_lens=torch.tensor(seen.lens, dtype=torch.int64),
+        sample_id=sample.id,
+    )
+    rest = {name: torch.tensor(row, dtype=torch.int64) for name, row in extras.items()}
+    return {**fixed, **rest, **seen.inputs}  # pyright: ignore[reportReturnType]
