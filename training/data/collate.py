@@ -68,7 +68,7 @@ class Collator:
             "sample_ids": [item["sample_id"] for item in items],
         }
         for name in TOKEN_EXTRAS:
-            rows = [item[name] for item in items if name in item]
+            rows = [item[name] for item in items if name in item]  # pyright: ignore
             if rows:
                 batch[name] = _padded(rows, 0)
         batch |= _visual(items)

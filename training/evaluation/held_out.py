@@ -28,6 +28,7 @@ from transformers import LlavaForConditionalGeneration
 import mllmkd_kernels as mk
 from training.data.collate import LlavaCollator
 from training.data.dataset import LlavaDataset
+from training.data.item import IGNORE
 
 ROW_BLOCK = 1024  # logits of this many answer rows at a time
 NO_KIND = "all"
@@ -138,9 +139,10 @@ def generate_answer(
     max_new_tokens: int = 16,
 ) -> str:
     """What the model itself writes, greedily, to the first question of sample `index`."""
-    prompt = torch.tensor([dataset.encoder.prompt(dataset.samples[index])], device=model.device)
-    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     item = dataset[index]
+    first = int((item["labels"] != IGNORE).nonzero()[0])  # the prompt is what precedes the answer
+    prompt = item["input_ids"][None, :first].to(model.device)
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     if "pixel_values" in item:
         inputs["pixel_values"] = item["pixel_values"].to(model.device)
     written = model.generate(  # pyright: ignore[reportAttributeAccessIssue]

@@ -13,6 +13,7 @@ from tests.training.llava_files import SIZE, TOKENS, entry, paint, pixels, proce
 from training.data.collate import LlavaCollator
 from training.data.dataset import LlavaDataset
 from training.data.records import DataError
+from training.data.template import Encoder
 
 
 @pytest.fixture
@@ -69,6 +70,7 @@ def test_pixels_are_the_entry_s_own_images_in_order(root: Path) -> None:
 
 def test_ids_and_labels_are_the_encoder_s(root: Path) -> None:
     data = dataset(root, [question()], template="pretrain")
+    assert isinstance(data.encoder, Encoder)
     ids, labels = data[0]["input_ids"], data[0]["labels"]
     assert ids.dtype == labels.dtype == torch.int64
     assert (ids.tolist(), labels.tolist()) == data.encoder.encode(data.samples[0])
