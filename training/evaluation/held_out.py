@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import LlavaForConditionalGeneration
@@ -29,6 +30,7 @@ import mllmkd_kernels as mk
 from training.data.collate import LlavaCollator
 from training.data.dataset import LlavaDataset
 from training.data.item import IGNORE
+from training.teacher import run_to_head
 
 ROW_BLOCK = 1024  # logits of this many answer rows at a time
 NO_KIND = "all"
@@ -102,9 +104,9 @@ def answers(
     model.eval()
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)  # pyright: ignore[reportArgumentType]
     for batch in tqdm(loader, desc=title, unit="batch", leave=False):
-        batch = {key: value.to(model.device) for key, value in batch.items()}
-        labels = batch.pop("labels")[:, 1:]
-        inputs = mk.head_inputs(model, **batch)
+        batch = send_to_device(batch, model.device)
+        labels = batch["labels"][:, 1:]
+        inputs = run_to_head(model, batch)
         rows = labels != -100
         best, nll = _score(inputs, inputs.hidden[:, :-1][rows], labels[rows])
         correct = torch.ones_like(rows)
