@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _faults() as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:  # Interrupted, or Ctrl-C where nothing was to be saved
+        print(str(error) or "interrupted; the same command continues", file=sys.stderr)
+        return getattr(error, "status", 130)
     return 0
 
 
@@ -37,8 +40,16 @@ def _faults() -> tuple[type[Exception], ...]:
     from training.data.records import DataError
     from training.demo.garments import GarmentError
     from training.models import CheckpointError
+    from training.watch import NonFiniteError
 
-    return settings.ConfigError, CheckpointError, DataError, GarmentError, FileExistsError
+    return (
+        settings.ConfigError,
+        CheckpointError,
+        DataError,
+        NonFiniteError,
+        GarmentError,
+        FileExistsError,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

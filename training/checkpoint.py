@@ -44,6 +44,19 @@ def discard(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
+def not_written(staged: Path, target: Path, error: BaseException) -> str:
+    """Remove what there is of a checkpoint that could not be written, to free its space; say what
+    is left to continue from."""
+    free = shutil.disk_usage(staged.parent.parent).free
+    shutil.rmtree(staged.parent, ignore_errors=True)
+    last, _ = newest(target.parent)
+    left = f"{last.name} is whole" if last is not None else "there is no earlier one"
+    return (
+        f"{target}: could not be written: {error} ({free / 2**20:,.0f} MiB were free); {left}. "
+        "Free some space and give the same command again"
+    )
+
+
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint in `folder`, and a message for each newer one that is not
     whole."""

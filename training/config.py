@@ -177,14 +177,22 @@ class Config:
     precision: str = setting("fp32", "fp32, or bf16 autocast", choices=("fp32", "bf16"))
     grad_checkpointing: bool = setting(False, "recompute activations in backward to save memory")
     log_steps: int = setting(10, "optimiser steps between two entries of the loss curve", gt=0)
-    save_steps: int = setting(
-        500, "optimiser steps between two checkpoints; a multiple of log_steps", gt=0
-    )
+    save_steps: int = setting(500, "optimiser steps between two checkpoints", gt=0)
     keep: int = setting(2, "checkpoints kept in each stage", gt=0)
     resume: bool = setting(
         True, "continue from what is in `out`; false: an `out` in use is an error"
     )
-    tensorboard: bool = setting(False, "also write TensorBoard event files")
+    report_to: tuple[str, ...] = setting(
+        (),
+        "where the loss curve goes besides log.jsonl; each must be installed",
+        choices=("tensorboard", "trackio", "wandb"),
+    )
+    on_nan: str = setting(
+        "stop",
+        "a loss or gradient that is not finite: stop naming the batch, or skip the step",
+        choices=("stop", "skip"),
+    )
+    skip_limit: int = setting(5, "on_nan skip: so many bad steps in a row stop the run", gt=0)
     eval_batch_size: int = setting(256, "samples per forward pass in evaluation", gt=0)
     threads: int | None = setting(None, "CPU threads; null: PyTorch's choice", gt=0)
 
@@ -192,12 +200,6 @@ class Config:
         check(self)
         if not self.stages:
             raise ConfigError("Config.stages: got [], expected at least one of pt, dpt, sft, dft")
-        if self.save_steps % self.log_steps:
-            # a checkpoint inside a logging window would lose the window's first half on resume
-            raise ConfigError(
-                f"Config.save_steps: got {self.save_steps}, "
-                f"expected a multiple of log_steps ({self.log_steps})"
-            )
 
     def stage(self, name: str) -> StageConfig:
         """The settings of one stage."""

@@ -3,7 +3,7 @@ once.
 
     out/config.yaml            the configuration; a run is only continued with the same one
     out/1-dpt/checkpoint-N     while the stage runs
-    out/1-dpt/history.json     the loss curve: loss, the four terms, lr, tokens/s, peak memory
+    out/1-dpt/log.jsonl        the loss curve: loss, the four terms, lr, tokens/s, peak memory
     out/1-dpt/scores.json      held-out accuracy and perplexity after the stage
     out/1-dpt/model            the finished model and processor: the stage is done
 
@@ -32,7 +32,10 @@ from training.data.collate import LlavaCollator
 from training.data.dataset import LlavaDataset
 from training.data.template import TemplateName
 from training.evaluation.held_out import Scores, evaluate
+from training.interrupt import Interrupted
+from training.journal import Journal
 from training.models import Processor, Vlm, build_model, load_vlm, same_vocabulary, save_model
+from training.progress import LOG, Place
 from training.stages import STAGES, Stage, freeze, loss_of
 from training.step import DistillStep
 from training.trainer import DistillTrainer
@@ -46,7 +49,9 @@ FREE = frozenset(
         "resume",
         "threads",
         "keep",
-        "tensorboard",
+        "report_to",
+        "on_nan",
+        "skip_limit",
         "eval_batch_size",
         "data.workers",
         "data.image_cache_mb",
@@ -61,7 +66,7 @@ class StageResult:
     name: str
     model: Path
     history: list[dict[str, float]]
-    summary: dict[str, float]  # steps, seconds, tokens_per_second, peak_gib
+    summary: dict[str, float]  # steps, skipped, seconds, tokens and samples a second, peak_gib
     scores: Scores | None
 
 
@@ -80,7 +85,7 @@ def run(config: Config, say: Say = print) -> list[StageResult]:
     for number, name in enumerate(config.stages, 1):
         folder = out / f"{number}-{name}"
         if not (folder / "model").is_dir():
-            _train(config, STAGES[name], model, processor, teacher, folder, say)
+            _train(config, number, model, processor, teacher, folder, say)
         else:
             say(f"{folder}: already done")
             model, processor = load_vlm(folder / "model", dtype=torch.float32)
@@ -98,7 +103,7 @@ def _silent(message: str) -> None:
 
 def _train(
     config: Config,
-    stage: Stage,
+    number: int,
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     teacher: LlavaForConditionalGeneration | None,
@@ -106,6 +111,7 @@ def _train(
     say: Say,
 ) -> None:
     """One stage, from the start or from its newest checkpoint, to `folder/model`."""
+    stage = STAGES[config.stages[number - 1]]
     options = config.stage(stage.name)
     freeze(model, stage)
     if config.grad_checkpointing:
@@ -116,9 +122,7 @@ def _train(
     step = DistillStep(
         model, teacher if stage.needs_teacher else None, loss_of(stage, options.loss)
     )
-    steps = options.steps or math.ceil(
-        options.epochs * math.ceil(len(dataset) / options.batch_size)
-    )
+    steps = _steps(options, len(dataset))
     trainer = DistillTrainer(
         step,
         _arguments(config, options, steps, folder),
@@ -126,6 +130,10 @@ def _train(
         dataset=dataset,
         collator=LlavaCollator(processor),
         title=folder.name,
+        place=Place(number, len(config.stages), _later(config, number, len(dataset))),
+        on_nan=config.on_nan,
+        skip_limit=config.skip_limit,
+        say=say,
     )
     resume, ignored = checkpoint.newest(folder)
     for message in ignored:
@@ -133,13 +141,29 @@ def _train(
     if resume is not None:
         say(f"{folder}: resuming from {resume.name}")
     if resume is not None and checkpoint.step_of(resume) >= steps:
-        trainer._load_from_checkpoint(str(resume))  # killed between the last step and the model
-        history = _read(resume / "trainer_state.json")["log_history"]
+        trainer.take_over(resume)  # killed between the last step and the model
     else:
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
-        history = trainer.state.log_history
-    curve = [entry for entry in history if "loss" in entry]
-    on_main(lambda: _finish(model, processor, folder, curve))
+    curve = [entry for entry in trainer.state.log_history if "loss" in entry]
+    summary = {"steps": steps, **trainer.meter.summary(), "skipped": trainer.watch.skipped}
+    on_main(lambda: _finish(model, processor, folder, curve, summary))
+    if trainer.stopped_by:
+        raise Interrupted(trainer.stopped_by, f"{folder} is done; the same command continues")
+
+
+def _steps(options: StageConfig, samples: int) -> int:
+    return options.steps or math.ceil(options.epochs * math.ceil(samples / options.batch_size))
+
+
+def _later(config: Config, number: int, samples: int) -> tuple[tuple[str, int | None], ...]:
+    """The stages after the one of this number, each with the samples it takes, as far as the data
+    of this one says."""
+    here, found = STAGES[config.stages[number - 1]].data, []
+    for name in config.stages[number:]:
+        options = config.stage(name)
+        known = options.steps is not None or STAGES[name].data == here
+        found.append((name, _steps(options, samples) * options.batch_size if known else None))
+    return tuple(found)
 
 
 def _finish(
@@ -147,11 +171,10 @@ def _finish(
     processor: LlavaProcessor,
     folder: Path,
     curve: list[dict[str, float]],
+    summary: dict[str, float],
 ) -> None:
     """Write what the stage leaves; the model last, because its presence means done."""
-    kept = ("seconds", "tokens_per_second", "peak_gib")
-    summary = {"steps": curve[-1]["step"], **{key: curve[-1][key] for key in kept}}
-    _write(folder / "history.json", curve)
+    Journal(folder / LOG).write(curve)
     _write(folder / "summary.json", summary)
     save_model(model, processor, folder / "model")
     for path in folder.glob(f"{checkpoint.PREFIX}*"):
@@ -221,7 +244,8 @@ def _arguments(config: Config, options: StageConfig, steps: int, folder: Path) -
         dataloader_num_workers=config.data.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
-        report_to=["tensorboard"] if config.tensorboard else [],
+        report_to=list(config.report_to),
+        run_name=f"{folder.parent.name}/{folder.name}",
     )
     if arguments.n_gpu > 1:
         raise settings.ConfigError(
@@ -258,7 +282,7 @@ def _result(
         on_main(score)
         scores = Scores.from_dict(_read(file))
         say(f"{folder}: {scores}")
-    history, summary = _read(folder / "history.json"), _read(folder / "summary.json")
+    history, summary = Journal(folder / LOG).read(), _read(folder / "summary.json")
     return StageResult(name, folder / "model", history, summary, scores)
 
 

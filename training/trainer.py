@@ -1,37 +1,55 @@
-"""What is different from `transformers.Trainer`? Four things; all else (loop, accelerate, resume,
+"""What is different from `transformers.Trainer`? Five things; all else (loop, accelerate, resume,
 logging) is its own.
 
 1. **Normaliser.** Each mean of the loss is over the rows of the whole optimiser step: every micro-
    batch of every rank. `_get_num_items_in_batch` counts them and the loss divides by the counts, so
    accumulating 4 micro-batches gives the big batch's gradient, however uneven they are. (With a
    mean-reduced loss the stock trainer gives 4 times it.)
-2. **Checkpoints** are whole or absent (`training.checkpoint`), hold the student alone, and load
-   strictly.
-3. **Logs** carry the four terms apart, tokens per second and peak memory.
-4. **The bar** shows them.
+2. **Checkpoints** are whole or absent (`training.checkpoint`), hold the student alone, load
+   strictly, and carry the sums of an unfinished log entry.
+3. **Logs** carry the four terms apart, rates and peak memory (`training.meter`), and are shown by
+   `training.progress`.
+4. **NaN.** An optimiser step with a number that is not finite is never made (`training.watch`).
+5. **Signals.** SIGINT and SIGTERM end a run after the step in hand, saved (`training.interrupt`).
 """
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
+from safetensors import SafetensorError
 from transformers import LlavaProcessor, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import mllmkd_kernels as mk
 from training import checkpoint
+from training.forecast import Forecast
+from training.interrupt import Interrupted, StopRequest
 from training.meter import Meter
-from training.models import load_state, load_vlm
+from training.models import CheckpointError, load_state, load_vlm
+from training.progress import Place, Progress
 from training.step import TERMS, DistillStep, count_rows
+from training.watch import Watch
+
+DIAGNOSTICS = ("student_entropy", "teacher_entropy", "agreement")
 
 
 class DistillTrainer(Trainer):
-    """`transformers.Trainer` for a `DistillStep`."""
+    """`transformers.Trainer` for a `DistillStep`.
+
+    Args:
+        step, args: what is trained, and how.
+        processor, dataset, collator: the data; the processor is saved beside the student.
+        title, place: of the stage, for the progress.
+        on_nan, skip_limit: see `training.watch`.
+        say: how messages are told.
+    """
 
     loss_is_scaled_for_ga = True  # compute_loss returns a share of the whole step's mean
 
@@ -44,35 +62,88 @@ class DistillTrainer(Trainer):
         dataset: torch.utils.data.Dataset,
         collator: Any,
         title: str,
+        place: Place | None = None,
+        on_nan: str = "stop",
+        skip_limit: int = 5,
+        say: Callable[[str], None] = print,
     ) -> None:
         super().__init__(model=step, args=args, train_dataset=dataset, data_collator=collator)
         self.step = step
         self.processor = processor
-        self.meter = Meter(args.device)
-        self.terms = torch.zeros(len(TERMS), device=args.device)
+        folder = Path(args.output_dir or ".")
+        self.names = ("loss", *TERMS)
+        if getattr(step.loss, "diagnostics", False):
+            self.names += DIAGNOSTICS
+        self.meter = Meter(self.names, args.device)
+        self.watch = Watch(
+            step.loss,
+            self.names,
+            self.accelerator,
+            folder,
+            on_nan=on_nan,
+            limit=skip_limit,
+            say=say,
+        )
+        self.forecast = Forecast(step, args, title, dataset, say)
+        self.stop = StopRequest()
+        self.stopped_by = 0  # the signal on which all ranks agreed
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.add_callback(Bar(title))
+        self.add_callback(Progress(title, place or Place(), folder, say))
+        self.add_callback(Stopper(self))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.train`, timed from here."""
-        self.meter = Meter(self.args.device)
-        return super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`, timed from here, or from where a checkpoint's time ends.
+
+        Raises `training.interrupt.Interrupted` after a signal, once a checkpoint is saved.
+        """
+        self.meter = Meter(self.names, self.args.device)
+        if resume_from_checkpoint:
+            self._restore(Path(resume_from_checkpoint))
+        with StopRequest() as self.stop:
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.stopped_by and self.state.global_step < self.state.max_steps:
+            step = f"step {self.state.global_step:,} of {self.state.max_steps:,}"
+            where = self.args.output_dir
+            raise Interrupted(
+                self.stopped_by, f"saved {where} at {step}; the same command continues there"
+            )
+        return result
+
+    def take_over(self, path: Path) -> None:
+        """Weights, log and state of a checkpoint after which no step is left to make."""
+        self._load_from_checkpoint(str(path))
+        self._restore(path)
+        self.state = TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
 
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: mk.RowCounts | None = None,  # pyright: ignore[reportIncompatibleMethodOverride]
     ) -> Any:
         """This micro-batch's share of the step's loss, times the number of ranks (DDP averages
         gradients)."""
+        self.forecast.first_batch(inputs)
         output = model(**inputs, counts=num_items_in_batch)
-        self.meter.add(int(inputs["attention_mask"].sum()))
-        self.terms += torch.stack([getattr(output, term).detach() for term in TERMS])
+        self.watch.see(inputs, num_items_in_batch, output)
         loss = output.loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`Trainer.training_step`; its sum over steps, which nothing here reads, would stay NaN
+        after one."""
+        return torch.nan_to_num(super().training_step(*args, **kwargs), 0.0, 0.0, 0.0)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """The one place between the last backward and the update: look at the step."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        number = self.state.global_step + 1
+        good, self.stopped_by = self.watch.close(number, norm, self.meter, self.stop.number)
+        if not good:
+            model.zero_grad(set_to_none=True)  # without a gradient the optimiser does nothing
+        return norm
 
     def _get_num_items_in_batch(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
@@ -85,18 +156,21 @@ class DistillTrainer(Trainer):
         return counts
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the four terms (means over the steps since the last entry), tokens/s and peak
+        """Add the four terms (means over the steps since the last entry), rates and peak
         memory."""
         if "loss" in logs:
-            steps = self.state.global_step - self._last_logged
-            means: Any = self.accelerator.reduce(self.terms / steps, reduction="sum")
-            logs |= dict(zip(TERMS, means.tolist(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
-            logs["seconds"] = self._seconds_before + self.meter.seconds
-            logs["tokens_per_second"] = self.meter.tokens_per_second
-            logs["peak_gib"] = self.meter.peak_gib
-            self.terms.zero_()
-            self._last_logged = self.state.global_step
+            logs |= self.meter.entry(self._total, self._most)
+            if self.watch.skipped:
+                logs["skipped"] = self.watch.skipped
         super().log(logs, start_time)
+
+    def _total(self, value: torch.Tensor) -> torch.Tensor:
+        summed: Any = self.accelerator.reduce(value, reduction="sum")
+        return summed
+
+    def _most(self, value: torch.Tensor) -> torch.Tensor:
+        gathered: Any = self.accelerator.gather(value)
+        return gathered.max()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The student alone, as a folder that transformers loads."""
@@ -112,14 +186,32 @@ class DistillTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         name = f"{checkpoint.PREFIX}{self.state.global_step}"
         staged = Path(self._get_output_dir(trial)) / name
+        target = staged.parent.parent / name
         if self.args.should_save:
             shutil.rmtree(staged.parent, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            target = staged.parent.parent / name
-            checkpoint.publish(staged, target, self.args.save_total_limit or 1)
+        try:
+            super()._save_checkpoint(model, trial)
+            state = {"meter": self.meter.state(), "watch": self.watch.state()}
+            (staged / self._sums).write_text(json.dumps(state))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoint.publish(staged, target, self.args.save_total_limit or 1)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(checkpoint.not_written(staged, target, error)) from error
+
+    @property
+    def _sums(self) -> str:
+        """The file of a checkpoint with this rank's part of the log."""
+        return f"sums_{self.args.process_index}.json"
+
+    def _restore(self, path: Path) -> None:
+        """Log and guard as they were; a rank the run did not have then starts from nothing."""
+        file = path / self._sums
+        if file.is_file():
+            state = json.loads(file.read_text())
+            self.meter.load(state["meter"])
+            self.watch.load(state["watch"], checkpoint.step_of(path))
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
@@ -129,44 +221,14 @@ class DistillTrainer(Trainer):
         loaded, _ = load_vlm(resume_from_checkpoint)
         load_state(self.step.student, loaded.state_dict(), resume_from_checkpoint)
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        path = kwargs.get("resume_from_checkpoint")
-        self._last_logged, self._seconds_before = 0, 0.0
-        if path:
-            self._last_logged = checkpoint.step_of(Path(path))
-            state = TrainerState.load_from_json(str(Path(path) / TRAINER_STATE_NAME))
-            self._seconds_before = state.log_history[-1]["seconds"]
-        return super()._inner_training_loop(*args, **kwargs)
 
+class Stopper(TrainerCallback):
+    """Save and stop after the step at which all ranks agreed on a signal."""
 
-class Bar(TrainerCallback):
-    """One progress bar a stage: steps, loss and its terms, tokens per second."""
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.bar: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar where the run starts, which after a resume is not 0."""
-        if state.is_world_process_zero:
-            steps = state.max_steps
-            self.bar = tqdm(total=steps, initial=state.global_step, desc=self.title, unit="step")
+    def __init__(self, trainer: DistillTrainer) -> None:
+        self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance; the last step is always logged, whatever log_steps."""
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the newest entry of the loss curve."""
-        if self.bar is not None and logs and "loss" in logs:
-            shown = {"loss": f"{logs['loss']:.3f}"}
-            shown |= {term: f"{logs[term]:.3f}" for term in TERMS if logs.get(term)}
-            self.bar.set_postfix(shown | {"tok/s": f"{logs['tokens_per_second']:.0f}"})
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar, leaving its last line."""
-        if self.bar is not None:
-            self.bar.close()
+        """Ask for a checkpoint and the end of the loop."""
+        if self.trainer.stopped_by:
+            control.should_save = control.should_training_stop = True

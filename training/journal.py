@@ -1,0 +1,57 @@
+"""How does a stage write down what happens, so that a kill leaves no half line? One json a line.
+
+A `Journal` is appended to while a stage runs, and read by people (``tail -f``) and tools. After a
+kill it may hold steps later than the newest checkpoint, which will be made again, and a last line
+that was cut short: `cut` removes both. Numbers that are not finite are written as null, because
+json has no other word for them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """A .jsonl file whose entries have a ``step``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add one line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(_line(entry))
+
+    def write(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Make these the whole content; the file is the old one or the new one, never half."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        staging = self.path.with_name(f".{self.path.name}.incomplete")
+        staging.write_text("".join(_line(entry) for entry in entries))
+        os.replace(staging, self.path)
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every whole entry; null comes back as nan."""
+        if not self.path.is_file():
+            return []
+        lines = self.path.read_text().splitlines(keepends=True)
+        entries = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [{k: math.nan if v is None else v for k, v in e.items()} for e in entries]
+
+    def cut(self, step: int) -> None:
+        """Remove the entries after `step`."""
+        if self.path.is_file():
+            self.write(entry for entry in self.read() if entry["step"] <= step)
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    plain = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in entry.items()
+    }
+    return json.dumps(plain, allow_nan=False) + "\n"

@@ -1,0 +1,200 @@
+"""Which batch made the loss NaN? Every micro-batch is watched; the host looks once a step.
+
+`see` notes a micro-batch's loss and terms, and a hook on the loss how many rows of each model's
+hidden states are not finite: a few numbers that stay on the device. `close`, called when the
+gradients of an optimiser step are complete and before they are used, is the one place that waits.
+If any number of any rank, or the gradient norm, is not finite, the step is not made: the weights
+never see it. Then the batch is written to ``bad_batch.pt`` and, `on_nan` says which,
+
+* ``stop``: a `NonFiniteError` names step, micro-batch, rank, samples, terms and model;
+* ``skip``: the step is left out, listed in ``skipped.jsonl``, and training goes on, unless
+  `limit` steps in a row were bad: that is divergence, not a bad sample.
+
+``torch.load("bad_batch.pt")`` gives ``batches`` (the keyword arguments of `DistillStep`) and
+``counts`` (of `mllmkd_kernels.RowCounts`); the newest checkpoint has the weights of a few steps
+earlier. What it leaves out: repairing anything. A loss scaled down by a filter is still wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+
+import mllmkd_kernels as mk
+from training.journal import Journal
+from training.meter import Meter
+
+BAD_BATCH = "bad_batch.pt"
+SKIPPED = "skipped.jsonl"
+MODELS = ("student", "teacher")
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is NaN or infinite; the message names the batch."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A micro-batch of the optimiser step in hand."""
+
+    inputs: dict[str, Any]
+    counts: mk.RowCounts | None
+    values: torch.Tensor  # (n names,) fp32: loss, terms
+    sizes: torch.Tensor  # (3,) int64: tokens, places, samples
+    rows: torch.Tensor  # (2, 2) int64: of student and teacher, rows not finite and rows
+
+
+class Watch:
+    """The guard of one stage.
+
+    Args:
+        loss: the loss module; a hook on it looks at the hidden states.
+        names: fields of its output, the first of them ``loss``.
+        accelerator: of the trainer.
+        folder: where ``bad_batch.pt`` and ``skipped.jsonl`` go.
+        on_nan, limit: see above.
+        say: how a skipped step is told.
+    """
+
+    def __init__(
+        self,
+        loss: torch.nn.Module,
+        names: tuple[str, ...],
+        accelerator: Accelerator,
+        folder: Path,
+        *,
+        on_nan: str = "stop",
+        limit: int = 5,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.names, self.accelerator, self.folder = names, accelerator, folder
+        self.on_nan, self.limit, self.say = on_nan, limit, say
+        self.skipped = self.in_a_row = 0
+        self._seen: list[Seen] = []
+        self._rows = torch.zeros(2, 2, dtype=torch.int64)
+        loss.register_forward_pre_hook(self._look)
+
+    def see(self, inputs: dict[str, Any], counts: mk.RowCounts | None, output: Any) -> None:
+        """Note a micro-batch and its `LlavaKDOutput`; never waits for the device."""
+        values = torch.stack([getattr(output, name).detach().float() for name in self.names])
+        self._seen.append(Seen(inputs, counts, values, sizes_of(inputs), self._rows))
+
+    def close(
+        self, step: int, grad_norm: torch.Tensor | float | None, meter: Meter, stop: int
+    ) -> tuple[bool, int]:
+        """End optimiser step number `step`: whether its update may be made, and the largest `stop`
+        of any rank (a signal number, or 0).
+
+        Raises `NonFiniteError`, on every rank alike.
+        """
+        seen, self._seen = self._seen, []
+        values = torch.stack([s.values for s in seen])
+        norm = torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=values.device)
+        flags = torch.stack([~values.isfinite().all(), ~norm.isfinite().all()]).int()
+        flags = torch.cat([flags, flags.new_tensor([stop])])
+        gathered: Any = self.accelerator.gather(flags[None])
+        bad_loss, bad_gradient, stop = gathered.amax(0).tolist()
+        good = not (bad_loss or bad_gradient)
+        meter.add(values.sum(0) if good else None, torch.stack([s.sizes for s in seen]).sum(0))
+        if good:
+            self.in_a_row = 0
+        else:
+            self._bad(step, seen, values, float(norm))
+        return good, stop
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps of it."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load(self, state: dict[str, int], step: int) -> None:
+        """Go on from a `state` of step `step`; steps skipped after it are no longer listed."""
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        if self.accelerator.is_main_process:
+            Journal(self.folder / SKIPPED).cut(step)
+
+    def _look(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        """Before the loss: how many rows of either model's hidden states are not finite."""
+        heads = args[: len(MODELS)]
+        rows = [_rows(head.hidden) for head in heads if head is not None]
+        self._rows = torch.stack(rows + [torch.zeros_like(rows[0])] * (len(heads) - len(rows)))
+
+    def _bad(self, step: int, seen: list[Seen], values: torch.Tensor, norm: float) -> None:
+        """Write the batch down; raise, or count the step as skipped."""
+        guilty = [i for i, row in enumerate(values.isfinite().all(1).tolist()) if not row]
+        rank = self.accelerator.process_index
+        found = [self._finding(i, seen) for i in guilty]
+        everyone: list[Any] = gather_object([(rank, found)])
+        first = min((rank for rank, found in everyone if found), default=0)
+        texts = [f["text"] for _, found in everyone for f in found]
+        if not texts:
+            texts = [f"the gradient norm is {norm} although every term is finite; {_names(seen)}"]
+        if rank == first:
+            self._write(step, texts, [seen[i] for i in guilty] or seen)
+        message = f"step {step}: {'; '.join(texts[:4])}"
+        message += f" (and {len(texts) - 4} more micro-batches)" if len(texts) > 4 else ""
+        file = self.folder / BAD_BATCH
+        if self.on_nan == "stop":
+            raise NonFiniteError(
+                f"{message}. The weights have not seen it. The batch is in {file}; on_nan=skip "
+                "leaves such steps out"
+            )
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.accelerator.is_main_process:
+            Journal(self.folder / SKIPPED).append({"step": step, "why": texts})
+            self.say(f"skipped {message}")
+        if self.in_a_row >= self.limit:
+            raise NonFiniteError(
+                f"{message}. {self.in_a_row} steps in a row were not finite (skip_limit): this is "
+                f"not one bad batch. The newest is in {file}"
+            )
+
+    def _finding(self, i: int, seen: list[Seen]) -> dict[str, Any]:
+        """One guilty micro-batch in words."""
+        micro = seen[i]
+        terms = [f"{n} {v:.4g}" for n, v in zip(self.names, micro.values.tolist(), strict=True)]
+        hidden = [
+            f"{who}'s hidden states: {bad} of {rows} rows not finite"
+            for who, (bad, rows) in zip(MODELS, micro.rows.tolist(), strict=True)
+            if rows
+        ]
+        rank = self.accelerator.process_index
+        where = f"micro-batch {i + 1} of {len(seen)}, rank {rank}"
+        return {"text": f"{where}: {', '.join([*terms, *hidden])}; {_names([micro])}"}
+
+    def _write(self, step: int, texts: list[str], seen: list[Seen]) -> None:
+        counts = [] if seen[0].counts is None else [int(count) for count in seen[0].counts]
+        batches = send_to_device([micro.inputs for micro in seen], "cpu")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        staging = self.folder / f".{BAD_BATCH}.incomplete"
+        torch.save({"step": step, "why": texts, "batches": batches, "counts": counts}, staging)
+        os.replace(staging, self.folder / BAD_BATCH)
+
+
+def sizes_of(inputs: dict[str, Any]) -> torch.Tensor:  # (3,) int64
+    """Tokens, places (tokens and padding) and samples of a batch, on its device."""
+    places = inputs["labels"].numel()
+    mask = inputs.get("attention_mask")  # none: no padding, as in a packed row
+    samples = len(inputs.get("sample_ids", inputs["labels"]))
+    sizes = inputs["labels"].new_tensor([places, places, samples])
+    if mask is not None:
+        sizes[0] = mask.count_nonzero()
+    return sizes
+
+
+def _rows(hidden: torch.Tensor) -> torch.Tensor:  # (..., D) -> (2,)
+    bad = (~hidden.detach().isfinite().all(-1)).count_nonzero()
+    return torch.stack([bad, bad.new_tensor(math.prod(hidden.shape[:-1]))])
+
+
+def _names(seen: list[Seen]) -> str:
+    ids = [str(name) for micro in seen for name in micro.inputs.get("sample_ids", ())]
+    return f"samples {', '.join(ids)}" if ids else "samples without ids"
