@@ -24,14 +24,18 @@ def publish(staged: Path, target: Path, keep: int) -> None:
     """Make the staged folder the checkpoint `target`, then remove all but the `keep` newest."""
     sizes = {str(p.relative_to(staged)): p.stat().st_size for p in staged.rglob("*") if p.is_file()}
     (staged / MANIFEST).write_text(json.dumps(sizes, indent=1))
-    for path in staged.rglob("*"):
-        _sync(path)
-    _sync(staged)
+    sync(staged)
     discard(target)
     os.replace(staged, target)
     _sync(target.parent)
     for old in _numbered(target.parent)[:-keep]:
         discard(old)
+
+
+def sync(folder: Path) -> None:
+    """Put a folder on the disk, so that it survives a power cut too."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
 
 
 def discard(folder: Path) -> None:

@@ -29,11 +29,8 @@ class Journal:
             file.write(_line(entry))
 
     def write(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Make these the whole content; the file is the old one or the new one, never half."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        staging = self.path.with_name(f".{self.path.name}.incomplete")
-        staging.write_text("".join(_line(entry) for entry in entries))
-        os.replace(staging, self.path)
+        """Make these the whole content."""
+        write_whole(self.path, "".join(_line(entry) for entry in entries))
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole entry; null comes back as nan."""
@@ -47,6 +44,14 @@ class Journal:
         """Remove the entries after `step`."""
         if self.path.is_file():
             self.write(entry for entry in self.read() if entry["step"] <= step)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that `path` is the old one or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.incomplete")
+    staging.write_text(text)
+    os.replace(staging, path)
 
 
 def _line(entry: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,10 +33,10 @@ from training.data.dataset import LlavaDataset
 from training.data.template import TemplateName
 from training.evaluation.held_out import Scores, evaluate
 from training.interrupt import Interrupted
-from training.journal import Journal
+from training.journal import Journal, write_whole
 from training.models import Processor, Vlm, build_model, load_vlm, same_vocabulary, save_model
 from training.progress import LOG, Place
-from training.stages import STAGES, Stage, freeze, loss_of
+from training.stages import STAGES, freeze, loss_of
 from training.step import DistillStep
 from training.trainer import DistillTrainer
 
@@ -177,6 +177,7 @@ def _finish(
     Journal(folder / LOG).write(curve)
     _write(folder / "summary.json", summary)
     save_model(model, processor, folder / "model")
+    checkpoint.sync(folder / "model")  # before what it could be made from again is removed
     for path in folder.glob(f"{checkpoint.PREFIX}*"):
         shutil.rmtree(path)
 
@@ -302,16 +303,11 @@ def _claim(out: Path, config: Config) -> None:
                 f"out: {out} was started with another configuration ({'; '.join(changed)}); "
                 "go back to it, remove the folder or name another"
             )
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(settings.dump(config))
+    write_whole(file, settings.dump(config))
 
 
 def _write(path: Path, value: Any) -> None:
-    """Write json so that `path` is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.incomplete")
-    staging.write_text(json.dumps(value, indent=1))
-    os.replace(staging, path)
+    write_whole(path, json.dumps(value, indent=1))
 
 
 def _read(path: Path) -> Any:

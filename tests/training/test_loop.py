@@ -120,7 +120,7 @@ def test_run_leaves_what_the_docstring_lists(tmp_path):
     for number, result in enumerate(results, 1):
         folder = tmp_path / "out" / f"{number}-{result.name}"
         assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == [
-            "history.json",
+            "log.jsonl",
             "model",
             "scores.json",
             "summary.json",
@@ -300,7 +300,7 @@ def test_summary_is_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option", ["precision=bf16", "grad_checkpointing=true", "tensorboard=true"]
+    "option", ["precision=bf16", "grad_checkpointing=true", "report_to=tensorboard"]
 )
 def test_options_of_large_runs(tmp_path, option):
     config = tiny.run_config(tmp_path, tmp_path / "out", stages=("dpt", "dft"))
