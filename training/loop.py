@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -14,6 +14,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -74,7 +75,12 @@ class Moments:
 
 
 def child(work: Callable[[], Any], answer: Path) -> int:
-    """Fork, work, write what comes out as json; the exit status as `waitpid` has it."""
+    """`start`, and wait; the exit status as `waitpid` has it."""
+    return os.waitpid(start(work, answer), 0)[1]
+
+
+def start(work: Callable[[], Any], answer: Path) -> int:
+    """Fork, work, write what comes out as json; the child's process id."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -84,7 +90,7 @@ def child(work: Callable[[], Any], answer: Path) -> int:
             answer.write_text(json.dumps(f"{type(error).__name__}: {error}"))
             traceback.print_exc()
             os._exit(3)
-    return os.waitpid(pid, 0)[1]
+    return pid
 
 
 def whole(root: Path, out: Path, at: int | None = None) -> dict[str, Any]:
@@ -112,19 +118,70 @@ def full_disk(root: Path, out: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
 
+KINDS = (  # of moments, by what their names contain; the first that fits
+    ("training", ("compute_loss", "on_step_end")),
+    ("removing an old checkpoint", ("discarded",)),
+    ("publishing a checkpoint", ("os.rename /1-dpt/.incomplete", "os.rename /2-dft/.incomplete")),
+    ("writing a checkpoint", ("/.incomplete/checkpoint",)),
+    ("publishing the model", ("os.rename /1-dpt/.model", "os.rename /2-dft/.model")),
+    ("writing the model", ("/.model.incomplete",)),
+    ("the log", ("log.jsonl",)),
+    ("between the stages", ("",)),
+)
+
+
 def chosen(moments: list[str], many: int) -> list[int]:
-    """Moments at random, and of every kind: training, checkpoints of either stage, the finished
-    model, what is between the stages."""
-    kinds: dict[str, list[int]] = {}
-    for at, name in enumerate(moments):
-        words = name.replace(".incomplete", "").split()
-        place = Path(words[-1]).parts[1:3] if len(words) > 1 else ()
-        kinds.setdefault(f"{words[0]} {[p.split('-')[0] for p in place]}", []).append(at)
+    """One moment of every kind, the others from all of them, at random."""
+    kinds: dict[str, list[int]] = {name: [] for name, _ in KINDS}
+    for at, moment in enumerate(moments):
+        kinds[next(k for k, words in KINDS if any(w in moment for w in words))].append(at)
     draw = random.Random(5)
-    groups = list(kinds.values())
-    draw.shuffle(groups)
-    first = [draw.choice(group) for group in groups[:many]]
+    first = [draw.choice(group) for group in kinds.values()]
     return first + draw.sample(range(len(moments)), many - len(first))
+
+
+def two_ranks(root: Path) -> list[list[Any]]:
+    """What the ranks of two runs of two processes say: one in which rank 1 meets a bad batch in
+    step 2, and one in which rank 1 alone gets SIGTERM in step 2."""
+    answers = []
+    for number, what in enumerate(("nan", "term")):
+        store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+        files = [root / f"{what}{rank}.json" for rank in range(2)]
+        pids = []
+        for rank, file in enumerate(files):
+            os.environ.update(store, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
+            out = root / f"ranks-{number}"
+            pids.append(start(lambda: one_rank(root, out, what, rank), file))  # noqa: B023
+        for pid in pids:
+            os.waitpid(pid, 0)
+        answers.append([read(file) for file in files])
+    for name in (*store, "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
+    return answers
+
+
+def one_rank(root: Path, out: Path, what: str, rank: int) -> None:
+    """One of the two processes; the fault is rank 1's."""
+    original = trainer.DistillTrainer.compute_loss
+
+    def faulty(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if rank == 1 and self.state.global_step == 1:
+            if what == "term":
+                os.kill(os.getpid(), signal.SIGTERM)
+            elif "pixel_values" in inputs:
+                inputs["pixel_values"][0, 0, 0, 0] = torch.nan
+        return original(self, model, inputs, *args, **kwargs)
+
+    trainer.DistillTrainer.compute_loss = faulty
+    plan = {"dpt": {"micro_batch": 2, "batch_size": 4}}  # on two ranks: no accumulation
+    loop.run(settings.build(Config, plan, base=config(root, out)), say=lambda message: None)
+
+
+def free_port() -> int:
+    """One that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def main(root: Path) -> None:
@@ -147,6 +204,7 @@ def main(root: Path) -> None:
     answers["full"] = {"error": read(file), "left": left and left.name}
     child(lambda: whole(root, out), file)
     answers["full"]["then"] = read(file)
+    answers["ranks"] = two_ranks(root)
     (root / "answers.json").write_text(json.dumps(answers))
 
 

@@ -17,8 +17,10 @@ from training.__main__ import main
 from training.config import LossConfig
 from training.data.collate import LlavaCollator
 from training.data.dataset import LlavaDataset
+from training.journal import Journal
 from training.loop import run
 from training.models import build_model, load_model
+from training.progress import LOG
 from training.settings import ConfigError
 from training.stages import STAGES, freeze, loss_of
 from training.step import TERMS, DistillStep
@@ -284,8 +286,7 @@ def test_two_processes_train_like_one(tmp_path):
     command = [*launch, "-m", "training", "run", "--config", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
-    files = [tmp_path / "two" / stage / "history.json" for stage in ("1-dpt", "2-dft")]
-    two = [json.loads(file.read_text()) for file in files]
+    two = [Journal(tmp_path / "two" / stage / LOG).read() for stage in ("1-dpt", "2-dft")]
     for result, curve in zip(one, two, strict=True):
         for ours, theirs in zip(result.history, curve, strict=True):
             for key in ("loss", "grad_norm", *TERMS):

@@ -1,0 +1,139 @@
+"""A number that is not finite never reaches the weights, and the batch it came from has a name."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+
+import pytest
+import torch
+
+import mllmkd_kernels as mk
+from tests.training import tiny
+from training import settings
+from training.config import Config, LossConfig
+from training.loop import run
+from training.models import load_model
+from training.stages import STAGES, loss_of
+from training.step import DistillStep
+from training.trainer import DistillTrainer
+from training.watch import NonFiniteError
+
+BATCH, MICRO = 4, 2  # two micro-batches a step
+
+
+@pytest.fixture
+def config(tmp_path):
+    base = tiny.run_config(tmp_path, tmp_path / "out", stages=("dft",))
+    stage = {"steps": 4, "batch_size": BATCH, "micro_batch": MICRO, "warmup": 0.0}
+    return settings.build(Config, {"dft": stage, "data": {"held_out": None}}, base=base)
+
+
+def poison(monkeypatch, where, at, seen=None):
+    """Make micro-batches bad: `at` holds (optimiser step, micro-batch), both from 1."""
+    original = DistillTrainer.compute_loss
+
+    def bad(self, model, inputs, *args, **kwargs):
+        step = self.state.global_step + 1
+        micro = len(self.watch._seen) + 1
+        if seen is not None and micro == 1:
+            seen.append({k: v.clone() for k, v in self.step.student.state_dict().items()})
+        if (step, micro) not in at:
+            return original(self, model, inputs, *args, **kwargs)
+        inputs["sample_ids"] = [f"s{step}.{micro}.{i}" for i in range(MICRO)]
+        if where == "pixels":
+            inputs["pixel_values"][0] = torch.nan
+            return original(self, model, inputs, *args, **kwargs)
+        if where == "gradient":
+            loss = original(self, model, inputs, *args, **kwargs)
+            return loss + (self.step.student.lm_head.weight * 0).sum().clamp(min=0).sqrt()
+        if where == "teacher":
+            self.step.teacher.model.lm_head.weight.data[0, 0] = torch.nan
+            return original(self, model, inputs, *args, **kwargs)
+        hook = self.step.student.model.language_model.register_forward_hook(put_nan)
+        loss = original(self, model, inputs, *args, **kwargs)
+        hook.remove()
+        return loss
+
+    monkeypatch.setattr(DistillTrainer, "compute_loss", bad)
+
+
+def put_nan(module, args, output):
+    hidden = output.last_hidden_state.clone()
+    hidden[0] = torch.nan  # of its padding nothing is read
+    output.last_hidden_state = hidden
+    return output
+
+
+def test_stop_names_the_batch_and_keeps_it(config, tmp_path, monkeypatch):
+    poison(monkeypatch, "pixels", {(3, 2)})
+    with pytest.raises(NonFiniteError) as caught:
+        run(config, say=lambda _: None)
+    text = str(caught.value)
+    assert text.startswith("step 3: micro-batch 2 of 2, rank 0: loss nan, ce nan")
+    for who in ("student", "teacher"):
+        assert re.search(rf"{who}'s hidden states: [1-9]\d* of \d+ rows not finite", text)
+    assert "samples s3.2.0, s3.2.1" in text
+    folder = tmp_path / "out" / "1-dft"
+    assert "bad_batch.pt" in text and sorted(p.name for p in folder.glob("c*")) == ["checkpoint-2"]
+
+    bad = torch.load(folder / "bad_batch.pt")  # plain values: no unpickling of anything else
+    assert bad["step"] == 3 and bad["why"][0] in text
+    student, _ = load_model(folder / "checkpoint-2")
+    teacher, _ = load_model(str(config.teacher))
+    step = DistillStep(student, teacher, loss_of(STAGES["dft"], LossConfig(backend="eager")))
+    (batch,) = bad["batches"]
+    counts = mk.RowCounts(*bad["counts"])
+    assert not step(counts=counts, **batch).loss.isfinite()
+    batch["pixel_values"].nan_to_num_()
+    assert step(counts=counts, **batch).loss.isfinite()
+
+
+@pytest.mark.parametrize("where", ["teacher", "gradient"])
+def test_what_is_bad_is_named(config, monkeypatch, where):
+    poison(monkeypatch, where, {(1, 1)})
+    expected = {
+        "teacher": r"micro-batch 1 of 2, rank 0: loss nan, ce [\d.]+, response_kl nan",
+        "gradient": r"step 1: the gradient norm is (nan|inf) although every term is finite; "
+        r"samples s1\.1\.0",
+    }[where]
+    with pytest.raises(NonFiniteError, match=expected):
+        run(config, say=lambda _: None)
+
+
+@pytest.mark.parametrize("where", ["student", "gradient"])
+def test_skip_leaves_the_step_out(config, tmp_path, monkeypatch, where):
+    weights = []
+    poison(monkeypatch, where, {(2, 1), (3, 2)}, weights)
+    messages = []
+    (result,) = run(dataclasses.replace(config, on_nan="skip"), say=messages.append)
+    changed = [
+        any(not torch.equal(a[key], b[key]) for key in a) for a, b in itertools.pairwise(weights)
+    ]
+    assert changed == [True, False, False]  # by steps 1, 2 and 3
+    assert all(bool(v.isfinite().all()) for v in load_model(result.model)[0].state_dict().values())
+    listed = (tmp_path / "out" / "1-dft" / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in listed] == [2, 3]
+    assert sum(m.startswith("skipped step") for m in messages) == 2
+    assert result.summary["skipped"] == 2 and result.history[-1]["skipped"] == 2
+    losses = [entry["loss"] for entry in result.history]
+    assert [loss == loss for loss in losses] == [True, False, False, True]
+    log = (tmp_path / "out" / "1-dft" / "log.jsonl").read_text()
+    assert "NaN" not in log and '"loss": null' in log
+
+
+def test_a_run_of_bad_steps_stops(config, monkeypatch):
+    poison(monkeypatch, "student", {(2, 1), (3, 1), (4, 1)})
+    skipping = dataclasses.replace(config, on_nan="skip", skip_limit=2)
+    with pytest.raises(NonFiniteError, match=r"step 3: .* 2 steps in a row were not finite"):
+        run(skipping, say=lambda _: None)
+
+
+def test_a_stopped_run_goes_on_when_told_to_skip(config, monkeypatch):
+    poison(monkeypatch, "student", {(3, 2)})
+    with pytest.raises(NonFiniteError):
+        run(config, say=lambda _: None)
+    (result,) = run(dataclasses.replace(config, on_nan="skip"), say=lambda _: None)
+    assert result.summary["skipped"] == 1
