@@ -115,7 +115,7 @@ def full_disk(root: Path, out: Path) -> None:
     try:
         loop.run(config(root, out), say=lambda message: None)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 KINDS = (  # of moments, by what their names contain; the first that fits
