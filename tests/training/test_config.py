@@ -59,7 +59,7 @@ def test_dump_is_read_back(name, tmp_path):
         ("sft=3", ["sft", "'3'", "a mapping of", "batch_size"]),
         ("data.skip_bad=maybe", ["data.skip_bad", "'maybe'", "bool"]),
         ("dft.loss.divergence=kl", ["dft.loss.divergence", "'kl'", "forward_kl"]),
-        ("save_steps=15", ["save_steps", "15", "multiple of log_steps (10)"]),
+        ("on_nan=retry", ["on_nan", "'retry'", "stop, skip"]),
         ("sft.warmup=1.0", ["warmup", "1.0", "below 1"]),
         ("seed", ["'seed'", "key=value"]),
     ],
