@@ -38,6 +38,13 @@ def sync(folder: Path) -> None:
         _sync(path)
 
 
+def publish_file(staged: Path, target: Path) -> None:
+    """Make the file `staged` (of the same folder) `target`: whole after a crash, or not there."""
+    _sync(staged)
+    os.replace(staged, target)
+    _sync(target.parent)
+
+
 def discard(folder: Path) -> None:
     """Remove a checkpoint; renamed first, so that a kill half-way leaves no half checkpoint."""
     if folder.exists():

@@ -148,6 +148,33 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
+class TeacherCacheConfig:
+    """The teacher's hidden states, stored once instead of computed in every step."""
+
+    path: str | None = setting(
+        None,
+        "folder of them, one below it a stage: written by `cache`, read by `run`, which then "
+        "loads no teacher; null: the teacher runs in every step",
+    )
+    stages: tuple[str, ...] = setting(
+        (),
+        "stages to store and to train from it; empty: all distilled ones",
+        choices=("dpt", "dft"),
+    )
+    visual: bool = setting(
+        True,
+        "store image rows too, most of the disk; false is for runs whose loss.visual and "
+        "loss.relation are 0",
+    )
+    dtype: str = setting("bf16", "numbers are stored in", choices=("bf16", "fp16", "fp32"))
+    shard_mb: int = setting(512, "MiB of a shard; one is in memory while it is made", gt=0)
+    batch_size: int = setting(8, "samples per forward pass of the teacher and device", gt=0)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
 class Config:
     """One run: one model through its stages."""
 
@@ -159,6 +186,9 @@ class Config:
     )
     teacher: str | None = setting(
         None, "folder or hub name of the teacher (any image-text-to-text model), for dpt and dft"
+    )
+    teacher_cache: TeacherCacheConfig = section(
+        TeacherCacheConfig, "the teacher's hidden states, stored once by `cache`"
     )
     model: ModelConfig = section(ModelConfig, "the model to train")
     data: DataConfig = section(DataConfig, "the data to train on")

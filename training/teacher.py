@@ -23,7 +23,7 @@ from training.anatomy import image_token_id
 from training.shared_tower import share_tower
 
 # What a batch carries for the step, the loss or the log, and no model takes.
-_NOT_FOR_MODELS = ("labels", "image_lens", "sample_ids", "teacher")
+_NOT_FOR_MODELS = ("labels", "image_lens", "sample_ids", "teacher", "teacher_hidden")
 Batch = Mapping[str, Any]
 
 

@@ -66,7 +66,7 @@ def of_model(model: nn.Module, name: str) -> dict[str, str]:
     return {
         "name": name,
         "class": type(model).__name__,
-        "config": _digest(_stable(config.to_dict())),
+        "config": digest(_stable(config.to_dict())),
         "head": blake2b(_bytes(head.weight.detach()), digest_size=8).hexdigest(),
         "weights": weights.hexdigest(),
     }
@@ -80,9 +80,9 @@ def of_processor(processor: Any) -> dict[str, str]:
     if isinstance(tokens, dict):  # set by each call, to what that call asks for
         tokens = {k: v for k, v in tokens.items() if k not in ("padding", "truncation")}
     return {
-        "tokenizer": _digest(tokens),
-        "chat_template": _digest(getattr(processor, "chat_template", None)),
-        "image_processor": _digest(_stable(processor.image_processor.to_dict())),
+        "tokenizer": digest(tokens),
+        "chat_template": digest(getattr(processor, "chat_template", None)),
+        "image_processor": digest(_stable(processor.image_processor.to_dict())),
     }
 
 
@@ -93,6 +93,12 @@ def differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
         for part in [*stored, *(part for part in found if part not in stored)]
         if stored.get(part) != found.get(part)
     ]
+
+
+def digest(value: Any) -> str:
+    """16 hexadecimal digits of a json-able value."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 @cache
@@ -120,11 +126,6 @@ def _number(*parts: bytes) -> int:
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return int.from_bytes(digest.digest(), "little", signed=True)
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _stable(value: Any) -> Any:

@@ -44,7 +44,7 @@ class Manifest:
 
     stage: str
     template: str
-    rows: list[str]  # response, visual
+    visual: bool  # visual rows as well as response rows
     dtype: str
     precision: str  # the pass ran in: the teacher's own, or bf16 autocast
     samples: int
@@ -53,6 +53,7 @@ class Manifest:
     teacher: dict[str, str]  # identity.of_model
     processor: dict[str, str]  # identity.of_processor
     softcap: float | None
+    image_token_id: int  # the teacher's
     version: int = VERSION
 
     @property

@@ -1,0 +1,409 @@
+"""Training from stored hidden states is training with the teacher; a cache that does not fit is an
+error; a pass that is killed goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections import namedtuple
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import mllmkd_kernels as mk
+from tests.training import tiny
+from training import checkpoint
+from training.data.collate import LlavaCollator
+from training.data.dataset import LlavaDataset
+from training.data.records import DataError
+from training.models import CheckpointError, build_model, load_model
+from training.settings import ConfigError
+from training.stages import STAGES, freeze
+from training.step import DistillStep
+from training.teacher import OnlineTeacher
+from training.teacher_cache import cost, fill, identity, store, use
+
+ALONE: Any = SimpleNamespace(process_index=0, num_processes=1, is_local_main_process=False)
+# two text-only samples, one image, one of two images and two turns, in batches of uneven rows
+BATCHES = ([4, 9], [0, 1, 3], [8])
+
+
+class Items(torch.utils.data.Dataset):
+    """The tiny data with the entries that a cache knows samples by."""
+
+    def __init__(self, root, processor, template="chat"):
+        name = "captions" if template == "pretrain" else "data"
+        self.data = LlavaDataset(root / f"{name}.json", root, processor, template=template)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        item: Any = dict(self.data[index])
+        images = len(item.get("pixel_values", ()))
+        lens = torch.full((images,), 4, dtype=torch.int64)
+        return item | {"sample_id": self.data.samples[index].id, "image_lens": lens}
+
+
+class Collator:
+    def __init__(self, processor):
+        self.collator = LlavaCollator(processor)
+
+    def __call__(self, items):
+        return dict(self.collator(items)) | {
+            "image_lens": torch.cat([i["image_lens"] for i in items])
+        }
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cache")
+    tiny.write_data(path)
+    tiny.write_tower(path / "tower")
+    tiny.write_teacher(path / "teacher", path / "tower")
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(root):
+    return Items(root, tiny.processor())
+
+
+def a_pass(root, folder, data, *, dtype="fp32", teacher=None, **manifest):
+    model = teacher or load_model(root / "teacher")[0]
+    fields: dict[str, Any] = dict(
+        stage="dft",
+        template="chat",
+        visual=True,
+        dtype=dtype,
+        precision="fp32",
+        samples=len(data),
+        samples_per_shard=4,
+        data="",
+        teacher=identity.of_model(model, "teacher"),
+        processor=identity.of_processor(tiny.processor()),
+        softcap=None,
+        image_token_id=model.config.image_token_id,
+    )
+    return fill.Pass(
+        folder=folder,
+        teacher=OnlineTeacher(model),
+        dataset=data,
+        collator=Collator(tiny.processor()),
+        manifest=store.Manifest(**fields | manifest),
+        batch_size=3,
+        workers=0,
+    )
+
+
+def filled(root, folder, data, **options):
+    work = a_pass(root, folder, data, **options)
+    work.claim()
+    work.fill(ALONE)
+    return store.TeacherRows(folder)
+
+
+@pytest.fixture(scope="module")
+def rows(root, data):
+    return filled(root, root / "fp32" / "dft", data)
+
+
+def student(root):
+    """One whose loss differs from sample to sample, as a trained one's does."""
+    model, _ = build_model(tiny.model_config(root / "tower"), 0)
+    model.lm_head.weight.data *= 4
+    return model
+
+
+def outcome(root, data, teacher, collator, batches=BATCHES, **weights):
+    """Terms and gradients of some micro-batches of one optimiser step."""
+    model = student(root)
+    freeze(model, STAGES["dft"])
+    step = DistillStep(model, teacher, mk.LlavaKDLoss(backend="eager", **weights))
+    counts = mk.RowCounts(31, 29, 7)  # any, so long as they are the same on both sides
+    terms = []
+    for chosen in batches:
+        out = step(counts=counts, **collator([data[i] for i in chosen]))
+        out.loss.backward()
+        terms.append(torch.stack([*out]).detach())
+    return terms, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def online(root, data, teacher=None, **weights):
+    model = teacher or load_model(root / "teacher")[0]
+    return outcome(root, data, model, Collator(tiny.processor()), **weights)
+
+
+def cached(root, data, rows, **weights):
+    visual = bool(weights.get("visual", 1) or weights.get("relation", 1))
+    collator = use.CachedCollator(Collator(tiny.processor()), rows, visual=visual)
+    return outcome(root, data, use.CachedTeacher(rows), collator, **weights)
+
+
+WEIGHTS = [{}, {"response": 0.0, "ce": 0.3}, {"visual": 0.0, "relation": 0.0}]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_fp32_rows_train_as_the_teacher_does(root, data, rows, weights):
+    terms, gradients = cached(root, data, rows, **weights)
+    expected, expected_gradients = online(root, data, **weights)
+    # The teacher ran in batches of other lengths, so its states differ by fp32 rounding.
+    torch.testing.assert_close(terms, expected, rtol=1e-5, atol=1e-6)
+    scale = max(float(g.abs().max()) for g in expected_gradients.values())
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_the_teacher_computes_in_is_stored_exactly(root, data, tmp_path, dtype):
+    """The same bits, where the teacher sees the same batches as in the pass."""
+    teacher = load_model(root / "teacher")[0].to(store.DTYPES[dtype])
+    rows = filled(root, tmp_path, data, teacher=teacher, dtype=dtype)
+    same = ([0, 1, 2], [3], [4, 5, 6])
+    terms, gradients = outcome(
+        root,
+        data,
+        use.CachedTeacher(rows),
+        use.CachedCollator(Collator(tiny.processor()), rows),
+        same,
+    )
+    expected, expected_gradients = outcome(root, data, teacher, Collator(tiny.processor()), same)
+    assert all(torch.equal(a, b) for a, b in zip(terms, expected, strict=True))
+    assert all(torch.equal(gradients[name], g) for name, g in expected_gradients.items())
+
+
+def test_bf16_rows_of_an_fp32_teacher_are_within_their_rounding(root, data, tmp_path):
+    """Rounding h to bf16 moves logit v by at most e = 2^-9 sum |W_v||h|, so every p by a factor
+    exp(2e), and dKL/dlogits = q - p by exp(2e) - 1 in all; KL itself by 2e max |log p/q|, and e²
+    more."""
+    rows = filled(root, tmp_path, data, dtype="bf16")
+    teacher, model = load_model(root / "teacher")[0], student(root)
+    collator = Collator(tiny.processor())
+    plain = collator([data[i] for i in (0, 1, 4)])
+    batch = use.CachedCollator(collator, rows)([data[i] for i in (0, 1, 4)])
+    with torch.no_grad():
+        head_t = OnlineTeacher(teacher)(plain)
+        head_s = mk.head_inputs(model, **{k: v for k, v in plain.items() if k != "image_lens"})
+    mask = plain["input_ids"] == model.config.image_token_id
+    loss = mk.LlavaKDLoss(relation=0.0, backend="eager")
+    outs, gradients = [], []
+    for head in (head_t, use.CachedTeacher(rows)(batch, None)):
+        hidden = head_s.hidden.clone().requires_grad_()
+        one = dataclasses.replace(head_s, hidden=hidden, weight=head_s.weight.detach())
+        outs.append(loss(one, head, plain["labels"], mask))
+        gradients.append(torch.autograd.grad(outs[-1].loss, hidden)[0])
+    shift = float((head_t.hidden.abs() @ head_t.weight.abs().T).max()) * 2**-9
+    with torch.no_grad():
+        log_p, log_q = ((h.hidden @ h.weight.T).log_softmax(-1) for h in (head_t, head_s))
+        ratio = float((log_p - log_q).abs().max())
+        widest = float(head_s.weight.abs().max())
+    row = 1 / min(int((plain["labels"][:, 1:] != -100).sum()), int(mask.sum()))
+    error = (gradients[0] - gradients[1]).abs().max()
+    assert 0 < error <= 2 * row * math.expm1(2 * shift) * widest
+    for term in ("response_kl", "visual_kl"):
+        change = (getattr(outs[0], term) - getattr(outs[1], term)).abs()
+        assert 0 < change <= 2 * shift * (ratio + 2 * shift), term
+
+
+def test_shards_and_manifest_say_what_is_there(root, data, rows):
+    names = sorted(file.name for file in rows.folder.iterdir())
+    shards = [f"shard-{i:05d}.safetensors" for i in range(4)]
+    assert names == ["head.safetensors", "manifest.json", *shards]
+    mark = identity.mark_of(data[3])
+    response, visual = rows.rows(mark)
+    assert (len(response), len(visual)) == (mark.response, mark.visual) == (mark.response, 8)
+    assert len(rows) == len(data) == 14
+
+
+# --- a pass that is killed -----------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing of the pass runs after it."""
+
+
+@pytest.mark.parametrize("renamed", [False, True], ids=["before the rename", "after it"])
+@pytest.mark.parametrize("at", range(6))
+def test_a_killed_pass_goes_on(root, data, rows, tmp_path, monkeypatch, at, renamed):
+    publish, seen = checkpoint.publish_file, []
+
+    def kill(staged, target):
+        seen.append(target)
+        if len(seen) == at + 1 and not renamed:
+            staged.write_bytes(staged.read_bytes()[:-7])  # torn
+            raise Killed
+        publish(staged, target)
+        if len(seen) == at + 1:
+            raise Killed
+
+    work = a_pass(root, tmp_path, data)
+    monkeypatch.setattr(checkpoint, "publish_file", kill)
+    with pytest.raises(Killed):
+        work.claim()
+        work.fill(ALONE)
+    monkeypatch.setattr(checkpoint, "publish_file", publish)
+    whole = {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("shard-*")}
+    work.claim()
+    work.fill(ALONE)
+    store.TeacherRows(tmp_path)
+    for name, time in whole.items():
+        assert (tmp_path / name).stat().st_mtime_ns == time, f"{name} was made twice"
+    for file in rows.folder.iterdir():
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_processes_share_the_shards(root, data, rows, tmp_path):
+    work = a_pass(root, tmp_path, data)
+    work.claim()
+    for rank in (1, 0):
+        state = SimpleNamespace(process_index=rank, num_processes=2, is_local_main_process=False)
+        work.fill(state)  # pyright: ignore[reportArgumentType]
+        if rank == 1:
+            assert sorted(f.name[6:11] for f in tmp_path.glob("shard-*")) == ["00001", "00003"]
+            with pytest.raises(CheckpointError, match=r"2 of 4 shards are not there.*00000"):
+                store.TeacherRows(tmp_path)
+    for file in rows.folder.iterdir():
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_pass_of_something_else_is_refused(root, data, tmp_path):
+    a_pass(root, tmp_path, data).claim()
+    other = load_model(root / "teacher")[0]
+    other.model.language_model.norm.weight.data += 0.1
+    with pytest.raises(ConfigError, match=r"begun with something else \(teacher.weights: "):
+        a_pass(root, tmp_path, data, teacher=other).claim()
+    with pytest.raises(ConfigError, match="dtype: fp32 -> bf16"):
+        a_pass(root, tmp_path, data, dtype="bf16").claim()
+    a_pass(root, tmp_path, data, samples_per_shard=9).claim()
+    assert store.Manifest.read(tmp_path).samples_per_shard == 4, "begun with shards of 4"
+
+
+# --- what does not fit ---------------------------------------------------------------------------
+
+
+def broken(item, **changes):
+    return dict(item) | changes
+
+
+def test_samples_that_were_not_stored(data, rows):
+    collator, item = use.CachedCollator(Collator(tiny.processor()), rows), data[0]
+    labels = item["labels"].clone()
+    labels[labels != -100] += 1
+    for changes, why in (
+        ({"sample_id": "new"}, "sample 'new' is not among the 14 stored ones"),
+        ({"labels": labels}, "sample 's0' was stored with other tokens, labels"),
+        ({"image_lens": torch.tensor([2, 2])}, "sample 's0' was stored with other tokens"),
+        (
+            {"pixel_values": item["pixel_values"].flip(1)},
+            "sample 's0' was stored with other images",
+        ),
+    ):
+        with pytest.raises(DataError, match=why):
+            collator([item | changes])
+    # one grey level of noise is another library's rounding, not another image
+    noise = (torch.randint(0, 2, item["pixel_values"].shape) * 2 - 1) / 127.5
+    collator([item | {"pixel_values": item["pixel_values"] + noise}])
+
+
+def test_other_data_and_processors_are_found_before_the_first_step(root, rows):
+    with pytest.raises(DataError, match="sample 'c0' is not among the 14"):
+        use.probe(rows, Items(root, tiny.processor(), "pretrain"))
+    words = tiny.build_processor([*tiny.WORDS, "more"], image_size=16, patch_size=8)
+    loss, path = mk.LlavaKDLoss(), rows.folder.parent
+    with pytest.raises(CheckpointError, match=r"another processor \(tokenizer: \w+ -> \w+\)"):
+        use.open_rows(path, "dft", loss, words)
+    with pytest.raises(CheckpointError, match=r"dpt: no manifest.json there.*training cache"):
+        use.open_rows(path, "dpt", loss, tiny.processor())
+    with pytest.raises(ConfigError, match="unshifted"):
+        use.open_rows(path, "dft", mk.LlavaKDLoss(response_shift=False), tiny.processor())
+    assert len(use.open_rows(path, "dft", loss, tiny.processor())) == 14
+
+
+def test_response_rows_alone(root, data, tmp_path):
+    weights = {"visual": 0.0, "relation": 0.0}
+    rows = filled(root, tmp_path / "dft", data, visual=False)
+    assert (tmp_path / "dft" / "shard-00000.safetensors").stat().st_size < 4000
+    terms, _ = cached(root, data, rows, **weights)
+    torch.testing.assert_close(terms, online(root, data, **weights)[0], rtol=1e-5, atol=1e-6)
+    with pytest.raises(
+        ConfigError, match=r"visual 1.0 and relation 0.0, but .* response rows alone"
+    ):
+        use.open_rows(tmp_path, "dft", mk.LlavaKDLoss(relation=0.0), tiny.processor())
+
+
+def test_damage_is_named(rows, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(rows.folder, folder)
+    shard = folder / "shard-00002.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-8])
+    with pytest.raises(CheckpointError, match=r"shard-00002.*cannot be read.*remove it"):
+        store.TeacherRows(folder)
+    shard.write_bytes(whole)
+    values = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(values | {"version": 0}))
+    with pytest.raises(CheckpointError, match="version 0, expected 1"):
+        store.TeacherRows(folder)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid json"):
+        store.TeacherRows(folder)
+
+
+@pytest.mark.parametrize(
+    ("factor", "dtype", "why"),
+    [(float("nan"), "fp32", "NaN or inf"), (1e6, "fp16", "too large for torch.float16")],
+)
+def test_states_that_are_no_numbers(root, data, tmp_path, factor, dtype, why):
+    teacher = load_model(root / "teacher")[0]
+    teacher.model.language_model.norm.weight.data *= factor
+    with pytest.raises(DataError, match=f"sample 's0': the teacher's hidden states are {why}"):
+        filled(root, tmp_path, data, teacher=teacher, dtype=dtype)
+
+
+def test_a_full_disk_leaves_whole_shards(root, data, rows, tmp_path, monkeypatch):
+    work = a_pass(root, tmp_path, data)
+    work.claim()
+    usage = namedtuple("usage", "total used free")
+    free = iter([10**9, 10**9, 100])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, next(free)))
+    with pytest.raises(ConfigError, match=r"cannot write shard 2 .* 100 B are free.*goes on"):
+        work.fill(ALONE)
+    monkeypatch.undo()
+    work.fill(ALONE)
+    shard = "shard-00002.safetensors"
+    assert (tmp_path / shard).read_bytes() == (rows.folder / shard).read_bytes()
+
+
+def test_the_cost_is_known_before(root, data, rows, tmp_path, monkeypatch):
+    def counted(folder, **options):
+        fixed: dict[str, Any] = dict(visual=True, dtype="fp32", shard_mb=1, workers=0)
+        return cost.cost_of(folder, data, str(root / "teacher"), **fixed | options)
+
+    marks = [identity.mark_of(item) for item in data]
+    total = sum(mark.response + mark.visual for mark in marks)
+    found = counted(tmp_path / "not" / "there")
+    head = 24 * load_model(root / "teacher")[0].lm_head.weight.shape[0] * 4
+    assert found.total == total * 24 * 4 + head and found.stored == 0
+    written = 0
+    for file in rows.folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            names = {"hidden", "weight"} & set(opened.keys())
+            written += sum(opened.get_tensor(name).nbytes for name in names)
+    assert found.total == written
+    responses = sum(mark.response for mark in marks)
+    assert counted(tmp_path, visual=False, dtype="bf16").total == responses * 24 * 2 + head
+    monkeypatch.setattr(cost, "COUNTED", 5)
+    text = str(counted(tmp_path))
+    assert "from 5 samples" in text and "±" in text and "24 x fp32 = 96 bytes" in text
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 1000))
+    with pytest.raises(ConfigError, match=r"kB are needed, 1 kB are free there"):
+        cost.check([counted(tmp_path)])

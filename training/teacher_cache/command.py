@@ -1,0 +1,141 @@
+"""How does `python -m training cache` go? Data → cost → teacher → shards, for each distilled stage.
+
+Nothing is written, and no teacher is loaded, before the cost of all stages is known to fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.config import Config, require
+from training.loop import load_data, load_teacher, on_main, processes
+from training.models import load_processor
+from training.settings import ConfigError
+from training.stages import STAGES, Stage, loss_of
+from training.teacher import OnlineTeacher
+from training.teacher_cache import cost, fill, identity
+from training.teacher_cache.store import Manifest, TeacherRows
+from training.teacher_cache.use import needs_visual, spread, stored_stages
+
+FINGERPRINTED = 16  # samples of the data that the manifest knows it by
+
+
+@dataclass(frozen=True)
+class _Job:
+    stage: Stage
+    dataset: Any
+    cost: cost.Cost
+
+
+def make(config: Config, *, dry_run: bool = False, say: Callable[[str], None] = print) -> None:
+    """Store the teacher's rows for the distilled stages of a run, or continue to.
+
+    Args:
+        config: the run's own configuration, with `teacher_cache.path`.
+        dry_run: count and compare with the disk, and stop there.
+        say: how messages are told.
+
+    Raises:
+        ConfigError: a path is missing, the disk is too small, or the folder holds something else.
+        DataError: a sample cannot be encoded, or the teacher makes NaN of it.
+    """
+    state = processes()
+    say = say if state.is_main_process else _silent
+    path = Path(require(config.teacher_cache.path, "teacher_cache.path", "a folder to store into"))
+    teacher_name = require(config.teacher, "teacher", "the model whose hidden states are stored")
+    processor = load_processor(
+        config.model.processor or config.model.path, config.model.vision, config.model.language
+    )
+    jobs = [_job(config, stage, processor, path, teacher_name) for stage in _stages(config)]
+    for job in jobs:
+        say(str(job.cost))
+    on_main(lambda: cost.check([job.cost for job in jobs]))
+    if dry_run:
+        return
+    teacher = OnlineTeacher(load_teacher(config, processor))
+    for job in jobs:
+        work = _pass(config, job, teacher, processor, teacher_name)
+        on_main(work.claim)
+        work.fill(state)
+        state.wait_for_everyone()
+        on_main(lambda work=work: say(_summary(work.folder)))
+
+
+def _stages(config: Config) -> list[Stage]:
+    """The distilled stages to store, each once."""
+    names = stored_stages(config)
+    if not names:
+        raise ConfigError(
+            f"teacher_cache.stages: none of {list(config.teacher_cache.stages) or 'dpt, dft'} is "
+            f"among the run's stages {list(config.stages)}"
+        )
+    for name in names:
+        loss = config.stage(name).loss
+        if not config.teacher_cache.visual and needs_visual(loss_of(STAGES[name], loss)):
+            raise ConfigError(
+                f"teacher_cache.visual: got false, but {name}.loss has visual {loss.visual} and "
+                f"relation {loss.relation}; set both to 0, or store visual rows"
+            )
+    return [STAGES[name] for name in names]
+
+
+def _job(config: Config, stage: Stage, processor: Any, path: Path, teacher: str) -> _Job:
+    dataset = load_data(config, processor, stage.data, stage.template)
+    options = config.teacher_cache
+    counted = cost.cost_of(
+        path / stage.name,
+        dataset,
+        teacher,
+        visual=options.visual,
+        dtype=options.dtype,
+        shard_mb=options.shard_mb,
+        workers=config.data.workers,
+    )
+    return _Job(stage, dataset, counted)
+
+
+def _pass(
+    config: Config, job: _Job, teacher: OnlineTeacher, processor: Any, name: str
+) -> fill.Pass:
+    probes = spread(len(job.dataset), FINGERPRINTED)
+    marks = cost.marks_of(job.dataset, probes, config.data.workers)
+    manifest = Manifest(
+        stage=job.stage.name,
+        template=job.stage.template,
+        visual=config.teacher_cache.visual,
+        dtype=config.teacher_cache.dtype,
+        precision=config.precision,
+        samples=len(job.dataset),
+        samples_per_shard=job.cost.samples_per_shard,
+        data=identity.digest([mark.key for mark in marks]),
+        teacher=identity.of_model(teacher.model, name),
+        processor=identity.of_processor(processor),
+        softcap=None,
+        image_token_id=teacher.image_token_id,
+    )
+    return fill.Pass(
+        folder=job.cost.folder,
+        teacher=teacher,
+        dataset=job.dataset,
+        collator=None,
+        manifest=manifest,
+        batch_size=config.teacher_cache.batch_size,
+        workers=config.data.workers,
+    )
+
+
+def _summary(folder: Path) -> str:
+    """What is there now; opening it checks that it is whole."""
+    rows = TeacherRows(folder)
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return (
+        f"{folder}: whole: {len(rows)} samples in {rows.manifest.shards} shards, "
+        f"{cost.size(stored)}"
+    )
+
+
+def _silent(message: str) -> None:
+    """What the other processes say."""
