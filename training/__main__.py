@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function, text in (
         ("run", _run, "train a model through its stages; given again, continue"),
+        ("cache", _cache, "store the teacher's hidden states, for `run` to train from"),
         ("show", _show, "print the configuration that `run` would use, as YAML"),
     ):
         command = commands.add_parser(name, help=text, epilog=fields, formatter_class=raw)
@@ -69,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
         command.set_defaults(function=function)
+        if function is _cache:
+            command.add_argument(
+                "--dry-run", action="store_true", help="print what it would cost on disk, no more"
+            )
     command = commands.add_parser("eval", help="score a saved model on a LLaVA json file")
     command.add_argument("model", help="folder of a LlavaForConditionalGeneration")
     command.add_argument("json", help="held-out data, LLaVA format")
@@ -96,6 +101,14 @@ def _run(options: argparse.Namespace) -> None:
     from training.loop import run
 
     run(config)
+
+
+def _cache(options: argparse.Namespace) -> None:
+    config = _config(options)
+    _quiet()
+    from training.teacher_cache.command import make
+
+    make(config, dry_run=options.dry_run)
 
 
 def _show(options: argparse.Namespace) -> None:

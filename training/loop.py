@@ -38,6 +38,7 @@ from training.models import Processor, Vlm, build_model, load_vlm, same_vocabula
 from training.progress import LOG, Place
 from training.stages import STAGES, freeze, loss_of
 from training.step import DistillStep
+from training.teacher_cache.use import open_rows, stored_stages, use_stored
 from training.trainer import DistillTrainer
 
 Say = Callable[[str], None]
@@ -55,6 +56,10 @@ FREE = frozenset(
         "eval_batch_size",
         "data.workers",
         "data.image_cache_mb",
+        "teacher_cache.visual",  # of the writing; what was written says its manifest
+        "teacher_cache.dtype",
+        "teacher_cache.shard_mb",
+        "teacher_cache.batch_size",
     }
 )
 
@@ -75,7 +80,7 @@ def run(config: Config, say: Say = print) -> list[StageResult]:
     unfinished."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if not _processes().is_main_process:
+    if not processes().is_main_process:
         say = _silent
     out = Path(config.out)
     on_main(lambda: _claim(out, config))
@@ -93,7 +98,8 @@ def run(config: Config, say: Say = print) -> list[StageResult]:
     return results
 
 
-def _processes() -> PartialState:
+def processes() -> PartialState:
+    """This process among those of the run."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
@@ -119,16 +125,18 @@ def _train(
         new = getattr(model, "activation_checkpointing_enable", None)
         (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
     dataset = load_data(config, processor, stage.data, stage.template)
-    step = DistillStep(
-        model, teacher if stage.needs_teacher else None, loss_of(stage, options.loss)
-    )
+    loss, collator = loss_of(stage, options.loss), LlavaCollator(processor)
+    source = teacher if stage.needs_teacher else None
+    if stage.name in stored_stages(config):
+        source, collator = use_stored(config, stage.name, loss, processor, dataset, collator)
+    step = DistillStep(model, source, loss)
     steps = _steps(options, len(dataset))
     trainer = DistillTrainer(
         step,
         _arguments(config, options, steps, folder),
         processor=processor,
         dataset=dataset,
-        collator=LlavaCollator(processor),
+        collator=collator,
         title=folder.name,
         place=Place(number, len(config.stages), _later(config, number, len(dataset))),
         on_nan=config.on_nan,
@@ -184,7 +192,7 @@ def _finish(
 
 def on_main(work: Callable[[], None]) -> None:
     """Do `work` in the first process only; the others wait for it."""
-    state = _processes()
+    state = processes()
     if state.is_main_process:
         work()
     state.wait_for_everyone()
@@ -207,7 +215,10 @@ def load_data(
 
 
 def _teacher(config: Config, processor: Processor) -> Vlm | None:
-    needed = [name for name in config.stages if STAGES[name].needs_teacher]
+    stored = stored_stages(config)
+    for name in stored:  # what is wrong with a later stage's is better known now
+        open_rows(config, name, loss_of(STAGES[name], config.stage(name).loss), processor)
+    needed = [s for s in config.stages if STAGES[s].needs_teacher and s not in stored]
     if not needed:
         return None
     path = require(config.teacher, "teacher", f"stage {needed[0]} compares with a teacher")

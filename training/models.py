@@ -74,11 +74,7 @@ def build_model(config: ModelConfig, seed: int) -> tuple[Vlm, Processor]:
     if config.path is not None:
         return load_vlm(config.path, config.processor, dtype=torch.float32)
     vision = require(config.vision, "model.vision", "a vision tower, or set model.path")
-    processor = (
-        load_processor(config.processor)
-        if config.processor is not None
-        else _new_processor(config, vision)
-    )
+    processor = build_processor(config)
     if not isinstance(processor, LlavaProcessor):
         kind = type(processor).__name__
         raise CheckpointError(f"{config.processor}: is a {kind}, expected a LlavaProcessor")
@@ -94,6 +90,15 @@ def build_model(config: ModelConfig, seed: int) -> tuple[Vlm, Processor]:
     )
     _grow_vocabulary(model, processor)
     return model, processor
+
+
+def build_processor(config: ModelConfig) -> Processor:
+    """The processor of the model that a `ModelConfig` describes, without the model."""
+    known = config.processor or config.path
+    if known is not None:
+        return load_processor(known)
+    vision = require(config.vision, "model.vision", "a vision tower, or set model.path")
+    return _new_processor(config, vision)
 
 
 def assemble(

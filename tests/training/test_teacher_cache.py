@@ -19,10 +19,11 @@ from safetensors import safe_open
 import mllmkd_kernels as mk
 from tests.training import tiny
 from training import checkpoint
+from training.config import Config, TeacherCacheConfig
 from training.data.collate import LlavaCollator
 from training.data.dataset import LlavaDataset
 from training.data.records import DataError
-from training.models import CheckpointError, build_model, load_model
+from training.models import CheckpointError, build_model, load_model, load_vlm
 from training.settings import ConfigError
 from training.stages import STAGES, freeze
 from training.step import DistillStep
@@ -37,7 +38,7 @@ BATCHES = ([4, 9], [0, 1, 3], [8])
 class Items(torch.utils.data.Dataset):
     """The tiny data with the entries that a cache knows samples by."""
 
-    def __init__(self, root, processor, template="chat"):
+    def __init__(self, root, processor, template: Any = "chat"):
         name = "captions" if template == "pretrain" else "data"
         self.data = LlavaDataset(root / f"{name}.json", root, processor, template=template)
 
@@ -86,7 +87,7 @@ def a_pass(root, folder, data, *, dtype="fp32", teacher=None, **manifest):
         samples=len(data),
         samples_per_shard=4,
         data="",
-        teacher=identity.of_model(model, "teacher"),
+        teacher=identity.of_model(model, str(root / "teacher")),
         processor=identity.of_processor(tiny.processor()),
         softcap=None,
         image_token_id=model.config.image_token_id,
@@ -112,6 +113,10 @@ def filled(root, folder, data, **options):
 @pytest.fixture(scope="module")
 def rows(root, data):
     return filled(root, root / "fp32" / "dft", data)
+
+
+def reading(path, **options):
+    return Config(teacher_cache=TeacherCacheConfig(path=str(path), **options))
 
 
 def student(root):
@@ -164,7 +169,7 @@ def test_fp32_rows_train_as_the_teacher_does(root, data, rows, weights):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_the_teacher_computes_in_is_stored_exactly(root, data, tmp_path, dtype):
     """The same bits, where the teacher sees the same batches as in the pass."""
-    teacher = load_model(root / "teacher")[0].to(store.DTYPES[dtype])
+    teacher: Any = load_vlm(root / "teacher", dtype=store.DTYPES[dtype])[0]
     rows = filled(root, tmp_path, data, teacher=teacher, dtype=dtype)
     same = ([0, 1, 2], [3], [4, 5, 6])
     terms, gradients = outcome(
@@ -186,7 +191,7 @@ def test_bf16_rows_of_an_fp32_teacher_are_within_their_rounding(root, data, tmp_
     rows = filled(root, tmp_path, data, dtype="bf16")
     teacher, model = load_model(root / "teacher")[0], student(root)
     collator = Collator(tiny.processor())
-    plain = collator([data[i] for i in (0, 1, 4)])
+    plain: Any = collator([data[i] for i in (0, 1, 4)])
     batch = use.CachedCollator(collator, rows)([data[i] for i in (0, 1, 4)])
     with torch.no_grad():
         head_t = OnlineTeacher(teacher)(plain)
@@ -317,14 +322,17 @@ def test_other_data_and_processors_are_found_before_the_first_step(root, rows):
     with pytest.raises(DataError, match="sample 'c0' is not among the 14"):
         use.probe(rows, Items(root, tiny.processor(), "pretrain"))
     words = tiny.build_processor([*tiny.WORDS, "more"], image_size=16, patch_size=8)
-    loss, path = mk.LlavaKDLoss(), rows.folder.parent
+    loss, config = mk.LlavaKDLoss(), reading(rows.folder.parent)
     with pytest.raises(CheckpointError, match=r"another processor \(tokenizer: \w+ -> \w+\)"):
-        use.open_rows(path, "dft", loss, words)
+        use.open_rows(config, "dft", loss, words)
     with pytest.raises(CheckpointError, match=r"dpt: no manifest.json there.*training cache"):
-        use.open_rows(path, "dpt", loss, tiny.processor())
+        use.open_rows(config, "dpt", loss, tiny.processor())
     with pytest.raises(ConfigError, match="unshifted"):
-        use.open_rows(path, "dft", mk.LlavaKDLoss(response_shift=False), tiny.processor())
-    assert len(use.open_rows(path, "dft", loss, tiny.processor())) == 14
+        use.open_rows(config, "dft", mk.LlavaKDLoss(response_shift=False), tiny.processor())
+    other = dataclasses.replace(config, teacher=str(root / "tower"))
+    with pytest.raises(ConfigError, match=r"teacher: got .*tower, but .*dft is of .*teacher; name"):
+        use.open_rows(other, "dft", loss, tiny.processor())
+    assert len(use.open_rows(config, "dft", loss, tiny.processor())) == 14
 
 
 def test_response_rows_alone(root, data, tmp_path):
@@ -336,7 +344,7 @@ def test_response_rows_alone(root, data, tmp_path):
     with pytest.raises(
         ConfigError, match=r"visual 1.0 and relation 0.0, but .* response rows alone"
     ):
-        use.open_rows(tmp_path, "dft", mk.LlavaKDLoss(relation=0.0), tiny.processor())
+        use.open_rows(reading(tmp_path), "dft", mk.LlavaKDLoss(relation=0.0), tiny.processor())
 
 
 def test_damage_is_named(rows, tmp_path):

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from training.config import Config, require
-from training.loop import load_data, load_teacher, on_main, processes
-from training.models import load_processor
+from training.data.collate import LlavaCollator
+from training.loop import load_data, on_main, processes
+from training.models import build_processor, load_vlm, same_vocabulary
 from training.settings import ConfigError
 from training.stages import STAGES, Stage, loss_of
 from training.teacher import OnlineTeacher
@@ -46,16 +47,16 @@ def make(config: Config, *, dry_run: bool = False, say: Callable[[str], None] = 
     say = say if state.is_main_process else _silent
     path = Path(require(config.teacher_cache.path, "teacher_cache.path", "a folder to store into"))
     teacher_name = require(config.teacher, "teacher", "the model whose hidden states are stored")
-    processor = load_processor(
-        config.model.processor or config.model.path, config.model.vision, config.model.language
-    )
+    processor = build_processor(config.model)
     jobs = [_job(config, stage, processor, path, teacher_name) for stage in _stages(config)]
     for job in jobs:
         say(str(job.cost))
     on_main(lambda: cost.check([job.cost for job in jobs]))
     if dry_run:
         return
-    teacher = OnlineTeacher(load_teacher(config, processor))
+    model, its_processor = load_vlm(teacher_name)
+    same_vocabulary(processor, its_processor)
+    teacher = OnlineTeacher(model)
     for job in jobs:
         work = _pass(config, job, teacher, processor, teacher_name)
         on_main(work.claim)
@@ -120,7 +121,7 @@ def _pass(
         folder=job.cost.folder,
         teacher=teacher,
         dataset=job.dataset,
-        collator=None,
+        collator=LlavaCollator(processor),
         manifest=manifest,
         batch_size=config.teacher_cache.batch_size,
         workers=config.data.workers,

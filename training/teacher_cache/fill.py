@@ -131,7 +131,7 @@ class Pass:
 
     @torch.no_grad()
     def _run(self, batch: Mapping[str, Any]) -> mk.HeadInputs:
-        device = PartialState().device
+        device: Any = PartialState().device
         autocast = contextlib.nullcontext()
         if self.manifest.precision == "bf16":
             autocast = torch.autocast(device.type, torch.bfloat16)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,12 +65,17 @@ def of_model(model: nn.Module, name: str) -> dict[str, str]:
         weights.update(f"{key} {tuple(parameter.shape)} {parameter.dtype}".encode())
         weights.update(_bytes(entries[:: max(1, entries.numel() // 1024)]))
     return {
-        "name": name,
+        "name": place(name),
         "class": type(model).__name__,
         "config": digest(_stable(config.to_dict())),
         "head": blake2b(_bytes(head.weight.detach()), digest_size=8).hexdigest(),
         "weights": weights.hexdigest(),
     }
+
+
+def place(name: str) -> str:
+    """A folder by its full path, a hub name as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def of_processor(processor: Any) -> dict[str, str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import mllmkd_kernels as mk
-from training.config import Config
+from training.config import Config, require
 from training.data.records import DataError
 from training.models import CheckpointError
 from training.settings import ConfigError
@@ -87,21 +87,38 @@ class CachedCollator:
         return response, visual if self.visual else visual[:0]
 
 
-def open_rows(path: str | Path, stage: str, loss: mk.LlavaKDLoss, processor: Any) -> TeacherRows:
+def use_stored(
+    config: Config, stage: str, loss: mk.LlavaKDLoss, processor: Any, dataset: Any, collator: Any
+) -> tuple[CachedTeacher, CachedCollator]:
+    """What `training.loop` trains a stage with instead of a teacher: `open_rows`, `probe`, and
+    the collator that brings the rows."""
+    rows = open_rows(config, stage, loss, processor)
+    probe(rows, dataset)
+    return CachedTeacher(rows), CachedCollator(collator, rows, visual=needs_visual(loss))
+
+
+def open_rows(config: Config, stage: str, loss: mk.LlavaKDLoss, processor: Any) -> TeacherRows:
     """A stage's stored rows, checked against how it is about to be trained.
 
     Args:
-        path: the cache; the stage has its own folder there.
+        config: its `teacher_cache.path` has a folder of the stage; its `teacher`, where given,
+            must be the one that was run.
         stage: its name.
         loss: the stage's loss, whose terms say which rows are read.
         processor: the student's, which encodes the data.
 
     Raises:
         CheckpointError: no whole cache is there, or it was made with another processor.
-        ConfigError: the loss needs rows that are not stored.
+        ConfigError: the loss needs rows that are not stored; another teacher is named.
     """
+    path = require(config.teacher_cache.path, "teacher_cache.path", "the stored rows")
     rows = TeacherRows(Path(path) / stage)
     manifest = rows.manifest
+    if config.teacher is not None and identity.place(config.teacher) != manifest.teacher["name"]:
+        raise ConfigError(
+            f"teacher: got {config.teacher}, but {rows.folder} is of {manifest.teacher['name']}; "
+            "name that one, or none (teacher=null)"
+        )
     if manifest.stage != stage:
         raise CheckpointError(f"{rows.folder}: was made for stage {manifest.stage}, not {stage}")
     if not manifest.visual and needs_visual(loss):
@@ -130,7 +147,9 @@ def probe(rows: TeacherRows, dataset: Any) -> None:
 
 
 def stored_stages(config: Config) -> list[str]:
-    """The distilled stages of a run that `teacher_cache.stages` asks for, each once."""
+    """The distilled stages of a run that are trained from stored rows, each once."""
+    if config.teacher_cache.path is None:
+        return []
     asked = config.teacher_cache.stages or config.stages
     distilled = [name for name in config.stages if STAGES[name].needs_teacher and name in asked]
     return list(dict.fromkeys(distilled))
