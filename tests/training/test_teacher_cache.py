@@ -18,17 +18,21 @@ from safetensors import safe_open
 
 import mllmkd_kernels as mk
 from tests.training import tiny
-from training import checkpoint
+from training import checkpoint, settings
+from training.__main__ import main
 from training.config import Config, TeacherCacheConfig
 from training.data.collate import LlavaCollator
 from training.data.dataset import LlavaDataset
 from training.data.records import DataError
+from training.loop import run
 from training.models import CheckpointError, build_model, load_model, load_vlm
 from training.settings import ConfigError
 from training.stages import STAGES, freeze
-from training.step import DistillStep
+from training.step import TERMS, DistillStep
 from training.teacher import OnlineTeacher
 from training.teacher_cache import cost, fill, identity, store, use
+from training.teacher_cache.command import make
+from training.trainer import DistillTrainer
 
 ALONE: Any = SimpleNamespace(process_index=0, num_processes=1, is_local_main_process=False)
 # two text-only samples, one image, one of two images and two turns, in batches of uneven rows
@@ -256,6 +260,7 @@ def test_a_killed_pass_goes_on(root, data, rows, tmp_path, monkeypatch, at, rena
     monkeypatch.setattr(checkpoint, "publish_file", publish)
     whole = {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("shard-*")}
     work.claim()
+    assert not list(tmp_path.glob(".*")), "nothing half-written stays"
     work.fill(ALONE)
     store.TeacherRows(tmp_path)
     for name, time in whole.items():
@@ -415,3 +420,71 @@ def test_the_cost_is_known_before(root, data, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 1000))
     with pytest.raises(ConfigError, match=r"kB are needed, 1 kB are free there"):
         cost.check([counted(tmp_path)])
+
+
+# --- whole runs ----------------------------------------------------------------------------------
+
+
+def curves(results):
+    keys = ("step", "loss", "grad_norm", *TERMS)
+    return [[[entry[key] for key in keys] for entry in result.history] for result in results]
+
+
+def caching(root, path, **options):
+    """A run of 6 steps of two micro-batches in both distilled stages."""
+    config = tiny.run_config(root, path / "out", stages=("dpt", "dft"))
+    stage = dataclasses.replace(config.dft, micro_batch=2)
+    options = {"path": str(path / "rows"), "dtype": "fp32", "batch_size": 3} | options
+    return dataclasses.replace(
+        config, dpt=stage, dft=stage, teacher_cache=TeacherCacheConfig(**options)
+    )
+
+
+def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, monkeypatch, capsys):
+    config = caching(root, tmp_path)
+    online = dataclasses.replace(
+        config, out=str(tmp_path / "online"), teacher_cache=TeacherCacheConfig()
+    )
+    expected = curves(run(online, say=lambda _: None))
+    file = tmp_path / "config.yaml"
+    file.write_text(settings.dump(config))
+    assert main(["cache", "--config", str(file), "--dry-run"]) == 0
+    assert not (tmp_path / "rows").exists() and "6 response" not in capsys.readouterr().out
+    assert main(["cache", "--config", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "dpt: 14 samples\n  rows a sample  " in printed and "dft: whole: 14 samples" in printed
+    alone = dataclasses.replace(
+        config, teacher=None, data=dataclasses.replace(config.data, workers=1)
+    )
+    whole = curves(run(alone, say=lambda _: None))
+    for ours, theirs in zip(whole, expected, strict=True):
+        for entry, other in zip(ours, theirs, strict=True):
+            # fp32 states of batches of other lengths, then optimiser steps on them
+            assert entry == pytest.approx(other, rel=1e-3, abs=1e-6)
+
+    save = DistillTrainer._save_checkpoint
+
+    def kill(self, *arguments):
+        save(self, *arguments)
+        if self.state.global_step == 4:
+            raise Killed
+
+    again = dataclasses.replace(alone, out=str(tmp_path / "again"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(DistillTrainer, "_save_checkpoint", kill)
+        run(again, say=lambda _: None)
+    assert curves(run(again, say=lambda _: None)) == whole
+
+
+def test_a_run_stops_before_it_starts(root, tmp_path, capsys):
+    config = caching(root, tmp_path, visual=False)
+    with pytest.raises(ConfigError, match=r"visual: got false, but dpt.loss has visual 1.0 and"):
+        make(config, say=lambda _: None)
+    file = tmp_path / "config.yaml"
+    file.write_text(settings.dump(config))
+    assert main(["run", "--config", str(file)]) == 2
+    assert "dpt: no manifest.json there, expected a teacher cache" in capsys.readouterr().err
+    for stages, why in ((("sft",), r"none of dpt, dft is among .*\['sft'\]"), (("dft",), "null")):
+        other = dataclasses.replace(config, stages=stages, teacher=None)
+        with pytest.raises(ConfigError, match=why):
+            make(other, say=lambda _: None)
