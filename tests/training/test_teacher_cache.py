@@ -21,7 +21,7 @@ from tests.training import tiny
 from training import checkpoint, settings
 from training.__main__ import main
 from training.config import Config, TeacherCacheConfig
-from training.data.collate import LlavaCollator
+from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.data.records import DataError
 from training.loop import run
@@ -29,7 +29,7 @@ from training.models import CheckpointError, build_model, load_model, load_vlm
 from training.settings import ConfigError
 from training.stages import STAGES, freeze
 from training.step import TERMS, DistillStep
-from training.teacher import OnlineTeacher
+from training.teacher import OnlineTeacher, run_to_head
 from training.teacher_cache import cost, fill, identity, store, use
 from training.teacher_cache.command import make
 from training.trainer import DistillTrainer
@@ -39,31 +39,9 @@ ALONE: Any = SimpleNamespace(process_index=0, num_processes=1, is_local_main_pro
 BATCHES = ([4, 9], [0, 1, 3], [8])
 
 
-class Items(torch.utils.data.Dataset):
-    """The tiny data with the entries that a cache knows samples by."""
-
-    def __init__(self, root, processor, template: Any = "chat"):
-        name = "captions" if template == "pretrain" else "data"
-        self.data = LlavaDataset(root / f"{name}.json", root, processor, template=template)
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        item: Any = dict(self.data[index])
-        images = len(item.get("pixel_values", ()))
-        lens = torch.full((images,), 4, dtype=torch.int64)
-        return item | {"sample_id": self.data.samples[index].id, "image_lens": lens}
-
-
-class Collator:
-    def __init__(self, processor):
-        self.collator = LlavaCollator(processor)
-
-    def __call__(self, items):
-        return dict(self.collator(items)) | {
-            "image_lens": torch.cat([i["image_lens"] for i in items])
-        }
+def items(root, processor, template: Any = "chat"):
+    name = "captions" if template == "pretrain" else "data"
+    return LlavaDataset(root / f"{name}.json", root, processor, template=template)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +55,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(root):
-    return Items(root, tiny.processor())
+    return items(root, tiny.processor())
 
 
 def a_pass(root, folder, data, *, dtype="fp32", teacher=None, **manifest):
@@ -199,7 +177,7 @@ def test_bf16_rows_of_an_fp32_teacher_are_within_their_rounding(root, data, tmp_
     batch = use.CachedCollator(collator, rows)([data[i] for i in (0, 1, 4)])
     with torch.no_grad():
         head_t = OnlineTeacher(teacher)(plain)
-        head_s = mk.head_inputs(model, **{k: v for k, v in plain.items() if k != "image_lens"})
+        head_s = run_to_head(model, plain)
     mask = plain["input_ids"] == model.config.image_token_id
     loss = mk.LlavaKDLoss(relation=0.0, backend="eager")
     outs, gradients = [], []
@@ -325,7 +303,7 @@ def test_samples_that_were_not_stored(data, rows):
 
 def test_other_data_and_processors_are_found_before_the_first_step(root, rows):
     with pytest.raises(DataError, match="sample 'c0' is not among the 14"):
-        use.probe(rows, Items(root, tiny.processor(), "pretrain"))
+        use.probe(rows, items(root, tiny.processor(), "pretrain"))
     words = tiny.build_processor([*tiny.WORDS, "more"], image_size=16, patch_size=8)
     loss, config = mk.LlavaKDLoss(), reading(rows.folder.parent)
     with pytest.raises(CheckpointError, match=r"another processor \(tokenizer: \w+ -> \w+\)"):
@@ -435,9 +413,9 @@ def caching(root, path, **options):
     config = tiny.run_config(root, path / "out", stages=("dpt", "dft"))
     stage = dataclasses.replace(config.dft, micro_batch=2)
     options = {"path": str(path / "rows"), "dtype": "fp32", "batch_size": 3} | options
-    return dataclasses.replace(
-        config, dpt=stage, dft=stage, teacher_cache=TeacherCacheConfig(**options)
-    )
+    data = dataclasses.replace(config.data, held_out=None)
+    cache = TeacherCacheConfig(**options)
+    return dataclasses.replace(config, dpt=stage, dft=stage, data=data, teacher_cache=cache)
 
 
 def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, monkeypatch, capsys):
@@ -484,7 +462,7 @@ def test_a_run_stops_before_it_starts(root, tmp_path, capsys):
     file.write_text(settings.dump(config))
     assert main(["run", "--config", str(file)]) == 2
     assert "dpt: no manifest.json there, expected a teacher cache" in capsys.readouterr().err
-    for stages, why in ((("sft",), r"none of dpt, dft is among .*\['sft'\]"), (("dft",), "null")):
-        other = dataclasses.replace(config, stages=stages, teacher=None)
-        with pytest.raises(ConfigError, match=why):
-            make(other, say=lambda _: None)
+    with pytest.raises(ConfigError, match=r"none of dpt, dft is among .* \['sft'\]"):
+        make(dataclasses.replace(config, stages=("sft",)), say=lambda _: None)
+    with pytest.raises(ConfigError, match=r"teacher: got null, expected a path: the model whose"):
+        make(dataclasses.replace(config, teacher=None), say=lambda _: None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from training.config import Config, require
-from training.data.collate import LlavaCollator
+from training.data.collate import Collator
 from training.loop import load_data, on_main, processes
 from training.models import build_processor, load_vlm, same_vocabulary
 from training.settings import ConfigError
@@ -121,7 +121,7 @@ def _pass(
         folder=job.cost.folder,
         teacher=teacher,
         dataset=job.dataset,
-        collator=LlavaCollator(processor),
+        collator=Collator(processor),
         manifest=manifest,
         batch_size=config.teacher_cache.batch_size,
         workers=config.data.workers,
