@@ -6,9 +6,11 @@ chosen, losses are computed and their gradients leave. `mllmkd_kernels.reference
 definitions.
 """
 
+from mllmkd_kernels.batch import count_rows, distill_batch, forward_through
 from mllmkd_kernels.distill import DistillOutput, fused_linear_distill
 from mllmkd_kernels.divergence import Divergence
 from mllmkd_kernels.heads import HeadInputs
+from mllmkd_kernels.hf_trainer import DistillMixin
 from mllmkd_kernels.llava_kd import LlavaKDLoss, LlavaKDOutput
 from mllmkd_kernels.logprob import fused_linear_logprob
 from mllmkd_kernels.models import head_inputs
@@ -25,6 +27,7 @@ from mllmkd_kernels.vocab_slices import VocabSlice, vocab_rows, vocab_slice
 __version__ = "0.1.0"
 
 __all__ = [
+    "DistillMixin",
     "DistillOutput",
     "Divergence",
     "HeadInputs",
@@ -33,7 +36,10 @@ __all__ = [
     "Plan",
     "RowCounts",
     "VocabSlice",
+    "count_rows",
+    "distill_batch",
     "explain",
+    "forward_through",
     "fused_linear_distill",
     "fused_linear_logprob",
     "fused_linear_relation",

@@ -1,0 +1,201 @@
+"""How does any `transformers.Trainer` distil? By one more base class.
+
+    class MyTrainer(mk.DistillMixin, Trainer): ...      # or TRL's SFTTrainer, or your own subclass
+
+    MyTrainer(model=student, teacher=teacher, kd_loss=mk.LlavaKDLoss(), args=..., ...).train()
+
+The trainer keeps its model, data, optimiser, checkpoints and wrappers; the mixin replaces
+
+1. `compute_loss`: both models up to their heads, then the four terms, inside the wrapper's forward
+   so that DDP and FSDP do what they do there;
+2. the normaliser: each mean is over the rows of the whole optimiser step, every micro-batch of
+   every rank, so accumulation and data parallelism give the big batch's gradient;
+3. logs: the four terms apart, in training and in evaluation;
+4. `prediction_step`: logits are made only where `compute_metrics` asks for them.
+
+The teacher is an attribute of the trainer, not of its model: no optimiser, checkpoint or wrapper
+sees it. Left out: context and sequence parallelism; teachers sharded over devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mllmkd_kernels.batch import BESIDES, count_rows, distill_batch, forward_through, image_token_id
+from mllmkd_kernels.llava_kd import LlavaKDLoss, LlavaKDOutput
+from mllmkd_kernels.rows import RowCounts
+
+if TYPE_CHECKING:  # importing the package must not import transformers
+    from transformers import Trainer
+else:
+    Trainer = object
+
+TERMS = LlavaKDOutput._fields[1:]
+
+
+class StepCounts(Trainer):
+    """For a trainer whose loss is a share of the whole step's mean: counts the rows of the step.
+
+    `count_batches` says what there is in some micro-batches of this rank.
+    """
+
+    loss_is_scaled_for_ga = True  # transformers must not divide by the micro-batches again
+
+    def count_batches(self, batches: list[dict[str, Any]]) -> RowCounts:
+        """Rows of these micro-batches, this rank's alone."""
+        raise NotImplementedError
+
+    def _get_num_items_in_batch(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> RowCounts:
+        counts = self.count_batches(batch_samples)
+        if self.args.world_size > 1:
+            local = torch.stack([torch.as_tensor(count, device=device) for count in counts])
+            gathered: Any = self.accelerator.gather(local.unsqueeze(0))
+            counts = RowCounts(*gathered.sum(0).unbind())
+        return counts
+
+
+class DistillMixin(StepCounts):
+    """Goes before a `transformers.Trainer` class and makes its loss LLaVA-KD's.
+
+    Args:
+        teacher: a transformers model; frozen, put into eval mode and onto the trainer's device. Its
+            dtype stays. None: cross-entropy alone.
+        kd_loss: default the paper's weights.
+        *args, **kwargs: the trainer's own.
+
+    Batches are `mllmkd_kernels.batch`'s: what the student takes, with `labels`; optionally
+    `teacher` (a batch of the teacher's own) and `image_lens`.
+
+    Raises:
+        ValueError: an argument that asks for another loss, or for what cannot be done here (several
+            GPUs in one process, context or sequence parallelism).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: nn.Module | None,
+        kd_loss: LlavaKDLoss | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._refuse_what_would_be_ignored()
+        self.model_accepts_loss_kwargs = True  # what transformers before 5.19 goes by
+        self.kd_loss = LlavaKDLoss() if kd_loss is None else kd_loss
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+            if not hasattr(teacher, "hf_device_map"):  # placed by its loader, maybe quantised
+                teacher.to(self.args.device)
+        self._sums = {True: self._no_terms(), False: self._no_terms()}  # by training or not
+        self._counted_from: int | None = None
+        self._eval_batches = 0
+
+    def distill(
+        self, student: nn.Module, batch: Mapping[str, Any], counts: RowCounts | None
+    ) -> LlavaKDOutput:
+        """The loss of one batch, inside the wrapper's forward; to be overridden for models that
+        are not transformers'.
+        """
+        return distill_batch(self.kd_loss, student, self.teacher, batch, counts)
+
+    def count_batches(self, batches: list[dict[str, Any]]) -> RowCounts:
+        """Rows of these micro-batches, this rank's alone."""
+        return count_rows(batches, image_token_id(self.accelerator.unwrap_model(self.model)))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: RowCounts | None = None,  # pyright: ignore[reportIncompatibleMethodOverride]
+    ) -> Any:
+        """This micro-batch's share of the step's loss, times the number of ranks (whose gradients
+        are averaged); without counts, the mean over this micro-batch.
+        """
+        student = self.accelerator.unwrap_model(model)
+
+        def forward(batch: Mapping[str, Any]) -> LlavaKDOutput:
+            with self.accelerator.autocast():
+                return self.distill(student, batch, num_items_in_batch)
+
+        output = forward_through(model, student, forward, inputs)
+        if model.training and self._counted_from is None:
+            self._counted_from = self.state.global_step
+        self._sums[model.training] += torch.stack([getattr(output, t).detach() for t in TERMS])
+        ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
+        return (output.loss * ranks, output) if return_outputs else output.loss * ranks
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss of an evaluation batch; a second forward for its logits where metrics want them."""
+        inputs = self._prepare_inputs(inputs)
+        counts = self._get_num_items_in_batch([inputs], self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=counts)
+            self._eval_batches += 1
+            if prediction_loss_only:
+                return loss, None, None
+            left_out = (*BESIDES, "labels")
+            outputs = model(**{k: v for k, v in inputs.items() if k not in left_out})
+        return loss, outputs.logits, inputs["labels"]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own, with the four terms next to its loss: means over the batches too."""
+        self._sums[False], self._eval_batches = self._no_terms(), 0
+        output: Any = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        means = self._means(False, max(self._eval_batches, 1))
+        output.metrics.update({f"{prefix}_{term}": mean for term, mean in means.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the four terms, means over the optimiser steps since the last entry."""
+        if "loss" in logs and self._counted_from is not None:
+            logs.update(self._means(True, max(self.state.global_step - self._counted_from, 1)))
+            self._sums[True], self._counted_from = self._no_terms(), None
+        super().log(logs, start_time)
+
+    def _means(self, training: bool, count: int) -> dict[str, float]:
+        """The terms over `count` steps or batches, all ranks' shares together."""
+        sums: Any = self.accelerator.reduce(self._sums[training] / count, reduction="sum")
+        return dict(zip(TERMS, sums.tolist(), strict=True))
+
+    def _no_terms(self) -> Tensor:
+        return torch.zeros(len(TERMS), device=self.args.device)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Entries that are not the student's arguments must reach the loss all the same."""
+        super()._set_signature_columns_if_needed()
+        columns = self._signature_columns or []
+        self._signature_columns = columns + [key for key in BESIDES if key not in columns]
+
+    def _refuse_what_would_be_ignored(self) -> None:
+        args, parallel = self.args, getattr(self.accelerator, "parallelism_config", None)
+        sharded = parallel is not None and (
+            parallel.cp_enabled or getattr(parallel, "sp_enabled", False)
+        )
+        expected = "the loss is kd_loss"
+        for name, given, why in (
+            ("label_smoothing_factor", args.label_smoothing_factor, f"0: {expected}"),
+            ("compute_loss_func", self.compute_loss_func, f"None: {expected}"),
+            (
+                "n_gpu",
+                args.n_gpu if args.n_gpu > 1 else 0,
+                "one process a GPU: start with accelerate launch or torchrun",
+            ),
+            ("parallelism_config", parallel if sharded else None, "whole sequences on each rank"),
+        ):
+            if given:
+                raise ValueError(f"{name}: got {given}, expected {why}")
