@@ -1,8 +1,8 @@
 """How does a batch made for a transformers trainer become a distillation loss?
 
-    batch ── head_inputs ──► student's hidden states and head ─┐
-      └──── head_inputs ──► teacher's, no gradient ────────────┼─► LlavaKDLoss
-    labels, input_ids == image token: which rows ──────────────┘
+    batch ──── student ─► hidden (B, T, Ds), head (Vs, Ds) ──┐
+      └─────── teacher ─► hidden (B, T', Dt), head (Vt, Dt) ─┼─► LlavaKDLoss
+    labels, image positions, rows of each image ─────────────┘
 
 A batch is what `model(**batch)` takes, with `labels`, and may hold what no model takes: `teacher`,
 a batch of the teacher's own where its processor makes other tokens; `image_lens`, the rows of each
@@ -13,28 +13,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mllmkd_kernels.llava_kd import HeadInputs, LlavaKDLoss, LlavaKDOutput
+from mllmkd_kernels.heads import HeadInputs
+from mllmkd_kernels.llava_kd import LlavaKDLoss, LlavaKDOutput
 from mllmkd_kernels.models import head_inputs
-from mllmkd_kernels.rows import RowCounts
+from mllmkd_kernels.rows import RowCounts, image_seqlens
 
+Batch = Mapping[str, Any]
 BESIDES = ("teacher", "image_lens", "sample_ids")  # entries of a batch that are no model's
 
 
-class Prepared(NamedTuple):
-    """One model's side of a batch, as `LlavaKDLoss` wants it."""
-
-    head: HeadInputs
-    labels: Tensor  # (B, T)
-    image_mask: Tensor | None  # (B, T) bool; None for a model without an image token
-
-
 def image_token_id(model: nn.Module) -> int | None:
-    """The id that marks image positions in `input_ids`, or None for a model of text."""
+    """The id that stands where a row of an image goes in `input_ids`, by the name that the model's
+    config has for it, or None for a model of text.
+    """
     config: Any = getattr(model, "config", None)
     for name in ("image_token_id", "image_token_index"):
         if isinstance(token := getattr(config, name, None), int):
@@ -42,30 +38,11 @@ def image_token_id(model: nn.Module) -> int | None:
     return None
 
 
-def prepare(model: nn.Module, batch: Mapping[str, Any]) -> Prepared:
-    """Run one model up to its head and say which of its positions are labelled and which are image.
-
-    Raises:
-        ValueError: `input_ids` or `labels` are missing; and what `head_inputs` raises.
-    """
-    for key in ("input_ids", "labels"):
-        if batch.get(key) is None:
-            raise ValueError(f"{key}: missing; the batch has {', '.join(sorted(batch))}")
-    inputs = {key: value for key, value in batch.items() if key not in BESIDES}
-    mask = image_mask(batch["input_ids"], image_token_id(model))
-    return Prepared(head_inputs(model, **inputs), batch["labels"], mask)
-
-
-def image_mask(input_ids: Tensor, token: int | None) -> Tensor | None:
-    """(B, T) bool, True at image positions; None where there is no image token."""
-    return None if token is None else input_ids == token
-
-
 def distill_batch(
     loss: LlavaKDLoss,
     student: nn.Module,
     teacher: nn.Module | None,
-    batch: Mapping[str, Any],
+    batch: Batch,
     counts: RowCounts | None = None,
 ) -> LlavaKDOutput:
     """Both models up to their heads, and the loss of the batch. Neither `lm_head` is called.
@@ -82,59 +59,131 @@ def distill_batch(
         ValueError: missing entries, rows that do not correspond, a teacher with another image token
             and no batch of its own.
     """
-    ours, theirs = prepare(student, batch), None
-    own = batch.get("teacher")
-    if teacher is not None:
-        if own is None:
-            _check_same_token(student, teacher, ours.image_mask)
-        with torch.no_grad():
-            theirs = prepare(teacher, batch if own is None else own)
-    return loss(
-        ours.head,
-        None if theirs is None else theirs.head,
-        ours.labels,
-        ours.image_mask,
-        num_items_in_batch=counts,
-        image_lens=batch.get("image_lens"),
-        # a shared batch has one set of rows: not given, so not compared with itself
-        teacher_labels=None if theirs is None or own is None else theirs.labels,
-        teacher_image_mask=None if theirs is None or own is None else theirs.image_mask,
-    )
-
-
-def _check_same_token(student: nn.Module, teacher: nn.Module, mask: Tensor | None) -> None:
-    ours, theirs = image_token_id(student), image_token_id(teacher)
-    if mask is not None and theirs is not None and ours != theirs:
+    ours, theirs = image_token_id(student), None if teacher is None else image_token_id(teacher)
+    shared = teacher is not None and not batch.get("teacher")
+    if shared and None not in (ours, theirs) and ours != theirs:
         raise ValueError(
             f"teacher: its image token is {theirs}, the student's {ours}; expected a 'teacher' "
             "entry in the batch, made by the teacher's own processor"
         )
+    s, t = _run(student, batch), None
+    if teacher is not None:
+        with torch.no_grad():
+            t = _run(teacher, batch.get("teacher") or batch)
+    tokens = {"image_token": ours, "teacher_image_token": theirs}
+    return batch_loss(loss, s, t, batch, **tokens, counts=counts)
 
 
-def count_rows(batches: Iterable[Mapping[str, Any]], token: int | None) -> RowCounts:
-    """The rows that the means of the loss are over, in all these micro-batches together.
+def _run(model: nn.Module, batch: Batch) -> HeadInputs:
+    return head_inputs(model, **{k: v for k, v in batch.items() if k not in BESIDES})
 
-    The counts are int64 tensors on the batches' device: nothing waits for it.
+
+def batch_loss(
+    loss: LlavaKDLoss,
+    student: HeadInputs,
+    teacher: HeadInputs | None,
+    batch: Batch,
+    *,
+    image_token: int | None,
+    teacher_image_token: int | None = None,
+    counts: RowCounts | None = None,
+) -> LlavaKDOutput:
+    """The loss of a batch whose hidden states are there: finds labels, image positions and images.
 
     Args:
-        batches: `labels` (B, T); `input_ids` (B, T) where `token` is given; `image_lens` or else
-            each run of image positions is an image, as in `LlavaKDLoss`.
-        token: the image token, None for text alone.
+        loss: the four terms. Without a visual term the rows of the images need not correspond.
+        student, teacher: `head_inputs` of the two.
+        batch: with `input_ids` and `labels` (B, T); `teacher` (B, T') if that is what it was given.
+        image_token, teacher_image_token: ids of image positions in the two's `input_ids`, None for
+            a model of text.
+        counts: rows of the whole optimiser step; None: of this batch.
+
+    Raises:
+        ValueError: missing entries; the two views of the batch have other images, or select other
+            rows.
     """
-    totals = RowCounts(0, 0, 0)
+    visual = bool(loss.visual or loss.relation)
+    mask = image_mask(batch, image_token if visual else None)
+    lens = lens_of(batch, mask) if visual else None
+    own: Batch = (batch.get("teacher") if teacher is not None else None) or {}
+    teacher_mask = None
+    if own:
+        teacher_mask = image_mask(own, teacher_image_token if visual else None)
+        if visual:
+            _same_images(lens, lens_of(own, teacher_mask))
+    return loss(
+        student,
+        teacher,
+        _entry(batch, "labels"),
+        mask,
+        num_items_in_batch=counts,
+        image_lens=lens,
+        teacher_labels=_entry(own, "labels") if own else None,
+        teacher_image_mask=teacher_mask,
+    )
+
+
+def image_mask(batch: Batch, token: int | None) -> Tensor:
+    """(B, T) bool, True at image positions; nowhere without an image token."""
+    input_ids = _entry(batch, "input_ids")
+    return torch.zeros_like(input_ids, dtype=torch.bool) if token is None else input_ids == token
+
+
+def lens_of(
+    batch: Batch,
+    mask: Tensor,  # (B, T) bool, True at image positions
+) -> Tensor | None:  # (I,)
+    """Rows of each image of a batch, in order, or None where each run of image positions is one.
+
+    A batch that does not say (`image_lens`) but has its images stacked, (I, 3, H, W), has equal
+    rows for each of them.
+    """
+    if batch.get("image_lens") is not None:
+        return batch["image_lens"]
+    pixels = batch.get("pixel_values")
+    if pixels is None or pixels.dim() != 4:
+        return None
+    rows = mask.sum() // len(pixels)
+    return rows.expand(len(pixels))
+
+
+def count_rows(batches: Iterable[Batch], image_token: int | None) -> RowCounts:
+    """The rows that each mean in the loss is over, counted over every micro-batch of an optimiser
+    step (of this rank: add up the ranks').
+
+    Args:
+        batches: as `batch_loss` takes them.
+        image_token: as in `batch_loss`.
+
+    Returns:
+        int64 tensors on the device of the batches, the number of images may be an int.
+    """
+    response, visual, images = torch.tensor(0), torch.tensor(0), 0
     for batch in batches:
-        labels = batch["labels"]
-        visual: int | Tensor = 0
-        images: int | Tensor = 0
-        mask = None if token is None else image_mask(batch["input_ids"], token)
-        if mask is not None:
-            visual = mask.sum()
-            starts = mask[:, 1:] & ~mask[:, :-1]
-            lens = batch.get("image_lens")
-            images = starts.sum() + mask[:, 0].sum() if lens is None else len(lens)
-        found = RowCounts((labels[:, 1:] != -100).sum(), visual, images)
-        totals = RowCounts(*(a + b for a, b in zip(totals, found, strict=True)))
-    return totals
+        mask = image_mask(batch, image_token)
+        response = (_entry(batch, "labels")[:, 1:] != -100).sum() + response
+        visual = mask.sum() + visual
+        lens = lens_of(batch, mask)
+        images += len(image_seqlens(mask)) - 1 if lens is None else len(lens)
+    return RowCounts(response, visual, images)
+
+
+def _entry(batch: Batch, key: str) -> Tensor:
+    if batch.get(key) is None:
+        raise ValueError(f"{key}: missing; the batch has {', '.join(sorted(batch))}")
+    return batch[key]
+
+
+def _same_images(student: Tensor | None, teacher: Tensor | None) -> None:
+    """The totals are compared by the loss; here each image, so that none moves into another."""
+    if student is None or teacher is None:
+        return
+    ours, theirs = student.tolist(), teacher.tolist()
+    if ours != theirs:
+        raise ValueError(
+            f"teacher.image_lens: the teacher's images have {theirs} rows, the student's {ours}; "
+            "set loss.visual and loss.relation to 0, or take a teacher whose images have as many"
+        )
 
 
 def forward_through(

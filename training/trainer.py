@@ -2,7 +2,7 @@
 logging) is its own.
 
 1. **Normaliser.** Each mean of the loss is over the rows of the whole optimiser step: every micro-
-   batch of every rank. `_get_num_items_in_batch` counts them and the loss divides by the counts, so
+   batch of every rank. `StepCounts` adds them up and the loss divides by the counts, so
    accumulating 4 micro-batches gives the big batch's gradient, however uneven they are. (With a
    mean-reduced loss the stock trainer gives 4 times it.)
 2. **Checkpoints** are whole or absent (`training.checkpoint`), hold the student alone, load
@@ -28,19 +28,20 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import mllmkd_kernels as mk
+from mllmkd_kernels.hf_trainer import StepCounts
 from training import checkpoint
 from training.forecast import Forecast
 from training.interrupt import Interrupted, StopRequest
 from training.meter import Meter
 from training.models import CheckpointError, load_state, load_vlm
 from training.progress import Place, Progress
-from training.step import TERMS, DistillStep, count_rows
+from training.step import TERMS, DistillStep
 from training.watch import Watch
 
 DIAGNOSTICS = ("student_entropy", "teacher_entropy", "agreement")
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(StepCounts, Trainer):
     """`transformers.Trainer` for a `DistillStep`.
 
     Args:
@@ -50,8 +51,6 @@ class DistillTrainer(Trainer):
         on_nan, skip_limit: see `training.watch`.
         say: how messages are told.
     """
-
-    loss_is_scaled_for_ga = True  # compute_loss returns a share of the whole step's mean
 
     def __init__(
         self,
@@ -145,15 +144,9 @@ class DistillTrainer(Trainer):
             model.zero_grad(set_to_none=True)  # without a gradient the optimiser does nothing
         return norm
 
-    def _get_num_items_in_batch(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
-    ) -> mk.RowCounts:
-        counts = count_rows(batch_samples, self.step.image_token_id)
-        if self.args.world_size > 1:
-            local = torch.tensor([counts], device=device)
-            gathered: Any = self.accelerator.gather(local)
-            counts = mk.RowCounts(*gathered.sum(0).tolist())
-        return counts
+    def count_batches(self, batches: list[dict[str, torch.Tensor]]) -> mk.RowCounts:
+        """Rows of these micro-batches, this rank's alone."""
+        return mk.count_rows(batches, self.step.image_token_id)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the four terms (means over the steps since the last entry), rates and peak

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+import mllmkd_kernels as mk
 from tests.training import tiny
 from training.config import LossConfig
 from training.data.collate import LlavaCollator
 from training.data.dataset import LlavaDataset
 from training.models import build_model
 from training.stages import STAGES, freeze, loss_of
-from training.step import TERMS, DistillStep, count_rows
+from training.step import TERMS, DistillStep
 
 PROJECTOR = {"linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"}
 
@@ -128,7 +129,7 @@ def test_text_only_batch(parts, tmp_path):
 
 def test_row_counts(parts):
     student, _, batch = parts
-    counts = count_rows([batch, batch], student.config.image_token_id)
+    counts = mk.count_rows([batch, batch], student.config.image_token_id)
     assert counts.response == 2 * int((batch["labels"][:, 1:] != -100).sum())
     assert counts.visual == 2 * 4 * len(batch["pixel_values"])
     assert counts.images == 2 * len(batch["pixel_values"])

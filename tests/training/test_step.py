@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+import mllmkd_kernels as mk
 from tests import tiny_models
 from training.anatomy import anatomy, image_token_id
 from training.config import LossConfig
 from training.stages import STAGES, freeze, loss_of
-from training.step import TERMS, DistillStep, count_rows
+from training.step import TERMS, DistillStep
 
 # The classes of the shipped recipes, and those whose parts lie elsewhere.
 CLASSES = [
@@ -148,10 +149,10 @@ def test_a_teacher_of_another_class():
 def test_batches_that_do_not_say_where_images_end(name):
     (student, batch), (teacher, _) = built(name), built(name, seed=1)
     step = step_of("dft", student, teacher)
-    counts = count_rows([batch, batch], step.image_token_id)
+    counts = mk.count_rows([batch, batch], step.image_token_id)
     assert counts[1:] == (16, 4)
     said = step(**batch)
     bare = {key: batch[key] for key in batch if key not in ("image_lens", "sample_ids")}
-    assert count_rows([bare, bare], step.image_token_id) == counts
+    assert mk.count_rows([bare, bare], step.image_token_id) == counts
     again = step(**bare)
     assert all(torch.equal(getattr(again, term), getattr(said, term)) for term in TERMS)
