@@ -10,7 +10,7 @@ from mllmkd_kernels.batch import count_rows, distill_batch, forward_through
 from mllmkd_kernels.distill import DistillOutput, fused_linear_distill
 from mllmkd_kernels.divergence import Divergence
 from mllmkd_kernels.heads import HeadInputs
-from mllmkd_kernels.hf_trainer import DistillMixin
+from mllmkd_kernels.hf_trainer import DistillMixin, sum_counts
 from mllmkd_kernels.llava_kd import LlavaKDLoss, LlavaKDOutput
 from mllmkd_kernels.logprob import fused_linear_logprob
 from mllmkd_kernels.models import head_inputs
@@ -48,6 +48,7 @@ __all__ = [
     "image_seqlens",
     "relation_cosine",
     "response_rows",
+    "sum_counts",
     "visual_rows",
     "vocab_parallel_distill",
     "vocab_parallel_gram",

@@ -30,11 +30,20 @@ from mllmkd_kernels.llava_kd import LlavaKDLoss, LlavaKDOutput
 from mllmkd_kernels.rows import RowCounts
 
 if TYPE_CHECKING:  # importing the package must not import transformers
+    from accelerate import Accelerator
     from transformers import Trainer
 else:
     Trainer = object
 
 TERMS = LlavaKDOutput._fields[1:]
+
+
+def sum_counts(counts: RowCounts, accelerator: Accelerator) -> RowCounts:
+    """The counts of all ranks of an `accelerate.Accelerator` together, as tensors on its device."""
+    device = accelerator.device
+    local = torch.stack([torch.as_tensor(count, device=device) for count in counts])
+    total: Any = accelerator.reduce(local, reduction="sum")
+    return RowCounts(*total.unbind())
 
 
 class StepCounts(Trainer):
@@ -52,12 +61,7 @@ class StepCounts(Trainer):
     def _get_num_items_in_batch(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, batch_samples: list[dict[str, Any]], device: torch.device
     ) -> RowCounts:
-        counts = self.count_batches(batch_samples)
-        if self.args.world_size > 1:
-            local = torch.stack([torch.as_tensor(count, device=device) for count in counts])
-            gathered: Any = self.accelerator.gather(local.unsqueeze(0))
-            counts = RowCounts(*gathered.sum(0).unbind())
-        return counts
+        return sum_counts(self.count_batches(batch_samples), self.accelerator)
 
 
 class DistillMixin(StepCounts):

@@ -1,20 +1,25 @@
 """A tiny teacher-student pair and uneven samples: what the tests of trainers train on.
 
 LLaVA with SigLIP, 4 rows an image. Samples have 0, 1 or 2 images and answers of different lengths,
-so that no two micro-batches have the same number of rows. Expected losses come from whole logits
-and plain PyTorch (`naive_terms`).
+so that no two micro-batches have the same number of rows. `write` puts such a pair on disk, with
+chats, as a script would find it. Expected losses come from whole logits and plain PyTorch
+(`naive_terms`).
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers as tf
+from PIL import Image
 from torch import Tensor
 
-from tests.tiny_models import IMAGE, VISION, llava
+from tests.tiny_models import IMAGE, TEXT, VISION, llava
+from training.demo.words import build_processor
 
 ROWS = 4  # of an image
 
@@ -49,6 +54,38 @@ def samples(images: tuple[int, ...] = (1, 2, 0, 0, 2, 1, 0, 1)) -> list[dict[str
     return found
 
 
+def write(folder: Path) -> tuple[Path, Path, Path]:
+    """Folders of a student and a teacher with their processor, and a file of 8 chats."""
+    words = ["red", "green", "blue", "what", "colour", "is", "this", "say", "the", "word"]
+    processor = build_processor(words, image_size=32, patch_size=16)
+    for seed, name, width in ((0, "student", 32), (7, "teacher", 48)):
+        torch.manual_seed(seed)
+        text = {**TEXT, "hidden_size": width, "vocab_size": len(processor.tokenizer)}
+        config = tf.LlavaConfig(
+            vision_config=tf.SiglipVisionConfig(**VISION, vision_use_head=False),
+            text_config=tf.Qwen2Config(**text),
+            image_token_index=processor.image_token_id,
+            vision_feature_select_strategy="full",
+        )
+        model = tf.LlavaForConditionalGeneration(config)
+        model.lm_head.weight.data *= 20
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    chats = []
+    for i in range(8):
+        colour = words[i % 3]
+        Image.new("RGB", (32, 32), colour).save(folder / f"{colour}.png")
+        images = [] if i % 4 == 3 else [f"{colour}.png"]
+        answer = [colour, f"this is {colour}"][i % 2]
+        parts = [{"type": "image"} for _ in images]
+        question = [*parts, {"type": "text", "text": "what colour is this"}]
+        turns = (("user", question), ("assistant", [{"type": "text", "text": answer}]))
+        messages = [{"role": role, "content": content} for role, content in turns]
+        chats.append({"images": images, "messages": messages})
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    return folder / "student", folder / "teacher", folder / "chats.jsonl"
+
+
 def collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Right-padded (B, T) and the images of all samples in one (I, 3, 32, 32)."""
 
@@ -70,7 +107,7 @@ def naive_terms(student: Any, teacher: Any, batch: dict[str, Tensor]) -> dict[st
     z_s = student(**inputs).logits.float()
     with torch.no_grad():
         z_t = teacher(**inputs).logits.float()
-    labels, at_image = batch["labels"], batch["input_ids"] == IMAGE
+    labels, at_image = batch["labels"], batch["input_ids"] == student.config.image_token_id
     answers = labels[:, 1:] != -100
     relations = []
     for sample in range(len(labels)):

@@ -1,0 +1,81 @@
+"""Do the scripts in examples/ run, and is their first loss that of plain PyTorch?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from examples import accelerate_loop, transformers_trainer
+from examples.chat_data import ChatCollator, read_chats
+from tests import pair
+
+TINY: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "train_sampling_strategy": "sequential",
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "max_steps": 6,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "report_to": [],
+    "dataloader_pin_memory": False,
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    return pair.write(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def first_loss(files: tuple[Path, Path, Path]) -> float:
+    """Of the first optimiser step of 4 chats, whole logits, before any step is made."""
+    student, teacher, chats = files
+    batch = ChatCollator(AutoProcessor.from_pretrained(student))(read_chats(chats)[:4])
+    models = [AutoModelForImageTextToText.from_pretrained(path) for path in (student, teacher)]
+    with torch.no_grad():
+        return float(pair.naive_loss(*models, batch))
+
+
+def test_labels_are_the_answers(files: tuple[Path, Path, Path]) -> None:
+    processor = AutoProcessor.from_pretrained(files[0])
+    batch = ChatCollator(processor)(read_chats(files[2])[:4])
+    answers = [processor.decode(row[row != -100]) for row in batch["labels"]]
+    assert answers == ["red </s>", "this is green </s>", "blue </s>", "this is red </s>"]
+
+
+def falls(losses: list[float], first: float) -> None:
+    # fp32 sums in another order, through another way to the same loss
+    assert losses[0] == pytest.approx(first, rel=1e-4)
+    assert losses[-1] < losses[0]
+
+
+def test_transformers_trainer(
+    files: tuple[Path, Path, Path], first_loss: float, tmp_path: Path
+) -> None:
+    student, teacher, chats = files
+    run = transformers_trainer.main(
+        str(chats), str(tmp_path), student=str(student), teacher=str(teacher), **TINY
+    )
+    falls([log["loss"] for log in run.state.log_history if "loss" in log], first_loss)
+    AutoModelForImageTextToText.from_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(tmp_path)
+
+
+def test_accelerate_loop(files: tuple[Path, Path, Path], first_loss: float, tmp_path: Path) -> None:
+    student, teacher, chats = files
+    options: dict[str, Any] = {"epochs": 3, "accumulate": 2, "lr": 1e-2}
+    losses = accelerate_loop.main(
+        str(chats), str(tmp_path), student=str(student), teacher=str(teacher), **options
+    )
+    assert len(losses) == 6
+    falls(losses, first_loss)
+    AutoModelForImageTextToText.from_pretrained(tmp_path)
