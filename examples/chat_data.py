@@ -1,7 +1,8 @@
 """What do the scripts train on? Chats of one question and one answer, with images or without.
 
-One JSON object a line: {"images": ["a.png"], "messages": [{"role": "user", "content": [{"type":
-"image"}, {"type": "text", "text": "What is this?"}]}, {"role": "assistant", "content": [...]}]}.
+One JSON object a line, in the form that TRL calls prompt-completion: {"images": ["a.png"],
+"prompt": [{"role": "user", "content": "..."}], "completion": [{"role": "assistant", "content":
+"..."}]}.
 Nothing here is about distillation; it is the collator that such a script has already.
 """
 
@@ -30,11 +31,15 @@ class ChatCollator:
 
     def __call__(self, chats: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask`, `labels` (B, T) and what the processor makes of images."""
-        filled = [with_paths(chat) for chat in chats]
-        batch = self._encode(filled, padding=True)
+        prompts = [with_images(chat["prompt"], chat["images"]) for chat in chats]
+        whole = [
+            prompt + with_images(chat["completion"])
+            for prompt, chat in zip(prompts, chats, strict=True)
+        ]
+        batch = self._encode(whole, padding=True)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        for row, chat in enumerate(filled):
-            question = self._encode([chat[:1]], add_generation_prompt=True)
+        for row, prompt in enumerate(prompts):
+            question = self._encode([prompt], add_generation_prompt=True)
             labels[row, : question["input_ids"].shape[1]] = -100
         return {**batch, "labels": labels}
 
@@ -48,16 +53,11 @@ class ChatCollator:
         )
 
 
-def with_paths(chat: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages, each image part with the path of its image."""
-    paths = iter(chat["images"])
-    return [
-        message
-        | {
-            "content": [
-                part | {"path": next(paths)} if part["type"] == "image" else part
-                for part in message["content"]
-            ]
-        }
-        for message in chat["messages"]
-    ]
+def with_images(
+    messages: list[dict[str, Any]], paths: list[str] | tuple[()] = ()
+) -> list[dict[str, Any]]:
+    """The messages in parts, as templates want them: images before the text of the first."""
+    images = [{"type": "image", "path": path} for path in paths]
+    parts = [[{"type": "text", "text": message["content"]}] for message in messages]
+    parts[0] = images + parts[0]
+    return [m | {"content": c} for m, c in zip(messages, parts, strict=True)]

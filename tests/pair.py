@@ -77,11 +77,9 @@ def write(folder: Path) -> tuple[Path, Path, Path]:
         Image.new("RGB", (32, 32), colour).save(folder / f"{colour}.png")
         images = [] if i % 4 == 3 else [f"{colour}.png"]
         answer = [colour, f"this is {colour}"][i % 2]
-        parts = [{"type": "image"} for _ in images]
-        question = [*parts, {"type": "text", "text": "what colour is this"}]
-        turns = (("user", question), ("assistant", [{"type": "text", "text": answer}]))
-        messages = [{"role": role, "content": content} for role, content in turns]
-        chats.append({"images": images, "messages": messages})
+        prompt = [{"role": "user", "content": "what colour is this"}]
+        completion = [{"role": "assistant", "content": answer}]
+        chats.append({"images": images, "prompt": prompt, "completion": completion})
     (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
     return folder / "student", folder / "teacher", folder / "chats.jsonl"
 
