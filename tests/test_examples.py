@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
 
-from examples import accelerate_loop, transformers_trainer, trl_sft
+import mllmkd_kernels as mk
+from examples import accelerate_loop, llava_patch, transformers_trainer, trl_sft
 from examples.chat_data import ChatCollator, read_chats
-from tests import pair
+from tests import mini_llava, pair
 
 TINY: dict[str, Any] = {
     "per_device_train_batch_size": 2,
@@ -98,3 +100,35 @@ def test_trl_sft(
     )
     falls([log["loss"] for log in run.state.log_history if "loss" in log], first_loss)
     AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+
+
+def patched(out: Path, kd_loss: mk.LlavaKDLoss, each: Any, **options: Any) -> tuple[Any, Any]:
+    """Student and teacher as they were, and the losses of the patched code base's trainer."""
+    student, teacher = mini_llava.MiniLlava(32, 0), mini_llava.MiniLlava(48, 7)
+    run = llava_patch.main(
+        mini_llava.MiniTrainer,
+        copy.deepcopy(student),
+        teacher,
+        kd_loss,
+        mini_llava.ROWS,
+        args=TrainingArguments(str(out), remove_unused_columns=False, **{**TINY, **options}),
+        train_dataset=each,
+        data_collator=mini_llava.collate,
+    )
+    return (student, teacher), [log["loss"] for log in run.state.log_history if "loss" in log]
+
+
+def test_llava_patch_is_the_released_loss(tmp_path: Path) -> None:
+    each = mini_llava.samples((2, 2))  # images at equal places: the released loss has them right
+    code = mk.LlavaKDLoss(relation=1.0, relation_batch=True)
+    models, losses = patched(tmp_path, code, each, gradient_accumulation_steps=1)
+    with torch.no_grad():
+        falls(losses, float(mini_llava.released_loss(*models, mini_llava.collate(each))))
+
+
+def test_llava_patch_where_the_released_loss_goes_wrong(tmp_path: Path) -> None:
+    """Images at other places, text alone, uneven micro-batches: the paper's loss of the step."""
+    each = mini_llava.samples((2, None, 4, 0))
+    models, losses = patched(tmp_path, mk.LlavaKDLoss(), each)
+    with torch.no_grad():
+        falls(losses, float(mini_llava.papers_loss(*models, each)))
