@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # importing the package must not import transformers
 else:
     Trainer = object
 
-TERMS = LlavaKDOutput._fields[1:]
+TERMS = ("ce", "response_kl", "visual_kl", "relation")
 
 
 def sum_counts(counts: RowCounts, accelerator: Accelerator) -> RowCounts:
