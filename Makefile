@@ -88,7 +88,7 @@ $(DEPS_STAMP): $(VENV_STAMP) pyproject.toml constraints.txt
 	$(SAY) "Installing PyTorch and build tools (the first time takes minutes)"
 	@$(PIP) torch ninja setuptools pybind11
 	$(SAY) "Installing the package and what training, benchmarks and tests need (minutes, once)"
-	@MLLMKD_NO_EXT=1 $(PIP) --no-build-isolation -e ".[train,bench,examples,dev]"
+	@MLLMKD_NO_EXT=1 $(PIP) --no-build-isolation -e ".[train,eval,bench,examples,dev]"
 	@touch $@
 
 # Compiled in place and by setup.py itself rather than through pip: ninja then compiles only what

@@ -1,4 +1,4 @@
-"""One entry point: `python -m training run | eval | demo | show`."""
+"""One entry point: `python -m training run | eval | export | demo | show`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from training import settings
 from training.config import Config
 from training.demo.recipes import DemoConfig
+from training.evaluation.command import add_eval, add_export, evaluate, export
 from training.recipes import names, recipe, summaries
 
 EPILOG = (
@@ -74,12 +74,12 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--dry-run", action="store_true", help="print what it would cost on disk, no more"
             )
-    command = commands.add_parser("eval", help="score a saved model on a LLaVA json file")
-    command.add_argument("model", help="folder of a LlavaForConditionalGeneration")
-    command.add_argument("json", help="held-out data, LLaVA format")
-    command.add_argument("--image-root", default=".", help="folder the image paths start from")
-    command.add_argument("--batch-size", type=int, default=256)
+    command = commands.add_parser("eval", help="score a saved model: held-out data, a benchmark")
+    add_eval(command)
     command.set_defaults(function=_eval)
+    command = commands.add_parser("export", help="a model for lmms-eval, answers for a server")
+    add_export(command)
+    command.set_defaults(function=_export)
     fields = DEMO_EPILOG.format("\n".join(settings.describe(DemoConfig)))
     text = "teacher, SFT student and distilled student, compared"
     command = commands.add_parser("demo", help=text, epilog=fields, formatter_class=raw)
@@ -117,14 +117,12 @@ def _show(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     _quiet()
-    from training.data.collate import LlavaCollator
-    from training.data.dataset import LlavaDataset
-    from training.evaluation.held_out import evaluate
-    from training.models import load_model
+    evaluate(options)
 
-    model, processor = load_model(options.model)
-    data = LlavaDataset(Path(options.json), options.image_root, processor)
-    print(evaluate(model, data, LlavaCollator(processor), batch_size=options.batch_size))
+
+def _export(options: argparse.Namespace) -> None:
+    _quiet()
+    export(options)
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -1,0 +1,107 @@
+"""What lmms-eval and the benchmarks' servers are handed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tests.training import tiny
+from training.__main__ import main
+from training.evaluation import export
+from training.evaluation.benchmarks import BENCHMARKS
+from training.evaluation.predictions import Predictions
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A saved model, exported."""
+    root = tmp_path_factory.mktemp("export")
+    source = tiny.write_teacher(root / "model", tiny.write_tower(root / "tower"))
+    assert main(["export", str(source), str(root / "out"), "--for", "lmms-eval"]) == 0
+    return root
+
+
+def test_transformers_alone_loads_the_folder(folder):
+    ours = AutoModelForImageTextToText.from_pretrained(folder / "model").state_dict()
+    model = AutoModelForImageTextToText.from_pretrained(folder / "out" / "model")
+    assert all(torch.equal(ours[name], value) for name, value in model.state_dict().items())
+    processor: Any = AutoProcessor.from_pretrained(folder / "out" / "model")
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "say"}]}
+    text = processor.apply_chat_template([turn], add_generation_prompt=True)
+    assert text == "USER: <image>\nsay ASSISTANT:"
+
+
+def test_the_command_is_a_shell_script_with_the_tasks(folder, tmp_path):
+    """Run with a stand-in for accelerate that prints what it is given."""
+    stand_in = tmp_path / "accelerate"
+    stand_in.write_text('#!/bin/sh\npwd\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+    shown = subprocess.run(
+        ["sh", "out/run.sh", "--limit", "8"],
+        cwd=folder,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "GPUS": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert shown[0] == str(folder / "out")
+    tasks = (folder / "out" / "tasks.txt").read_text().split()
+    model = "--model llava_hf --model_args pretrained=model"
+    asked = f"--tasks {','.join(tasks)} --batch_size 1 --output_path logs --log_samples --limit 8"
+    assert shown[1:] == shlex.split(f"launch --num_processes 2 -m lmms_eval {model} {asked}")
+
+
+def test_image_sizes_are_passed_on():
+    qwen = SimpleNamespace(size={"shortest_edge": 3136, "longest_edge": 65536})
+    sizes = export._image_sizes("qwen2_5_vl", qwen)
+    assert sizes == {"min_pixels": 3136, "max_pixels": 65536}
+    internvl = SimpleNamespace(min_patches=1, max_patches=6)
+    assert export._image_sizes("internvl", internvl) == {"min_patches": 1, "max_patches": 6}
+    assert export._image_sizes("llava", None) == {}
+
+
+def test_submissions(tmp_path, capsys):
+    kept = Predictions(tmp_path / "predictions.jsonl")
+    kept.append(
+        {"question_id": i, "question": "Is it?", "prompt": "", "answer": answer, "ended": True}
+        for i, answer in enumerate(["The Dog.", "two"])
+    )
+
+    def written(target: str) -> str:
+        out = tmp_path / target
+        assert main(["export", str(kept.path), str(out), "--for", target]) == 0
+        assert f"2 answers for {target}" in capsys.readouterr().out
+        return out.read_text()
+
+    numbers = [{"question_id": 0, "answer": "dog"}, {"question_id": 1, "answer": "2"}]
+    assert json.loads(written("vqav2")) == numbers
+    assert json.loads(written("textvqa"))[0] == {"question_id": 0, "answer": "The Dog."}
+    assert json.loads(written("gqa"))[0] == {"questionId": 0, "prediction": "the dog"}
+    assert json.loads(written("coco"))[1] == {"image_id": 1, "caption": "two"}
+    assert [json.loads(line) for line in written("pope").splitlines()] == [
+        {"question": "Is it?", "answer": "The Dog."},
+        {"question": "Is it?", "answer": "two"},
+    ]
+    assert export.SUBMISSIONS.keys() <= BENCHMARKS.keys()
+
+
+def test_wrong_things_to_export(folder, tmp_path, capsys):
+    (tmp_path / "settings.json").write_text('{"benchmark": "gqa"}')
+    predictions = str(tmp_path / "predictions.jsonl")
+    model = str(folder / "model")
+    for arguments, message in (
+        ([predictions, "x", "--for", "pope"], "--for: got 'pope', but"),
+        ([predictions, "x", "--for", "gqa"], "has no answers, or is not there"),
+        ([model, str(folder / "out"), "--for", "lmms-eval"], "is not empty, expected a new folder"),
+        ([str(tmp_path), "x", "--for", "lmms-eval"], "CheckpointError"),
+    ):
+        assert main(["export", *arguments]) == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,156 @@
+"""Answers to a benchmark, from a saved folder to a table, by a tiny model that has learned some."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from tests.training import tiny
+from training.__main__ import main
+from training.data.records import DataError
+from training.evaluation.generate import Answer, Prompt, Writer, load
+from training.evaluation.questions import Files
+from training.evaluation.run import Options, run_benchmark
+from training.models import build_model, save_model
+from training.settings import ConfigError
+
+SILENT = Console(quiet=True)
+QUESTIONS = ["what colour is this", "this", "say what is this and what colour", "colour"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Data, and a model in `model` that says different things to different prompts, and stops."""
+    root = tiny.write_data(tmp_path_factory.mktemp("eval"))
+    model, processor = build_model(tiny.model_config(tiny.write_tower(root / "tower"), 32), 0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and "vision_tower" not in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.5)
+    save_model(model, processor, root / "model")
+    pope = [
+        {
+            "question_id": i,
+            "image": f"{colour}.png",
+            "text": QUESTIONS[i % len(QUESTIONS)],
+            "label": "yes" if i % 2 else "no",
+        }
+        for i, colour in enumerate([*tiny.COLOURS] * 2)
+    ]
+    (root / "pope.json").write_text("\n".join(map(json.dumps, pope)) + "\n")
+    return root
+
+
+def prompts(root: Path) -> list[Prompt]:
+    images = [root / "images" / f"{name}.png" for name in tiny.COLOURS]
+    seeing = [Prompt(text, (images[i],)) for i, text in enumerate(QUESTIONS)]
+    return [*seeing[:2], Prompt("say red"), Prompt("what is this and this"), *seeing[2:]]
+
+
+def options(root: Path, out: Path, **more) -> Options:
+    where = Files(root / "pope.json", root / "images")
+    return Options(str(root / "model"), "pope", where, out, **{"max_new_tokens": 6, **more})
+
+
+def test_a_batch_writes_what_each_prompt_alone_does(root):
+    """Different lengths, with and without images: padding on the left changes nothing. In float64,
+    so that no two tokens are equally likely to rounding."""
+    model, processor = load(str(root / "model"))
+    writer = Writer(model.double(), processor, max_new_tokens=8)
+    together = writer.write(prompts(root))
+    assert together == [writer.write([prompt])[0] for prompt in prompts(root)]
+    assert len({answer.text for answer in together}) > 2, "one answer to all would prove nothing"
+    assert {answer.ended for answer in together} == {True, False}
+
+
+def test_greedy_whatever_the_generation_config_says(root):
+    model, processor = load(str(root / "model"))
+    plain = Writer(model, processor, 8).write(prompts(root))
+    config = model.generation_config
+    config.do_sample, config.temperature, config.repetition_penalty = True, 5.0, 9.0
+    assert Writer(model, processor, 8).write(prompts(root)) == plain
+    assert model.generation_config is config
+
+
+def test_stops_at_the_end_tokens_of_both(root):
+    """An end token of the model's generation config that the tokenizer does not know of."""
+    model, processor = load(str(root / "model"))
+    (first,) = Writer(model, processor, 1).write([Prompt("say red")])
+    assert first == Answer(first.text, ended=False) and first.text
+    own = processor.tokenizer.eos_token_id
+    model.generation_config.eos_token_id = [
+        own,
+        processor.tokenizer.convert_tokens_to_ids(first.text),
+    ]
+    (again,) = Writer(model, processor, 8).write([Prompt("say red")])
+    assert again == Answer(first.text, ended=True)
+
+
+def test_processor_without_a_usable_template(root):
+    model, processor = load(str(root / "model"))
+    processor.chat_template = "USER: {{ messages[0]['content'][-1]['text'] }}"
+    with pytest.raises(ConfigError, match="chat template of this LlavaProcessor makes 'USER: what"):
+        Writer(model, processor, 8)
+    processor.chat_template = None
+    with pytest.raises(ConfigError, match="got a LlavaProcessor without chat_template"):
+        Writer(model, processor, 8)
+
+
+def test_run_continues_after_a_cut_line(root, tmp_path):
+    whole = run_benchmark(options(root, tmp_path / "a", batch_size=3), load, SILENT)
+    assert whole["questions"] == 8 and whole["scores"].keys() >= {"accuracy", "f1", "yes_ratio"}
+    lines = (tmp_path / "a" / "predictions.jsonl").read_text()
+    first = json.loads(lines.split("\n")[0])
+    assert first["prompt"] == f"{QUESTIONS[0]}\nAnswer the question using a single word or phrase."
+    run_benchmark(options(root, tmp_path / "b", limit=2), load, SILENT)
+    kept = tmp_path / "b" / "predictions.jsonl"
+    with kept.open("a") as file:
+        file.write('{"question_id": 2, "ans')
+    assert run_benchmark(options(root, tmp_path / "b"), load, SILENT)["scores"] == whole["scores"]
+    assert kept.read_text() == lines
+
+    def never(_: str):
+        raise AssertionError("all answers are there: no model is needed")
+
+    assert run_benchmark(options(root, tmp_path / "b"), never, SILENT) == whole
+
+
+def test_a_folder_keeps_answers_to_one_thing(root, tmp_path):
+    run_benchmark(options(root, tmp_path, limit=1), load, SILENT)
+    with pytest.raises(ConfigError, match=r"something else \(max_new_tokens: 6 ->"):
+        run_benchmark(options(root, tmp_path, max_new_tokens=7), load, SILENT)
+    with pytest.raises(ConfigError, match=r"something else .*asked: "):
+        run_benchmark(options(root, tmp_path, instruction=""), load, SILENT)
+    (tmp_path / "predictions.jsonl").write_text('{"question_id": 0}\n')
+    with pytest.raises(DataError, match=r"line 1: field 'question': got .*, expected a line with"):
+        run_benchmark(options(root, tmp_path), load, SILENT)
+
+
+def test_damaged_image_is_named(root, tmp_path):
+    model, processor = load(str(root / "model"))
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"bad\.png: field 'image': got UnidentifiedImageError"):
+        Writer(model, processor, 4).write([Prompt("this", (tmp_path / "bad.png",))])
+
+
+def test_command_line(root, tmp_path, capsys):
+    model, files = str(root / "model"), ["--questions", str(root / "pope.json")]
+    asked = ["eval", model, "--benchmark", "pope", *files, "--images", str(root / "images")]
+    assert main([*asked, "--out", str(tmp_path), "--limit", "4", "--max-new-tokens", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "pope: 4 questions" in shown and "recall" in shown
+    assert json.loads((tmp_path / "scores.json").read_text())["questions"] == 4
+    for wrong, message in (
+        (["eval", model], "eval: got no data, expected a LLaVA json file or --benchmark"),
+        (["eval", model, "--benchmark", "pope"], "--questions: got nothing, expected a path"),
+        ([*asked[:2], "x.json", *asked[2:]], "json: got 'x.json', expected nothing with"),
+        ([*asked, "--limit", "0"], "limit: got 0, expected 1 or more"),
+        ([*asked[:-1], str(tmp_path)], "4 of 4 files missing, the first"),
+    ):
+        assert main(wrong) == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,121 @@
+"""What can be typed after `python -m training eval` and `export`?
+
+Options become the arguments of `training.evaluation.run`, of `held_out` and of `export`; torch and
+transformers are imported when a command runs, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from training.evaluation.benchmarks import BENCHMARKS
+from training.evaluation.export import LMMS_EVAL, SUBMISSIONS, export_answers, export_model
+from training.settings import ConfigError
+
+EVAL = """With a LLaVA json: exact match and perplexity in one pass over the data. With --benchmark:
+the model writes answers to the benchmark's own files; they are kept in a folder, scored there, and
+the same command continues what was cut short. Benchmarks, and what --questions is:
+
+{}"""
+
+
+def add_eval(command: argparse.ArgumentParser) -> None:
+    """The options of `eval`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    names = "\n".join(f"  {name:<10} {benchmark.help}" for name, benchmark in BENCHMARKS.items())
+    command.description, command.formatter_class = EVAL.format(names), raw
+    command.add_argument("model", help="folder of a saved model and its processor")
+    command.add_argument("json", nargs="?", help="held-out data, LLaVA format")
+    command.add_argument("--image-root", default=".", help="folder its image paths start from")
+    command.add_argument("--batch-size", type=int, help="default 256; with --benchmark 16")
+    command.add_argument("--benchmark", choices=BENCHMARKS, metavar="NAME", help="see above")
+    command.add_argument("--questions", metavar="FILE", help="the benchmark's questions")
+    command.add_argument("--annotations", metavar="FILE", help="vqav2: its answers")
+    command.add_argument("--images", metavar="DIR", help="folder that its image names start from")
+    command.add_argument("--split", help="scienceqa, karpathy: which split (default test)")
+    command.add_argument("--out", metavar="DIR", help="default eval-NAME beside the model")
+    command.add_argument("--max-new-tokens", type=int, help="longest answer (default by benchmark)")
+    command.add_argument("--instruction", help="last line of the prompts (default LLaVA-1.5's)")
+    command.add_argument("--limit", type=int, help="ask only the first so many questions")
+    command.add_argument(
+        "--tokenizer", choices=("words", "ptb"), default="words", help="of captions; ptb: with Java"
+    )
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Run `eval`."""
+    if options.benchmark is None:
+        _held_out(options)
+    else:
+        _benchmark(options)
+
+
+def _held_out(options: argparse.Namespace) -> None:
+    if options.json is None:
+        raise ConfigError("eval: got no data, expected a LLaVA json file or --benchmark")
+    from training.data.collate import LlavaCollator
+    from training.data.dataset import LlavaDataset
+    from training.evaluation.held_out import evaluate
+    from training.models import load_model
+
+    model, processor = load_model(options.model)
+    data = LlavaDataset(Path(options.json), options.image_root, processor)
+    size = options.batch_size or 256
+    print(evaluate(model, data, LlavaCollator(processor), batch_size=size))
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    from training.evaluation.generate import load
+    from training.evaluation.questions import Files
+    from training.evaluation.run import Options, run_benchmark
+
+    for name in ("questions", "images"):
+        if getattr(options, name) is None:
+            raise ConfigError(f"--{name}: got nothing, expected a path with --benchmark")
+    if options.json is not None:
+        raise ConfigError(f"json: got {options.json!r}, expected nothing with --benchmark")
+    model = Path(options.model)
+    beside = model.parent if model.is_dir() else Path()
+    asked = Options(
+        model=options.model,
+        benchmark=options.benchmark,
+        files=Files(
+            Path(options.questions),
+            Path(options.images),
+            Path(options.annotations) if options.annotations else None,
+            options.split,
+        ),
+        out=Path(options.out) if options.out else beside / f"eval-{options.benchmark}",
+        batch_size=16 if options.batch_size is None else options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        instruction=options.instruction,
+        limit=options.limit,
+        tokenizer=options.tokenizer,
+    )
+    run_benchmark(asked, load)
+
+
+def add_export(command: argparse.ArgumentParser) -> None:
+    """The options of `export`."""
+    command.description = (
+        f"--for {LMMS_EVAL}: a folder with the model, its tasks and the command that runs them. "
+        "--for a benchmark: the answers that eval kept, as its server takes them."
+    )
+    command.add_argument("source", help="folder of a saved model, or a predictions.jsonl")
+    command.add_argument("out", help="folder or file to write")
+    choices = (LMMS_EVAL, *SUBMISSIONS)
+    command.add_argument("--for", dest="target", choices=choices, required=True)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Run `export`."""
+    out = Path(options.out)
+    if options.target == LMMS_EVAL:
+        from training.models import load_vlm
+
+        print(export_model(*load_vlm(options.source), out), end="")
+        print(f"# written to {out / 'run.sh'}")
+    else:
+        number = export_answers(Path(options.source), out, options.target)
+        print(f"{out}: {number} answers for {options.target}")

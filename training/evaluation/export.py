@@ -1,0 +1,136 @@
+"""What do others need of a student or of its answers? A folder for lmms-eval, or a submission.
+
+For lmms-eval (names and arguments as of its version 0.7.3) a folder that can be moved anywhere:
+
+    model/      the model and its processor, with the chat template, as transformers loads them
+    tasks.txt   the benchmarks of LLaVA-KD's tables by their names there, one a line
+    run.sh      the command; more arguments are passed on, GPUS=8 sets the processes
+
+lmms-eval has a wrapper for each family of models, and some overrule the processor's own image
+sizes: those are passed on, so that the student sees what it saw in training.
+
+For a benchmark's server the answers of `python -m training eval` in the form that it takes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from training.evaluation.predictions import Line, Predictions
+from training.evaluation.scores import short
+from training.evaluation.vqa_answers import normalise
+from training.settings import ConfigError
+
+LMMS_EVAL = "lmms-eval"
+ANY = "huggingface"  # the wrapper for whatever AutoModelForImageTextToText loads
+WRAPPERS = {
+    "gemma3": "gemma3",
+    "internvl": "internvl_hf",
+    "llava": "llava_hf",
+    "llava_next": "llava_hf",
+    "llava_onevision": "llava_hf",
+    "qwen2_vl": "qwen2_vl",
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen3_vl": "qwen3_vl",
+}
+TASKS = """vqav2_val gqa vizwiz_vqa_val scienceqa_img textvqa_val mme mmbench_en_dev mmbench_cn_dev
+pope mmmu_val"""
+
+RUN = """#!/bin/sh
+# pip install lmms-eval, then: sh run.sh, or for instance GPUS=8 sh run.sh --limit 100
+cd "$(dirname "$0")" || exit 1
+exec accelerate launch --num_processes "${{GPUS:-1}}" -m lmms_eval \\
+    --model {wrapper} --model_args {arguments} \\
+    --tasks "$(paste -sd, tasks.txt)" --batch_size 1 --output_path logs --log_samples "$@"
+"""
+
+
+def export_model(model: Any, processor: Any, out: Path) -> str:
+    """Write the folder for lmms-eval; returns the command in its run.sh.
+
+    Raises:
+        ConfigError: `out` is there and not empty, or the processor has no usable chat template.
+    """
+    from training.evaluation.generate import check_template
+    from training.models import save_model
+
+    check_template(processor)
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"out: {out} is not empty, expected a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    save_model(model, processor, out / "model")
+    (out / "tasks.txt").write_text("\n".join(TASKS.split()) + "\n")
+    kind = model.config.model_type
+    arguments = {"pretrained": "model", **_image_sizes(kind, processor.image_processor)}
+    text = ",".join(f"{name}={value}" for name, value in arguments.items())
+    command = RUN.format(wrapper=WRAPPERS.get(kind, ANY), arguments=text)
+    (out / "run.sh").write_text(command)
+    return command
+
+
+def export_answers(predictions: Path, out: Path, benchmark: str) -> int:
+    """Write answers as the benchmark's server takes them; returns how many.
+
+    Raises:
+        DataError: `predictions` is not a file of answers.
+        ConfigError: they are answers to another benchmark, or there are none.
+    """
+    settings = predictions.parent / "settings.json"
+    asked = json.loads(settings.read_text())["benchmark"] if settings.is_file() else benchmark
+    if asked != benchmark:
+        raise ConfigError(f"--for: got {benchmark!r}, but {predictions} answers {asked!r}")
+    lines = Predictions(predictions).lines
+    if not lines:
+        raise ConfigError(f"predictions: {predictions} has no answers, or is not there")
+    entries = [SUBMISSIONS[benchmark](line) for line in lines]
+    if benchmark == "pope":
+        out.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    else:
+        out.write_text(json.dumps(entries))
+    return len(entries)
+
+
+def _vqav2(line: Line) -> Line:
+    # where all ten people agree the server compares with what is written, unnormalised
+    return {"question_id": line["question_id"], "answer": normalise(line["answer"])}
+
+
+def _textvqa(line: Line) -> Line:
+    return {"question_id": line["question_id"], "answer": line["answer"]}
+
+
+def _gqa(line: Line) -> Line:
+    return {"questionId": line["question_id"], "prediction": short(line["answer"])}
+
+
+def _pope(line: Line) -> Line:
+    return {"question": line["question"], "answer": line["answer"]}
+
+
+def _captions(line: Line) -> Line:
+    return {"image_id": line["question_id"], "caption": line["answer"]}
+
+
+SUBMISSIONS: dict[str, Callable[[Line], Line]] = {
+    "vqav2": _vqav2,
+    "textvqa": _textvqa,
+    "gqa": _gqa,
+    "pope": _pope,
+    "coco": _captions,
+    "karpathy": _captions,
+}
+
+
+def _image_sizes(kind: str, images: Any) -> dict[str, int]:
+    """Arguments that the wrapper would otherwise set to values of its own."""
+    if kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        return {
+            "min_pixels": images.size["shortest_edge"],
+            "max_pixels": images.size["longest_edge"],
+        }
+    if kind == "internvl":
+        return {"min_patches": images.min_patches, "max_patches": images.max_patches}
+    return {}

@@ -1,0 +1,165 @@
+"""What does a saved model write? Greedy answers, a batch at a time, with transformers alone.
+
+The prompt is what the processor's own chat template makes of one user turn: the images, then the
+words. Prompts of a batch are padded on the left, so that every answer starts where its prompt ends;
+an answer does not depend on its neighbours (but for the rounding of a larger matrix product).
+
+Decoding is plainly greedy: the most likely token each time, until an end token of the tokenizer or
+of the model's own generation config, or until `max_new_tokens`. Whatever else that config asks for
+(sampling, a repetition penalty) is left out, so that two runs write the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from transformers import GenerationConfig
+
+from training.data.dataset import BROKEN_IMAGE, WHOLE_IMAGE
+from training.data.records import Place, fault
+from training.models import load_vlm
+from training.settings import ConfigError
+
+PROBE = "what is this"
+
+
+class Prompt(NamedTuple):
+    """What one user says: words, and the images before them."""
+
+    text: str
+    images: tuple[Path, ...] = ()
+
+
+class Answer(NamedTuple):
+    """What the model wrote, and whether it ended by itself or was cut at `max_new_tokens`."""
+
+    text: str
+    ended: bool
+
+
+class Writer:
+    """A model and its processor, ready to answer.
+
+    Args:
+        model: any AutoModelForImageTextToText, on the device where it is to run.
+        processor: its AutoProcessor.
+        max_new_tokens: the longest answer.
+
+    Raises:
+        ConfigError: the processor has no chat template, the template leaves out the image or the
+            words, or there is no end token to stop at.
+    """
+
+    def __init__(self, model: Any, processor: Any, max_new_tokens: int) -> None:
+        self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
+        self.stops = stop_tokens(model, processor)
+        pad = self.tokenizer.pad_token_id
+        self.config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            eos_token_id=sorted(self.stops),
+            pad_token_id=min(self.stops) if pad is None else pad,
+            bos_token_id=self.tokenizer.bos_token_id,
+        )
+        check_template(processor)
+
+    def write(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        """The answers to some prompts, in order; those with and without images apart."""
+        found: dict[int, Answer] = {}
+        for seeing in (False, True):
+            places = [i for i, prompt in enumerate(prompts) if bool(prompt.images) == seeing]
+            if places:
+                answers = self._batch([prompts[i] for i in places])
+                found.update(zip(places, answers, strict=True))
+        return [found[i] for i in range(len(prompts))]
+
+    @torch.no_grad()
+    def _batch(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        inputs = self.encoded(prompts).to(self.model.device)
+        for name, value in inputs.items():
+            if torch.is_tensor(value) and value.is_floating_point():
+                inputs[name] = value.to(self.model.dtype)
+        # generate() fills what a config leaves open from the model's own
+        own, was_training = self.model.generation_config, self.model.training
+        self.model.generation_config = self.config
+        self.model.eval()
+        try:
+            ids = self.model.generate(**inputs)
+        finally:
+            self.model.generation_config = own
+            self.model.train(was_training)
+        written = ids[:, inputs["input_ids"].shape[1] :].tolist()  # (B, new)
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        ended = [not self.stops.isdisjoint(row) for row in written]
+        return [Answer(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
+
+    def encoded(self, prompts: Sequence[Prompt]) -> Any:
+        """The model's inputs for prompts that all have images, or all have none."""
+        texts = [rendered(self.processor, prompt) for prompt in prompts]
+        images = [[_decoded(path) for path in prompt.images] for prompt in prompts]
+        bos = self.tokenizer.bos_token
+        return self.processor(
+            text=texts,
+            images=images if images[0] else None,
+            padding=True,
+            padding_side="left",
+            # a template that writes the start token itself needs no second one
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
+            return_tensors="pt",
+        )
+
+
+def load(path: str) -> tuple[Any, Any]:
+    """A saved model, on this machine's accelerator if it has one, and its processor."""
+    model, processor = load_vlm(path)
+    return model.to(torch.accelerator.current_accelerator() or "cpu"), processor
+
+
+def rendered(processor: Any, prompt: Prompt) -> str:
+    """The text of a prompt by the processor's chat template, up to where the answer begins."""
+    parts = [{"type": "image"} for _ in prompt.images]
+    turn = {"role": "user", "content": [*parts, {"type": "text", "text": prompt.text}]}
+    return processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+
+
+def check_template(processor: Any) -> None:
+    """Raise `ConfigError` unless the chat template shows an image and the words of a question."""
+    name = type(processor).__name__
+    if getattr(processor, "chat_template", None) is None:
+        raise ConfigError(
+            f"processor: got a {name} without chat_template, expected one: save it with the "
+            "template that the model was trained with (chat_template.jinja in its folder)"
+        )
+    text = rendered(processor, Prompt(PROBE, (Path("image"),)))
+    mark = processor.image_token
+    if text.count(mark) != 1 or PROBE not in text:
+        raise ConfigError(
+            f"processor: the chat template of this {name} makes {text!r} of an image and "
+            f"{PROBE!r}, expected {mark!r} once, and the words"
+        )
+
+
+def stop_tokens(model: Any, processor: Any) -> set[int]:
+    """Ids that end an answer: the tokenizer's and those of the model's generation config."""
+    found: set[int] = set()
+    for ids in (processor.tokenizer.eos_token_id, model.generation_config.eos_token_id):
+        if ids is not None:
+            found.update([ids] if isinstance(ids, int) else ids)
+    if not found:
+        raise ConfigError("processor: its tokenizer has no eos_token, which ends an answer")
+    return found
+
+
+def _decoded(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except BROKEN_IMAGE as error:
+        got = f"{type(error).__name__}: {error}"
+        raise fault(Place(path), "image", got, WHOLE_IMAGE) from error

@@ -1,0 +1,191 @@
+"""How does a benchmark go? Questions → prompts → answers on disk → scores, in a folder of its own.
+
+    OUT/settings.json       what was asked of which model: it is only continued with the same
+    OUT/predictions.jsonl   one answer a line, in the benchmark's order
+    OUT/scores.json         the figures, with the numbers of questions behind them
+
+Killed and started again, a run goes on after the last whole line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from training.evaluation.benchmarks import BENCHMARKS, Benchmark, ask
+from training.evaluation.captions import TokenizerName, caption_scores
+from training.evaluation.generate import Prompt, Writer
+from training.evaluation.predictions import Line, Predictions
+from training.evaluation.questions import Files, Question, checked
+from training.settings import ConfigError
+
+PREDICTIONS, SETTINGS, SCORES = "predictions.jsonl", "settings.json", "scores.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `python -m training eval --benchmark` is told; null fields are the benchmark's own."""
+
+    model: str
+    benchmark: str
+    files: Files
+    out: Path
+    batch_size: int = 16
+    max_new_tokens: int | None = None
+    instruction: str | None = None
+    limit: int | None = None  # only the first questions
+    tokenizer: TokenizerName = "words"  # of captions
+
+    def __post_init__(self) -> None:
+        if self.benchmark not in BENCHMARKS:
+            names = ", ".join(BENCHMARKS)
+            raise ConfigError(f"benchmark: got {self.benchmark!r}, expected one of {names}")
+        for name in ("batch_size", "max_new_tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: got {value}, expected 1 or more")
+
+
+def run_benchmark(
+    options: Options, load: Callable[[str], tuple[Any, Any]], console: Console | None = None
+) -> dict[str, Any]:
+    """Ask, answer and score; returns what scores.json holds.
+
+    `load` gives a model on its device and its processor; it is called only if answers are missing.
+    """
+    benchmark = BENCHMARKS[options.benchmark]
+    questions = checked(benchmark.read(options.files), options.files)
+    prompts = [
+        Prompt(ask(benchmark, question, options.instruction), question.images)
+        for question in questions
+    ]
+    most = options.max_new_tokens or benchmark.max_new_tokens
+    _claim(options, questions, prompts, most)
+    questions = questions[: options.limit]
+    kept = Predictions(options.out / PREDICTIONS)
+    if kept.check(questions) < len(questions):
+        writer = Writer(*load(options.model), most)
+        _write_answers(writer, kept, questions, prompts, options)
+    found = _scored(benchmark, options, questions, kept.lines[: len(questions)])
+    (options.out / SCORES).write_text(json.dumps(found, indent=1))
+    (console or Console()).print(_table(found))
+    return found
+
+
+def _write_answers(
+    writer: Writer,
+    kept: Predictions,
+    questions: Sequence[Question],
+    prompts: Sequence[Prompt],
+    options: Options,
+) -> None:
+    """Answer the questions that have none yet, a batch at a time."""
+    done, size = len(kept.lines), options.batch_size
+    with tqdm(total=len(questions), initial=done, desc=options.benchmark, unit="question") as bar:
+        for start in range(done, len(questions), size):
+            part = slice(start, min(start + size, len(questions)))
+            answers = writer.write(prompts[part])
+            kept.append(
+                {
+                    "question_id": question.id,
+                    "question": question.text,
+                    "prompt": prompt.text,
+                    "answer": answer.text,
+                    "ended": answer.ended,
+                }
+                for question, prompt, answer in zip(
+                    questions[part], prompts[part], answers, strict=True
+                )
+            )
+            bar.update(len(answers))
+
+
+def _claim(
+    options: Options, questions: Sequence[Question], prompts: Sequence[Prompt], limit: int
+) -> None:
+    """Note what this folder's answers are answers to, or make sure that it is the same."""
+    asked = [
+        [question.id, prompt.text, *(image.name for image in prompt.images)]
+        for question, prompt in zip(questions, prompts, strict=True)
+    ]
+    now = {
+        "benchmark": options.benchmark,
+        "model": options.model,
+        "weights": _weights(options.model),
+        "questions": str(options.files.questions),
+        "asked": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+        "max_new_tokens": limit,
+    }
+    file = options.out / SETTINGS
+    if file.is_file():
+        before = json.loads(file.read_text())
+        changed = [
+            f"{key}: {before.get(key)!r} -> {value!r}"
+            for key, value in now.items()
+            if before.get(key) != value
+        ]
+        if changed:
+            raise ConfigError(
+                f"--out: {options.out} holds answers to something else ({'; '.join(changed)}); "
+                "remove the folder or name another"
+            )
+    options.out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(now, indent=1))
+
+
+def _weights(model: str) -> list[list[Any]]:
+    """Names, sizes and times of a folder's weights: other weights, other answers."""
+    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def _scored(
+    benchmark: Benchmark, options: Options, questions: Sequence[Question], lines: Sequence[Line]
+) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "benchmark": options.benchmark,
+        "model": options.model,
+        "questions": len(questions),
+        "cut": sum(not line["ended"] for line in lines),
+    }
+    if not all(question.answers for question in questions):
+        return found  # a split whose answers are not published
+    score = benchmark.score
+    if score is caption_scores:
+        score = partial(caption_scores, tokenizer=options.tokenizer)
+        found["tokenizer"] = options.tokenizer
+    answers = [line["answer"] for line in lines]
+    found["scores"] = score(questions, answers)
+    kinds = sorted({question.kind for question in questions})
+    found["kinds"] = {}
+    for kind in kinds if len(kinds) > 1 else ():
+        rows = [i for i, question in enumerate(questions) if question.kind == kind]
+        values = score([questions[i] for i in rows], [answers[i] for i in rows])
+        found["kinds"][kind] = {"questions": len(rows), **values}
+    return found
+
+
+def _table(found: dict[str, Any]) -> Table:
+    title = f"{found['benchmark']}: {found['questions']} questions"
+    cut = f"{found['cut']} answers cut at max_new_tokens"
+    table = Table(title=title, caption=cut if found["cut"] else None)
+    if "scores" not in found:
+        table.add_column("no answers to compare with: written only")
+        return table
+    rows = {"all": {"questions": found["questions"], **found["scores"]}, **found["kinds"]}
+    table.add_column("")
+    for name in rows["all"]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for kind, values in rows.items():
+        cells = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in values.values()]
+        table.add_row(kind, *cells)
+    return table
