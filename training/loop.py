@@ -90,9 +90,13 @@ def run(config: Config, say: Say = print) -> list[StageResult]:
     for number, name in enumerate(config.stages, 1):
         folder = out / f"{number}-{name}"
         if not (folder / "model").is_dir():
-            _train(config, number, model, processor, teacher, folder, say)
+            whole = _train(config, number, model, processor, teacher, folder, say)
+            if not whole:  # in pieces, and with it the tower that the teacher may share
+                teacher = _teacher(config, processor)
         else:
             say(f"{folder}: already done")
+            whole = False
+        if not whole:
             model, processor = load_vlm(folder / "model", dtype=torch.float32)
         results.append(_result(config, name, model, processor, folder, say))
     return results
@@ -115,8 +119,9 @@ def _train(
     teacher: LlavaForConditionalGeneration | None,
     folder: Path,
     say: Say,
-) -> None:
-    """One stage, from the start or from its newest checkpoint, to `folder/model`."""
+) -> bool:
+    """One stage, from the start or from its newest checkpoint, to `folder/model`; whether `model`
+    still has its weights whole."""
     stage = STAGES[config.stages[number - 1]]
     options = config.stage(stage.name)
     freeze(model, stage)
@@ -154,9 +159,11 @@ def _train(
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
     curve = [entry for entry in trainer.state.log_history if "loss" in entry]
     summary = {"steps": steps, **trainer.meter.summary(), "skipped": trainer.watch.skipped}
-    on_main(lambda: _finish(model, processor, folder, curve, summary))
+    state = trainer.student_state()
+    on_main(lambda: _finish(model, processor, folder, curve, summary, state))
     if trainer.stopped_by:
         raise Interrupted(trainer.stopped_by, f"{folder} is done; the same command continues")
+    return state is None
 
 
 def _steps(options: StageConfig, samples: int) -> int:
@@ -180,11 +187,12 @@ def _finish(
     folder: Path,
     curve: list[dict[str, float]],
     summary: dict[str, float],
+    state: dict[str, torch.Tensor] | None,
 ) -> None:
     """Write what the stage leaves; the model last, because its presence means done."""
     Journal(folder / LOG).write(curve)
     _write(folder / "summary.json", summary)
-    save_model(model, processor, folder / "model")
+    save_model(model, processor, folder / "model", state)
     checkpoint.sync(folder / "model")  # before what it could be made from again is removed
     for path in folder.glob(f"{checkpoint.PREFIX}*"):
         shutil.rmtree(path)
@@ -253,6 +261,7 @@ def _arguments(config: Config, options: StageConfig, steps: int, folder: Path) -
         data_seed=config.seed,
         bf16=config.precision == "bf16",
         use_cpu=not torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,  # all take part: `sharding.touch`
         dataloader_num_workers=config.data.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,

@@ -40,6 +40,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from training import sharding
 from training.config import ModelConfig, require
 
 IMAGE_TOKEN = "<image>"
@@ -190,7 +191,7 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], origin: str | P
     faults = {name: keys for name, keys in faults.items() if keys}
     if faults:
         raise CheckpointError(f"{origin}: another architecture: {_listed(faults)}")
-    model.load_state_dict(state)
+    sharding.load_whole(model, state)
 
 
 def load_tower(path: str) -> PreTrainedModel:
@@ -244,13 +245,18 @@ def _new_processor(config: ModelConfig, vision: str) -> LlavaProcessor:
     )
 
 
-def save_model(model: Vlm, processor: Processor, path: str | Path) -> None:
+def save_model(
+    model: Vlm,
+    processor: Processor,
+    path: str | Path,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write model and processor to `path`: under another name first, then renamed, so `path` is
-    whole or absent."""
+    whole or absent. `state` has the weights where the model does not have them whole."""
     target = Path(path)
     staging = target.with_name(f".{target.name}.incomplete")
     shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
+    model.save_pretrained(staging, state_dict=state)
     processor.save_pretrained(staging)
     if target.exists():
         shutil.rmtree(target)

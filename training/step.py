@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 import mllmkd_kernels as mk
 from mllmkd_kernels.batch import batch_loss
 from training.anatomy import anatomy, image_token_id
+from training.sharding import touch, units
 from training.shared_tower import image_features
 from training.teacher import OnlineTeacher, Teacher, run_to_head
 
@@ -48,14 +49,16 @@ class DistillStep(nn.Module):
         )
         self.shared = self.teacher is not None and self.teacher.share(student)
         self.image_token_id = image_token_id(student)
-        self._modules_of = anatomy(student).modules  # walks every name, so not in each step
+        self.parts = anatomy(student)  # walks every name, so not in each step
+        self._projector = self.parts.parameters("projector")
+        self._no_split_modules = units(student, self.parts)  # asked for by accelerate
 
     def train(self, mode: bool = True) -> DistillStep:
         """Train mode for the student's LM and projector; the frozen tower stays in eval mode."""
         super().train(mode)
-        for path in self._modules_of["vision"]:
+        for path in self.parts.modules["vision"]:
             self.student.get_submodule(path).eval()
-        for path in self._modules_of["projector"]:  # which may lie inside the tower
+        for path in self.parts.modules["projector"]:  # which may lie inside the tower
             self.student.get_submodule(path).train(mode)
         return self
 
@@ -71,13 +74,15 @@ class DistillStep(nn.Module):
         Raises:
             ValueError: the two views of the batch have other images, or select other rows.
         """
+        # Without an image the projector takes no part; other processes wait for its gradient.
+        zero = touch(self.student, self._projector)
         features = None
         if self.shared and not batch.get("teacher") and batch.get("pixel_values") is not None:
             with torch.no_grad():
                 features = image_features(self.student, batch["pixel_values"])  # pyright: ignore[reportArgumentType]
         student = run_to_head(self.student, batch, features)
         teacher = self.teacher(batch, features) if self.teacher is not None else None
-        return batch_loss(
+        output = batch_loss(
             self.loss,
             student,
             teacher,
@@ -86,3 +91,4 @@ class DistillStep(nn.Module):
             teacher_image_token=self.teacher.image_token_id if self.teacher is not None else None,
             counts=counts,
         )
+        return output._replace(loss=output.loss + zero)

@@ -29,7 +29,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import mllmkd_kernels as mk
 from mllmkd_kernels.hf_trainer import StepCounts
-from training import checkpoint
+from training import checkpoint, sharding
 from training.forecast import Forecast
 from training.interrupt import Interrupted, StopRequest
 from training.meter import Meter
@@ -39,6 +39,11 @@ from training.step import TERMS, DistillStep
 from training.watch import Watch
 
 DIAGNOSTICS = ("student_entropy", "teacher_entropy", "agreement")
+
+
+#: The whole weights once more, in a form of accelerate's, which `Trainer` writes beside an FSDP
+#: optimizer's state; `_load_from_checkpoint` reads those of the student's folder.
+SECOND_COPY = "pytorch_model_fsdp.bin"
 
 
 class DistillTrainer(StepCounts, Trainer):
@@ -67,6 +72,7 @@ class DistillTrainer(StepCounts, Trainer):
         say: Callable[[str], None] = print,
     ) -> None:
         super().__init__(model=step, args=args, train_dataset=dataset, data_collator=collator)
+        sharding.prepare(self.accelerator, step, step.parts)
         self.step = step
         self.processor = processor
         folder = Path(args.output_dir or ".")
@@ -137,7 +143,7 @@ class DistillTrainer(StepCounts, Trainer):
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """The one place between the last backward and the update: look at the step."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = sharding.whole(super()._get_grad_norm(model, grad_norm=grad_norm))
         number = self.state.global_step + 1
         good, self.stopped_by = self.watch.close(number, norm, self.meter, self.stop.number)
         if not good:
@@ -146,6 +152,8 @@ class DistillTrainer(StepCounts, Trainer):
 
     def count_batches(self, batches: list[dict[str, torch.Tensor]]) -> mk.RowCounts:
         """Rows of these micro-batches, this rank's alone."""
+        with_images = [batch.get("pixel_values") is not None for batch in batches]
+        sharding.same_modules(self.accelerator, with_images)
         return mk.count_rows(batches, self.step.image_token_id)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -165,12 +173,21 @@ class DistillTrainer(StepCounts, Trainer):
         gathered: Any = self.accelerator.gather(value)
         return gathered.max()
 
+    def student_state(self) -> dict[str, torch.Tensor] | None:
+        """The student's weights where no process has them whole, else None. All processes call it;
+        the first one gets them."""
+        if not sharding.is_sharded(self.model_wrapped):
+            return None
+        return sharding.of_student(self.accelerator.get_state_dict(self.model_wrapped))
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The student alone, as a folder that transformers loads."""
         if output_dir is None:
             raise ValueError("output_dir: got None, expected a folder")
-        self.step.student.save_pretrained(output_dir)
-        self.processor.save_pretrained(output_dir)
+        if self.args.should_save:
+            state = None if state_dict is None else sharding.of_student(state_dict)
+            self.step.student.save_pretrained(output_dir, state_dict=state)
+            self.processor.save_pretrained(output_dir)
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where `Trainer._save_checkpoint` writes: the staging folder."""
@@ -189,6 +206,7 @@ class DistillTrainer(StepCounts, Trainer):
             (staged / self._sums).write_text(json.dumps(state))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                (staged / SECOND_COPY).unlink(missing_ok=True)
                 checkpoint.publish(staged, target, self.args.save_total_limit or 1)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(checkpoint.not_written(staged, target, error)) from error

@@ -1,0 +1,198 @@
+"""Do two processes learn what one does? DDP and FSDP2 over gloo, against one process.
+
+One pair of processes is started and runs every case; the parent runs the same in one process and
+compares. Everything is fp64, so that a wrong factor cannot hide in rounding.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForImageTextToText, TrainingArguments
+
+import training.loop
+from tests.gloo import on_ranks
+from tests.tolerances import relative_error
+from tests.training import tiny
+from training import settings
+from training.config import Config, LossConfig
+from training.data.collate import LlavaCollator
+from training.data.dataset import LlavaDataset
+from training.loop import run
+from training.models import build_model, load_vlm
+from training.stages import STAGES, freeze, loss_of
+from training.step import TERMS, DistillStep
+from training.trainer import DistillTrainer, Stopper
+
+# Samples 4 and 9 have no image, 3, 8 and 13 two. Two processes take batches of two in turn.
+ORDERS = {
+    "uneven": [4, 9, 0, 1, 3, 8, 2, 13],  # the first process starts with text alone
+    "no-image": [4, 9, 0, 1, 9, 4, 2, 13],  # and here never sees an image
+}
+CASES = [
+    ("ddp", "sft", "uneven", 1), ("ddp", "dft", "no-image", 2), ("ddp", "dpt", "no-image", 1),
+    ("fsdp2", "dft", "uneven", 2), ("fsdp2", "dft", "no-image", 1), ("fsdp2", "dpt", "no-image", 2),
+]  # fmt: skip
+# Row weights are fp32 beside fp64 models too: 6e-8 each, of terms whose gradients partly cancel.
+FP32_WEIGHTS = 1e-6
+
+
+class Keeper(DistillTrainer):
+    """Keeps the whole gradients of the first optimiser step, before clipping."""
+
+    kept: dict[str, torch.Tensor]
+
+    def _clip_grad_norm(self, model):
+        self.kept = {}
+        for name, parameter in self.step.student.named_parameters():
+            gradient = parameter.grad
+            if isinstance(gradient, DTensor):
+                gradient = gradient.full_tensor()
+            if gradient is not None:
+                self.kept[name] = gradient.clone()
+        return super()._clip_grad_norm(model)
+
+
+def pretend_fsdp() -> None:
+    """accelerate offers FSDP on accelerators alone; what it then does, gloo can do."""
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+
+
+def one_step(root: Path, out: Path, wrapper: str, stage: str, order: str, accumulate: int) -> Any:
+    """Loss, terms and gradients of one optimiser step of eight samples."""
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    student, processor = build_model(tiny.model_config(root / "tower"), 0)
+    student.lm_head.weight.data *= 4  # losses that differ from sample to sample
+    teacher, _ = load_vlm(root / "teacher")
+    freeze(student, STAGES[stage])
+    loss = loss_of(STAGES[stage], LossConfig(backend="eager"))
+    teacher = teacher.double() if STAGES[stage].needs_teacher else None
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    arguments = TrainingArguments(
+        output_dir=str(out), max_steps=2, learning_rate=1e-2, use_cpu=True,
+        per_device_train_batch_size=8 // accumulate // world,
+        gradient_accumulation_steps=accumulate, train_sampling_strategy="sequential",
+        remove_unused_columns=False, save_strategy="no", logging_steps=1,
+        dataloader_pin_memory=False, report_to=[], ddp_find_unused_parameters=False,
+    )  # fmt: skip
+    if wrapper == "fsdp2":
+        pretend_fsdp()
+    data = LlavaDataset(root / "data.json", root, processor)
+    trainer = Keeper(
+        DistillStep(student.double(), teacher, loss),  # pyright: ignore[reportArgumentType]
+        arguments,
+        processor=processor,
+        dataset=torch.utils.data.Subset(data, ORDERS[order]),
+        collator=LlavaCollator(processor),
+        title="test",
+    )
+    trainer.train()
+    return trainer.kept, trainer.state.log_history, trainer.accelerator.distributed_type.value
+
+
+def work(root: Path) -> Any:
+    """Every case on this rank."""
+    rank = str(dist.get_rank())
+    os.environ.update(
+        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1",
+        MASTER_ADDR="localhost", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+        FSDP_STATE_DICT_TYPE="FULL_STATE_DICT", FSDP_RESHARD_AFTER_FORWARD="true",
+    )  # fmt: skip
+    return {case: one_step(root, root / "out", *case) for case in CASES} | {
+        "run": interrupted_run(root)
+    }
+
+
+def run_config(root: Path, out: Path) -> Config:
+    """Two stages; the second one's samples are uneven, some micro-batches without an image."""
+    config = tiny.run_config(root, out, stages=("dpt", "dft"))
+    plan = {"steps": 4, "batch_size": 4, "micro_batch": 1}
+    return settings.build(Config, {"dpt": plan, "dft": plan}, base=config)
+
+
+def interrupted_run(root: Path) -> Any:
+    """The whole flow with FSDP2, stopped after the third step of the second stage and started
+    again: what was said, the files of the checkpoint between, the loss curves."""
+    real_arguments, real_step_end = training.loop._arguments, Stopper.on_step_end
+
+    def arguments(*args: Any) -> TrainingArguments:
+        os.environ["ACCELERATE_USE_FSDP"] = "false"
+        made = real_arguments(*args)
+        pretend_fsdp()
+        return made
+
+    def stop(self: Stopper, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        real_step_end(self, args, state, control, **kwargs)
+        if state.global_step == 3 and "dft" in args.output_dir:
+            raise KeyboardInterrupt
+
+    training.loop._arguments = arguments
+    Stopper.on_step_end = stop
+    config, said = run_config(root, root / "fsdp2"), []
+    with pytest.raises(KeyboardInterrupt):
+        run(config, said.append)
+    files = sorted(path.name for path in root.glob("fsdp2/2-dft/checkpoint-2/*"))
+    Stopper.on_step_end = real_step_end
+    results = run(config, said.append)
+    training.loop._arguments = real_arguments
+    return said, files, [result.history for result in results]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("root")
+    tiny.run_config(root, root / "unused")
+    return root
+
+
+@pytest.fixture(scope="module")
+def ranks(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return on_ranks(2, work, tmp_path_factory.mktemp("ranks"), root)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_loss_and_gradients_are_those_of_one_process(ranks, root: Path, case: Any) -> None:
+    wrapper, stage, order, _ = case
+    want, history, _ = one_step(root, root / "out", "none", stage, order, 1)
+    for rank in ranks:
+        got, _, kind = rank[case]
+        assert kind == ("FSDP" if wrapper == "fsdp2" else "MULTI_CPU")
+        assert got.keys() == want.keys()
+        for name in want:
+            assert relative_error(got[name], want[name]) <= FP32_WEIGHTS, name
+    for entry, its in zip(history[:2], ranks[0][case][1], strict=False):
+        for term in ("loss", "grad_norm", *TERMS):
+            assert its[term] == pytest.approx(entry[term], rel=1e-6, abs=1e-9), term
+
+
+def test_a_stopped_fsdp2_run_goes_on_and_leaves_ordinary_folders(ranks, root: Path) -> None:
+    (said, files, curves), (quiet, _, same) = (rank["run"] for rank in ranks)
+    assert any("resuming from checkpoint-2" in line for line in said) and quiet == []
+    # FSDP's own form of the optimizer's state, and no second copy of the weights beside it
+    assert "optimizer.bin" in files and "model.safetensors" in files
+    assert "pytorch_model_fsdp.bin" not in files
+    assert curves == same
+    for result, curve in zip(run(run_config(root, root / "one"), print), curves, strict=True):
+        assert [entry["step"] for entry in curve] == [1, 2, 3, 4]
+        for its, entry in zip(curve, result.history, strict=True):
+            for term in ("loss", "grad_norm", *TERMS):
+                # fp32 sums in another order, through Adam, which divides by their size
+                assert its[term] == pytest.approx(entry[term], rel=1e-3, abs=1e-4), term
+        folder = root / "fsdp2" / result.model.parent.name
+        ours, theirs = (
+            AutoModelForImageTextToText.from_pretrained(path).state_dict()
+            for path in (folder / "model", result.model)
+        )
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            assert relative_error(ours[name], theirs[name]) < 1e-2, name
+    assert not list(root.glob("fsdp2/*/checkpoint-*"))

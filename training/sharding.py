@@ -1,0 +1,149 @@
+"""What is asked of a step whose weights or gradients are spread over processes?
+
+* **Every process does the same.** A process whose samples have no image would give the projector no
+  gradient while the others wait to sum theirs: DDP stops, FSDP2 and ZeRO sum the wrong numbers.
+  `touch` gives it a gradient of zero. So DDP need not search the graph for unused parameters.
+* **The head is whole in the forward.** The losses read `lm_head.weight` where no module is called.
+  FSDP2 gathers the weights of its root unit, the step, when the step is called and keeps them to
+  the end of the backward pass: `units` leaves the head, the embeddings, the tower and the projector
+  to the root, and makes a unit of each layer of the language model. No process gathers a tower that
+  another does not run. ZeRO-3 is told to gather the head with the step; it gathers each module of
+  the tower when that runs, so there all processes need images (`same_modules`).
+* **Saved weights are whole.** They are gathered in the first process; all processes must ask.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from training.anatomy import Anatomy
+from training.settings import ConfigError
+
+_SHIPPED = "training/accelerate/fsdp2.yaml"
+
+
+def touch(student: nn.Module, projector: list[str]) -> torch.Tensor:
+    """0, with a gradient of zeros for each trained parameter of those names.
+
+    To be called before the student runs: autograd goes back in the order of the forward pass, and
+    so these gradients are ready last in every process, with an image or without. ZeRO sums
+    gradients in the order in which they are ready.
+    """
+    parameters = [student.get_parameter(name) for name in projector]
+    return sum((p.sum() * 0.0 for p in parameters if p.requires_grad), torch.zeros(()))
+
+
+def units(student: nn.Module, parts: Anatomy) -> list[str]:
+    """Class names of the layers that FSDP gathers one by one: those of the language model."""
+    names: set[str] = set()
+    for path in parts.modules["language"]:
+        part = student.get_submodule(path)
+        declared = set(getattr(part, "_no_split_modules", None) or ())
+        names |= declared & {type(module).__name__ for module in part.modules()}
+    return sorted(names)
+
+
+def is_sharded(wrapped: nn.Module) -> bool:
+    """Whether no process holds the whole weights: of FSDP2, or of DeepSpeed's third stage."""
+    partitions = getattr(wrapped, "zero_optimization_partition_weights", None)
+    return isinstance(wrapped, FSDPModule) or bool(callable(partitions) and partitions())
+
+
+def prepare(accelerator: Accelerator, step: nn.Module, parts: Anatomy) -> None:
+    """Refuse what the step cannot run in, and say what configuration files cannot.
+
+    Args:
+        accelerator: before it wraps anything.
+        step: the module with the `student` whose `parts` these are.
+
+    Raises:
+        ConfigError: FSDP version 1, whose flat weights have no head; checkpoints in pieces, which
+            transformers cannot load; a teacher whose weights only the first process would load.
+    """
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP:
+        _prepare_fsdp(accelerator.state.fsdp_plugin)
+    elif kind == DistributedType.DEEPSPEED and _stage(accelerator) == 3:
+        _prepare_zero3(step, parts)
+
+
+def _prepare_fsdp(plugin: Any) -> None:
+    expected = {
+        "fsdp_version": (plugin.fsdp_version, 2),
+        "fsdp_state_dict_type": (plugin.state_dict_type.name, "FULL_STATE_DICT"),
+        "fsdp_cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, False),
+    }
+    for name, (got, want) in expected.items():
+        if got != want:
+            raise ConfigError(f"{name}: got {got}, expected {want}, as in {_SHIPPED}")
+    if plugin.mixed_precision_policy is not None:
+        # accelerate would return the loss, and sum the gradients, in 16 bits too
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
+
+
+def _prepare_zero3(step: nn.Module, parts: Anatomy) -> None:
+    """Have the head gathered with the step, and the projector, which `touch` reads."""
+    zero: Any = importlib.import_module("deepspeed").zero  # not everybody has it
+    student: Any = step.student
+    for name in parts.parameters("projector"):
+        zero.register_external_parameter(step, student.get_parameter(name))
+    for parameter in student.get_output_embeddings().parameters():
+        zero.register_external_parameter(step, parameter)
+
+
+def same_modules(accelerator: Accelerator, with_images: list[bool]) -> None:
+    """Refuse an optimiser step in which some processes run the tower and others do not, where that
+    is a collective: in ZeRO-3, which would stop there without a word.
+
+    Args:
+        accelerator: has wrapped the step.
+        with_images: of each micro-batch of this process.
+
+    Raises:
+        ConfigError: in all processes alike.
+    """
+    if accelerator.distributed_type != DistributedType.DEEPSPEED or _stage(accelerator) != 3:
+        return
+    found = gather_object([with_images])
+    if any(flags != found[0] for flags in found):
+        raise ConfigError(
+            "zero_stage: 3 gathers the vision tower only where all processes run it, but of this "
+            f"step's micro-batches the processes have images in {found}; expected images in every "
+            "micro-batch or in none: take zero2.yaml or fsdp2.yaml, or sort out text-only samples"
+        )
+
+
+def _stage(accelerator: Accelerator) -> int:
+    plugin: Any = accelerator.state.deepspeed_plugin
+    return plugin.deepspeed_config["zero_optimization"]["stage"]
+
+
+def of_student(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A whole state of the step as one of the student, by its own names."""
+    return {name.removeprefix("student."): value for name, value in state.items()}
+
+
+def whole(x: Any) -> Any:
+    """A number or tensor, gathered where FSDP2 has it in pieces. All processes must call it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def load_whole(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Copy whole weights, which every process has, into a model that may be sharded."""
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        values: dict[str, Any] = dict(state)
+        set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True))
+    else:
+        model.load_state_dict(state)
