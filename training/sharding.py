@@ -53,7 +53,7 @@ def units(student: nn.Module, parts: Anatomy) -> list[str]:
     return sorted(names)
 
 
-def is_sharded(wrapped: nn.Module) -> bool:
+def is_sharded(wrapped: Any) -> bool:
     """Whether no process holds the whole weights: of FSDP2, or of DeepSpeed's third stage."""
     partitions = getattr(wrapped, "zero_optimization_partition_weights", None)
     return isinstance(wrapped, FSDPModule) or bool(callable(partitions) and partitions())
