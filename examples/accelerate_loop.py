@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -47,7 +48,9 @@ def main(
     lr: float = 2e-5,
 ) -> list[float]:
     """Train, save, and return the loss of each optimiser step."""
-    accelerator = Accelerator()
+    # the tower's last layer is not used, and a micro-batch of text alone uses none of it
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(kwargs_handlers=[unused])
     model = AutoModelForImageTextToText.from_pretrained(student, dtype="float32")
     processor = AutoProcessor.from_pretrained(student)
     large = AutoModelForImageTextToText.from_pretrained(teacher, dtype="auto")  # +
@@ -78,4 +81,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mllmkd_kernels as mk
+import mllmkd_kernels as mk  # +
 
 IMAGE, UNLABELLED, PROMPT = -200, -100, -101
 
 
+# + below
 class LlavaStyle(mk.DistillMixin):
     """`DistillMixin` for models that expand their images themselves."""
 
@@ -74,6 +75,9 @@ def expanded(
 def distilling(trainer: type, rows: int) -> Any:
     """The code base's trainer class, distilling; `rows` of each image."""
     return type(f"Distilling{trainer.__name__}", (LlavaStyle, trainer), {"rows": rows})
+
+
+# + above
 
 
 def main(

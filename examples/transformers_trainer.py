@@ -47,4 +47,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:], bf16=True, gradient_accumulation_steps=16, per_device_train_batch_size=2)
+    main(sys.argv[1], bf16=True, gradient_accumulation_steps=16, per_device_train_batch_size=2)

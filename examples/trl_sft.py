@@ -15,7 +15,7 @@ from typing import Any
 
 from datasets import Image, List, load_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 import mllmkd_kernels as mk  # +
 
@@ -51,4 +51,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:], bf16=True, gradient_accumulation_steps=16, per_device_train_batch_size=2)
+    main(sys.argv[1], bf16=True, gradient_accumulation_steps=16, per_device_train_batch_size=2)

@@ -6,13 +6,12 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
 
 import mllmkd_kernels as mk
-from examples import accelerate_loop, llava_patch, transformers_trainer, trl_sft
+from examples import accelerate_loop, diffs, llava_patch, transformers_trainer, trl_sft
 from examples.chat_data import ChatCollator, read_chats
 from tests import mini_llava, pair
 
@@ -43,9 +42,12 @@ def first_loss(files: tuple[Path, Path, Path]) -> float:
     """Of the first optimiser step of 4 chats, whole logits, before any step is made."""
     student, teacher, chats = files
     batch = ChatCollator(AutoProcessor.from_pretrained(student))(read_chats(chats)[:4])
-    models = [AutoModelForImageTextToText.from_pretrained(path) for path in (student, teacher)]
     with torch.no_grad():
-        return float(pair.naive_loss(*models, batch))
+        return float(pair.naive_loss(loaded(student), loaded(teacher), batch))
+
+
+def loaded(path: Path) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(path)
 
 
 def test_labels_are_the_answers(files: tuple[Path, Path, Path]) -> None:
@@ -69,7 +71,7 @@ def test_transformers_trainer(
         str(chats), str(tmp_path), student=str(student), teacher=str(teacher), **TINY
     )
     falls([log["loss"] for log in run.state.log_history if "loss" in log], first_loss)
-    AutoModelForImageTextToText.from_pretrained(tmp_path)
+    loaded(tmp_path)
     AutoProcessor.from_pretrained(tmp_path)
 
 
@@ -81,7 +83,7 @@ def test_accelerate_loop(files: tuple[Path, Path, Path], first_loss: float, tmp_
     )
     assert len(losses) == 6
     falls(losses, first_loss)
-    AutoModelForImageTextToText.from_pretrained(tmp_path)
+    loaded(tmp_path)
 
 
 def test_trl_sft(
@@ -91,7 +93,7 @@ def test_trl_sft(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CI", "1")  # TRL sends no telemetry then
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     student, teacher, chats = files
     # said by name, because TRL's default still goes by a name that transformers warns of
     options = {**TINY, "activation_checkpointing": True}
@@ -99,7 +101,7 @@ def test_trl_sft(
         str(chats), str(tmp_path / "out"), student=str(student), teacher=str(teacher), **options
     )
     falls([log["loss"] for log in run.state.log_history if "loss" in log], first_loss)
-    AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    loaded(tmp_path / "out")
 
 
 def patched(out: Path, kd_loss: mk.LlavaKDLoss, each: Any, **options: Any) -> tuple[Any, Any]:
@@ -121,14 +123,24 @@ def patched(out: Path, kd_loss: mk.LlavaKDLoss, each: Any, **options: Any) -> tu
 def test_llava_patch_is_the_released_loss(tmp_path: Path) -> None:
     each = mini_llava.samples((2, 2))  # images at equal places: the released loss has them right
     code = mk.LlavaKDLoss(relation=1.0, relation_batch=True)
-    models, losses = patched(tmp_path, code, each, gradient_accumulation_steps=1)
+    (student, teacher), losses = patched(tmp_path, code, each, gradient_accumulation_steps=1)
     with torch.no_grad():
-        falls(losses, float(mini_llava.released_loss(*models, mini_llava.collate(each))))
+        falls(losses, float(mini_llava.released_loss(student, teacher, mini_llava.collate(each))))
 
 
 def test_llava_patch_where_the_released_loss_goes_wrong(tmp_path: Path) -> None:
     """Images at other places, text alone, uneven micro-batches: the paper's loss of the step."""
     each = mini_llava.samples((2, None, 4, 0))
-    models, losses = patched(tmp_path, mk.LlavaKDLoss(), each)
+    (student, teacher), losses = patched(tmp_path, mk.LlavaKDLoss(), each)
     with torch.no_grad():
-        falls(losses, float(mini_llava.papers_loss(*models, each)))
+        falls(losses, float(mini_llava.papers_loss(student, teacher, each)))
+
+
+def test_the_page_shows_the_scripts() -> None:
+    page = diffs.PAGE.read_text(encoding="utf-8")
+    assert page == diffs.rewritten(page), "stale: run python -m examples.diffs"
+    for name in ("transformers_trainer", "trl_sft", "accelerate_loop"):
+        script = diffs.ROOT / "examples" / f"{name}.py"
+        lines = diffs.diff(script.read_text(encoding="utf-8")).splitlines()
+        changed = [line for line in lines if line[:1] in ("+", "-") and len(line) > 1]
+        assert 6 <= len(changed) <= 20, name  # about a dozen
