@@ -24,11 +24,26 @@ class DistillOutput:
         loss: scalar, fp32 (fp64 for fp64 inputs), differentiable.
         ce: (N,) cross-entropy of every row in nats, detached; 0 where there is no label.
         kd: (N,) divergence of every row, detached; 0 without a teacher.
+        student_entropy, teacher_entropy: (N,) −Σ q log q and −Σ p log p in nats, of the softmaxes
+            that the divergence sees: of ``z/T``, of ``z`` without a divergence. Only with
+            ``diagnostics=True``, else None; detached, and 0 in a row without any weight.
+        agreement: (N,) 1.0 where some token is the most likely of both models (one in common is
+            enough where several tie), else 0.0; NaN where an entropy is. Likewise.
     """
 
     loss: Tensor
     ce: Tensor
     kd: Tensor
+    student_entropy: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+    agreement: Tensor | None = None
+
+    @property
+    def diagnostics(self) -> dict[str, Tensor]:
+        """The last three by name, those that are there."""
+        named = ("student_entropy", "teacher_entropy", "agreement")
+        found = {name: getattr(self, name) for name in named}
+        return {name: x for name, x in found.items() if x is not None}
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -64,6 +79,7 @@ def fused_linear_distill(
     vocab_size: int | None = None,
     backend: str = "auto",
     workspace_mb: float | None = None,
+    diagnostics: bool = False,
 ) -> DistillOutput:
     """Cross-entropy and distillation of N tokens from hidden states and heads (LLaVA-KD, eq. 2–3).
 
@@ -94,6 +110,9 @@ def fused_linear_distill(
         backend: "auto", "cpu" (C++) or "eager".
         workspace_mb: budget in MiB for the logits that exist at one time; default
             `plan.WORKSPACE_MB`.
+        diagnostics: also return entropies and top-1 agreement of the rows, from the same sweeps.
+            The teacher's, and the agreement, are None where no divergence is computed: without a
+            teacher, or with ``kd_weight=0``.
 
     Returns:
         `DistillOutput` with the loss and the per-row terms. Gradients come in the dtype of what
@@ -112,7 +131,7 @@ def fused_linear_distill(
         [] if teacher_weight is None else [teacher_weight.shape[0]]
     )
     vocab = checks.vocabulary(vocab_size, *heads)
-    table = Divergence.of(divergence)
+    table, temperature = Divergence.of(divergence), checks.temperature(temperature)
     ce_rows = checks.row_weight("ce_weight", ce_weight, rows, student_hidden)
     kd_rows = checks.row_weight("kd_weight", kd_weight, rows, student_hidden)
     if labels is not None:
@@ -123,22 +142,24 @@ def fused_linear_distill(
         teacher_hidden is None or kd_rows is None
     ):  # no divergence: the teacher's head is not read at all
         teacher_hidden = teacher_weight = teacher_bias = kd_rows = None
+        temperature = 1.0  # it is the divergence's alone
     hs, ws, bs = autocast(student_hidden, student_weight, student_bias)
     teacher = (teacher_hidden, teacher_weight, teacher_bias)
     ht, wt, bt = autocast(*(None if t is None else t.detach() for t in teacher))
     assert hs is not None and ws is not None
     acc = accumulation_dtype(hs, ws, bs, ht, wt, bt)
-    loss, ce, kd, *_ = ops.linear_distill(
+    loss, ce, kd, *_, found = ops.linear_distill(
         hs, ws, bs, ht, wt, bt,
         labels if ce_rows is not None else None,
         *(None if w is None else w.to(acc) for w in (ce_rows, kd_rows)),
-        table.name, table.param, checks.temperature(temperature),
+        table.name, table.param, temperature,
         checks.softcap("student_softcap", student_softcap),
         checks.softcap("teacher_softcap", teacher_softcap),
         vocab, ignore_index, *wants(hs, ws, bs),
-        backend, checks.workspace(workspace_mb),
+        backend, checks.workspace(workspace_mb), diagnostics,
     )  # fmt: skip
-    return DistillOutput(loss, ce.detach(), kd.detach())
+    shown = found.detach().unbind()[: 1 if ht is None else 3] if diagnostics else ()
+    return DistillOutput(loss, ce.detach(), kd.detach(), *shown)
 
 
 def check_heads(

@@ -185,6 +185,11 @@ def values(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
     return terms.sum(-1)
 
 
+def entropies(log_p: Tensor) -> Tensor:
+    """−Σ p log p of every row of normalised log-probabilities (N, V): (N,)."""
+    return -_times(log_p.exp(), log_p).sum(-1)
+
+
 def _difference(p: Tensor, q: Tensor, u: Tensor) -> Tensor:
     """q − p, as p · expm1(u) where the two are close."""
     return torch.where(u.abs() < 1, p * torch.expm1(u.clamp(-1, 1)), q - p)

@@ -33,6 +33,10 @@ class LlavaKDOutput(NamedTuple):
     The terms are means in nats (`relation` in [0, 2]) before their weights are applied, detached:
     with the counts of a whole optimiser step they are this micro-batch's share, and sum to the
     step's mean. A term that was not asked for, or has no rows, is 0.
+
+    With ``diagnostics=True`` entropies (in nats) and top-1 agreement of the response rows follow,
+    shares of means likewise; see `DistillOutput`. They are None where they are not asked for or not
+    known: all three if no term has response rows, the last two if no term has a teacher's head.
     """
 
     loss: Tensor
@@ -40,6 +44,9 @@ class LlavaKDOutput(NamedTuple):
     response_kl: Tensor
     visual_kl: Tensor
     relation: Tensor
+    student_entropy: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+    agreement: Tensor | None = None
 
 
 class LlavaKDLoss(nn.Module):
@@ -56,6 +63,7 @@ class LlavaKDLoss(nn.Module):
             LLaVA-MoD and LLAVADI does against its papers; cross-entropy is shifted either way.
         relation_batch: True takes one cosine over the R of all images of the batch together, as the
             released LLaVA-KD code does; the paper's form, the default, has one per image.
+        diagnostics: also return entropies and agreement of the response rows, at next to no cost.
         backend, workspace_mb: as in `fused_linear_distill`.
 
     Raises:
@@ -75,6 +83,7 @@ class LlavaKDLoss(nn.Module):
         vocab_size: int | None = None,
         response_shift: bool = True,
         relation_batch: bool = False,
+        diagnostics: bool = False,
         backend: str = "auto",
         workspace_mb: float | None = None,
     ) -> None:
@@ -91,6 +100,7 @@ class LlavaKDLoss(nn.Module):
         self.temperature, self.divergence = temperature, Divergence.of(divergence)
         self.ignore_index, self.vocab_size = ignore_index, vocab_size
         self.response_shift, self.relation_batch = response_shift, relation_batch
+        self.diagnostics = diagnostics
         self.backend, self.workspace_mb = backend, workspace_mb
         self._grams: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
 
@@ -152,13 +162,13 @@ class LlavaKDLoss(nn.Module):
             if teacher_image_mask is not None and image_lens is None:
                 check_images(cu, image_seqlens(t_mask))
         norms = _Norms.of(num_items_in_batch, rows_s, cu.numel() - 1)
-        ce, response_kl, visual_kl, loss = self._rows_loss(student, teacher, rows_s, rows_t, norms)
+        loss, *terms, seen = self._rows_loss(student, teacher, rows_s, rows_t, norms)
         relation = loss.new_zeros(())
         if teacher is not None and self.relation and rows_s.visual.numel():
             share = (cu.numel() - 1) / norms.images
             relation = self._relation(student, teacher, rows_s, rows_t, cu) * share
             loss = loss + self.relation * relation
-        return LlavaKDOutput(loss, ce, response_kl, visual_kl, relation.detach())
+        return LlavaKDOutput(loss, *terms, relation.detach(), **seen)
 
     def _rows_loss(
         self,
@@ -167,9 +177,9 @@ class LlavaKDLoss(nn.Module):
         rows_s: _Rows,
         rows_t: _Rows,
         norms: _Norms,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Cross-entropy and both KL terms in one sweep: (ce, response_kl, visual_kl, weighted
-        loss).
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Cross-entropy and both KL terms in one sweep: (weighted loss, ce, response_kl, visual_kl,
+        diagnostics).
         """
         segments = rows_s.segments(self, teacher is not None)
         if not any(s.kd for s in segments):
@@ -180,32 +190,25 @@ class LlavaKDLoss(nn.Module):
         ce_weight, kd_weight, following = (
             torch.cat(parts).to(device) for parts in zip(*columns, strict=True)
         )
+        hidden_t = weight_t = bias_t = softcap_t = None
+        if teacher is not None:
+            hidden_t = take_rows(
+                teacher.hidden, [none, *(getattr(rows_t, s.rows) for s in segments)]
+            )
+            weight_t, bias_t, softcap_t = teacher.weight, teacher.bias, teacher.softcap
         out = fused_linear_distill(
             take_rows(student.hidden, [none, *(getattr(rows_s, s.rows) for s in segments)]),
-            student.weight,
-            None
-            if teacher is None
-            else take_rows(teacher.hidden, [none, *(getattr(rows_t, s.rows) for s in segments)]),
-            None if teacher is None else teacher.weight,
-            following,
-            ce_weight=ce_weight if any(s.has_ce for s in segments) else 0.0,
-            kd_weight=kd_weight,
-            divergence=self.divergence,
-            temperature=self.temperature,
-            ignore_index=self.ignore_index,
-            student_bias=student.bias,
-            teacher_bias=None if teacher is None else teacher.bias,
-            student_softcap=student.softcap,
-            teacher_softcap=None if teacher is None else teacher.softcap,
-            vocab_size=self.vocab_size,
-            backend=self.backend,
-            workspace_mb=self.workspace_mb,
+            student.weight, hidden_t, weight_t, following,
+            ce_weight=ce_weight if any(s.has_ce for s in segments) else 0.0, kd_weight=kd_weight,
+            divergence=self.divergence, temperature=self.temperature,
+            ignore_index=self.ignore_index, student_bias=student.bias, teacher_bias=bias_t,
+            student_softcap=student.softcap, teacher_softcap=softcap_t, vocab_size=self.vocab_size,
+            backend=self.backend, workspace_mb=self.workspace_mb, diagnostics=self.diagnostics,
+        )  # fmt: skip
+        seen: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = dict.fromkeys(
+            ("ce", "response", "visual"), out.loss.new_zeros(())
         )
-        sums = {
-            "ce": out.loss.new_zeros(()),
-            "response": out.loss.new_zeros(()),
-            "visual": out.loss.new_zeros(()),
-        }
         start = 0
         for s in segments:
             rows = slice(start, start + s.index.numel())
@@ -214,7 +217,9 @@ class LlavaKDLoss(nn.Module):
                 sums["ce"] = sums["ce"] + out.ce[rows].sum() / norms.response
             if s.kd:
                 sums[s.kd] = sums[s.kd] + out.kd[rows].sum() / getattr(norms, s.kd)
-        return sums["ce"], sums["response"], sums["visual"], out.loss
+            if s.kd == "response" or s.has_ce:  # the rows of the KL, if the two differ
+                seen = {k: x[rows].sum() / norms.response for k, x in out.diagnostics.items()}
+        return out.loss, sums["ce"], sums["response"], sums["visual"], seen
 
     def _relation(
         self, student: HeadInputs, teacher: HeadInputs, rows_s: _Rows, rows_t: _Rows, cu: Tensor
@@ -232,14 +237,10 @@ class LlavaKDLoss(nn.Module):
             cu,
             student_gram=None if capped else self._frozen_gram("student", student, vocab),
             teacher_gram=None if capped else self._frozen_gram("teacher", teacher, vocab),
-            student_bias=student.bias,
-            teacher_bias=teacher.bias,
-            student_softcap=student.softcap,
-            teacher_softcap=teacher.softcap,
-            vocab_size=vocab,
-            joint=self.relation_batch,
-            backend=self.backend,
-        )
+            student_bias=student.bias, teacher_bias=teacher.bias,
+            student_softcap=student.softcap, teacher_softcap=teacher.softcap,
+            vocab_size=vocab, joint=self.relation_batch, backend=self.backend,
+        )  # fmt: skip
 
     def _frozen_gram(self, who: str, head: HeadInputs, vocab: int) -> Tensor | None:
         """The Gram of a frozen head, computed once; None for a trained one. Kept until the

@@ -151,8 +151,9 @@ def linear_distill(
     want_db: bool,
     backend: str,
     workspace_mb: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, ce (N,), kd (N,), dh, dw, db): see `backends.eager.distill_rows`."""
+    want_diagnostics: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, ce (N,), kd (N,), dh, dw, db, diagnostics): see `backends.eager.distill_rows`."""
     operands = [x for x in (hs, ws, ht, wt) if x is not None]
     dtypes = {x.dtype for x in operands}
     shapes = plan.Shapes(
@@ -166,23 +167,32 @@ def linear_distill(
         hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature,
         cap_s, cap_t, vocab, ignore_index, want_dh, want_dw, want_db,
     )  # fmt: skip
+    acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
+    found = hs.new_zeros((3, hs.shape[0]) if want_diagnostics else 0, dtype=acc)
+    asked = (found,) if want_diagnostics else ()
     if chosen.algorithm == "stream":
-        return module.distill_stream(*arguments, chosen.chunk_vocab)
-    return module.distill_rows(*arguments, chosen.chunk_rows)
+        results = module.distill_stream(*arguments, chosen.chunk_vocab, *asked)
+    else:
+        results = module.distill_rows(*arguments, chosen.chunk_rows, *asked)
+    if want_diagnostics:
+        eager.settle_(found, hs, labels, ce_weight, kd_weight, ignore_index)
+    return *results, found
 
 
 @linear_distill.register_fake
 def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature, cap_s,
-      cap_t, vocab, ignore_index, want_dh, want_dw, want_db, backend, workspace_mb):  # fmt: skip
+      cap_t, vocab, ignore_index, want_dh, want_dw, want_db, backend, workspace_mb,
+      want_diagnostics=False):  # fmt: skip
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     rows = hs.new_empty(hs.shape[0], dtype=acc)
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
     dw = ws.new_empty(ws.shape if want_dw else (0,), dtype=products.head_gradient_dtype(ws))
     db = hs.new_empty(ws.shape[0] if want_db else 0, dtype=acc)
-    return hs.new_empty((), dtype=acc), rows, torch.empty_like(rows), dh, dw, db
+    found = hs.new_empty((3, hs.shape[0]) if want_diagnostics else 0, dtype=acc)
+    return hs.new_empty((), dtype=acc), rows, torch.empty_like(rows), dh, dw, db, found
 
 
-_gradients_formed_in_forward(linear_distill, 21, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2})
+_gradients_formed_in_forward(linear_distill, 22, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2})
 
 
 # --- linear_logprob: log-probability of given tokens ----------------------------------------------
@@ -220,21 +230,8 @@ def linear_logprob(
 
 
 @linear_logprob.register_fake
-def _(
-    h,
-    w,
-    b,
-    labels,
-    temperature,
-    cap,
-    vocab,
-    ignore_index,
-    want_dh,
-    want_dw,
-    want_db,
-    backend,
-    workspace_mb,
-):
+def _(h, w, b, labels, temperature, cap, vocab, ignore_index, want_dh, want_dw, want_db, backend,
+      workspace_mb):  # fmt: skip
     logp = h.new_empty(h.shape[0], dtype=products.accumulation_dtype(h, w, b))
     return logp, torch.empty_like(logp)
 

@@ -86,6 +86,21 @@ def linear_distill(
     return (ce_weight * ce).sum() + (kd_weight * kd).sum(), ce, kd
 
 
+def entropy(z: Tensor, temperature: float = 1.0) -> Tensor:
+    """H = −Σ q log q with q = softmax(z/T), in nats, of every row of z (N, V): (N,)."""
+    log_q = (z / temperature).log_softmax(-1)
+    q = log_q.exp()
+    return -(q * torch.where(q == 0, 0, log_q)).sum(-1)  # 0 · log 0 is 0
+
+
+def agreement(z_s: Tensor, z_t: Tensor) -> Tensor:
+    """1 where some token is the most likely of both models, else 0: (N,) for logits (N, V). Of
+    tokens that tie for the maximum one in common is enough.
+    """
+    same = (z_s == z_s.amax(-1, keepdim=True)) & (z_t == z_t.amax(-1, keepdim=True))
+    return same.any(-1).to(z_s.dtype)
+
+
 def relation_cosine(y_s: Tensor, y_t: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Mean over images of 1 − <R_s, R_t>/(‖R_s‖‖R_t‖), R = Y Yᵀ of an image's rows (raw,
     LLaVA-KD eq. 5).

@@ -202,6 +202,8 @@ def test_opcheck() -> None:
         case.kd_weight, "jsd", 0.5, 1.0, 0.0, 0.0, 50, -100, True, True, False, 16,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.mllmkd_cpu.distill_rows.default, distill)
+    asked = (*distill, torch.zeros(3, 20))
+    torch.library.opcheck(torch.ops.mllmkd_cpu.distill_rows.default, asked)
     rows = (case.hs, case.ws, None, case.labels, 1.0, 0.0, 50, -100, 16)
     torch.library.opcheck(torch.ops.mllmkd_cpu.logprob_rows.default, rows)
     lse = cpu.logprob_rows(*rows)[1]  # pyright: ignore[reportArgumentType]

@@ -81,7 +81,7 @@ def check_loss(out: Any, terms: tuple, weights: tuple, s: HeadInputs) -> None:
     """Loss, terms and both gradients."""
     want = torch.stack([w * x for w, x in zip(weights, terms, strict=True)]).sum()
     check(out.loss, want.detach(), "fp32 weights", what="loss")
-    for got, like, name in zip(out[1:], terms, out._fields[1:], strict=True):
+    for got, like, name in zip(out[1:5], terms, out._fields[1:5], strict=True):
         check(got, like.detach(), "fp32 weights", what=name)
         assert not got.requires_grad
     leaves = [x for x in (s.hidden, s.weight, s.bias) if x is not None]
@@ -182,7 +182,8 @@ def test_text_alone_has_no_visual_terms(mask: Tensor | None, backend: str) -> No
 
 def test_no_rows_at_all_is_zero_and_differentiable(backend: str) -> None:
     s, t = heads()
-    out = LlavaKDLoss(backend=backend)(s, t, torch.full((B, T), IGNORE), None)
+    loss = LlavaKDLoss(diagnostics=True, backend=backend)
+    out = loss(s, t, torch.full((B, T), IGNORE), None)
     assert all(x == 0 for x in out)
     out.loss.backward()
     assert not s.hidden.grad.any() and not s.weight.grad.any()
@@ -244,7 +245,7 @@ def test_a_teacher_with_positions_of_its_own(backend: str) -> None:
     labels[:, 0] = IGNORE  # a label there has a row only where a token stands before it
     longer = replace(t, hidden=torch.cat((torch.randn(B, 2, D_T).double(), t.hidden), 1))
     moved = F.pad(labels, (2, 0), value=IGNORE), F.pad(mask, (2, 0))
-    loss = LlavaKDLoss(backend=backend)
+    loss = LlavaKDLoss(diagnostics=True, backend=backend)
     got = loss(s, longer, labels, mask, teacher_labels=moved[0], teacher_image_mask=moved[1])
     for a, b in zip(got, loss(s, t, labels, mask), strict=True):
         assert torch.equal(a, b)
@@ -281,7 +282,7 @@ def test_micro_batches_add_up_to_the_batch(backend: str) -> None:
     runs = [*RUNS, [(3, 5)]]
     s, t = heads(4)
     labels, mask = labels_of(4), mask_of(runs)
-    loss = LlavaKDLoss(backend=backend)
+    loss = LlavaKDLoss(diagnostics=True, backend=backend)
     whole = loss(s, t, labels, mask)
     counts = RowCounts(
         response=int((labels[:, 1:] != IGNORE).sum()),
@@ -303,7 +304,7 @@ def test_a_single_number_counts_response_rows(kind: Any, backend: str) -> None:
     """All that a Trainer hands over: exact for text terms, for visual ones a weighted mean."""
     s, t = heads()
     labels, mask = labels_of(), mask_of(RUNS)
-    loss = LlavaKDLoss(backend=backend)
+    loss = LlavaKDLoss(diagnostics=True, backend=backend)
     rows = int((labels[:, 1:] != IGNORE).sum())
     whole = loss(s, t, labels, mask)
     for a, b in zip(loss(s, t, labels, mask, num_items_in_batch=kind(rows)), whole, strict=True):

@@ -26,6 +26,7 @@ struct Options {
   double param, temperature, cap_s, cap_t;
   int64_t vocab, ignore_index;
   Wanted wanted;
+  bool diagnostics;
 };
 
 template <class T>
@@ -40,13 +41,14 @@ class Distill {
         tiles_(tiles_of(o.vocab)),
         panels_(chunk / kernels_.panel),
         student_(hs, ws, bs, o.cap_s, o.vocab, chunk, "student"),
-        stats_s_(tiles_, chunk, static_cast<T>(1 / o.temperature), true),
-        stats_t_(tiles_, chunk, static_cast<T>(1 / o.temperature), false),
+        stats_s_(tiles_, chunk, static_cast<T>(1 / o.temperature), true, o.diagnostics),
+        stats_t_(tiles_, chunk, static_cast<T>(1 / o.temperature), false, o.diagnostics),
         rows_(chunk),
         gradients_(hs, ws, o.vocab, chunk, many, o.wanted),
         mean_(chunk),
         values_(tiles_, chunk * sizeof(T)),
-        slopes_(tiles_, chunk * sizeof(T)) {
+        slopes_(tiles_, chunk * sizeof(T)),
+        agree_(o.diagnostics ? tiles_ : 0, chunk * sizeof(T)) {
     if (ht) teacher_.emplace(*ht, *wt, bt, o.cap_t, o.vocab, chunk, "teacher");
     const int64_t bytes = kTile * kernels_.panel * sizeof(T);
     z_s_ = Buffer::kept(tiles_ * panels_, bytes);
@@ -75,6 +77,9 @@ class Distill {
            (static_cast<double>(rows_.label_logit[c]) - stats_s_.top()[c]);
   }
   double kd(int64_t c) const { return total(values_, c); }
+  double entropy_s(int64_t c) const { return stats_s_.entropy(c); }
+  double entropy_t(int64_t c) const { return stats_t_.entropy(c); }
+  bool agree(int64_t c) const { return total(agree_, c) > 0; }
   const ChunkRows<T>& rows() const { return rows_; }
   Gradients<T>& gradients() { return gradients_; }
 
@@ -128,11 +133,19 @@ class Distill {
         student_.product(), any_order, [&](int64_t v, int m, int64_t p, int64_t n, int thread) {
           for (int64_t i = p; i < p + n; ++i) {
             loss_panel(v, m, i, values, gradients ? gradients_.panel(thread) : nullptr);
+            if (values && o_.diagnostics) agree_panel(v, m, i);
             if (gradients) gradients_.add_panel(v, m, i - p, thread);
           }
           if (gradients) gradients_.multiply(v, m, p, n, thread);
         });
     for (int64_t c = 0; values && c < chunk_; ++c) mean_[c] = static_cast<T>(total(slopes_, c));
+  }
+
+  void agree_panel(int64_t v, int m, int64_t i) {
+    const int64_t c0 = i * kernels_.panel;
+    kernels_.agree(
+        {tile(z_s_, v, i), tile(z_t_, v, i), m, stats_s_.top() + c0, stats_t_.top() + c0,
+         agree_.part<T>(v / kTile) + c0});
   }
 
   void loss_panel(int64_t v, int m, int64_t i, bool values, T* g) {
@@ -170,6 +183,7 @@ class Distill {
   Gradients<T> gradients_;
   std::vector<T> mean_;     // (chunk) Σ q g
   Buffer values_, slopes_;  // (tiles) of (chunk)
+  Buffer agree_;            // (tiles) of (chunk) where diagnostics are wanted
   Buffer z_s_, z_t_;        // (tiles, panels) of (kTile, panel)
 };
 
@@ -187,16 +201,43 @@ const T* weights(const Optional& x, int64_t rows, const char* name) {
   return x->template const_data_ptr<T>();
 }
 
+// Of the last chunk, `count` rows from `row`: both entropies and the agreement.
+template <class T>
+void write_diagnostics(
+    const Distill<T>& distill, int64_t row, int64_t count, bool teacher, T* out, int64_t rows) {
+  at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      out[row + c] = static_cast<T>(distill.entropy_s(c));
+      if (!teacher) continue;
+      out[rows + row + c] = static_cast<T>(distill.entropy_t(c));
+      out[2 * rows + row + c] = distill.agree(c) ? T(1) : T(0);
+    }
+  });
+}
+
+template <class T>
+T* diagnostics_of(const Optional& x, int64_t rows) {
+  if (!x) return nullptr;
+  TORCH_CHECK_TYPE(
+      x->scalar_type() == c10::CppTypeToScalarType<T>::value, "diagnostics: got dtype ",
+      x->scalar_type(), ", expected ", c10::CppTypeToScalarType<T>::value);
+  TORCH_CHECK_VALUE(
+      x->dim() == 2 && x->size(0) == 3 && x->size(1) == rows && x->is_contiguous(),
+      "diagnostics: got shape ", x->sizes(), ", expected (3, ", rows, ") and contiguous");
+  return x->template mutable_data_ptr<T>();
+}
+
 template <class T>
 Result run(
     const at::Tensor& hs, const at::Tensor& ws, const Optional& bs, const Optional& ht,
     const Optional& wt, const Optional& bt, const Optional& labels, const Optional& ce_weight,
-    const Optional& kd_weight, const Options& o, int64_t chunk_rows) {
+    const Optional& kd_weight, const Options& o, int64_t chunk_rows, const Optional& diagnostics) {
   const int64_t rows = hs.size(0);
   const auto real = c10::CppTypeToScalarType<T>::value;
   const Chunks chunks(rows, chunk_rows, kernels<T>().panel);
   const T* ce_w = weights<T>(ce_weight, rows, "ce_weight");
   const T* kd_w = weights<T>(kd_weight, rows, "kd_weight");
+  T* diagnostics_out = diagnostics_of<T>(diagnostics, rows);
   const at::Tensor label = labels ? labels->contiguous() : at::Tensor();
   at::Tensor loss = at::zeros({}, real), ce = at::zeros({rows}, real), kd = at::zeros({rows}, real);
   T* ce_out = ce.mutable_data_ptr<T>();
@@ -215,6 +256,9 @@ Result run(
       if (r.ce_weight[c] != 0) sum += static_cast<double>(r.ce_weight[c]) * ce_out[row + c];
       if (ht && r.kd_weight[c] != 0) sum += static_cast<double>(r.kd_weight[c]) * kd_out[row + c];
     }
+    if (diagnostics_out) {
+      write_diagnostics(distill, row, count, ht.has_value(), diagnostics_out, rows);
+    }
   }
   loss.fill_(sum);
   Gradients<T>& g = distill.gradients();
@@ -228,7 +272,7 @@ Result distill_rows(
     const Optional& wt, const Optional& bt, const Optional& labels, const Optional& ce_weight,
     const Optional& kd_weight, std::string_view divergence, double param, double temperature,
     double cap_s, double cap_t, int64_t vocab, int64_t ignore_index, bool want_dh, bool want_dw,
-    bool want_db, int64_t chunk_rows) {
+    bool want_db, int64_t chunk_rows, const Optional& diagnostics) {
   TORCH_CHECK_VALUE(
       ht.has_value() == wt.has_value(), "teacher: hidden states and weight come together");
   TORCH_CHECK_VALUE(
@@ -237,12 +281,20 @@ Result distill_rows(
   TORCH_CHECK_VALUE(
       temperature > 0, "temperature: got ", temperature, ", expected a positive number");
   if (labels) check_labels(*labels, hs.size(0), vocab, ignore_index);
-  const Options o{divergence_of(divergence),  param, temperature, cap_s, cap_t, vocab, ignore_index,
-                  {want_dh, want_dw, want_db}};
+  const Options o{
+      divergence_of(divergence),
+      param,
+      temperature,
+      cap_s,
+      cap_t,
+      vocab,
+      ignore_index,
+      {want_dh, want_dw, want_db},
+      diagnostics.has_value()};
   const auto f64 = [](const Optional& x) { return x && x->scalar_type() == at::kDouble; };
   const auto chosen =
       f64(hs) || f64(ws) || f64(bs) || f64(ht) || f64(wt) || f64(bt) ? run<double> : run<float>;
-  return chosen(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, o, chunk_rows);
+  return chosen(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, o, chunk_rows, diagnostics);
 }
 
 }  // namespace mllmkd

@@ -61,6 +61,17 @@ struct StatsJob {
   T* max;         // (panel) of z; null: only the logits are wanted
   T* sum;         // (panel) Σ exp(scale · (z − max))
   T* sum_plain;   // (panel) Σ exp(z − max)
+  T* weighted;    // (panel) Σ x·exp(x), x = scale · (z − max), for the entropy; null: not wanted
+};
+
+// Has some vocabulary row of a panel the largest logit of both models?
+template <class T>
+struct AgreeJob {
+  const T* z_s;
+  const T* z_t;
+  int rows;
+  const T *top_s, *top_t;  // (panel)
+  T* found;                // out (panel): 1 or 0
 };
 
 // What the loss of a panel needs besides the logits; per-token arrays point at the panel's first
@@ -97,6 +108,7 @@ struct Kernels {
   Product<T> product;
   void (*stats)(const StatsJob<T>& job);
   void (*loss)(const LossJob<T>& job);
+  void (*agree)(const AgreeJob<T>& job);
 };
 
 // The tables of the instruction sets this build has; isa.cpp chooses.

@@ -7,8 +7,8 @@ namespace mllmkd {
 const Kernels<float>& kernels_avx512_f32() {
   using namespace CPU_CAPABILITY;
   static const Kernels<float> kernels{
-      "avx512", 2 * Vec<float>::size(), make_product<float, 14>("float"), stats_panel<float>,
-      loss_panel<float>};
+      "avx512",           2 * Vec<float>::size(), make_product<float, 14>("float"),
+      stats_panel<float>, loss_panel<float>,      agree_panel<float>};
   return kernels;
 }
 

@@ -11,6 +11,26 @@
 namespace mllmkd::CPU_CAPABILITY {
 namespace {
 
+// Σ exp and, if wanted, Σ exp at temperature 1 and Σ x·exp(x) of the logits from `z`, less
+// `offset`.
+template <bool Weighted, class T>
+void sum_lanes(const StatsJob<T>& job, const T* z, const Vec<T>& offset, int lane) {
+  using V = Vec<T>;
+  constexpr int panel = 2 * V::size();
+  const V scale(job.scale);
+  V sum(T(0)), sum_plain(T(0)), weighted(T(0));
+  for (int v = 0; v < job.rows; ++v) {
+    const V x = V::loadu(z + v * panel) - offset;
+    const V e = exp_of(x * scale);
+    sum = sum + e;
+    if constexpr (Weighted) weighted = weighted + times(e, x * scale);
+    if (job.plain) sum_plain = sum_plain + exp_of(x);
+  }
+  sum.store(job.sum + lane);
+  sum_plain.store(job.sum_plain + lane);
+  if constexpr (Weighted) weighted.store(job.weighted + lane);
+}
+
 // Logits final in place (bias, soft-cap), then max and Σ exp of every token over this tile. The
 // maximum is the tile's own, so one tile needs no other; a tile of −inf only gives (−inf, 0); NaN
 // and +inf give NaN sums.
@@ -19,7 +39,7 @@ void stats_panel(const StatsJob<T>& job) {
   using V = Vec<T>;
   constexpr int W = V::size(), panel = 2 * W;
   constexpr T inf = std::numeric_limits<T>::infinity();
-  const V cap(job.cap), inverse_cap(job.cap != 0 ? 1 / job.cap : 0), scale(job.scale), zero(T(0));
+  const V cap(job.cap), inverse_cap(job.cap != 0 ? 1 / job.cap : 0), zero(T(0));
   for (int lane = 0; lane < panel; lane += W) {
     T* z = job.z + lane;
     V max(-inf);
@@ -33,15 +53,27 @@ void stats_panel(const StatsJob<T>& job) {
     }
     if (!job.max) continue;
     const V offset = select(max, zero, max == V(-inf));
-    V sum(T(0)), sum_plain(T(0));
-    for (int v = 0; v < job.rows; ++v) {
-      const V x = V::loadu(z + v * panel) - offset;
-      sum = sum + exp_of(x * scale);
-      if (job.plain) sum_plain = sum_plain + exp_of(x);
-    }
     max.store(job.max + lane);
-    sum.store(job.sum + lane);
-    sum_plain.store(job.sum_plain + lane);
+    if (job.weighted) {
+      sum_lanes<true, T>(job, z, offset, lane);
+    } else {
+      sum_lanes<false, T>(job, z, offset, lane);
+    }
+  }
+}
+
+template <class T>
+void agree_panel(const AgreeJob<T>& job) {
+  using V = Vec<T>;
+  constexpr int W = V::size(), panel = 2 * W;
+  const V zero(T(0)), one(T(1));
+  for (int lane = 0; lane < panel; lane += W) {
+    const V top_s = V::loadu(job.top_s + lane), top_t = V::loadu(job.top_t + lane);
+    V found = zero;
+    for (int64_t v = lane; v < lane + static_cast<int64_t>(job.rows) * panel; v += panel) {
+      found = found | ((V::loadu(job.z_s + v) == top_s) & (V::loadu(job.z_t + v) == top_t));
+    }
+    select(zero, one, found).store(job.found + lane);
   }
 }
 

@@ -26,15 +26,17 @@ double merged(
 }  // namespace
 
 template <class T>
-SoftmaxStats<T>::SoftmaxStats(int64_t tiles, int64_t chunk, T scale, bool plain)
+SoftmaxStats<T>::SoftmaxStats(int64_t tiles, int64_t chunk, T scale, bool plain, bool entropy)
     : kernels_(kernels<T>()),
       tiles_(tiles),
       chunk_(chunk),
       scale_(scale),
       plain_(plain && scale != 1),
+      entropy_(entropy),
       max_(tiles, chunk * sizeof(T)),
       sum_(tiles, chunk * sizeof(T)),
       sum_plain_(tiles, chunk * sizeof(T)),
+      weighted_(entropy ? tiles : 0, chunk * sizeof(T)),
       merged_(3, chunk * sizeof(T)) {}
 
 template <class T>
@@ -42,7 +44,24 @@ void SoftmaxStats<T>::add(const Head<T>& head, int64_t v, int m, int64_t panel, 
   const int64_t tile = v / kTile, c = panel * kernels_.panel;
   kernels_.stats(
       {z, m, head.bias(v), head.cap(), scale_, plain_, max_.part<T>(tile) + c,
-       sum_.part<T>(tile) + c, sum_plain_.part<T>(tile) + c});
+       sum_.part<T>(tile) + c, sum_plain_.part<T>(tile) + c,
+       entropy_ ? weighted_.part<T>(tile) + c : nullptr});
+}
+
+// With x = scale·(z − top): H = log Σ eˣ − Σ x eˣ / Σ eˣ, two terms that are never negative. A tile
+// knows the sums from its own maximum, `below` lower: then x is less by that.
+template <class T>
+double SoftmaxStats<T>::entropy(int64_t c) const {
+  const double top = merged_.template part<T>(0)[c];
+  double sum = 0, weighted = 0;
+  for (int64_t i = 0; i < tiles_; ++i) {
+    const double max = max_.part<T>(i)[c];
+    if (max == -std::numeric_limits<double>::infinity()) continue;
+    const double below = scale_ * (top - max), share = std::exp(-below), own = sum_.part<T>(i)[c];
+    sum += share * own;
+    weighted += share * (weighted_.part<T>(i)[c] - below * own);
+  }
+  return std::log(sum) - weighted / sum;  // NaN where every logit is −inf
 }
 
 template <class T>

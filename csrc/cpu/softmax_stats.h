@@ -10,7 +10,7 @@ namespace mllmkd {
 template <class T>
 class SoftmaxStats {
  public:
-  SoftmaxStats(int64_t tiles, int64_t chunk, T scale, bool plain);
+  SoftmaxStats(int64_t tiles, int64_t chunk, T scale, bool plain, bool entropy = false);
 
   // One panel of products becomes logits, in place.
   void add(const Head<T>& head, int64_t v, int m, int64_t panel, T* z);
@@ -22,12 +22,16 @@ class SoftmaxStats {
   const T* rest() const { return merged_.template part<T>(1); }
   const T* rest_plain() const { return merged_.template part<T>(2); }
 
+  // −Σ q log q of the softmax at `scale` of token c, if it was asked for.
+  double entropy(int64_t c) const;
+
  private:
   const Kernels<T>& kernels_;
   int64_t tiles_, chunk_;
   T scale_;
-  bool plain_;
+  bool plain_, entropy_;
   Buffer max_, sum_, sum_plain_;  // (tiles) of (chunk)
+  Buffer weighted_;               // (tiles) of (chunk) where the entropy is wanted
   Buffer merged_;                 // (3) of (chunk)
 };
 

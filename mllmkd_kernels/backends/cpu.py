@@ -80,13 +80,15 @@ def distill_rows(
     want_dw: bool,
     want_db: bool,
     chunk_rows: int,
+    diagnostics: Tensor | None = None,  # (3, N) in the dtype of the loss, written
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (scalar), CE and D per row (N,), and the unscaled gradients dh (N, D_s), dw (V_s, D_s)
     in `products.head_gradient_dtype`, db (V_s,).
     """
+    asked = () if diagnostics is None else (diagnostics,)
     return torch.ops.mllmkd_cpu.distill_rows(
         hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature,
-        cap_s, cap_t, vocab, ignore_index, want_dh, want_dw, want_db, chunk_rows,
+        cap_s, cap_t, vocab, ignore_index, want_dh, want_dw, want_db, chunk_rows, *asked,
     )  # fmt: skip
 
 
@@ -168,7 +170,7 @@ if available():
     @torch.library.register_fake("mllmkd_cpu::distill_rows")
     def _(
         hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature,
-        cap_s, cap_t, vocab, ignore_index, want_dh, want_dw, want_db, chunk_rows,
+        cap_s, cap_t, vocab, ignore_index, want_dh, want_dw, want_db, chunk_rows, diagnostics=None,
     ):  # fmt: skip
         dtype = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
         rows = hs.new_empty(hs.shape[:1], dtype=dtype)

@@ -6,6 +6,10 @@ turned into per-row losses and into the gradient block ``dz``, which two product
 and ``dw``; then the block is forgotten. Gradients are formed with the loss, unscaled: the caller
 multiplies them by its incoming gradient.
 
+``diagnostics`` (3, N), where it is given, is filled with H(softmax(z_s/T)), H(softmax(z_t/T)) and
+1.0 where some column is the maximum of both rows, else 0.0; without a teacher only with the first,
+the student's at T = 1. `settle_` does the rest for all backends.
+
 These functions are the interface of every backend. Conventions: ``vocab`` is the number of shared
 columns, a soft-cap of 0.0 means none, an unwanted gradient is returned as an empty tensor, ``dh``
 and ``db`` come in the accumulation dtype (fp32, or fp64), ``dw`` in `products.head_gradient_dtype`.
@@ -49,6 +53,7 @@ def distill_rows(
     want_dw: bool,
     want_db: bool,
     chunk_rows: int,
+    diagnostics: Tensor | None = None,  # (3, N), written
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (scalar), CE and D per row (N,), and the unscaled gradients dh (N, D_s), dw (V_s,
     D_s), db (V_s,).
@@ -71,12 +76,18 @@ def distill_rows(
             b = b.div_(temperature)
             log_p = b.log_softmax(-1)
             log_q = (z / temperature).log_softmax(-1)
+            if diagnostics is not None:
+                diagnostics[0, rows] = div.entropies(log_q)
+                diagnostics[1, rows] = div.entropies(log_p)
+                diagnostics[2, rows] = _agree(z, b)
             kd[rows] = div.values(table, log_p, log_q)
             weight = kd_weight[rows]
             loss += torch.where(weight != 0, weight * kd[rows], 0).sum(dtype=torch.float64)
             if dz is not None:
                 da = div.gradients(table, log_p, log_q)
                 dz += _scale_rows(da, weight / temperature)
+        elif diagnostics is not None:
+            diagnostics[0, rows] = div.entropies(z.log_softmax(-1))
         if dz is not None:
             dead = dead_rows(hs, rows, labels, ce_weight, kd_weight, ignore_index)
             grads.add(rows, _through_softcap_(dz, z, cap_s), dead=dead)
@@ -254,6 +265,26 @@ def _cross_entropy(
         q = _minus_one_hot_((z - lse[:, None]).exp_(), labels, ignore_index)
         dz += _scale_rows(q, weight.masked_fill(ignored, 0))
     return (lse - _at_label(z, labels, ignore_index)).masked_fill_(ignored, 0)
+
+
+def _agree(a: Tensor, b: Tensor) -> Tensor:
+    """Is some column the maximum of both rows? (C,) bool."""
+    return ((a == a.amax(-1)[:, None]) & (b == b.amax(-1)[:, None])).any(-1)
+
+
+def settle_(
+    diagnostics: Tensor,  # (3, N)
+    hs: Tensor,  # (N, D_s)
+    labels: Tensor | None,
+    ce_weight: Tensor | None,
+    kd_weight: Tensor | None,
+    ignore_index: int,
+) -> None:
+    """Agreement is NaN where an entropy is; rows without weight are 0, whatever they hold."""
+    diagnostics[2] += 0 * (diagnostics[0] + diagnostics[1])
+    every = slice(0, hs.shape[0])
+    dead = dead_rows(hs, every, labels, ce_weight, kd_weight, ignore_index)
+    diagnostics.masked_fill_(dead, 0)
 
 
 def check_labels(labels: Tensor | None, vocab: int, ignore_index: int) -> None:
