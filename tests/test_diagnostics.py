@@ -20,7 +20,7 @@ from tests.tolerances import check
 NAMES = ("student_entropy", "teacher_entropy", "agreement")
 
 
-@pytest.fixture(params=["eager", "cpu"])
+@pytest.fixture(params=["eager", "cpu", "triton chunk", "triton stream"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each backend, and both algorithms of Triton, whatever the plan would take."""
     name, _, algorithm = request.param.partition(" ")

@@ -309,14 +309,14 @@ def test_flops_are_those_of_the_sweeps() -> None:
 
 
 def test_splits_fill_the_processors() -> None:
-    from mllmkd_kernels.backends.triton import stream
+    from mllmkd_kernels.backends.triton import dealing
 
-    assert stream.split_count(132, 1187, 132) == 1  # one wave of whole walks
-    assert stream.split_count(1, 1187, 132) == 63  # 19 tiles each; 64 would not make it 18
-    assert stream.split_count(1, 3, 132) == 3  # no more splits than tiles
-    assert stream.split_count(0, 3, 132) == 1
-    waves = -(-64 * stream.split_count(64, 594, 132) // 132)
-    assert waves * -(-594 // stream.split_count(64, 594, 132)) <= 1.05 * 64 * 594 / 132
+    assert dealing.split_count(132, 1187, 132) == 1  # one wave of whole walks
+    assert dealing.split_count(1, 1187, 132) == 63  # 19 tiles each; 64 would not make it 18
+    assert dealing.split_count(1, 3, 132) == 3  # no more splits than tiles
+    assert dealing.split_count(0, 3, 132) == 1
+    waves = -(-64 * dealing.split_count(64, 594, 132) // 132)
+    assert waves * -(-594 // dealing.split_count(64, 594, 132)) <= 1.05 * 64 * 594 / 132
 
 
 def small(dtype: torch.dtype = torch.float32) -> Problem:

@@ -77,6 +77,9 @@ def _distill(algorithm: str) -> list[Call]:
         call("soft-cap and bias", cap=30.0, bias=True),
         call("jsd, no gradient", divergence="jsd", gradient=False),
         call("no gradient", gradient=False),
+        call("diagnostics", diagnostics=True),
+        call("diagnostics, jsd, temperature", diagnostics=True, divergence="jsd", temperature=2.0),
+        call("diagnostics, no gradient", diagnostics=True, gradient=False),
         call("fp16", shape=Shape(dtype=torch.float16)),
         call("fp32", NOTHING, shape=Shape(dtype=torch.float32)),
         call("fp32 jsd", NOTHING, divergence="jsd", shape=Shape(dtype=torch.float32)),
@@ -85,6 +88,7 @@ def _distill(algorithm: str) -> list[Call]:
         call("small vocabulary", shape=Shape(vocab=4096)),
         # Rows that the row kernel keeps in registers: the longest, by either table.
         call("small vocabulary, skewed", divergence="skew_reverse_kl", shape=Shape(vocab=4096)),
+        call("diagnostics, small vocabulary", diagnostics=True, shape=Shape(vocab=4096)),
         call("tiny vocabulary, skewed", divergence="skew_reverse_kl", shape=Shape(vocab=2048)),
     ]
     return calls
@@ -122,6 +126,7 @@ def distill(
     bias: bool = False,
     cap: float = 0.0,
     temperature: float = 1.0,
+    diagnostics: bool = False,
 ) -> Any:
     """`distill_rows` ("chunk") or `distill_stream` ("stream")."""
     from mllmkd_kernels.backends import triton
@@ -142,6 +147,7 @@ def distill(
         weight if labels else None, weight if teacher else None,
         divergence, PARAMETERS[divergence][1], temperature, cap, cap, s.vocab, -100,
         gradient, gradient, gradient and bias, at_a_time,
+        _empty(3, s.n, dtype=torch.float32) if diagnostics else None,
     )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ def _distill(
     want_dw: bool,
     want_db: bool,
     chunk_rows: int,
+    diagnostics: Tensor | None = None,  # (3, N), written
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, CE and D per row, dh, dw, db: see `eager.distill_rows`, whose conventions hold."""
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
@@ -64,6 +65,7 @@ def _distill(
     stride = row_stride(vocab) if losses is row_losses else vocab
     block_s = torch.empty(min(chunk_rows, n), stride, device=hs.device)
     block_t = None if ht is None else torch.empty_like(block_s)
+    seen = None if diagnostics is None else torch.zeros(n, 3, device=hs.device)
     for rows in products.chunks(n, chunk_rows):
         z_s = _logits(block_s, hs[rows], ws, vocab)
         z_t = None
@@ -72,10 +74,12 @@ def _distill(
         dz = losses(
             z_s, z_t, bs, bt, _of(labels, rows), _of(ce_weight, rows), _of(kd_weight, rows),
             ce[rows], kd[rows], divergence, param, temperature, cap_s, cap_t, ignore_index,
-            dz_dtype,
+            dz_dtype, seen=_of(seen, rows),
         )  # fmt: skip
         if dz is not None:
             grads.add(rows, dz)
+    if diagnostics is not None and seen is not None:
+        diagnostics.copy_(seen.mT)
     loss = torch.zeros((), dtype=torch.float64, device=hs.device)
     if labels is not None and ce_weight is not None:
         loss += _weighted_sum(ce_weight, ce, labels != ignore_index)
@@ -101,8 +105,13 @@ def _cluster_losses(
     cap_t: float,
     ignore_index: int,
     dz_dtype: torch.dtype | None,
+    seen: Tensor | None,
 ) -> Tensor | None:
     """`rows.row_losses` by the CUDA kernel that reads a row once."""
+    if seen is not None:
+        raise ValueError(
+            "diagnostics: backend 'cuda' has no entropies and no agreement; 'triton' has them"
+        )
 
     def broken(z: Tensor | None, cap: float) -> Tensor | None:
         # every product of a hidden state that is not finite is ±inf or NaN, so one column tells

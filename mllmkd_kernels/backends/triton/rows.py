@@ -13,6 +13,9 @@ need Σ q g first. Sums run lane by lane and are folded once a sweep, always in 
 The block comes as the GEMM made it: bias and soft-cap are applied here, in each sweep. Rows lie
 `stride` apart, which may exceed the vocabulary, so that every row starts aligned whatever V is;
 padding is read, never used, and dz is 0 there.
+
+Where they are wanted, `seen` (C, 3) gets both entropies, from the sums of the log-sum-exps, and
+the agreement: 1 where some column is the maximum of both rows.
 """
 # pyright: reportAssignmentType=false, reportRedeclaration=false
 # (`NAME: tl.constexpr = ...` tells Triton when a name is known, and is no type.)
@@ -27,6 +30,7 @@ from torch import Tensor
 from mllmkd_kernels.backends.triton import tables
 from mllmkd_kernels.backends.triton.divergence import NEEDS_MEAN, gradient, terms, times
 from mllmkd_kernels.backends.triton.heads import rounded
+from mllmkd_kernels.backends.triton.observe import entropy, fold_entropy, weighted, weighted_lane
 from mllmkd_kernels.backends.triton.tiles import (
     LOWEST,
     log_of_sum,
@@ -73,6 +77,13 @@ def whole(a):
     """The same two parts from the row itself."""
     top = tl.max(a, 0)
     return top, log_of_sum(tl.sum(tl.exp(a - top), 0))
+
+
+@triton.jit
+def whole_entropy(a, top):
+    """And the entropy of the row."""
+    x = a - top
+    return entropy(tl.sum(tl.exp(x), 0), tl.sum(weighted(x), 0))
 
 
 @triton.jit
@@ -126,24 +137,24 @@ def log_probabilities(
     z_s, z_t, b_s, b_t, columns, lse_s, lse_t, lse_ce, vocab, stride, inverse,
     TEACHER: tl.constexpr, SCALED: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr
 ):  # fmt: skip
-    """(z_s, log p, log q, log softmax(z_s)) of one tile; without a teacher log p stands for
-    nothing.
+    """(z_s, b, log p, log q, log softmax(z_s)) of one tile; without a teacher b and log p stand
+    for nothing.
     """
     x = logits(z_s, b_s, columns, vocab, stride, CAP_S)
     log_q = (divided(x, inverse, SCALED) - lse_s[0]) - lse_s[1]
-    log_p, log_q_ce = log_q, log_q
+    b, log_p, log_q_ce = x, log_q, log_q
     if SCALED:
         log_q_ce = (x - lse_ce[0]) - lse_ce[1]
     if TEACHER:
         b = divided(logits(z_t, b_t, columns, vocab, stride, CAP_T), inverse, SCALED)
         log_p = (b - lse_t[0]) - lse_t[1]
-    return x, log_p, log_q, log_q_ce
+    return x, b, log_p, log_q, log_q_ce
 
 
 @triton.jit
 def whole_row_kernel(
-    z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, ce, kd, dz, vocab, stride, ignore_index,
-    param, inverse, NAME: tl.constexpr, SCALED: tl.constexpr, CAP_S: tl.constexpr,
+    z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, ce, kd, seen, dz, vocab, stride,
+    ignore_index, param, inverse, NAME: tl.constexpr, SCALED: tl.constexpr, CAP_S: tl.constexpr,
     CAP_T: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """A row of at most BLOCK columns, read once."""
@@ -156,7 +167,10 @@ def whole_row_kernel(
     x = logits(z_s, b_s, columns, vocab, stride, CAP_S)
     a = divided(x, inverse, SCALED)
     top, rest = whole(a)
+    top_s = top
     log_q = (a - top) - rest
+    if seen is not None:
+        tl.store(seen + row * 3, whole_entropy(a, top))
     log_p, log_q_ce, mean = log_q, log_q, 0.0
     if CE:
         if SCALED:
@@ -168,6 +182,10 @@ def whole_row_kernel(
         b = divided(b, inverse, SCALED)
         top_t, rest_t = whole(b)
         log_p = (b - top_t) - rest_t
+        if seen is not None:
+            tl.store(seen + row * 3 + 1, whole_entropy(b, top_t))
+            both = (a == top_s) & (b == top_t)
+            tl.store(seen + row * 3 + 2, tl.max(tl.where(both, 1.0, 0.0), 0))
         value, slope = terms(log_p, log_q, param, NAME)
         tl.store(kd + row, tl.sum(value, 0))
         mean = tl.sum(times(tl.exp(log_q), slope), 0)
@@ -182,8 +200,8 @@ def whole_row_kernel(
 
 @triton.jit
 def long_row_kernel(
-    z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, ce, kd, dz, vocab, stride, ignore_index,
-    param, inverse, NAME: tl.constexpr, SCALED: tl.constexpr, CAP_S: tl.constexpr,
+    z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, ce, kd, seen, dz, vocab, stride,
+    ignore_index, param, inverse, NAME: tl.constexpr, SCALED: tl.constexpr, CAP_S: tl.constexpr,
     CAP_T: tl.constexpr, MEAN_FIRST: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """A row of any length, swept two or three times."""
@@ -200,20 +218,31 @@ def long_row_kernel(
     top_s = tl.full((BLOCK,), LOWEST, tl.float32)
     total_s = tl.zeros((BLOCK,), tl.float32)
     top_t, total_t, top_ce, total_ce = top_s, total_s, top_s, total_s
+    sum_s, sum_t = total_s, total_s
     for start in range(0, vocab, BLOCK):
         x = logits(z_s, b_s, start + lanes, vocab, stride, CAP_S)
-        top_s, total_s = online_lane(top_s, total_s, divided(x, inverse, SCALED))
+        a = divided(x, inverse, SCALED)
+        if seen is not None:
+            sum_s = weighted_lane(top_s, total_s, sum_s, a)
+        top_s, total_s = online_lane(top_s, total_s, a)
         if CE_APART:
             top_ce, total_ce = online_lane(top_ce, total_ce, x)
         if TEACHER:
-            x_t = logits(z_t, b_t, start + lanes, vocab, stride, CAP_T)
-            top_t, total_t = online_lane(top_t, total_t, divided(x_t, inverse, SCALED))
+            b = divided(logits(z_t, b_t, start + lanes, vocab, stride, CAP_T), inverse, SCALED)
+            if seen is not None:
+                sum_t = weighted_lane(top_t, total_t, sum_t, b)
+            top_t, total_t = online_lane(top_t, total_t, b)
     lse_s = fold(top_s, total_s)
     lse_ce, lse_t = lse_s, lse_s
     if CE_APART:
         lse_ce = fold(top_ce, total_ce)
     if TEACHER:
         lse_t = fold(top_t, total_t)
+    if seen is not None:
+        seen += row * 3
+        tl.store(seen, fold_entropy(top_s, total_s, sum_s))
+        if TEACHER:
+            tl.store(seen + 1, fold_entropy(top_t, total_t, sum_t))
     if CE:
         write_ce(ce, z_s, b_s, row, label, lse_ce[0], lse_ce[1], vocab, stride, ignore_index, CAP_S)
 
@@ -223,8 +252,9 @@ def long_row_kernel(
     if TEACHER or dz is not None:
         value = tl.zeros((BLOCK,), tl.float32)
         mean = tl.zeros((BLOCK,), tl.float32)
+        agree = mean
         for start in range(0, vocab, BLOCK):
-            x, log_p, log_q, log_q_ce = log_probabilities(
+            x, b, log_p, log_q, log_q_ce = log_probabilities(
                 z_s, z_t, b_s, b_t, start + lanes, lse_s, lse_t, lse_ce, vocab, stride, inverse,
                 TEACHER, SCALED, CAP_S, CAP_T
             )  # fmt: skip
@@ -232,6 +262,9 @@ def long_row_kernel(
                 f, slope = terms(log_p, log_q, param, NAME)
                 value += f
                 mean += times(tl.exp(log_q), slope)
+                if seen is not None:
+                    both = (divided(x, inverse, SCALED) == lse_s[0]) & (b == lse_t[0])
+                    agree = tl.where(both, 1.0, agree)
             if dz is not None and not MEAN_FIRST:
                 write_dz(
                     dz, start + lanes, stride, x, log_p, log_q, log_q_ce, label, ce_w, kd_w, 0.0,
@@ -239,10 +272,12 @@ def long_row_kernel(
                 )  # fmt: skip
         if TEACHER:
             tl.store(kd + row, tl.sum(value, 0))
+            if seen is not None:
+                tl.store(seen + 2, tl.max(agree, 0))
         if dz is not None and MEAN_FIRST:
             row_mean = tl.sum(mean, 0)
             for start in range(0, vocab, BLOCK):
-                x, log_p, log_q, log_q_ce = log_probabilities(
+                x, _, log_p, log_q, log_q_ce = log_probabilities(
                     z_s, z_t, b_s, b_t, start + lanes, lse_s, lse_t, lse_ce, vocab, stride,
                     inverse, TEACHER, SCALED, CAP_S, CAP_T
                 )  # fmt: skip
@@ -275,9 +310,10 @@ def row_losses(
     ignore_index: int,
     dz_dtype: torch.dtype | None,
     launch: dict[str, int] | None = None,
+    seen: Tensor | None = None,  # (C, 3) fp32, contiguous, written: entropies and agreement
 ) -> Tensor | None:
-    """Write ce and kd of every row; return dz (C, V) in `dz_dtype` (fp32 or a 16-bit one), in the
-    memory of z_s, or None where no gradient is wanted.
+    """Write ce, kd and `seen` of every row; return dz (C, V) in `dz_dtype` (fp32 or a 16-bit one),
+    in the memory of z_s, or None where no gradient is wanted.
 
     Blocks z_s and z_t have unit column strides and one row stride, at least V: `row_stride(V)` is
     the one that reads fastest.
@@ -300,8 +336,8 @@ def row_losses(
     else:
         settings["MEAN_FIRST"] = name in NEEDS_MEAN
     kernel[(rows,)](
-        z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, ce, kd, dz, vocab, stride, ignore_index,
-        param, 1.0 / temperature, **settings,
+        z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, ce, kd, seen, dz, vocab, stride,
+        ignore_index, param, 1.0 / temperature, **settings,
     )  # fmt: skip
     return dz
 

@@ -17,16 +17,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mllmkd_kernels.backends.triton import tables
+from mllmkd_kernels.backends.triton.dealing import launch_of, parts, splits_of
 from mllmkd_kernels.backends.triton.divergence import gradient as divergence_gradient
 from mllmkd_kernels.backends.triton.divergence import terms, times
 from mllmkd_kernels.backends.triton.heads import (
-    INTERPRETED,
     Head,
     logits,
     part_columns,
@@ -34,6 +32,7 @@ from mllmkd_kernels.backends.triton.heads import (
     product_tile,
     rounded,
 )
+from mllmkd_kernels.backends.triton.observe import counted, entropy, lowered, vote, weighted
 from mllmkd_kernels.backends.triton.tiles import LOWEST, log_of_sum, softcap_slope
 
 #: What is known of every row: `facts` is a matrix (11, N) fp32. Of the student and of the teacher
@@ -47,18 +46,8 @@ FACTS = 11
 #: Row blocks that are dealt out together: 16 blocks of 128 rows of D 2,560 are 10 MiB of L2.
 GROUP_BLOCKS = 16
 
-#: Columns of a part of a tile, see `heads.parts_of`: few enough for no divergence to spill. In
-#: `gradient` a part is also written, a row of it being a sector of 32 bytes of bf16.
-PART_COLUMNS = {"statistics": 16, "values": 8, "gradient": 16}
-
 #: Rows of a merge program.
 MERGE_ROWS = 128
-
-#: Streaming multiprocessors of an H100, assumed where there is no GPU to ask.
-PROCESSORS = 132
-
-#: More splits than this balance nothing, and each costs a row of partial sums.
-MOST_SPLITS = 64
 
 
 # --- helpers --------------------------------------------------------------------------------------
@@ -88,24 +77,34 @@ def _log_probability(z, facts, TOP, LOG, n, rows, scale):
     return (z - _fact(facts, TOP, n, rows)) * scale - _fact(facts, LOG, n, rows)
 
 
+@triton.jit
+def write_vote(votes, piece, rows, n, best_s, best_t, agree):
+    """votes (pieces, 3, N): maxima and agreement of a piece of the rows."""
+    mine = votes + piece.to(tl.int64) * 3 * n + rows
+    tl.store(mine, best_s, mask=rows < n)
+    tl.store(mine + n, best_t, mask=rows < n)
+    tl.store(mine + 2 * n, agree, mask=rows < n)
+
+
 # --- kernels --------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["n", "tiles"])
 def statistics_kernel(
     h, w, bias, labels, partial, n, vocab, tiles, scale,
-    D: tl.constexpr, CAP: tl.constexpr, TWO_SCALES: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, CAP: tl.constexpr, TWO_SCALES: tl.constexpr, ENTROPY: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """partial (splits, 4, N): of `tiles` tiles, the maximum, Σ exp((z − top)·scale), the same at
-    scale 1 where it is another number, and the logit of the label.
+    scale 1 where it is another number, and the logit of the label; a fifth for the entropy.
     """
     block, split = _place(tl.program_id(0), tl.cdiv(n, BLOCK_N), GROUP)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     top = tl.full((BLOCK_N,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     total_one = tl.zeros((BLOCK_N,), tl.float32)
+    sum_x = tl.zeros((BLOCK_N,), tl.float32)
     z_label = tl.zeros((BLOCK_N,), tl.float32)
     label = rows * 0
     if labels is not None:
@@ -119,33 +118,45 @@ def statistics_kernel(
             z = logits(parts[part], bias, columns, vocab, CAP)
             higher = tl.maximum(top, tl.max(z, 1))
             x, step = z - higher[:, None], top - higher
+            if ENTROPY:
+                sum_x = lowered(sum_x, total, step * scale) + tl.sum(weighted(x * scale), 1)
             total = total * tl.exp(step * scale) + tl.sum(tl.exp(x * scale), 1)
             if TWO_SCALES:
                 total_one = total_one * tl.exp(step) + tl.sum(tl.exp(x), 1)
             if labels is not None:
                 z_label += tl.sum(tl.where(label[:, None] == columns[None, :], z, 0.0), 1)
             top = higher
-    mine = partial + split.to(tl.int64) * 4 * n + rows
+    mine = partial + split.to(tl.int64) * (4 + ENTROPY) * n + rows
     tl.store(mine, top, mask=rows < n)
     tl.store(mine + n, total, mask=rows < n)
     tl.store(mine + 2 * n, total_one, mask=rows < n)
     tl.store(mine + 3 * n, z_label, mask=rows < n)
+    if ENTROPY:
+        tl.store(mine + 4 * n, sum_x, mask=rows < n)
 
 
 @triton.jit(do_not_specialize=["n", "splits"])
-def merge_kernel(partial, merged, n, splits, scale, BLOCK: tl.constexpr):
-    """merged (4, N): top, log Σ exp((z − top)·scale), log Σ exp(z − top), z[label]."""
+def merge_kernel(partial, merged, entropies, n, splits, scale, BLOCK: tl.constexpr):
+    """merged (4, N): top, log Σ exp((z − top)·scale), log Σ exp(z − top), z[label]; the entropy
+    at `scale` where `entropies` (N,) is to have it.
+    """
+    ENTROPY: tl.constexpr = entropies is not None
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < n
     top = tl.full((BLOCK,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     total_one = tl.zeros((BLOCK,), tl.float32)
+    sum_x = tl.zeros((BLOCK,), tl.float32)
     z_label = tl.zeros((BLOCK,), tl.float32)
     for split in range(splits):
-        theirs = partial + tl.cast(split, tl.int64) * 4 * n + rows
+        theirs = partial + tl.cast(split, tl.int64) * (4 + ENTROPY) * n + rows
         other = tl.load(theirs, mask=inside, other=0.0)
         higher = tl.maximum(top, other)
         step, other_step = top - higher, other - higher
+        if ENTROPY:
+            own = tl.load(theirs + n, mask=inside, other=1.0)
+            own_x = tl.load(theirs + 4 * n, mask=inside, other=0.0)
+            sum_x = lowered(sum_x, total, step * scale) + lowered(own_x, own, other_step * scale)
         total *= tl.exp(step * scale)
         total += tl.load(theirs + n, mask=inside, other=1.0) * tl.exp(other_step * scale)
         total_one *= tl.exp(step)
@@ -156,22 +167,26 @@ def merge_kernel(partial, merged, n, splits, scale, BLOCK: tl.constexpr):
     tl.store(merged + n + rows, log_of_sum(total), mask=inside)
     tl.store(merged + 2 * n + rows, log_of_sum(total_one), mask=inside)
     tl.store(merged + 3 * n + rows, z_label, mask=inside)
+    if ENTROPY:
+        tl.store(entropies + rows, entropy(total, sum_x), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n", "tiles"])
 def values_kernel(
-    hs, ws, bs, ht, wt, bt, facts, partial, n, vocab, tiles, scale, param,
+    hs, ws, bs, ht, wt, bt, facts, partial, votes, n, vocab, tiles, scale, param,
     NAME: tl.constexpr, D_S: tl.constexpr, D_T: tl.constexpr, CAP_S: tl.constexpr,
     CAP_T: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """partial (splits, 2, N): Σ f and Σ q·slope of `tiles` tiles."""
+    """partial (splits, 2, N): Σ f and Σ q·slope of `tiles` tiles; votes (splits, 3, N)."""
     block, split = _place(tl.program_id(0), tl.cdiv(n, BLOCK_N), GROUP)
     row = block * BLOCK_N
     rows = row + tl.arange(0, BLOCK_N)
     value = tl.zeros((BLOCK_N,), tl.float32)
     mean = tl.zeros((BLOCK_N,), tl.float32)
+    best_s = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    best_t, agree = best_s, value
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(vocab, BLOCK_V))):
         product_s = product_tile(hs, ws, row, tile * BLOCK_V, n, vocab, D_S, TMA,
                                  BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
@@ -188,20 +203,26 @@ def values_kernel(
             f, slope = terms(log_p, log_q, param, NAME)
             value += tl.sum(f, 1)
             mean += tl.sum(times(tl.exp(log_q), slope), 1)
+            if votes is not None:
+                best_s, best_t, agree = vote(best_s, best_t, agree, z_s, z_t)
     mine = partial + split.to(tl.int64) * 2 * n + rows
     tl.store(mine, value, mask=rows < n)
     tl.store(mine + n, mean, mask=rows < n)
+    if votes is not None:
+        write_vote(votes, split, rows, n, best_s, best_t, agree)
 
 
 @triton.jit(do_not_specialize=["n", "first", "end"])
 def gradient_kernel(
-    hs, ws, bs, ht, wt, bt, labels, facts, dz, partial, n, first, end, stride, scale, param,
+    hs, ws, bs, ht, wt, bt, labels, facts, dz, partial, votes, n, first, end, stride, scale, param,
     NAME: tl.constexpr, D_S: tl.constexpr, D_T: tl.constexpr, CAP_S: tl.constexpr,
     CAP_T: tl.constexpr, TWO_SCALES: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """dz (N, end − first) of tokens first … end, and partial (tiles, N): Σ f of each tile."""
+    """dz (N, end − first) of tokens first … end, and partial (tiles, N): Σ f of each tile, and
+    votes (tiles, 3, N).
+    """
     block, tile = _place(tl.program_id(0), tl.cdiv(n, BLOCK_N), GROUP)
     row, column = block * BLOCK_N, first + tile * BLOCK_V
     rows = row + tl.arange(0, BLOCK_N)
@@ -214,6 +235,8 @@ def gradient_kernel(
     parts_s = parts_of(product_s, BLOCK_N, BLOCK_V, PARTS)
     parts_t = parts_of(product_t, BLOCK_N, BLOCK_V, PARTS)
     value = tl.zeros((BLOCK_N,), tl.float32)
+    best_s = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    best_t, agree = best_s, value
     top_s, log_s = _fact(facts, TOP_S, n, rows), _fact(facts, LOG_S, n, rows)
     for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
         columns = part_columns(column, part, BLOCK_V // PARTS)
@@ -226,6 +249,8 @@ def gradient_kernel(
             f, slope = terms(log_p, log_q, param, NAME)
             if partial is not None:
                 value += tl.sum(f, 1)
+            if votes is not None:
+                best_s, best_t, agree = vote(best_s, best_t, agree, z, z_t)
             da = divergence_gradient(log_p, log_q, slope, _fact(facts, MEAN, n, rows), NAME)
             weight = _fact(facts, KD_WEIGHT, n, rows)
             dz_part += tl.where(weight == 0, 0.0, weight * da)  # not even the NaN of a dead row
@@ -243,51 +268,11 @@ def gradient_kernel(
         tl.store(places, rounded(dz_part, dz.dtype.element_ty), mask=inside)
     if partial is not None:
         tl.store(partial + tile.to(tl.int64) * n + rows, value, mask=rows < n)
+    if votes is not None:
+        write_vote(votes, tile, rows, n, best_s, best_t, agree)
 
 
 # --- launchers ------------------------------------------------------------------------------------
-
-
-def _launch(
-    kernel: str, heads: tuple[Head, ...], tma: bool, override: dict[str, int] | None
-) -> dict[str, int]:
-    """The table's parameters; operands of unequal dtypes are fp32 when they are multiplied."""
-    dtypes = {x.dtype for head in heads for x in (head.h, head.w)}
-    plain = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    device = heads[0].h.device
-    use = tables.launch(kernel, device, plain, tma) | (override or {})
-    return use if plain.itemsize == 2 else tables.bounded(use, device)
-
-
-def parts(kernel: str, launch: dict[str, int]) -> int:
-    """How many parts a tile is dealt with in. The interpreter spills nothing, and likes few."""
-    return 1 if INTERPRETED.value else max(1, launch["BLOCK_V"] // PART_COLUMNS[kernel])
-
-
-def processors(device: torch.device) -> int:
-    """How many programs run side by side."""
-    if device.type != "cuda":
-        return PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def split_count(blocks: int, tiles: int, processors: int) -> int:
-    """How many splits of `tiles` vocabulary tiles finish first, when `blocks` row blocks times
-    that many programs run in waves; starting a program counts as a quarter of a tile.
-    """
-
-    def cost(splits: int) -> float:
-        return triton.cdiv(blocks * splits, processors) * (triton.cdiv(tiles, splits) + 0.25)
-
-    return min(range(1, max(1, min(tiles, MOST_SPLITS)) + 1), key=cost)
-
-
-def _splits(n: int, vocab: int, device: torch.device, launch: dict[str, int]) -> tuple[int, int]:
-    """(splits, tiles of each)."""
-    tiles = triton.cdiv(vocab, launch["BLOCK_V"])
-    wanted = split_count(triton.cdiv(n, launch["BLOCK_N"]), tiles, processors(device))
-    each = triton.cdiv(tiles, wanted)
-    return triton.cdiv(tiles, each), each
 
 
 def _widths(student: Head, teacher: Head | None) -> dict[str, Any]:
@@ -303,26 +288,28 @@ def statistics(
     two_scales: bool,
     vocab: int,
     found: Tensor,  # (4, N): written
+    entropies: Tensor | None = None,  # (N,): written
     *,
     tma: bool | None = None,
     launch: dict[str, int] | None = None,
 ) -> None:
     """Of every row the largest logit, log Σ exp((z − top)·scale), log Σ exp(z − top) if
-    `two_scales`, and the logit of the label.
+    `two_scales`, and the logit of the label; the entropy at `scale` where it is wanted.
     """
     n, d = head.h.shape
     tma = head.tma if tma is None else tma
-    use = _launch("statistics", (head,), tma, launch)
-    splits, tiles = _splits(n, vocab, head.h.device, use)
-    partial = found.new_empty(splits, 4, n)
+    use = launch_of("statistics", (head,), tma, launch)
+    splits, tiles = splits_of(n, vocab, head.h.device, use)
+    partial = found.new_empty(splits, 4 if entropies is None else 5, n)
     arguments: list[Any] = [*head.operands(tma, use), head.bias, labels, partial, n, vocab, tiles]
     arguments.append(scale)
     constants = {"D": d, "CAP": head.cap, "TWO_SCALES": two_scales, "TMA": tma}
+    constants["ENTROPY"] = entropies is not None
     constants |= {"GROUP": GROUP_BLOCKS, "PARTS": parts("statistics", use)}
     grid = (triton.cdiv(n, use["BLOCK_N"]) * splits,)
     statistics_kernel[grid](*arguments, **(constants | use))
     grid = (triton.cdiv(n, MERGE_ROWS),)
-    merge_kernel[grid](*[partial, found, n, splits, scale, MERGE_ROWS])
+    merge_kernel[grid](*[partial, found, entropies, n, splits, scale, MERGE_ROWS])
 
 
 def values(
@@ -333,23 +320,25 @@ def values(
     param: float,
     scale: float,
     vocab: int,
+    want_votes: bool = False,
     *,
     tma: bool | None = None,
     launch: dict[str, int] | None = None,
-) -> Tensor:
-    """(2, N) fp32: D and Σ q·slope of every row."""
+) -> tuple[Tensor, Tensor | None]:
+    """(2, N) fp32: D and Σ q·slope of every row; if wanted, maxima and agreement (3, N)."""
     n = student.h.shape[0]
     tma = student.tma and teacher.tma if tma is None else tma
-    use = _launch("values", (student, teacher), tma, launch)
-    splits, tiles = _splits(n, vocab, student.h.device, use)
+    use = launch_of("values", (student, teacher), tma, launch)
+    splits, tiles = splits_of(n, vocab, student.h.device, use)
     partial = facts.new_empty(splits, 2, n)
+    votes = facts.new_empty(splits, 3, n) if want_votes else None
     arguments: list[Any] = [*student.operands(tma, use), student.bias]
     arguments += [*teacher.operands(tma, use), teacher.bias]
-    arguments += [facts, partial, n, vocab, tiles, scale, param, divergence]
+    arguments += [facts, partial, votes, n, vocab, tiles, scale, param, divergence]
     constants = {**_widths(student, teacher), "TMA": tma, "GROUP": GROUP_BLOCKS}
     constants["PARTS"] = parts("values", use)
     values_kernel[(triton.cdiv(n, use["BLOCK_N"]) * splits,)](*arguments, **(constants | use))
-    return partial.sum(0)
+    return partial.sum(0), None if votes is None else counted(votes)
 
 
 def gradient(
@@ -364,23 +353,30 @@ def gradient(
     scale: float,
     two_scales: bool,
     want_values: bool,
+    want_votes: bool = False,
     *,
     tma: bool | None = None,
     launch: dict[str, int] | None = None,
-) -> Tensor | None:
-    """Fill `dz` for the tokens `columns`; returns their share of D, (N,), if wanted."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fill `dz` for the tokens `columns`; if wanted, their share of D, (N,), and their maxima and
+    agreement (3, N).
+    """
     n = student.h.shape[0]
     heads = (student,) if teacher is None else (student, teacher)
     tma = all(head.tma for head in heads) if tma is None else tma
-    use = _launch("gradient", heads, tma, launch)
+    use = launch_of("gradient", heads, tma, launch)
     tiles = triton.cdiv(columns.stop - columns.start, use["BLOCK_V"])
     partial = facts.new_empty(tiles, n) if want_values else None
+    votes = facts.new_empty(tiles, 3, n) if want_votes else None
     arguments: list[Any] = [*student.operands(tma, use), student.bias]
     arguments += [None] * 3 if teacher is None else [*teacher.operands(tma, use), teacher.bias]
-    arguments += [labels, facts, dz, partial, n, columns.start, columns.stop, dz.stride(0)]
+    arguments += [labels, facts, dz, partial, votes, n, columns.start, columns.stop, dz.stride(0)]
     arguments += [scale, param, divergence]
     constants = {**_widths(student, teacher), "TMA": tma, "GROUP": GROUP_BLOCKS}
     constants["PARTS"] = parts("gradient", use)
     constants["TWO_SCALES"] = two_scales
     gradient_kernel[(triton.cdiv(n, use["BLOCK_N"]) * tiles,)](*arguments, **(constants | use))
-    return None if partial is None else partial.sum(0)
+    return (
+        None if partial is None else partial.sum(0),
+        None if votes is None else counted(votes),
+    )

@@ -24,6 +24,7 @@ from mllmkd_kernels.backends import eager, products
 from mllmkd_kernels.backends.triton import stream
 from mllmkd_kernels.backends.triton.divergence import NEEDS_MEAN
 from mllmkd_kernels.backends.triton.heads import Head
+from mllmkd_kernels.backends.triton.observe import counted
 
 #: Columns are taken in multiples of a tile's width, so that a logit comes out of the same tile in
 #: every sweep. Where logits are 1e4, one that is an ulp off the maximum that an earlier sweep found
@@ -70,6 +71,7 @@ def distill_stream(
     want_dw: bool,
     want_db: bool,
     chunk_vocab: int,
+    diagnostics: Tensor | None = None,  # (3, N), written
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `eager.distill_rows`, but the gradient is made `chunk_vocab` columns at a time."""
     student, teacher = _head(hs, ws, bs, cap_s), None
@@ -80,7 +82,7 @@ def distill_stream(
     if teacher is None:
         temperature = 1.0  # it is the divergence's alone
     eager.check_labels(labels, vocab, ignore_index)
-    sweep = _Sweep(student, teacher, labels, vocab, temperature, divergence, param)
+    sweep = _Sweep(student, teacher, labels, vocab, temperature, divergence, param, diagnostics)
     ce, kd = sweep.facts.new_zeros(2, hs.shape[0])
     loss = torch.zeros((), dtype=torch.float64, device=hs.device)
     wanted = want_dh or want_dw or want_db
@@ -166,9 +168,10 @@ class _Sweep:
         temperature: float,
         divergence: str = "forward_kl",
         param: float = 0.0,
+        diagnostics: Tensor | None = None,
     ) -> None:
         self.student, self.teacher, self.labels, self.vocab = student, teacher, labels, vocab
-        self.divergence, self.param = divergence, param
+        self.divergence, self.param, self.diagnostics = divergence, param, diagnostics
         self.scale = 1.0 / temperature
         # Only beside a teacher do CE and the softmax at temperature T differ.
         self.two_scales = teacher is not None and labels is not None and temperature != 1.0
@@ -179,11 +182,16 @@ class _Sweep:
         return self.facts[fact.value]
 
     def statistics(self) -> None:
-        """Maxima, log-sums and the labels' logits, into `facts`."""
+        """Maxima, log-sums and the labels' logits, into `facts`; entropies."""
         first, second = self.facts[0:4], self.facts[4:8]
-        stream.statistics(self.student, self.labels, self.scale, self.two_scales, self.vocab, first)
+        entropies = (None, None) if self.diagnostics is None else self.diagnostics[:2]
+        stream.statistics(
+            self.student, self.labels, self.scale, self.two_scales, self.vocab, first, entropies[0]
+        )
         if self.teacher is not None:
-            stream.statistics(self.teacher, None, self.scale, False, self.vocab, second)
+            stream.statistics(
+                self.teacher, None, self.scale, False, self.vocab, second, entropies[1]
+            )
 
     def cross_entropy(self) -> Tensor:
         """−log softmax(z)[label] of every row, (N,), at scale 1 beside a teacher."""
@@ -193,20 +201,27 @@ class _Sweep:
         return below * self.scale + self[stream.LOG_S]
 
     def values(self) -> Tensor:
-        """D of every row, (N,); Σ q·slope into `facts`."""
+        """D of every row, (N,); Σ q·slope into `facts`; the agreement."""
         assert self.teacher is not None
-        found = stream.values(
+        found, votes = stream.values(
             self.student, self.teacher, self.facts, self.divergence, self.param, self.scale,
-            self.vocab,
+            self.vocab, self.diagnostics is not None,
         )  # fmt: skip
+        self._agree(votes)
         self[stream.MEAN].copy_(found[1])
         return found[0]
+
+    def _agree(self, votes: Tensor | None) -> None:
+        """The agreement of all rows, the last of `votes` (3, N)."""
+        if self.diagnostics is not None and votes is not None:
+            self.diagnostics[2].copy_(votes[2])
 
     def gradients(
         self, dead: Tensor, want_dh: bool, want_dw: bool, want_db: bool, columns: int
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
-        """(dh, dw, db), and D of every row where `values` has not been there before. `dead` (N,)
-        marks rows of no weight: their hidden states may be NaN, and 0 · NaN is NaN.
+        """(dh, dw, db), and D and the agreement of every row where `values` has not been there
+        before. `dead` (N,) marks rows of no weight: their hidden states may be NaN, and 0 · NaN is
+        NaN.
         """
         h, w = self.student.h, self.student.w
         want_kd = self.teacher is not None and self.divergence not in NEEDS_MEAN
@@ -221,12 +236,15 @@ class _Sweep:
         halves = h.dtype == w.dtype == torch.bfloat16
         dtype = torch.bfloat16 if halves else torch.float32
         block = h.new_empty(h.shape[0], columns, dtype=dtype)
+        ballots = []
         for tokens in products.chunks(self.vocab, columns):
             dz = block[:, : tokens.stop - tokens.start]
-            terms = stream.gradient(
+            terms, votes = stream.gradient(
                 self.student, self.teacher, self.labels, self.facts, dz, tokens, self.divergence,
                 self.param, self.scale, self.two_scales, want_kd,
+                want_kd and self.diagnostics is not None,
             )  # fmt: skip
+            ballots += [] if votes is None else [votes]
             if kd is not None and terms is not None:
                 kd += terms
             if dh is not None:
@@ -235,6 +253,8 @@ class _Sweep:
                 _write_product(dz.mT, h, dw[tokens])
             if db is not None:
                 db[tokens] = dz.sum(0, dtype=torch.float32)
+        if ballots:
+            self._agree(counted(torch.stack(ballots)))
         none = products.Gradients(h, w, torch.float32, False, False, False).result()
         return (
             none[0] if dh is None else dh,
