@@ -60,9 +60,9 @@ def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 @pytest.fixture(params=[1, 1000], ids=["one-split", "many-splits"])
 def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """With one processor a program walks all tiles, with a thousand it takes one."""
-    from mllmkd_kernels.backends.triton import stream
+    from mllmkd_kernels.backends.triton import dealing
 
-    monkeypatch.setattr(stream, "processors", lambda device: request.param)
+    monkeypatch.setattr(dealing, "processors", lambda device: request.param)
     return request.param
 
 
