@@ -162,13 +162,13 @@ class LlavaKDLoss(nn.Module):
             if teacher_image_mask is not None and image_lens is None:
                 check_images(cu, image_seqlens(t_mask))
         norms = _Norms.of(num_items_in_batch, rows_s, cu.numel() - 1)
-        loss, *terms, seen = self._rows_loss(student, teacher, rows_s, rows_t, norms)
+        loss, ce, response, visual, seen = self._rows_loss(student, teacher, rows_s, rows_t, norms)
         relation = loss.new_zeros(())
         if teacher is not None and self.relation and rows_s.visual.numel():
             share = (cu.numel() - 1) / norms.images
             relation = self._relation(student, teacher, rows_s, rows_t, cu) * share
             loss = loss + self.relation * relation
-        return LlavaKDOutput(loss, *terms, relation.detach(), **seen)
+        return LlavaKDOutput(loss, ce, response, visual, relation.detach(), **seen)
 
     def _rows_loss(
         self,

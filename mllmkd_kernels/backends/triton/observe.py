@@ -56,7 +56,7 @@ def fold_entropy(top, total, sum_x):
 def vote(best_s, best_t, agree, z_s, z_t):
     """The maxima and the vote of a row, (R,) each, once the columns of a tile (R, B) are in too."""
     top_s, top_t = tl.max(z_s, 1), tl.max(z_t, 1)
-    both = (z_s == top_s[:, None]) & (z_t == top_t[:, None])
+    both = (z_s == tl.expand_dims(top_s, 1)) & (z_t == tl.expand_dims(top_t, 1))
     here = tl.max(tl.where(both, 1.0, 0.0), 1)
     still = tl.where((best_s >= top_s) & (best_t >= top_t), agree, 0.0)
     now = tl.where((top_s >= best_s) & (top_t >= best_t), here, 0.0)

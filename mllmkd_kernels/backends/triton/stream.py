@@ -136,11 +136,12 @@ def statistics_kernel(
 
 
 @triton.jit(do_not_specialize=["n", "splits"])
-def merge_kernel(partial, merged, entropies, n, splits, scale, BLOCK: tl.constexpr):
+def merge_kernel(
+    partial, merged, entropies, n, splits, scale, SUMS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """merged (4, N): top, log Σ exp((z − top)·scale), log Σ exp(z − top), z[label]; the entropy
     at `scale` where `entropies` (N,) is to have it.
     """
-    ENTROPY: tl.constexpr = entropies is not None
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < n
     top = tl.full((BLOCK,), LOWEST, tl.float32)
@@ -149,11 +150,11 @@ def merge_kernel(partial, merged, entropies, n, splits, scale, BLOCK: tl.constex
     sum_x = tl.zeros((BLOCK,), tl.float32)
     z_label = tl.zeros((BLOCK,), tl.float32)
     for split in range(splits):
-        theirs = partial + tl.cast(split, tl.int64) * (4 + ENTROPY) * n + rows
+        theirs = partial + tl.cast(split, tl.int64) * SUMS * n + rows
         other = tl.load(theirs, mask=inside, other=0.0)
         higher = tl.maximum(top, other)
         step, other_step = top - higher, other - higher
-        if ENTROPY:
+        if entropies is not None:
             own = tl.load(theirs + n, mask=inside, other=1.0)
             own_x = tl.load(theirs + 4 * n, mask=inside, other=0.0)
             sum_x = lowered(sum_x, total, step * scale) + lowered(own_x, own, other_step * scale)
@@ -167,7 +168,7 @@ def merge_kernel(partial, merged, entropies, n, splits, scale, BLOCK: tl.constex
     tl.store(merged + n + rows, log_of_sum(total), mask=inside)
     tl.store(merged + 2 * n + rows, log_of_sum(total_one), mask=inside)
     tl.store(merged + 3 * n + rows, z_label, mask=inside)
-    if ENTROPY:
+    if entropies is not None:
         tl.store(entropies + rows, entropy(total, sum_x), mask=inside)
 
 
@@ -300,7 +301,8 @@ def statistics(
     tma = head.tma if tma is None else tma
     use = launch_of("statistics", (head,), tma, launch)
     splits, tiles = splits_of(n, vocab, head.h.device, use)
-    partial = found.new_empty(splits, 4 if entropies is None else 5, n)
+    sums = 4 if entropies is None else 5
+    partial = found.new_empty(splits, sums, n)
     arguments: list[Any] = [*head.operands(tma, use), head.bias, labels, partial, n, vocab, tiles]
     arguments.append(scale)
     constants = {"D": d, "CAP": head.cap, "TWO_SCALES": two_scales, "TMA": tma}
@@ -309,7 +311,7 @@ def statistics(
     grid = (triton.cdiv(n, use["BLOCK_N"]) * splits,)
     statistics_kernel[grid](*arguments, **(constants | use))
     grid = (triton.cdiv(n, MERGE_ROWS),)
-    merge_kernel[grid](*[partial, found, entropies, n, splits, scale, MERGE_ROWS])
+    merge_kernel[grid](*[partial, found, entropies, n, splits, scale, sums, MERGE_ROWS])
 
 
 def values(
