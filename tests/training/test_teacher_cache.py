@@ -39,9 +39,9 @@ ALONE: Any = SimpleNamespace(process_index=0, num_processes=1, is_local_main_pro
 BATCHES = ([4, 9], [0, 1, 3], [8])
 
 
-def items(root, processor, template: Any = "chat"):
+def items(root, processor, template: Any = "chat", teacher: Any = None):
     name = "captions" if template == "pretrain" else "data"
-    return LlavaDataset(root / f"{name}.json", root, processor, template=template)
+    return LlavaDataset(root / f"{name}.json", root, processor, template=template, teacher=teacher)
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +197,34 @@ def test_bf16_rows_of_an_fp32_teacher_are_within_their_rounding(root, data, tmp_
     for term in ("response_kl", "visual_kl"):
         change = (getattr(outs[0], term) - getattr(outs[1], term)).abs()
         assert 0 < change <= 2 * shift * (ratio + 2 * shift), term
+
+
+def test_a_teacher_with_a_batch_of_its_own(root, tmp_path):
+    """Its rows are of its own ids; in training the student's are enough to find them."""
+    other = tiny.build_processor(sorted(tiny.WORDS), image_size=16, patch_size=8)
+    both = items(root, tiny.processor(), teacher=other)
+    work = dataclasses.replace(
+        a_pass(root, tmp_path, both), collator=Collator(tiny.processor(), other)
+    )
+    work.claim()
+    work.fill(ALONE)
+    data = items(root, tiny.processor())
+    terms, _ = cached(root, data, store.TeacherRows(tmp_path))
+    expected, _ = outcome(root, both, load_model(root / "teacher")[0], work.collator)
+    torch.testing.assert_close(terms, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(torch.stack(terms), torch.stack(online(root, data)[0]), rtol=1e-3)
+
+    class Moved(torch.utils.data.Dataset):
+        def __getitem__(self, index):
+            item: Any = both[index]
+            return item | {"teacher": item["teacher"] | {"image_lens": item["image_lens"] + 1}}
+
+    moved = dataclasses.replace(work, folder=tmp_path / "moved", dataset=Moved())
+    moved.claim()
+    with pytest.raises(
+        DataError, match=r"'s0', .* the teacher's images have \[5, .* student's \[4"
+    ):
+        moved.fill(ALONE)
 
 
 def test_shards_and_manifest_say_what_is_there(root, data, rows):
@@ -382,15 +410,17 @@ def test_the_cost_is_known_before(root, data, rows, tmp_path, monkeypatch):
     total = sum(mark.response + mark.visual for mark in marks)
     found = counted(tmp_path / "not" / "there")
     head = 24 * load_model(root / "teacher")[0].lm_head.weight.shape[0] * 4
-    assert found.total == total * 24 * 4 + head and found.stored == 0
+    assert found.total == total * 24 * 4 + 14 * cost.INDEX + head and found.stored == 0
     written = 0
     for file in rows.folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
-            names = {"hidden", "weight"} & set(opened.keys())
+            names = opened.keys()
             written += sum(opened.get_tensor(name).nbytes for name in names)
     assert found.total == written
     responses = sum(mark.response for mark in marks)
-    assert counted(tmp_path, visual=False, dtype="bf16").total == responses * 24 * 2 + head
+    assert counted(tmp_path, visual=False, dtype="bf16").total == (
+        responses * 24 * 2 + 14 * cost.INDEX + head
+    )
     monkeypatch.setattr(cost, "COUNTED", 5)
     text = str(counted(tmp_path))
     assert "from 5 samples" in text and "±" in text and "24 x fp32 = 96 bytes" in text
@@ -430,7 +460,7 @@ def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, monkeypatch,
     assert not (tmp_path / "rows").exists() and "6 response" not in capsys.readouterr().out
     assert main(["cache", "--config", str(file)]) == 0
     printed = capsys.readouterr().out
-    assert "dpt: 14 samples\n  rows a sample  " in printed and "dft: whole: 14 samples" in printed
+    assert "dpt: 14 samples\n  rows a sample  " in printed and "dft: whole: 14 samples, " in printed
     alone = dataclasses.replace(
         config, teacher=None, data=dataclasses.replace(config.data, workers=1)
     )

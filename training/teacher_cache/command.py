@@ -132,10 +132,8 @@ def _summary(folder: Path) -> str:
     """What is there now; opening it checks that it is whole."""
     rows = TeacherRows(folder)
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return (
-        f"{folder}: whole: {len(rows)} samples in {rows.manifest.shards} shards, "
-        f"{cost.size(stored)}"
-    )
+    dtype = rows.manifest.dtype
+    return f"{folder}: whole: {len(rows)} samples, {cost.size(stored)} of {dtype} rows and the head"
 
 
 def _silent(message: str) -> None:

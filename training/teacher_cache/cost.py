@@ -23,6 +23,7 @@ from training.teacher_cache.store import DTYPES, HEAD
 from training.teacher_cache.use import spread
 
 COUNTED = 512  # samples
+INDEX = 48  # bytes a sample has in its shard besides its rows
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Cost:
     def total(self) -> int:
         """Bytes of the whole cache."""
         rows = self.samples * (self.response + self.visual)
-        return round(rows * self.row) + self.head
+        return round(rows * self.row) + self.samples * INDEX + self.head
 
     @property
     def samples_per_shard(self) -> int:
@@ -68,7 +69,7 @@ class Cost:
             f"  rows a sample  {self.response:.1f} response + {self.visual:.1f} visual ({how})\n"
             f"  a row          {self.hidden} x {self.dtype} = {self.row} bytes\n"
             f"  on disk        {size(self.total)}{about}, {size(self.head)} of it the head; "
-            f"{shards} shards{already}\n"
+            f"{shards} shard{'s' * (shards > 1)}{already}\n"
             f"  free there     {size(self.free)}"
         )
 
