@@ -1,4 +1,4 @@
-"""One entry point: `python -m training run | eval | export | demo | show`."""
+"""One entry point: `python -m training run | check | cache | eval | export | demo | show`."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function, text in (
         ("run", _run, "train a model through its stages; given again, continue"),
+        ("check", _check, "compare teacher and student as `run` would before its first step"),
         ("cache", _cache, "store the teacher's hidden states, for `run` to train from"),
         ("show", _show, "print the configuration that `run` would use, as YAML"),
     ):
@@ -109,6 +110,14 @@ def _cache(options: argparse.Namespace) -> None:
     from training.teacher_cache.command import make
 
     make(config, dry_run=options.dry_run)
+
+
+def _check(options: argparse.Namespace) -> None:
+    config = _config(options)
+    _quiet()
+    from training.loop import check
+
+    check(config)
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -34,10 +34,12 @@ from training.data.template import TemplateName
 from training.evaluation.held_out import Scores, evaluate
 from training.interrupt import Interrupted
 from training.journal import Journal, write_whole
-from training.models import Processor, Vlm, build_model, load_vlm, same_vocabulary, save_model
+from training.models import Processor, Vlm, build_model, load_vlm, save_model
+from training.pairs import check_pair
 from training.progress import LOG, Place
 from training.stages import STAGES, freeze, loss_of
 from training.step import DistillStep
+from training.teacher import OnlineTeacher
 from training.teacher_cache.use import open_rows, stored_stages, use_stored
 from training.trainer import DistillTrainer
 
@@ -85,7 +87,7 @@ def run(config: Config, say: Say = print) -> list[StageResult]:
     out = Path(config.out)
     on_main(lambda: _claim(out, config))
     model, processor = build_model(config.model, config.seed)
-    teacher = _teacher(config, processor)
+    teacher = _teacher(config, model, processor, say)
     results = []
     for number, name in enumerate(config.stages, 1):
         folder = out / f"{number}-{name}"
@@ -116,7 +118,7 @@ def _train(
     number: int,
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    teacher: LlavaForConditionalGeneration | None,
+    teacher: OnlineTeacher | None,
     folder: Path,
     say: Say,
 ) -> bool:
@@ -129,9 +131,10 @@ def _train(
         # the new name for what transformers before 5.23 calls gradient_checkpointing_enable
         new = getattr(model, "activation_checkpointing_enable", None)
         (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    dataset = load_data(config, processor, stage.data, stage.template)
-    loss, collator = loss_of(stage, options.loss), LlavaCollator(processor)
-    source = teacher if stage.needs_teacher else None
+    source = teacher if stage.needs_teacher and stage.name not in stored_stages(config) else None
+    own = source.processor if source is not None else None
+    dataset = load_data(config, processor, stage.data, stage.template, own)
+    loss, collator = loss_of(stage, options.loss), LlavaCollator(processor, own)
     if stage.name in stored_stages(config):
         source, collator = use_stored(config, stage.name, loss, processor, dataset, collator)
     step = DistillStep(model, source, loss)
@@ -207,14 +210,20 @@ def on_main(work: Callable[[], None]) -> None:
 
 
 def load_data(
-    config: Config, processor: LlavaProcessor, field: str, template: TemplateName
+    config: Config,
+    processor: Processor,
+    field: str,
+    template: TemplateName,
+    teacher: Processor = None,
 ) -> LlavaDataset:
-    """The dataset that `data.<field>` names, encoded with `template`."""
+    """The dataset that `data.<field>` names, encoded with `template`; also as a teacher's own
+    processor does, if there is one."""
     path = require(getattr(config.data, field), f"data.{field}", "this stage's data")
     return LlavaDataset(
         path,
         config.data.image_root,
         processor,
+        teacher=teacher,
         max_length=config.data.max_length,
         skip_bad=config.data.skip_bad,
         template=template,
@@ -222,7 +231,8 @@ def load_data(
     )
 
 
-def _teacher(config: Config, processor: Processor) -> Vlm | None:
+def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> OnlineTeacher | None:
+    """The teacher that a stage of the run needs, checked against the student."""
     stored = stored_stages(config)
     for name in stored:  # what is wrong with a later stage's is better known now
         open_rows(config, name, loss_of(STAGES[name], config.stage(name).loss), processor)
@@ -231,8 +241,19 @@ def _teacher(config: Config, processor: Processor) -> Vlm | None:
         return None
     path = require(config.teacher, "teacher", f"stage {needed[0]} compares with a teacher")
     teacher, its_processor = load_vlm(path)
-    same_vocabulary(processor, its_processor)
-    return teacher
+    losses = [config.stage(name).loss for name in needed]
+    visual = any(loss.visual or loss.relation for loss in losses)
+    report = check_pair(model, processor, teacher, its_processor, visual=visual)
+    say(str(report))
+    report.require()
+    return OnlineTeacher(teacher, its_processor if report.own_batch else None)
+
+
+def check(config: Config, say: Say = print) -> None:
+    """What `run` looks at before its first step, and nothing else."""
+    model, processor = build_model(config.model, config.seed)
+    if _teacher(config, model, processor, say) is None:
+        say(f"no stage of {', '.join(config.stages)} compares with a teacher: nothing to check")
 
 
 def _arguments(config: Config, options: StageConfig, steps: int, folder: Path) -> TrainingArguments:

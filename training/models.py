@@ -263,18 +263,6 @@ def save_model(
     os.replace(staging, target)
 
 
-def same_vocabulary(student: Processor, teacher: Processor) -> None:
-    """Raise `CheckpointError` unless both tokenizers give every word the same id: the losses
-    compare column by column."""
-    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-    if ours != theirs:
-        odd = sorted(set(ours.items()) ^ set(theirs.items()))[:6]
-        raise CheckpointError(
-            f"teacher: its tokenizer ({len(theirs)} tokens) differs from the student's "
-            f"({len(ours)}), for instance {odd}; distillation needs one vocabulary"
-        )
-
-
 def _language_model(config: ModelConfig, processor: LlavaProcessor) -> Any:
     if config.language is not None:
         return AutoModelForCausalLM.from_pretrained(config.language)

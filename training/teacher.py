@@ -32,9 +32,11 @@ class Teacher(Protocol):
 
     Attributes:
         image_token_id: marks the image positions in the teacher's own `input_ids`.
+        processor: makes the teacher's own batches; None where it takes the student's.
     """
 
     image_token_id: int
+    processor: Any
 
     def share(self, student: nn.Module) -> bool:
         """Whether the student's tower output serves this teacher, which then expects it."""
@@ -54,9 +56,11 @@ class OnlineTeacher:
 
     Args:
         model: any image-text-to-text model of transformers; frozen and put into eval mode here.
+        processor: its own, if it sees other ids or pixels of a sample than the student does.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, processor: Any = None) -> None:
+        self.processor = processor
         self.model = model.eval().requires_grad_(False)
         self.image_token_id = image_token_id(model)
 

@@ -24,7 +24,6 @@ from tests.training import tiny
 from training import models
 from training.anatomy import image_token_id
 from training.config import ModelConfig
-from training.demo.words import build_processor
 from training.models import (
     CheckpointError,
     assemble,
@@ -34,7 +33,6 @@ from training.models import (
     load_state,
     load_tower,
     load_vlm,
-    same_vocabulary,
     save_model,
 )
 from training.settings import ConfigError
@@ -252,10 +250,3 @@ def test_features_are_what_llava_projects(built, layer, strategy):
         pixels, vision_feature_layer=layer, vision_feature_select_strategy=strategy
     ).pooler_output
     assert torch.equal(ours, torch.stack(list(theirs)))
-
-
-def test_vocabularies_must_agree():
-    same_vocabulary(tiny.processor(), tiny.processor())
-    other = build_processor([*tiny.WORDS, "zebra"], image_size=16, patch_size=8)
-    with pytest.raises(CheckpointError, match="zebra"):
-        same_vocabulary(tiny.processor(), other)
