@@ -112,7 +112,7 @@ def _tokenizers(both: _Both) -> Iterator[Finding]:
     names_a, names_b = ({i: token for token, i in vocab.items()} for vocab in (a, b))
     added = {t.content for tok in both for t in tok.added_tokens_decoder.values()}
     renamed = [i for i in names_a.keys() & names_b.keys() if names_a[i] != names_b[i]]
-    clashes = [i for i in renamed if not {names_a[i], names_b[i]} & added]
+    clashes = [i for i in renamed if not {names_a[i], names_b[i]} & (added | set(moved))]
     if moved or clashes:
         shown = [f"{t!r} is {a[t]} and {b[t]}" for t in moved[:SHOWN]]
         shown += [f"{i} is {names_a[i]!r} and {names_b[i]!r}" for i in clashes[:SHOWN]]
