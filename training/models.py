@@ -143,21 +143,7 @@ def load_vlm(
         CheckpointError: there is no such model, or a weight is missing, surplus or misshapen.
     """
     _check_kind(path, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "an image-text-to-text model")
-    try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            path,
-            output_loading_info=True,
-            dtype=dtype,
-            ignore_mismatched_sizes=True,  # reported below, by key, instead of in a log
-        )
-    except (RuntimeError, OSError, ValueError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: the model cannot be loaded: {error}") from error
-    model, info = loaded
-    faults = {
-        name: sorted(map(str, keys)) for name, keys in info.items() if name in _FAULTS and keys
-    }
-    if faults:
-        raise CheckpointError(f"{path}: weights do not fit its config.json: {_listed(faults)}")
+    model = _strictly(AutoModelForImageTextToText, path, dtype=dtype)
     return model, load_processor(processor or str(path))
 
 
@@ -197,7 +183,7 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], origin: str | P
 def load_tower(path: str) -> PreTrainedModel:
     """A vision tower (SigLIP or CLIP vision model) from a folder or hub name; a whole SigLIP
     gives its vision half."""
-    model = AutoModel.from_pretrained(path)
+    model = _strictly(AutoModel, path)
     tower = getattr(model, "vision_model", model) if hasattr(model, "text_model") else model
     if not hasattr(tower.config, "patch_size"):
         kind = type(model).__name__
@@ -211,10 +197,7 @@ def load_processor(path: str) -> Processor:
     Raises:
         CheckpointError: it is not there, or needs a package that is not installed.
     """
-    try:
-        processor = AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"{path}: the processor cannot be loaded: {error}") from error
+    processor = _read(AutoProcessor, path, "the processor")
     if not isinstance(processor, ProcessorMixin):
         kind = type(processor).__name__
         raise CheckpointError(
@@ -228,13 +211,13 @@ def _new_processor(config: ModelConfig, vision: str) -> LlavaProcessor:
     language = require(
         config.language, "model.processor", "a processor, or model.language with a tokenizer"
     )
-    tokenizer = AutoTokenizer.from_pretrained(language)
+    tokenizer = _read(AutoTokenizer, language, "the tokenizer")
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    tower = AutoConfig.from_pretrained(vision)
+        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    tower = _read(AutoConfig, vision, "the configuration")
     tower = getattr(tower, "vision_config", tower)
     return LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(vision),
+        image_processor=_read(AutoImageProcessor, vision, "the image processor"),
         tokenizer=tokenizer,
         patch_size=tower.patch_size,
         vision_feature_select_strategy=config.feature_strategy,
@@ -265,7 +248,7 @@ def save_model(
 
 def _language_model(config: ModelConfig, processor: LlavaProcessor) -> Any:
     if config.language is not None:
-        return AutoModelForCausalLM.from_pretrained(config.language)
+        return _strictly(AutoModelForCausalLM, config.language)
     tokens = len(processor.tokenizer)
     sizes = Qwen2Config(
         vocab_size=config.vocab_size or tokens,
@@ -294,12 +277,38 @@ def _grow_vocabulary(model: LlavaForConditionalGeneration, processor: LlavaProce
         model.resize_token_embeddings(tokens)
 
 
+def _read(auto: Any, path: str | Path, what: str, **options: Any) -> Any:
+    """`auto.from_pretrained`; what the user can mend is a `CheckpointError`."""
+    try:
+        return auto.from_pretrained(path, **options)
+    except (RuntimeError, OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: {what} cannot be loaded: {reason}") from error
+
+
+def _strictly(auto: Any, path: str | Path, **options: Any) -> Any:
+    """A model of which no weight is missing, surplus or misshapen, or a `CheckpointError`."""
+    model, info = _read(
+        auto,
+        path,
+        "the model",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below, by key, instead of in a log
+        **options,
+    )
+    faults = {name: sorted(map(str, info[name])) for name in _FAULTS if info.get(name)}
+    if faults:
+        raise CheckpointError(f"{path}: weights do not fit its config.json: {_listed(faults)}")
+    return model
+
+
 def _check_kind(path: str | Path, kinds: Collection[str], expected: str) -> None:
     """Look at the model_type before transformers does: its own message is hard to read."""
     try:
         values, _ = PreTrainedConfig.get_config_dict(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: neither a folder nor on the hub: {error}") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: neither a folder nor on the hub: {reason}") from error
     if not values:
         raise CheckpointError(f"{path}: no config.json there, expected a saved model")
     kind = values.get("model_type")
