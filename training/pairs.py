@@ -48,15 +48,14 @@ class PairReport:
     findings: tuple[Finding, ...]
     own_batch: bool
 
-    @property
-    def faults(self) -> list[str]:
-        """The faults, as one text each."""
-        return [f"{f.what}: {f.text}" for f in self.findings if f.level == "fault"]
+    def texts(self, *levels: Level) -> str:
+        """The findings of these levels in one line."""
+        return "; ".join(f"{f.what}: {f.text}" for f in self.findings if f.level in levels)
 
     def require(self) -> None:
         """Raise `CheckpointError` naming every fault, if there is one."""
-        if self.faults:
-            raise CheckpointError(f"teacher and student do not fit: {'; '.join(self.faults)}")
+        if faults := self.texts("fault"):
+            raise CheckpointError(f"teacher and student do not fit: {faults}")
 
     def __str__(self) -> str:
         width = max(len(finding.what) for finding in self.findings)
@@ -76,12 +75,19 @@ def check_pair(
     Returns:
         The report, faults included; `PairReport.require` raises them.
     """
+    report = check_processors(student_processor, teacher_processor, visual=visual)
     both = _Both(student_processor.tokenizer, teacher_processor.tokenizer)
-    found = [*_tokenizers(both), *_vocabularies(both, student, teacher)]
+    found = [*_vocabularies(both, student, teacher), *_heads(student, teacher)]
     found += _image_tokens(student, student_processor, teacher, teacher_processor)
-    found += _heads(student, teacher)
+    return PairReport((*found, *report.findings), report.own_batch)
+
+
+def check_processors(student: Any, teacher: Any, *, visual: bool) -> PairReport:
+    """The part of `check_pair` that needs no models: what both processors make of samples."""
+    both = _Both(student.tokenizer, teacher.tokenizer)
+    found = list(_tokenizers(both))
     views, refused = [], []
-    for who, processor in (("student", student_processor), ("teacher", teacher_processor)):
+    for who, processor in (("student", student), ("teacher", teacher)):
         try:
             views.append(_View.of(processor, _answer(both.ours)))
         except (ValueError, DataError) as error:  # a ConfigError is a ValueError
@@ -91,8 +97,8 @@ def check_pair(
     ours, theirs = views
     found += [_answers(ours, theirs, both), _templates(ours, theirs, both)]
     found += [_pixels(ours, theirs), _rows(ours, theirs, visual)]
-    same = ours.ids == theirs.ids and all(map(_same_inputs, ours.seen, theirs.seen))
-    same = same and image_token_id(student) == image_token_id(teacher)
+    same = ours.ids == theirs.ids and ours.image_id == theirs.image_id
+    same = same and all(map(_same_inputs, ours.seen, theirs.seen))
     return PairReport(tuple(found), own_batch=not same)
 
 

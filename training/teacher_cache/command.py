@@ -13,7 +13,8 @@ from typing import Any
 from training.config import Config, require
 from training.data.collate import Collator
 from training.loop import load_data, on_main, processes
-from training.models import build_processor, load_vlm, same_vocabulary
+from training.models import CheckpointError, build_processor, load_vlm
+from training.pairs import check_processors
 from training.settings import ConfigError
 from training.stages import STAGES, Stage, loss_of
 from training.teacher import OnlineTeacher
@@ -55,7 +56,13 @@ def make(config: Config, *, dry_run: bool = False, say: Callable[[str], None] = 
     if dry_run:
         return
     model, its_processor = load_vlm(teacher_name)
-    same_vocabulary(processor, its_processor)
+    report = check_processors(processor, its_processor, visual=True)
+    report.require()
+    if report.own_batch:
+        raise CheckpointError(
+            f"teacher: {teacher_name} needs ids or pixels of its own, and stored rows are of the "
+            f"student's; run it online (teacher_cache.path=null): {report.texts('note')}"
+        )
     teacher = OnlineTeacher(model)
     for job in jobs:
         work = _pass(config, job, teacher, processor, teacher_name)

@@ -34,6 +34,7 @@ class CachedTeacher:
 
     def __init__(self, rows: TeacherRows) -> None:
         self.image_token_id = rows.manifest.image_token_id
+        self.processor = None  # what is stored was made of the student's own batches
         self._head = read_head(rows.folder, rows.manifest.softcap)
 
     def share(self, student: nn.Module) -> bool:
