@@ -64,9 +64,41 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One source of samples among several (`data.sources`)."""
+
+    path: str | None = setting(
+        None, "a LLaVA json(l); or a folder, parquet or json file, or hub name of HF datasets"
+    )
+    use: str = setting(
+        "conversations", "what it is for", choices=("captions", "conversations", "held_out")
+    )
+    kind: str = setting(
+        "auto",
+        "entries with LLaVA's conversations or with messages; auto: by the first entry",
+        choices=("auto", "llava", "messages"),
+    )
+    weight: float = setting(
+        1.0, "times each of its samples occurs in an epoch (0.5: another half each epoch)", gt=0
+    )
+    image_root: str | None = setting(
+        None, "folder its image paths are relative to; null: data.image_root"
+    )
+    split: str = setting("train", "split of a HF data set")
+    name: str | None = setting(None, "configuration name of a HF data set on the hub")
+    messages: str = setting("messages", "column of the messages")
+    images: str = setting("images", "column of the images (one, or a list), if there is one")
+    stream: bool = setting(
+        False, "read a HF data set from front to end instead of by index; needs steps"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    """LLaVA-format data: json files of conversations and the folder their image paths start
-    from."""
+    """What to train on: LLaVA json files, or any number of sources."""
 
     captions: str | None = setting(
         None, "json(l) of image captions, for the projector stages pt and dpt"
@@ -75,6 +107,16 @@ class DataConfig:
     held_out: str | None = setting(
         None, "json(l) to evaluate on after each stage; null: no evaluation"
     )
+    sources: tuple[SourceConfig, ...] = setting(
+        (), "several sources, mixed by weight, in place of the three fields above"
+    )
+    order: str = setting(
+        "shuffled",
+        "shuffled; or grouped: a step's samples are all with images or all without, and of "
+        "similar length where they share a micro-batch",
+        choices=("shuffled", "grouped"),
+    )
+    shuffle_buffer: int = setting(1000, "samples that a streamed source is shuffled among", gt=0)
     image_root: str = setting(".", "folder that the image paths in the json files are relative to")
     max_length: int = setting(2048, "longest sample in tokens, image tokens included", gt=0)
     skip_bad: bool = setting(

@@ -3,8 +3,8 @@
 One small engine for frozen dataclasses. A field is declared once, with `setting(default, help,
 ...)`; from that declaration come the type check, the range check, the command line (`--set
 sft.lr=1e-3`), the YAML form and the text of `--help`, so they cannot drift apart. A field may be
-`int`, `float`, `str`, `bool`, `X | None`, `tuple[X, ...]` or another dataclass, and nothing else: a
-configuration is data, not code.
+`int`, `float`, `str`, `bool`, `X | None`, `tuple[X, ...]`, another dataclass or a tuple of one
+(`data.sources[1].weight`), and nothing else: a configuration is data, not code.
 
 Every fault is a `ConfigError` that says which field (by its dotted path), what came, and what was
 expected. An unknown field is an error that names the nearest valid one; there is no extra-keys-
@@ -118,7 +118,9 @@ def to_dict(config: Any) -> dict[str, Any]:
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             value = to_dict(value)
-        plain[item.name] = list(value) if isinstance(value, tuple) else value
+        if isinstance(value, tuple):
+            value = [to_dict(v) if dataclasses.is_dataclass(v) else v for v in value]
+        plain[item.name] = value
     return plain
 
 
@@ -151,6 +153,8 @@ def describe(cls: type, default: Any = None, where: str = "") -> Iterator[str]:
             yield from describe(hints[item.name], value, path)
         else:
             yield _line(path, hints[item.name], value, item.metadata)
+            if (inner := _section_of(hints[item.name])) is not None:
+                yield from describe(inner, where=f"{path}[i]")
 
 
 def _line(path: str, hint: Any, default: Any, meta: Mapping[str, Any]) -> str:
@@ -188,8 +192,21 @@ def _convert(value: Any, hint: Any, meta: Mapping[str, Any], where: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise fault
         inner = typing.get_args(kind)[0]
-        return tuple(_convert(v, inner, meta, f"{where}[{i}]") for i, v in enumerate(value))
+        return tuple(_element(v, inner, meta, f"{where}[{i}]") for i, v in enumerate(value))
     return _in_range(_scalar(value, kind, fault), meta, fault)
+
+
+def _element(value: Any, hint: Any, meta: Mapping[str, Any], where: str) -> Any:
+    """One value of a tuple; a section is built from its mapping, or taken as it is."""
+    if dataclasses.is_dataclass(hint) and not isinstance(value, hint):  # pyright: ignore
+        return build(hint, value, where)  # pyright: ignore[reportArgumentType]
+    return _convert(value, hint, meta, where)
+
+
+def _section_of(hint: Any) -> Any:
+    """The dataclass that a field is a tuple of, if it is one."""
+    inner = [kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)]
+    return inner[0] if typing.get_origin(hint) is tuple and inner else None
 
 
 def _from_text(value: Text, kind: Any, optional: bool, is_tuple: bool, fault: ConfigError) -> Any:

@@ -103,7 +103,7 @@ def _read_list(path: Path) -> Iterator[tuple[Place, Any]]:
         place = Place(path, f"line {error.lineno} column {error.colno}")
         raise fault(place, "json", error.msg, "valid json (is the file cut short?)") from None
     if not isinstance(entries, list):
-        raise fault(Place(path), "file", _shown(entries), "a list of entries")
+        raise fault(Place(path), "file", shown(entries), "a list of entries")
     for index, raw in enumerate(entries):
         yield Place(path, f"index {index}"), raw
 
@@ -133,14 +133,14 @@ def _checked(place: Place, raw: Any) -> Sample | DataError:
 def parse_sample(place: Place, raw: Any) -> Sample:
     """Validate one decoded entry; raises `DataError` at its first fault."""
     if not isinstance(raw, dict):
-        raise fault(place, "entry", _shown(raw), "a json object")
+        raise fault(place, "entry", shown(raw), "a json object")
     name = raw.get("id")
     if not (name is None or isinstance(name, (str, int))) or isinstance(name, bool):
-        raise fault(place, "id", _shown(name), "a string or an integer")
+        raise fault(place, "id", shown(name), "a string or an integer")
     place = Place(place.path, place.where, None if name is None else str(name))
     kind = raw.get("kind")
     if not (kind is None or isinstance(kind, str)):
-        raise fault(place, "kind", _shown(kind), "a string")
+        raise fault(place, "kind", shown(kind), "a string")
     images = _images(place, raw)
     turns = _turns(place, raw)
     marks = sum(human.count(IMAGE_MARK) for human, _ in turns)
@@ -157,17 +157,17 @@ def _images(place: Place, raw: dict[str, Any]) -> tuple[str, ...]:
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not images:
         expected = "a path, a list of paths, or no such field (text only)"
-        raise fault(place, "image", _shown(raw["image"]), expected)
+        raise fault(place, "image", shown(raw["image"]), expected)
     for i, image in enumerate(images):
         if not isinstance(image, str) or not image:
-            raise fault(place, f"image[{i}]", _shown(image), "a path")
+            raise fault(place, f"image[{i}]", shown(image), "a path")
     return tuple(images)
 
 
 def _turns(place: Place, raw: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     messages = raw.get("conversations")
     if not isinstance(messages, list) or not messages:
-        got = _shown(messages) if "conversations" in raw else "nothing"
+        got = shown(messages) if "conversations" in raw else "nothing"
         raise fault(place, "conversations", got, "a list of human and gpt messages")
     for i, message in enumerate(messages):
         _check_message(place, i, message)
@@ -182,18 +182,18 @@ def _check_message(place: Place, i: int, message: Any) -> None:
     """Human and gpt alternate, human first; an answer is some text without an image in it."""
     role, field = ROLES[i % 2], f"conversations[{i}]"
     if not isinstance(message, dict):
-        raise fault(place, field, _shown(message), "an object with 'from' and 'value'")
+        raise fault(place, field, shown(message), "an object with 'from' and 'value'")
     if message.get("from") != role:
-        got = _shown(message.get("from"))
+        got = shown(message.get("from"))
         raise fault(place, f"{field}.from", got, f"{role!r} (human and gpt alternate, human first)")
     value = message.get("value")
     if not isinstance(value, str) or not value.strip():
-        raise fault(place, f"{field}.value", _shown(value), "some text")
+        raise fault(place, f"{field}.value", shown(value), "some text")
     if role == "gpt" and IMAGE_MARK in value:
-        raise fault(place, f"{field}.value", _shown(value), f"no {IMAGE_MARK} in an answer")
+        raise fault(place, f"{field}.value", shown(value), f"no {IMAGE_MARK} in an answer")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """``repr`` of a value with its type, cut to a readable length."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -174,12 +174,12 @@ def test_image_cache_returns_the_same_pixels_and_keeps_its_budget(root: Path) ->
     entries = [question(), question("white.png"), question("grey.png")]
     plain = dataset(root, entries)
     cached = dataset(root, entries, image_cache_mb=1)
-    cached._cache_left = 2 * 3 * SIZE * SIZE * 4  # room for two of the three images
+    cached.encoding.cache_left = 2 * 3 * SIZE * SIZE * 4  # room for two of the three images
     for _ in range(2):
         for i in range(3):
             assert torch.equal(pixels(cached[i]), pixels(plain[i]))
-    assert len(cached._cache[0]) == 2 and cached._cache_left == 0
-    assert not plain._cache[0]
+    assert len(cached.encoding.cache[0]) == 2 and cached.encoding.cache_left == 0
+    assert not plain.encoding.cache[0]
 
 
 @pytest.mark.parametrize("name", ["max_length", "image_cache_mb"])

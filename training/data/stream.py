@@ -1,0 +1,115 @@
+"""How are data sets read that are too large to hold, or that come over a network?
+
+From front to end, shuffled among `shuffle_buffer` rows. Nothing is counted first, so there are no
+epochs: a stage's `steps` must be set, and a source that runs out starts again, shuffled otherwise.
+With several sources the next row is drawn from one of them with a chance as its `weight`. The seed
+decides the order, and a resumed run reads up to where it was, so it sees what it would have seen.
+With `skip_bad` faulty rows are left out and counted in ``dataset.skipped`` as they are met.
+
+Left out: several processes (each would read every row; save the data set to disk instead).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+
+from training.config import SourceConfig
+from training.data.encoding import Encoding
+from training.data.item import Item
+from training.data.records import DataError
+from training.data.sources import image_column, load_rows, row_images, row_sample
+
+
+class StreamDataset(IterableDataset[Item]):
+    """Streamed HF data sets of messages as an endless series of `Item`s.
+
+    Args:
+        sources: their configurations.
+        image_root: the folder their image paths are relative to, if they do not say.
+        encoding: what makes items of samples.
+        seed: of the order.
+        buffer: rows that a source is shuffled among.
+        skip_bad: leave faulty rows out instead of raising.
+        where: the sources' dotted path in messages.
+
+    Raises:
+        ConfigError: a source that cannot be streamed.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SourceConfig],
+        image_root: str,
+        encoding: Encoding,
+        *,
+        seed: int = 0,
+        buffer: int = 1000,
+        skip_bad: bool = False,
+        where: str = "data.sources",
+    ) -> None:
+        self.sources, self.image_root, self.encoding = list(sources), image_root, encoding
+        self.seed, self.buffer, self.skip_bad = seed, buffer, skip_bad
+        self.skipped = 0
+        self.rows = [load_rows(one, f"{where}[{i}]") for i, one in enumerate(self.sources)]
+        self.first = [next(iter(rows), None) for rows in self.rows]
+        for rows, one, first in zip(self.rows, self.sources, self.first, strict=True):
+            if first is None:
+                raise DataError(f"{one.path}: no rows, expected at least one")
+            image_column(_Columns(rows, first), one)
+
+    def __iter__(self) -> Iterator[Item]:
+        generator = torch.Generator().manual_seed(self.seed)
+        weights = torch.tensor([one.weight for one in self.sources])
+        series = [self._endless(which) for which in range(len(self.sources))]
+        while True:
+            which = int(torch.multinomial(weights, 1, generator=generator))
+            yield next(series[which])
+
+    def _endless(self, which: int) -> Iterator[Item]:
+        """The items of one source, again and again."""
+        config = self.sources[which]
+        root = Path(config.image_root or self.image_root)
+        shuffled = self.rows[which].shuffle(seed=self.seed, buffer_size=self.buffer)
+        epoch = 0
+        while True:
+            shuffled.set_epoch(epoch)
+            sound = False
+            for i, row in enumerate(shuffled):
+                item = self._item(row, i, config, root)
+                if item is not None:
+                    sound = True
+                    yield item
+            if not sound:
+                raise DataError(f"{config.path}: every row is faulty ({self.skipped} skipped)")
+            epoch += 1
+
+    def _item(self, row: dict[str, Any], i: int, config: SourceConfig, root: Path) -> Item | None:
+        try:
+            sample = row_sample(row, i, config, _n_images(row, config))
+            if isinstance(sample, DataError):
+                raise sample
+            return self.encoding.item(sample, lambda: row_images(sample, row, config, root))
+        except DataError:
+            if not self.skip_bad:
+                raise
+            self.skipped += 1
+            return None
+
+
+class _Columns:
+    """The columns of a stream, which may only be known from its first row."""
+
+    def __init__(self, rows: Any, first: dict[str, Any]) -> None:
+        self.column_names = rows.column_names or list(first)
+
+
+def _n_images(row: dict[str, Any], config: SourceConfig) -> int | None:
+    value = row.get(config.images, row.get("image") if config.images == "images" else None)
+    if value is None:
+        return 0
+    return len(value) if isinstance(value, (list, tuple)) else 1
