@@ -111,7 +111,7 @@ def test_streamed_rows_are_the_same_items_in_an_order_of_the_seed(saved: Path) -
     parts = {tuple(item["input_ids"].tolist()) for item in dataset(source(saved / "saved"))}  # pyright: ignore
 
     def stream(seed: int) -> list[tuple[int, ...]]:
-        sources = [source(saved / "rows.parquet", stream=True)]
+        sources = [source(saved / "saved", stream=True)]
         data = StreamDataset(sources, ".", Encoding(processor()), seed=seed, buffer=5)
         return [tuple(item["input_ids"].tolist()) for item in islice(data, 12)]
 
@@ -124,10 +124,10 @@ def test_streams_are_mixed_by_weight(saved: Path, tmp_path: Path) -> None:
     talk = {"messages": [{"role": "user", "content": "q"}, said("only text")]}
     (tmp_path / "talk.jsonl").write_text(json.dumps(talk))
     heavy = source(tmp_path / "talk.jsonl", stream=True, weight=9.0)
-    light = source(saved / "rows.parquet", stream=True)
+    light = source(saved / "saved", stream=True)
     mixed = StreamDataset([heavy, light], ".", Encoding(processor()), buffer=2)
-    items = [item["sample_id"] for item in islice(mixed, 100)]
-    assert 80 <= items.count("row 0") < 100
+    items = [item["sample_id"] for item in islice(mixed, 60)]
+    assert 46 <= items.count("row 0") < 60
     bad = {"messages": [{"role": "user", "content": "q"}]}
     (tmp_path / "bad.jsonl").write_text(f"{json.dumps(bad)}\n{json.dumps(talk)}")
     one = [source(tmp_path / "bad.jsonl", stream=True)]
@@ -171,9 +171,10 @@ def test_faulty_rows_say_where(messages: Any, n_images: int, message: str) -> No
 
 
 def test_skip_bad_lists_rows_and_a_damaged_image_names_its_row(tmp_path: Path) -> None:
+    talk = [with_keys(message) for message in (user("what"), said("red"))]
     table = [
-        {"messages": [user("what"), said("red")], "images": [{"bytes": b"no image", "path": None}]},
-        {"messages": [user("what"), said("red")], "images": []},
+        {"messages": talk, "images": [{"bytes": b"no image", "path": None}]},
+        {"messages": talk, "images": []},
     ]
     datasets.Dataset.from_list(table).save_to_disk(tmp_path / "bad")
     data = dataset(source(tmp_path / "bad"), skip_bad=True)
