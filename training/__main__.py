@@ -1,4 +1,4 @@
-"""One entry point: `python -m training run | check | cache | eval | export | demo | show`."""
+"""The entry point: `python -m training run | check | data | cache | eval | export | demo | show`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from training import settings
 from training.config import Config
+from training.data.command import add_data, check_data
 from training.demo.recipes import DemoConfig
 from training.evaluation.command import add_eval, add_export, evaluate, export
 from training.recipes import names, recipe, summaries
@@ -75,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--dry-run", action="store_true", help="print what it would cost on disk, no more"
             )
+    command = commands.add_parser("data", help="look at a data set: data check")
+    add_data(command, names())
+    command.set_defaults(function=_data)
     command = commands.add_parser("eval", help="score a saved model: held-out data, a benchmark")
     add_eval(command)
     command.set_defaults(function=_eval)
@@ -118,6 +122,12 @@ def _check(options: argparse.Namespace) -> None:
     from training.loop import check
 
     check(config)
+
+
+def _data(options: argparse.Namespace) -> None:
+    config = _config(options)
+    _quiet()
+    check_data(options, config)
 
 
 def _show(options: argparse.Namespace) -> None:

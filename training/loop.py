@@ -29,7 +29,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, Training
 from training import checkpoint, settings
 from training.config import Config, StageConfig, require
 from training.data.collate import LlavaCollator
-from training.data.dataset import LlavaDataset
+from training.data.load import epoch_size, has_data, open_data, order_of
 from training.data.template import TemplateName
 from training.evaluation.held_out import Scores, evaluate
 from training.interrupt import Interrupted
@@ -138,7 +138,8 @@ def _train(
     if stage.name in stored_stages(config):
         source, collator = use_stored(config, stage.name, loss, processor, dataset, collator)
     step = DistillStep(model, source, loss)
-    steps = _steps(options, len(dataset))
+    samples = epoch_size(dataset)
+    steps = _steps(options, samples)
     trainer = DistillTrainer(
         step,
         _arguments(config, options, steps, folder),
@@ -146,10 +147,11 @@ def _train(
         dataset=dataset,
         collator=collator,
         title=folder.name,
-        place=Place(number, len(config.stages), _later(config, number, len(dataset))),
+        place=Place(number, len(config.stages), _later(config, number, samples)),
         on_nan=config.on_nan,
         skip_limit=config.skip_limit,
         say=say,
+        order=order_of(config.data, dataset, options.batch_size, config.seed),
     )
     resume, ignored = checkpoint.newest(folder)
     for message in ignored:
@@ -169,17 +171,22 @@ def _train(
     return state is None
 
 
-def _steps(options: StageConfig, samples: int) -> int:
+def _steps(options: StageConfig, samples: int | None) -> int:
+    if samples is None and options.steps is None:
+        raise settings.ConfigError(
+            "steps: got null, expected a number: a streamed source has no epochs (data.sources)"
+        )
+    samples = samples or 0
     return options.steps or math.ceil(options.epochs * math.ceil(samples / options.batch_size))
 
 
-def _later(config: Config, number: int, samples: int) -> tuple[tuple[str, int | None], ...]:
+def _later(config: Config, number: int, samples: int | None) -> tuple[tuple[str, int | None], ...]:
     """The stages after the one of this number, each with the samples it takes, as far as the data
     of this one says."""
     here, found = STAGES[config.stages[number - 1]].data, []
     for name in config.stages[number:]:
         options = config.stage(name)
-        known = options.steps is not None or STAGES[name].data == here
+        known = options.steps is not None or (STAGES[name].data == here and samples is not None)
         found.append((name, _steps(options, samples) * options.batch_size if known else None))
     return tuple(found)
 
@@ -210,25 +217,11 @@ def on_main(work: Callable[[], None]) -> None:
 
 
 def load_data(
-    config: Config,
-    processor: Processor,
-    field: str,
-    template: TemplateName,
-    teacher: Processor = None,
-) -> LlavaDataset:
-    """The dataset that `data.<field>` names, encoded with `template`; also as a teacher's own
-    processor does, if there is one."""
-    path = require(getattr(config.data, field), f"data.{field}", "this stage's data")
-    return LlavaDataset(
-        path,
-        config.data.image_root,
-        processor,
-        teacher=teacher,
-        max_length=config.data.max_length,
-        skip_bad=config.data.skip_bad,
-        template=template,
-        image_cache_mb=config.data.image_cache_mb,
-    )
+    config: Config, processor: Any, field: str, template: TemplateName, teacher: Any = None
+) -> Any:
+    """The data that `data.<field>` names, or the sources of that use, encoded with `template`; also
+    as a teacher's own processor does, if there is one."""
+    return open_data(config.data, processor, field, template, teacher=teacher, seed=config.seed)
 
 
 def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> OnlineTeacher | None:
@@ -307,7 +300,7 @@ def _result(
     say: Say,
 ) -> StageResult:
     scores = None
-    if config.data.held_out is not None:
+    if has_data(config.data, "held_out"):
         file = folder / "scores.json"
 
         def score() -> None:

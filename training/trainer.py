@@ -55,6 +55,7 @@ class DistillTrainer(StepCounts, Trainer):
         title, place: of the stage, for the progress.
         on_nan, skip_limit: see `training.watch`.
         say: how messages are told.
+        order: of the samples; None: shuffled by the seed.
     """
 
     def __init__(
@@ -70,7 +71,9 @@ class DistillTrainer(StepCounts, Trainer):
         on_nan: str = "stop",
         skip_limit: int = 5,
         say: Callable[[str], None] = print,
+        order: torch.utils.data.Sampler[int] | None = None,
     ) -> None:
+        self.order = order
         super().__init__(model=step, args=args, train_dataset=dataset, data_collator=collator)
         sharding.prepare(self.accelerator, step, step.parts)
         self.step = step

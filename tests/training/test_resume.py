@@ -18,7 +18,7 @@ import pytest
 from tests.training import killed
 from training import checkpoint, settings, trainer
 from training.config import Config
-from training.data.dataset import LlavaDataset
+from training.data.dataset import SampleDataset
 from training.interrupt import Interrupted
 from training.loop import run
 
@@ -107,9 +107,9 @@ def test_a_signal_saves_at_the_end_of_the_step(root, answers, tmp_path, monkeypa
     found, _ = checkpoint.newest(tmp_path / "out" / "1-dpt")
     assert found is not None and checkpoint.step_of(found) == 4
     read = []
-    original = LlavaDataset.__getitem__
+    original = SampleDataset.__getitem__
     monkeypatch.setattr(
-        LlavaDataset, "__getitem__", lambda self, i: read.append(i) or original(self, i)
+        SampleDataset, "__getitem__", lambda self, i: read.append(i) or original(self, i)
     )
     (result,) = run(config, say=lambda _: None)
     curve = [[entry[key] for key in killed.SHOWN] for entry in result.history]

@@ -7,8 +7,8 @@ The rows that most chat data sets have, with the names of the columns free::
                   {"role": "assistant", "content": "a coat"}, ...],
      "images": [PIL image, bytes, or path, ...]}                          # or one; may be absent
 
-Images stand where their parts do, or where a string says ``<image>``. If no message says where, they
-come first, as is the custom. A part may also name its image itself ({"type": "image", "image":
+Images stand where their parts do, or where a string says ``<image>``. If no message says where,
+they come first, as is the custom. A part may also name its image itself ({"type": "image", "image":
 "a.png"}); then there is no column. A system message comes first and once. Anything else is a
 `DataError` that says which row, message and part.
 """

@@ -195,6 +195,7 @@ def open_source(config: SourceConfig, where: str, image_root: str) -> Source:
 def load_rows(config: SourceConfig, where: str) -> Any:
     """The HF data set that a source names: saved to disk, data files, or from the hub."""
     import datasets
+    from datasets.exceptions import DatasetsError
 
     path = Path(str(config.path))
     try:
@@ -211,7 +212,7 @@ def load_rows(config: SourceConfig, where: str) -> Any:
         return datasets.load_dataset(
             str(config.path), config.name, split=config.split, streaming=config.stream
         )
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
         text = str(error).splitlines()[0] if str(error) else ""
         raise ConfigError(
             f"{where}: {path} cannot be read as a data set: {type(error).__name__}: {text}"

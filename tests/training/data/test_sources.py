@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import cache
 from itertools import islice
@@ -20,6 +21,7 @@ from training.data.chat import ChatEncoder
 from training.data.dataset import SampleDataset
 from training.data.encoding import Encoding
 from training.data.item import IGNORE
+from training.data.load import epoch_size, open_data, order_of
 from training.data.messages import parse_messages
 from training.data.records import DataError, Place, Sample
 from training.data.sources import open_source
@@ -214,3 +216,19 @@ def test_labels_of_a_row_are_its_answer(saved: Path) -> None:
     item = data[0]
     answer = item["labels"][item["labels"] != IGNORE]
     assert data.encoder.tokenizer.decode(answer) == "the first<|im_end|>"
+
+
+def test_a_run_names_its_data_once_and_streams_all_or_none(saved: Path) -> None:
+    one, two = source(saved / "saved"), source(saved / "saved", weight=2.0)
+    data = open_data(DataConfig(sources=(one, two)), processor(), "conversations", "chat")
+    assert epoch_size(data) == 15
+    assert order_of(DataConfig(sources=(one, two)), data, 2, 0) is not None
+    assert order_of(DataConfig(), dataset(one), 2, 0) is None  # a plain shuffle is the trainer's
+    with pytest.raises(ConfigError, match=r"'x\.json' and 1 of data\.sources, expected one"):
+        both = DataConfig(sources=(one,), conversations="x.json")
+        open_data(both, processor(), "conversations", "chat")
+    streamed = dataclasses.replace(two, stream=True)
+    with pytest.raises(ConfigError, match=r"data\.sources\[0\]\.stream: got false"):
+        open_data(DataConfig(sources=(one, streamed)), processor(), "conversations", "chat")
+    alone = open_data(DataConfig(sources=(streamed,)), processor(), "conversations", "chat")
+    assert epoch_size(alone) is None

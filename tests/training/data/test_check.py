@@ -1,0 +1,101 @@
+"""Does `data check` count what is there, and show exactly the tokens that are trained?"""
+
+from __future__ import annotations
+
+import json
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.llava_files import entry, paint, write
+from tests.training.tiny_processors import llava, qwen2_5_vl
+from training.__main__ import main
+from training.data.check import Report, read_data, reason_of
+from training.data.encoding import Encoding
+from training.data.item import IGNORE
+from training.data.page import boxes, write_page
+from training.data.sources import LlavaSource
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> LlavaSource:
+    paint(tmp_path / "a.png", 90, size=32)
+    entries = [
+        entry("<image>\nwhat is é", "a <b>bag</b> 袋\nhere", image="a.png", id="one"),
+        entry("what", "two", "and", "three"),
+        entry("<image><image> both", "yes", image=["a.png", "a.png"]),
+        entry("<image> q", "a", image="lost.png"),
+        entry("<image> q", "a", image="gone.png"),
+        entry("q", "  "),
+        entry("q", "far too long " * 60),
+    ]
+    return LlavaSource(write(tmp_path / "d.json", entries), tmp_path)
+
+
+def checked(source: LlavaSource, **options: Any) -> tuple[Report, Encoding]:
+    encoding = Encoding(qwen2_5_vl(), max_length=120)
+    return read_data([source], encoding, **options), encoding
+
+
+def test_every_entry_is_counted_once(source: LlavaSource) -> None:
+    report, encoding = checked(source)
+    assert (report.read, report.sound) == (7, 3) and report.images == {0: 1, 1: 1, 2: 1}
+    items = [shown.item for shown in report.shown]
+    assert report.lengths == [len(item["input_ids"]) for item in items]
+    assert report.labels == sum(int((item["labels"] != IGNORE).sum()) for item in items)
+    assert report.image_tokens == 3 * 4  # 32 x 32 pixels: 4 x 4 patches, merged 2 x 2
+    assert sum(count for _, _, count in report.histogram()) == 3
+    assert sorted(report.reasons.values()) == [1, 1, 2]
+    lost = "image[]: expected an image file that decodes whole"
+    assert report.reasons[lost] == 2 and "lost.png" in report.examples[lost][0]
+    assert any("max_length 120" in reason for reason in report.reasons)
+    one, _ = checked(source, limit=1)
+    assert one.read == 1 and encoding.max_length == 120
+
+
+def test_the_page_colours_exactly_the_labels(source: LlavaSource, tmp_path: Path) -> None:
+    report, encoding = checked(source)
+    tokenizer = encoding.encoders[0].tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    for shown in report.shown:
+        html = "".join(boxes(shown.item, tokenizer, 0))
+        trained = re.findall(r"<span class='t y(?: s)?'>(.*?)</span>", html, re.S)
+        text = unescape("".join(trained)).replace("<br>", "").replace("·", " ").replace("⏎", "\n")
+        answers = "".join(f"{answer}<|im_end|>" for _, answer in shown.sample.turns)
+        assert text == answers
+    write_page(report, tokenizer, 0, tmp_path / "p.html")
+    page = (tmp_path / "p.html").read_text()
+    assert page.count("<img ") == 3 and "<b>bag</b>" not in page  # the entry's text is escaped
+    assert "袋" in page and "é" in page  # letters of several tokens are whole
+    assert "http" not in page and "src='data:image/jpeg" in page
+
+
+def test_image_tokens_are_one_box(source: LlavaSource) -> None:
+    report, encoding = checked(source)
+    one: Any = encoding.encoders[0]
+    html = "".join(boxes(report.shown[2].item, one.tokenizer, one.image_id))
+    assert html.count("image &times; 4") == 2
+
+
+def test_reasons_leave_out_what_is_the_entry_s_own() -> None:
+    place = (
+        "d.json, index {} (id 'a'): field 'image[{}]': got no such file: x{}.png, expected a file"
+    )
+    assert reason_of(place.format(1, 0, 7)) == reason_of(place.format(2, 3, 9))
+
+
+def test_command(source: LlavaSource, tmp_path: Path, capsys: Any) -> None:
+    llava().save_pretrained(tmp_path / "p")
+    typed = ["data", "check", "--json", str(source.path), "--image-root", str(tmp_path)]
+    outs = ["--html", str(tmp_path / "o.html"), "--json-out", str(tmp_path / "o.json")]
+    assert main([*typed, "--processor", str(tmp_path / "p"), *outs, "--samples", "2"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"would be skipped +3\n", said) and "2 x image[]: no such file" not in said
+    figures = json.loads((tmp_path / "o.json").read_text())
+    assert figures["read"] == 7 and figures["skipped"] == 3 == sum(
+        reason["count"] for reason in figures["reasons"]
+    )
+    assert (tmp_path / "o.html").read_text().count("class=sample") == 2
+    assert main(typed) == 2 and "--processor: expected with --json" in capsys.readouterr().err

@@ -1,0 +1,163 @@
+"""What is in a data set, as this trainer would read it? Every entry is opened and encoded, once.
+
+Counted: entries that would be skipped, grouped by reason with examples; tokens a sample (and how
+many are image tokens and labels), images a sample. A few sound samples, evenly spread, are kept
+with their tokens for the page (`training.data.page`). Nothing is trained and nothing is changed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from training.data.encoding import Encoding
+from training.data.item import IGNORE, Item
+from training.data.records import DataError, Sample
+from training.data.sources import Source
+
+EXAMPLES = 3  # of each reason
+FAULT = re.compile(r": field '(?P<field>[^']*)': got (?P<got>.*), expected (?P<expected>.*)$", re.S)
+BINS = 16
+
+
+@dataclass
+class Shown:
+    """A sample to be rendered."""
+
+    sample: Sample
+    item: Item
+    images: list[Image.Image]
+
+
+@dataclass
+class Report:
+    """What was found."""
+
+    names: list[str]
+    read: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+    labels: int = 0
+    image_tokens: int = 0
+    images: Counter[int] = field(default_factory=Counter)  # images a sample -> samples
+    shown: list[Shown] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def sound(self) -> int:
+        """Entries that can be trained on."""
+        return len(self.lengths)
+
+    def histogram(self) -> list[tuple[int, int, int]]:
+        """Samples by length: (from, to inclusive, how many), at most 16 bins of equal width."""
+        if not self.lengths:
+            return []
+        low, high = min(self.lengths), max(self.lengths)
+        width = -(-(high - low + 1) // BINS)
+        counts = Counter((length - low) // width for length in self.lengths)
+        return [
+            (low + b * width, low + (b + 1) * width - 1, counts[b]) for b in range(max(counts) + 1)
+        ]
+
+    def percentile(self, share: float) -> int:
+        """The length that this share of the samples does not exceed."""
+        ordered = sorted(self.lengths)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the rendered samples, for json."""
+        tokens = sum(self.lengths)
+        lengths: dict[str, Any] = {}
+        if self.lengths:
+            lengths = {
+                "min": min(self.lengths),
+                "median": self.percentile(0.5),
+                "p95": self.percentile(0.95),
+                "max": max(self.lengths),
+                "histogram": self.histogram(),
+            }
+        return {
+            "sources": self.names,
+            "read": self.read,
+            "sound": self.sound,
+            "skipped": self.read - self.sound,
+            "reasons": [
+                {"reason": reason, "count": count, "examples": self.examples[reason]}
+                for reason, count in self.reasons.most_common()
+            ],
+            "tokens": tokens,
+            "label_tokens": self.labels,
+            "image_tokens": self.image_tokens,
+            "lengths": lengths,
+            "images_per_sample": {str(n): self.images[n] for n in sorted(self.images)},
+            "notes": self.notes,
+        }
+
+
+def read_data(
+    sources: Sequence[Source], encoding: Encoding, *, show: int = 12, limit: int | None = None
+) -> Report:
+    """Read every entry (or the first `limit` of each source) and count what is found.
+
+    Raises:
+        DataError: a source that cannot be read at all.
+    """
+    report = Report([source.name for source in sources])
+    note = getattr(encoding.encoders[0], "note", "")
+    report.notes += [note] if note else []
+    for source in sources:
+        entries = list(source.samples())[:limit]
+        wanted = _spread(len(entries), -(-show // len(sources)))
+        bar = track(entries, f"reading {source.name}", console=Console(stderr=True))
+        before, due = len(report.shown), 0
+        for i, entry in enumerate(bar):
+            report.read += 1
+            due += i in wanted  # a faulty entry leaves its place to the next sound one
+            try:
+                _count(report, source, encoding, entry, len(report.shown) - before < due)
+            except DataError as error:
+                reason = reason_of(str(error))
+                report.reasons[reason] += 1
+                examples = report.examples.setdefault(reason, [])
+                if len(examples) < EXAMPLES:
+                    examples.append(str(error))
+    return report
+
+
+def _count(
+    report: Report, source: Source, encoding: Encoding, entry: Sample | DataError, show: bool
+) -> None:
+    """Encode an entry and add it to the report; its fault is raised."""
+    if isinstance(entry, DataError):
+        raise entry
+    images = source.images(entry)
+    item = encoding.item(entry, lambda: images)
+    report.lengths.append(len(item["input_ids"]))
+    report.labels += int((item["labels"] != IGNORE).sum())
+    report.image_tokens += int(item["image_lens"].sum())
+    report.images[len(images)] += 1
+    if show:
+        report.shown.append(Shown(entry, item, images))
+
+
+def reason_of(message: str) -> str:
+    """A fault without what is its entry's own: the field, and what was expected of it."""
+    found = FAULT.search(message)
+    if found is None:
+        return message.split("\n")[0]
+    name = re.sub(r"\[\d+\]", "[]", found["field"])
+    kind = "no such file" if found["got"].startswith("no such file") else ""
+    return f"{name}: {kind + ', ' if kind else ''}expected {found['expected']}"
+
+
+def _spread(total: int, most: int) -> set[int]:
+    """At most `most` of the first `total` numbers, evenly."""
+    return {i * total // most for i in range(most)} if total > most else set(range(total))

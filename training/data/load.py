@@ -1,0 +1,119 @@
+"""Which data does a configuration name, and in which order is it trained on?
+
+A use (`captions`, `conversations`, `held_out`) is either a LLaVA file of its own field, or all
+`data.sources` of that use. They are indexed, or all of them streamed.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from training.config import DataConfig, SourceConfig, require
+from training.data.dataset import SampleDataset
+from training.data.encoding import Encoding
+from training.data.sampler import ModalitySampler
+from training.data.sources import LlavaSource, Source, open_source
+from training.data.stream import StreamDataset
+from training.data.template import TemplateName
+from training.settings import ConfigError
+
+Data = SampleDataset | StreamDataset
+
+
+def has_data(config: DataConfig, use: str) -> bool:
+    """Whether there is any data of a use."""
+    return getattr(config, use) is not None or any(one.use == use for one in config.sources)
+
+
+def open_data(
+    config: DataConfig,
+    processor: Any,
+    use: str,
+    template: TemplateName,
+    *,
+    teacher: Any = None,
+    seed: int = 0,
+) -> Data:
+    """The data of a use as items of a processor, and of the teacher's if it is given one.
+
+    Raises:
+        ConfigError: no data, two answers to which data, or a stream that cannot be had.
+        DataError: a faulty entry.
+    """
+    chosen = _chosen(config, use)
+    options: dict[str, Any] = {
+        "teacher": teacher,
+        "template": template,
+        "max_length": config.max_length,
+        "image_cache_mb": config.image_cache_mb,
+    }
+    if any(one.stream for _, one in chosen):
+        return _stream(config, chosen, Encoding(processor, **options), seed, use)
+    sources = sources_of(config, use)
+    return SampleDataset(sources, processor, skip_bad=config.skip_bad, **options)
+
+
+def sources_of(config: DataConfig, use: str) -> list[Source]:
+    """The sources of a use, to be read by index.
+
+    Raises:
+        ConfigError: there is none, two answers to which, or one that is to be streamed.
+    """
+    chosen = _chosen(config, use)
+    for i, one in chosen:
+        if one.stream:
+            raise ConfigError(f"data.sources[{i}].stream: got true, expected false to read it here")
+    if chosen:
+        return [open_source(one, f"data.sources[{i}]", config.image_root) for i, one in chosen]
+    path = require(getattr(config, use), f"data.{use}", "this stage's data")
+    return [LlavaSource(path, config.image_root)]
+
+
+def _chosen(config: DataConfig, use: str) -> list[tuple[int, SourceConfig]]:
+    """The sources of a use and their places in data.sources."""
+    chosen = [(i, one) for i, one in enumerate(config.sources) if one.use == use]
+    field = getattr(config, use)
+    if chosen and field is not None:
+        raise ConfigError(
+            f"data.{use}: got {field!r} and {len(chosen)} of data.sources, expected one of them"
+        )
+    return chosen
+
+
+def epoch_size(data: Data) -> int | None:
+    """Samples of an epoch, or None for a stream, which has none."""
+    return None if isinstance(data, StreamDataset) else len(data.sampler(1, 0, group=False))
+
+
+def order_of(config: DataConfig, data: Data, step_size: int, seed: int) -> ModalitySampler | None:
+    """The order of training where it is not a plain shuffle of all samples."""
+    if isinstance(data, StreamDataset):
+        return None
+    if config.order == "shuffled" and all(source.weight == 1.0 for source in data.sources):
+        return None
+    return data.sampler(step_size, seed, group=config.order == "grouped")
+
+
+def _stream(config: DataConfig, chosen: list[Any], encoding: Encoding, seed: int, use: str) -> Any:
+    i = next((i for i, one in chosen if not one.stream), None)
+    if i is not None:
+        raise ConfigError(
+            f"data.sources[{i}].stream: got false, expected all sources of use {use} to be "
+            "streamed or none"
+        )
+    if use == "held_out":
+        raise ConfigError("data.sources: a held_out source is streamed, expected one with an end")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "data.sources: streamed by several processes, each of which would read every row; "
+            "save the data set to disk (save_to_disk) and set stream to false"
+        )
+    return StreamDataset(
+        [one for _, one in chosen],
+        config.image_root,
+        encoding,
+        seed=seed,
+        buffer=config.shuffle_buffer,
+        skip_bad=config.skip_bad,
+    )
