@@ -1,4 +1,4 @@
-"""The entry point: `python -m training run | check | data | cache | eval | export | demo | show`."""
+"""Entry point: `python -m training run | check | data | cache | eval | export | show | demo`."""
 
 from __future__ import annotations
 
