@@ -116,6 +116,10 @@ class DataConfig:
         "similar length where they share a micro-batch",
         choices=("shuffled", "grouped"),
     )
+    packing: bool = setting(
+        False,
+        "lay a micro-batch's samples end to end, without padding; refused where not exact",
+    )
     shuffle_buffer: int = setting(1000, "samples that a streamed source is shuffled among", gt=0)
     image_root: str = setting(".", "folder that the image paths in the json files are relative to")
     max_length: int = setting(2048, "longest sample in tokens, image tokens included", gt=0)

@@ -29,7 +29,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, Training
 from training import checkpoint, settings
 from training.config import Config, StageConfig, require
 from training.data.collate import LlavaCollator
-from training.data.load import epoch_size, has_data, open_data, order_of
+from training.data.load import collator_of, epoch_size, has_data, open_data, order_of
 from training.data.template import TemplateName
 from training.evaluation.held_out import Scores, evaluate
 from training.interrupt import Interrupted
@@ -134,7 +134,8 @@ def _train(
     source = teacher if stage.needs_teacher and stage.name not in stored_stages(config) else None
     own = source.processor if source is not None else None
     dataset = load_data(config, processor, stage.data, stage.template, own)
-    loss, collator = loss_of(stage, options.loss), LlavaCollator(processor, own)
+    loss = loss_of(stage, options.loss)
+    collator = collator_of(config.data, (model, processor), source, own)
     if stage.name in stored_stages(config):
         source, collator = use_stored(config, stage.name, loss, processor, dataset, collator)
     step = DistillStep(model, source, loss)

@@ -10,8 +10,10 @@ import os
 from typing import Any
 
 from training.config import DataConfig, SourceConfig, require
+from training.data.collate import Collator
 from training.data.dataset import SampleDataset
 from training.data.encoding import Encoding
+from training.data.packing import PackedCollator, check_packable
 from training.data.sampler import ModalitySampler
 from training.data.sources import LlavaSource, Source, open_source
 from training.data.stream import StreamDataset
@@ -93,6 +95,29 @@ def order_of(config: DataConfig, data: Data, step_size: int, seed: int) -> Modal
     if config.order == "shuffled" and all(source.weight == 1.0 for source in data.sources):
         return None
     return data.sampler(step_size, seed, group=config.order == "grouped")
+
+
+def collator_of(
+    config: DataConfig, student: tuple[Any, Any], teacher: Any, own: Any = None
+) -> Collator:
+    """What makes batches: padded, or packed if that is asked for and both models can.
+
+    Args:
+        student: its model and processor.
+        teacher: a `Teacher`, or None; one with a `model` is tried out, too.
+        own: the teacher's processor, where it needs batches of its own.
+
+    Raises:
+        ConfigError: packing is asked for, and a model cannot be packed.
+    """
+    if not config.packing:
+        return Collator(student[1], own)
+    if own is not None:
+        raise ConfigError("data.packing: got true, expected false: the teacher has its own batches")
+    for model in (student[0], getattr(teacher, "model", None)):
+        if model is not None:
+            check_packable(model)
+    return PackedCollator(student[1])
 
 
 def _stream(config: DataConfig, chosen: list[Any], encoding: Encoding, seed: int, use: str) -> Any:
