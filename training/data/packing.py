@@ -1,10 +1,10 @@
 """Can the samples of a micro-batch lie end to end in one row, and what does a model need for that?
 
 A packed row has no padding: `position_ids` begin at 0 with every sample, there is no attention
-mask, and transformers sees from the positions where a sample ends, so that none attends to another.
-That holds for models with one position a token that hand `position_ids` on (LLaVA and its relatives);
-Qwen-VL has three and makes them itself, window and linear attention may reach over the borders. So
-nothing is believed: `check_packable` compares two samples packed with the two apart.
+mask, and transformers sees from the positions where a sample ends, so none attends to another.
+That holds for models with one position a token that hand `position_ids` on (LLaVA and its
+relatives); Qwen-VL has three and makes them itself, window and linear attention may reach over the
+borders. So nothing is believed: `check_packable` compares two samples packed with the two apart.
 """
 
 from __future__ import annotations
