@@ -30,8 +30,7 @@ from training.settings import ConfigError
 from training.stages import STAGES, freeze
 from training.step import TERMS, DistillStep
 from training.teacher import OnlineTeacher, run_to_head
-from training.teacher_cache import cost, fill, identity, store, use
-from training.teacher_cache.command import make
+from training.teacher_cache import command, cost, fill, identity, store, use
 from training.trainer import DistillTrainer
 
 ALONE: Any = SimpleNamespace(process_index=0, num_processes=1, is_local_main_process=False)
@@ -484,15 +483,22 @@ def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, monkeypatch,
     assert curves(run(again, say=lambda _: None)) == whole
 
 
+def test_a_stream_is_looked_up_as_it_comes_and_cannot_be_stored(root, rows, tmp_path, monkeypatch):
+    use.probe(rows, iter(()))
+    monkeypatch.setattr(command, "load_data", lambda *_: iter(()))
+    with pytest.raises(ConfigError, match="data: the captions are a stream, expected"):
+        command.make(caching(root, tmp_path), say=lambda _: None)
+
+
 def test_a_run_stops_before_it_starts(root, tmp_path, capsys):
     config = caching(root, tmp_path, visual=False)
     with pytest.raises(ConfigError, match=r"visual: got false, but dpt.loss has visual 1.0 and"):
-        make(config, say=lambda _: None)
+        command.make(config, say=lambda _: None)
     file = tmp_path / "config.yaml"
     file.write_text(settings.dump(config))
     assert main(["run", "--config", str(file)]) == 2
     assert "dpt: no manifest.json there, expected a teacher cache" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"none of dpt, dft is among .* \['sft'\]"):
-        make(dataclasses.replace(config, stages=("sft",)), say=lambda _: None)
+        command.make(dataclasses.replace(config, stages=("sft",)), say=lambda _: None)
     with pytest.raises(ConfigError, match=r"teacher: got null, expected a path: the model whose"):
-        make(dataclasses.replace(config, teacher=None), say=lambda _: None)
+        command.make(dataclasses.replace(config, teacher=None), say=lambda _: None)

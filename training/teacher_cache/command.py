@@ -5,7 +5,7 @@ Nothing is written, and no teacher is loaded, before the cost of all stages is k
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,11 @@ def _stages(config: Config) -> list[Stage]:
 
 def _job(config: Config, stage: Stage, processor: Any, path: Path, teacher: str) -> _Job:
     dataset = load_data(config, processor, stage.data, stage.template)
+    if not isinstance(dataset, Sized):
+        raise ConfigError(
+            f"data: the {stage.data} are a stream, expected data that can be counted; save them to "
+            "disk first, or run the teacher online (teacher_cache.path=null)"
+        )
     options = config.teacher_cache
     counted = cost.cost_of(
         path / stage.name,

@@ -10,7 +10,7 @@ there (`open_rows`, `probe`), else at the sample.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +142,9 @@ def open_rows(config: Config, stage: str, loss: mk.LlavaKDLoss, processor: Any) 
 
 
 def probe(rows: TeacherRows, dataset: Any) -> None:
-    """Look a few samples of the stage's data up; `DataError` if one is not as it was stored."""
-    for index in spread(len(dataset), PROBES):
+    """Look a few samples of the stage's data up; `DataError` if one is not as it was stored. Of a
+    stream each sample is looked up as it comes, and none before."""
+    for index in spread(len(dataset) if isinstance(dataset, Sized) else 0, PROBES):
         rows.rows(identity.mark_of(dataset[index]))
 
 
