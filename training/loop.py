@@ -138,6 +138,7 @@ def _train(
     collator = collator_of(config.data, (model, processor), source, own)
     if stage.name in stored_stages(config):
         source, collator = use_stored(config, stage.name, loss, processor, dataset, collator)
+        say(f"{folder.name}: learns from {source.name}; no teacher runs")
     step = DistillStep(model, source, loss)
     samples = epoch_size(dataset)
     steps = _steps(options, samples)

@@ -117,7 +117,7 @@ def outcome(root, data, teacher, collator, batches=BATCHES, **weights):
     for chosen in batches:
         out = step(counts=counts, **collator([data[i] for i in chosen]))
         out.loss.backward()
-        terms.append(torch.stack([*out]).detach())
+        terms.append(torch.stack([getattr(out, term) for term in ("loss", *TERMS)]).detach())
     return terms, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from training.config import Config, require
 from training.data.collate import Collator
 from training.loop import load_data, on_main, processes
-from training.models import CheckpointError, build_processor, load_vlm
+from training.models import build_processor, load_processor, load_vlm
 from training.pairs import check_processors
 from training.settings import ConfigError
 from training.stages import STAGES, Stage, loss_of
@@ -41,6 +41,7 @@ def make(config: Config, *, dry_run: bool = False, say: Callable[[str], None] = 
         say: how messages are told.
 
     Raises:
+        CheckpointError: teacher and student do not fit (`training.pairs`).
         ConfigError: a path is missing, the disk is too small, or the folder holds something else.
         DataError: a sample cannot be encoded, or the teacher makes NaN of it.
     """
@@ -48,22 +49,19 @@ def make(config: Config, *, dry_run: bool = False, say: Callable[[str], None] = 
     say = say if state.is_main_process else _silent
     path = Path(require(config.teacher_cache.path, "teacher_cache.path", "a folder to store into"))
     teacher_name = require(config.teacher, "teacher", "the model whose hidden states are stored")
-    processor = build_processor(config.model)
-    jobs = [_job(config, stage, processor, path, teacher_name) for stage in _stages(config)]
+    processor, its_processor = build_processor(config.model), load_processor(teacher_name)
+    stages = _stages(config)
+    report = check_processors(processor, its_processor, visual=config.teacher_cache.visual)
+    say(str(report))
+    report.require()
+    own = its_processor if report.own_batch else None
+    jobs = [_job(config, stage, (processor, own), path, teacher_name) for stage in stages]
     for job in jobs:
         say(str(job.cost))
     on_main(lambda: cost.check([job.cost for job in jobs]))
     if dry_run:
         return
-    model, its_processor = load_vlm(teacher_name)
-    report = check_processors(processor, its_processor, visual=True)
-    report.require()
-    if report.own_batch:
-        raise CheckpointError(
-            f"teacher: {teacher_name} needs ids or pixels of its own, and stored rows are of the "
-            f"student's; run it online (teacher_cache.path=null): {report.texts('note')}"
-        )
-    teacher = OnlineTeacher(model)
+    teacher = OnlineTeacher(load_vlm(teacher_name)[0], own)
     for job in jobs:
         work = _pass(config, job, teacher, processor, teacher_name)
         on_main(work.claim)
@@ -90,8 +88,12 @@ def _stages(config: Config) -> list[Stage]:
     return [STAGES[name] for name in names]
 
 
-def _job(config: Config, stage: Stage, processor: Any, path: Path, teacher: str) -> _Job:
-    dataset = load_data(config, processor, stage.data, stage.template)
+def _job(
+    config: Config, stage: Stage, processors: tuple[Any, Any], path: Path, teacher: str
+) -> _Job:
+    """A stage's data, with the teacher's own view where it has a processor, and their cost."""
+    processor, own = processors
+    dataset = load_data(config, processor, stage.data, stage.template, own)
     if not isinstance(dataset, Sized):
         raise ConfigError(
             f"data: the {stage.data} are a stream, expected data that can be counted; save them to "
@@ -133,7 +135,7 @@ def _pass(
         folder=job.cost.folder,
         teacher=teacher,
         dataset=job.dataset,
-        collator=Collator(processor),
+        collator=Collator(processor, teacher.processor),
         manifest=manifest,
         batch_size=config.teacher_cache.batch_size,
         workers=config.data.workers,

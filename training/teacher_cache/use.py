@@ -10,7 +10,7 @@ there (`open_rows`, `probe`), else at the sample.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,10 @@ PROBES = 8  # samples looked up before the first step
 class CachedTeacher:
     """A `training.teacher.Teacher` that is not run: its rows come with the batch."""
 
+    processor: Any = None  # makes no batches
+
     def __init__(self, rows: TeacherRows) -> None:
+        self.name = f"{rows.manifest.teacher['name']}, stored in {rows.folder}"
         self.image_token_id = rows.manifest.image_token_id
         self.processor = None  # what is stored was made of the student's own batches
         self._head = read_head(rows.folder, rows.manifest.softcap)
@@ -144,7 +147,8 @@ def open_rows(config: Config, stage: str, loss: mk.LlavaKDLoss, processor: Any) 
 def probe(rows: TeacherRows, dataset: Any) -> None:
     """Look a few samples of the stage's data up; `DataError` if one is not as it was stored. Of a
     stream each sample is looked up as it comes, and none before."""
-    for index in spread(len(dataset) if isinstance(dataset, Sized) else 0, PROBES):
+    samples = len(dataset) if hasattr(dataset, "__len__") else 0
+    for index in spread(samples, PROBES):
         rows.rows(identity.mark_of(dataset[index]))
 
 
