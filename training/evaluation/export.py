@@ -4,7 +4,7 @@ For lmms-eval (names and arguments as of its version 0.7.3) a folder that can be
 
     model/      the model and its processor, with the chat template, as transformers loads them
     tasks.txt   the benchmarks of LLaVA-KD's tables by their names there, one a line
-    run.sh      the command; more arguments are passed on, GPUS=8 sets the processes
+    run.sh      the command; GPUS, DEVICE and TASKS change it, more arguments are passed on
 
 lmms-eval has a wrapper for each family of models, and some overrule the processor's own image
 sizes: those are passed on, so that the student sees what it saw in training.
@@ -39,12 +39,19 @@ WRAPPERS = {
 TASKS = """vqav2_val gqa vizwiz_vqa_val scienceqa_img textvqa_val mme mmbench_en_dev mmbench_cn_dev
 pope mmmu_val"""
 
+# With one process each wrapper is told where the model goes (one of them fails if it is not); with
+# several it gives each its own GPU, unless it is told.
 RUN = """#!/bin/sh
 # pip install lmms-eval, then: sh run.sh, or for instance GPUS=8 sh run.sh --limit 100
 cd "$(dirname "$0")" || exit 1
+ARGS={arguments}
+if [ "${{GPUS:-1}}" = 1 ]; then
+    ARGS="$ARGS,device=${{DEVICE:-cuda}},device_map=${{DEVICE:-cuda}}"
+fi
 exec accelerate launch --num_processes "${{GPUS:-1}}" -m lmms_eval \\
-    --model {wrapper} --model_args {arguments} \\
-    --tasks "$(paste -sd, tasks.txt)" --batch_size 1 --output_path logs --log_samples "$@"
+    --model {wrapper} --model_args "$ARGS" \\
+    --tasks "${{TASKS:-$(paste -sd, tasks.txt)}}" --batch_size 1 \\
+    --output_path logs --log_samples "$@"
 """
 
 

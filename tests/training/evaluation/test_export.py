@@ -44,19 +44,27 @@ def test_the_command_is_a_shell_script_with_the_tasks(folder, tmp_path):
     stand_in = tmp_path / "accelerate"
     stand_in.write_text('#!/bin/sh\npwd\nprintf "%s\\n" "$@"\n')
     stand_in.chmod(0o755)
-    shown = subprocess.run(
-        ["sh", "out/run.sh", "--limit", "8"],
-        cwd=folder,
-        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "GPUS": "2"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    assert shown[0] == str(folder / "out")
-    tasks = (folder / "out" / "tasks.txt").read_text().split()
-    model = "--model llava_hf --model_args pretrained=model"
-    asked = f"--tasks {','.join(tasks)} --batch_size 1 --output_path logs --log_samples --limit 8"
-    assert shown[1:] == shlex.split(f"launch --num_processes 2 -m lmms_eval {model} {asked}")
+    tasks = ",".join((folder / "out" / "tasks.txt").read_text().split())
+    one = "pretrained=model,device=cuda,device_map=cuda"
+    for env, arguments in (
+        ({"GPUS": "2"}, f"2 pretrained=model {tasks}"),
+        ({}, f"1 {one} {tasks}"),
+        ({"DEVICE": "cpu", "TASKS": "pope"}, f"1 {one.replace('cuda', 'cpu')} pope"),
+    ):
+        shown = subprocess.run(
+            ["sh", "out/run.sh", "--limit", "8"],
+            cwd=folder,
+            env={"PATH": f"{tmp_path}:/usr/bin:/bin", **env},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+        processes, model, names = arguments.split()
+        assert shown == shlex.split(
+            f"{folder / 'out'} launch --num_processes {processes} -m lmms_eval --model llava_hf "
+            f"--model_args {model} --tasks {names} --batch_size 1 --output_path logs --log_samples "
+            "--limit 8"
+        )
 
 
 def test_image_sizes_are_passed_on():

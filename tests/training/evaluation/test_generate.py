@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
-from tests.training import tiny
+from tests.training import tiny, tiny_pairs
 from training.__main__ import main
 from training.data.records import DataError
 from training.evaluation.generate import Answer, Prompt, Writer, load
@@ -66,6 +67,31 @@ def test_a_batch_writes_what_each_prompt_alone_does(root):
     assert together == [writer.write([prompt])[0] for prompt in prompts(root)]
     assert len({answer.text for answer in together}) > 2, "one answer to all would prove nothing"
     assert {answer.ended for answer in together} == {True, False}
+
+
+@pytest.mark.parametrize("name", tiny_pairs.MODELS)
+def test_every_class_saved_and_loaded(name, root, tmp_path):
+    """Images of other shapes than the first take other numbers of rows: more padding."""
+    path = tiny_pairs.write_model(tmp_path / name, name)
+    model, processor = load(str(path))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.5)
+    writer = Writer(model.double(), processor, max_new_tokens=6)
+    shapes = {"square": (32, 32), "wide": (64, 24)}
+    for shape, size in shapes.items():
+        Image.effect_noise(size, 90).save(tmp_path / f"{shape}.png")
+    asked = [
+        Prompt("what is this ?", (tmp_path / "square.png",)),
+        Prompt("a blue one", (tmp_path / "wide.png",)),
+        Prompt("this and this ?", (tmp_path / "wide.png", tmp_path / "square.png")),
+        Prompt("what is red"),
+    ]
+    together = writer.write(asked)
+    assert together == [writer.write([prompt])[0] for prompt in asked]
+    assert len({answer.text for answer in together}) == 4
 
 
 def test_greedy_whatever_the_generation_config_says(root):
