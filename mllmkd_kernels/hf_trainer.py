@@ -10,8 +10,9 @@ The trainer keeps its model, data, optimiser, checkpoints and wrappers; the mixi
    so that DDP and FSDP do what they do there;
 2. the normaliser: each mean is over the rows of the whole optimiser step, every micro-batch of
    every rank, so accumulation and data parallelism give the big batch's gradient;
-3. logs: the four terms apart, in training and in evaluation;
-4. `prediction_step`: logits are made only where `compute_metrics` asks for them.
+3. logs: the four terms apart (and the loss's diagnostics), in training and in evaluation;
+4. `prediction_step`: logits are made only where `compute_metrics` asks for them;
+5. the loading of checkpoints, which for some classes silently loads nothing.
 
 The teacher is an attribute of the trainer, not of its model: no optimiser, checkpoint or wrapper
 sees it. Left out: context and sequence parallelism; teachers sharded over devices.
@@ -34,8 +35,6 @@ if TYPE_CHECKING:  # importing the package must not import transformers
     from transformers import Trainer
 else:
     Trainer = object
-
-TERMS = ("ce", "response_kl", "visual_kl", "relation")
 
 
 def sum_counts(counts: RowCounts, accelerator: Accelerator) -> RowCounts:
@@ -64,7 +63,41 @@ class StepCounts(Trainer):
         return sum_counts(self.count_batches(batch_samples), self.accelerator)
 
 
-class DistillMixin(StepCounts):
+class LoadsItsCheckpoints(Trainer):
+    """For a trainer of vision-language models: a checkpoint's weights are loaded, or it raises.
+
+    transformers saves some classes (LLaVA, Qwen2.5-VL) under the names of older versions, and
+    `Trainer` loads by the newer ones, finds nothing and goes on with a warning
+    (huggingface/transformers#43701). `from_pretrained` knows both.
+    """
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        self._loading = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._loading = self.state.best_model_checkpoint
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if not (load_result.missing_keys and load_result.unexpected_keys):
+            super()._issue_warnings_after_load(load_result)
+            return
+        student: Any = self.accelerator.unwrap_model(self.model)
+        saved, info = type(student).from_pretrained(
+            self._loading, config=student.config, dtype=student.dtype, output_loading_info=True
+        )
+        if info["missing_keys"] or info["unexpected_keys"]:
+            raise ValueError(
+                f"resume_from_checkpoint: {self._loading} lacks {sorted(info['missing_keys'])} of "
+                f"{type(student).__name__} and has {sorted(info['unexpected_keys'])} besides"
+            )
+        student.load_state_dict(saved.state_dict())
+
+
+class DistillMixin(StepCounts, LoadsItsCheckpoints):
     """Goes before a `transformers.Trainer` class and makes its loss LLaVA-KD's.
 
     Args:
@@ -97,7 +130,7 @@ class DistillMixin(StepCounts):
             teacher.eval().requires_grad_(False)
             if not hasattr(teacher, "hf_device_map"):  # placed by its loader, maybe quantised
                 teacher.to(self.args.device)
-        self._sums = {True: self._no_terms(), False: self._no_terms()}  # by training or not
+        self._sums: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}  # by training or not
         self._counted_from: int | None = None
         self._eval_batches = 0
 
@@ -132,7 +165,10 @@ class DistillMixin(StepCounts):
         output = forward_through(model, student, forward, inputs)
         if model.training and self._counted_from is None:
             self._counted_from = self.state.global_step
-        self._sums[model.training] += torch.stack([getattr(output, t).detach() for t in TERMS])
+        sums = self._sums[model.training]
+        for name, value in output._asdict().items():
+            if name != "loss" and value is not None:
+                sums[name] = sums.get(name, 0.0) + value.detach().float()
         ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
         return (output.loss * ranks, output) if return_outputs else output.loss * ranks
 
@@ -157,7 +193,7 @@ class DistillMixin(StepCounts):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, with the four terms next to its loss: means over the batches too."""
-        self._sums[False], self._eval_batches = self._no_terms(), 0
+        self._sums[False], self._eval_batches = {}, 0
         output: Any = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         means = self._means(False, max(self._eval_batches, 1))
@@ -168,16 +204,17 @@ class DistillMixin(StepCounts):
         """Add the four terms, means over the optimiser steps since the last entry."""
         if "loss" in logs and self._counted_from is not None:
             logs.update(self._means(True, max(self.state.global_step - self._counted_from, 1)))
-            self._sums[True], self._counted_from = self._no_terms(), None
+            self._sums[True], self._counted_from = {}, None
         super().log(logs, start_time)
 
     def _means(self, training: bool, count: int) -> dict[str, float]:
         """The terms over `count` steps or batches, all ranks' shares together."""
-        sums: Any = self.accelerator.reduce(self._sums[training] / count, reduction="sum")
-        return dict(zip(TERMS, sums.tolist(), strict=True))
-
-    def _no_terms(self) -> Tensor:
-        return torch.zeros(len(TERMS), device=self.args.device)
+        sums = self._sums[training]
+        if not sums:
+            return {}
+        values = torch.stack(list(sums.values())) / count
+        means: Any = self.accelerator.reduce(values, reduction="sum")
+        return dict(zip(sums, means.tolist(), strict=True))
 
     def _set_signature_columns_if_needed(self) -> None:
         """Entries that are not the student's arguments must reach the loss all the same."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
@@ -20,7 +21,7 @@ import mllmkd_kernels as mk
 from mllmkd_kernels.batch import count_rows, image_token_id
 from mllmkd_kernels.rows import image_seqlens
 from tests import pair
-from tests.tiny_models import IMAGE, build
+from tests.tiny_models import IMAGE, VISION, build, llava
 
 EAGER = mk.LlavaKDLoss(backend="eager")
 # fp32 sums in another order; a factor of the micro-batches or the ranks, or an unweighted mean of
@@ -203,6 +204,53 @@ def test_without_teacher_it_is_cross_entropy(tmp_path: Path) -> None:
     logged = run.state.log_history[0]
     assert logged["loss"] == pytest.approx(float(expected), rel=1e-4)
     assert logged["response_kl"] == logged["visual_kl"] == logged["relation"] == 0
+
+
+def test_a_resumed_run_goes_on(tmp_path: Path) -> None:
+    """Same terms in the log, over the right number of steps, and the same weights."""
+    options = {"max_steps": 4, "logging_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    student, teacher = pair.models()
+    whole = trainer(tmp_path, student, teacher, **options)
+    whole.train()
+    again = trainer(tmp_path, pair.models()[0], teacher, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    logs = [[e for e in run.state.log_history if "ce" in e] for run in (whole, again)]
+    for ours, theirs in zip(*logs, strict=True):
+        for key in ("step", "loss", "ce", "response_kl", "visual_kl", "relation"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
+    weights = zip(student.parameters(), again.model.parameters(), strict=True)  # pyright: ignore[reportOptionalMemberAccess]
+    assert all(torch.equal(one, other) for one, other in weights)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path, *pair.models(), save_strategy="steps", save_steps=1)
+    run.train()
+    deeper, _ = llava(tf.SiglipVisionConfig(**{**VISION, "num_hidden_layers": 3}))
+    other = trainer(tmp_path / "other", deeper, None, max_steps=2)
+    with pytest.raises(ValueError, match=r"checkpoint-1 lacks .*layers\.2.* of LlavaFor"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_text_alone_with_a_tied_head(tmp_path: Path) -> None:
+    (student, _), (teacher, _) = build("qwen2-tied"), build("llama")
+    each = [sample for sample in pair.samples() if "pixel_values" not in sample]
+    batch = pair.collate(each)
+    answers = batch["labels"][:, 1:] != -100
+    with torch.no_grad():
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        z_s, z_t = (model(**inputs).logits[:, :-1][answers] for model in (student, teacher))
+        ce = torch.nn.functional.cross_entropy(z_s, batch["labels"][:, 1:][answers])
+    run = MixedTrainer(
+        model=student,
+        args=arguments(tmp_path, per_device_train_batch_size=4),
+        train_dataset=each,
+        data_collator=pair.collate,
+        teacher=teacher,
+    )
+    run.train()
+    logged = run.state.log_history[0]
+    assert logged["loss"] == pytest.approx(float(ce + pair.kl(z_s, z_t)), rel=1e-4)
+    assert student.lm_head.weight is student.model.embed_tokens.weight
 
 
 def test_what_would_be_ignored_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from mllmkd_kernels import batch
+
 Role = Literal["vision", "projector", "language"]
 
 # Below `model.`; the longest name wins, so that `visual.merger` is not taken for the tower.
@@ -90,10 +92,8 @@ def image_token_id(model: Any) -> int:
     Raises:
         TypeError: the config names none.
     """
-    for name in ("image_token_id", "image_token_index"):
-        value = getattr(model.config, name, None)
-        if isinstance(value, int):
-            return value
+    if (token := batch.image_token_id(model)) is not None:
+        return token
     raise TypeError(
         f"model: the config of {type(model).__name__} has no image_token_id, expected the id of "
         "the token that stands for image rows"
