@@ -25,6 +25,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers.integrations import unset_hf_deepspeed_config
 
 from training.anatomy import Anatomy
 from training.settings import ConfigError
@@ -101,6 +102,7 @@ def _prepare_zero3(step: nn.Module, parts: Anatomy) -> None:
         zero.register_external_parameter(step, student.get_parameter(name))
     for parameter in student.get_output_embeddings().parameters():
         zero.register_external_parameter(step, parameter)
+    unset_hf_deepspeed_config()  # or the models of the next stage would be loaded in pieces
 
 
 def same_modules(accelerator: Accelerator, with_images: list[bool]) -> None:
@@ -130,9 +132,10 @@ def _stage(accelerator: Accelerator) -> int:
     return plugin.deepspeed_config["zero_optimization"]["stage"]
 
 
-def of_student(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """A whole state of the step as one of the student, by its own names."""
-    return {name.removeprefix("student."): value for name, value in state.items()}
+def of_student(state: dict[str, Any] | None) -> dict[str, torch.Tensor]:
+    """A whole state of the step as one of the student, by its own names; None, which some wrappers
+    give to all but the first process, as none."""
+    return {name.removeprefix("student."): value for name, value in (state or {}).items()}
 
 
 def whole(x: Any) -> Any:

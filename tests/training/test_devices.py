@@ -7,6 +7,7 @@ compares. Everything is fp64, so that a wrong factor cannot hide in rounding.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from training.trainer import DistillTrainer, Stopper
 ORDERS = {
     "uneven": [4, 9, 0, 1, 3, 8, 2, 13],  # the first process starts with text alone
     "no-image": [4, 9, 0, 1, 9, 4, 2, 13],  # and here never sees an image
+    "images": [0, 1, 3, 8, 2, 13, 5, 6],
 }
 CASES = [
     ("ddp", "sft", "uneven", 1), ("ddp", "dft", "no-image", 2), ("ddp", "dpt", "no-image", 1),
@@ -99,48 +101,57 @@ def one_step(root: Path, out: Path, wrapper: str, stage: str, order: str, accumu
     return trainer.kept, trainer.state.log_history, trainer.accelerator.distributed_type.value
 
 
-def work(root: Path) -> Any:
-    """Every case on this rank."""
+def as_launched(**environment: str) -> None:
+    """What `accelerate launch` says to each process."""
     rank = str(dist.get_rank())
     os.environ.update(
         RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1",
-        MASTER_ADDR="localhost", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+        MASTER_ADDR="localhost", **environment,
+    )  # fmt: skip
+
+
+def work(root: Path) -> Any:
+    """Every case on this rank."""
+    as_launched(
+        FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
         FSDP_STATE_DICT_TYPE="FULL_STATE_DICT", FSDP_RESHARD_AFTER_FORWARD="true",
     )  # fmt: skip
     return {case: one_step(root, root / "out", *case) for case in CASES} | {
-        "run": interrupted_run(root)
+        "run": interrupted_run(run_config(root, root / "fsdp2"), pretend_fsdp)
     }
 
 
-def run_config(root: Path, out: Path) -> Config:
-    """Two stages; the second one's samples are uneven, some micro-batches without an image."""
-    config = tiny.run_config(root, out, stages=("dpt", "dft"))
+def run_config(root: Path, out: Path, stages: tuple[str, ...] = ("dpt", "dft")) -> Config:
+    """The samples of the second stage are uneven, some micro-batches without an image."""
+    config = tiny.run_config(root, out, stages=stages)
     plan = {"steps": 4, "batch_size": 4, "micro_batch": 1}
-    return settings.build(Config, {"dpt": plan, "dft": plan}, base=config)
+    return settings.build(Config, dict.fromkeys(stages, plan), base=config)
 
 
-def interrupted_run(root: Path) -> Any:
-    """The whole flow with FSDP2, stopped after the third step of the second stage and started
-    again: what was said, the files of the checkpoint between, the loss curves."""
+def interrupted_run(config: Config, select: Callable[[], None]) -> Any:
+    """The whole flow, stopped after the third step of the last stage and started again: what was
+    said, the files of the checkpoint between, the loss curves. `select` chooses the wrapper."""
     real_arguments, real_step_end = training.loop._arguments, Stopper.on_step_end
 
     def arguments(*args: Any) -> TrainingArguments:
         os.environ["ACCELERATE_USE_FSDP"] = "false"
         made = real_arguments(*args)
-        pretend_fsdp()
+        select()
         return made
+
+    last = f"{len(config.stages)}-{config.stages[-1]}"
 
     def stop(self: Stopper, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         real_step_end(self, args, state, control, **kwargs)
-        if state.global_step == 3 and "dft" in args.output_dir:
+        if state.global_step == 3 and last in args.output_dir:
             raise KeyboardInterrupt
 
     training.loop._arguments = arguments
     Stopper.on_step_end = stop
-    config, said = run_config(root, root / "fsdp2"), []
+    said = []
     with pytest.raises(KeyboardInterrupt):
         run(config, said.append)
-    files = sorted(path.name for path in root.glob("fsdp2/2-dft/checkpoint-2/*"))
+    files = sorted(path.name for path in Path(config.out).glob(f"{last}/checkpoint-2/*"))
     Stopper.on_step_end = real_step_end
     results = run(config, said.append)
     training.loop._arguments = real_arguments
@@ -176,18 +187,24 @@ def test_loss_and_gradients_are_those_of_one_process(ranks, root: Path, case: An
 
 def test_a_stopped_fsdp2_run_goes_on_and_leaves_ordinary_folders(ranks, root: Path) -> None:
     (said, files, curves), (quiet, _, same) = (rank["run"] for rank in ranks)
-    assert any("resuming from checkpoint-2" in line for line in said) and quiet == []
     # FSDP's own form of the optimizer's state, and no second copy of the weights beside it
     assert "optimizer.bin" in files and "model.safetensors" in files
     assert "pytorch_model_fsdp.bin" not in files
-    assert curves == same
-    for result, curve in zip(run(run_config(root, root / "one"), print), curves, strict=True):
+    assert curves == same and quiet == []
+    check_run(root, run_config(root, root / "fsdp2"), said, curves)
+
+
+def check_run(root: Path, config: Config, said: list[str], curves: Any) -> None:
+    """Curves and models of an interrupted run are those of one process."""
+    assert any("resuming from checkpoint-2" in line for line in said)
+    alone = settings.build(Config, {"out": f"{config.out}-alone"}, base=config)
+    for result, curve in zip(run(alone, print), curves, strict=True):
         assert [entry["step"] for entry in curve] == [1, 2, 3, 4]
         for its, entry in zip(curve, result.history, strict=True):
             for term in ("loss", "grad_norm", *TERMS):
                 # fp32 sums in another order, through Adam, which divides by their size
                 assert its[term] == pytest.approx(entry[term], rel=1e-3, abs=1e-4), term
-        folder = root / "fsdp2" / result.model.parent.name
+        folder = Path(config.out) / result.model.parent.name
         ours, theirs = (
             AutoModelForImageTextToText.from_pretrained(path).state_dict()
             for path in (folder / "model", result.model)
@@ -195,4 +212,4 @@ def test_a_stopped_fsdp2_run_goes_on_and_leaves_ordinary_folders(ranks, root: Pa
         assert ours.keys() == theirs.keys()
         for name in theirs:
             assert relative_error(ours[name], theirs[name]) < 1e-2, name
-    assert not list(root.glob("fsdp2/*/checkpoint-*"))
+        assert not list(folder.glob("checkpoint-*"))
