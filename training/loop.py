@@ -91,15 +91,14 @@ def run(config: Config, say: Say = print) -> list[StageResult]:
     results = []
     for number, name in enumerate(config.stages, 1):
         folder = out / f"{number}-{name}"
-        if not (folder / "model").is_dir():
-            whole = _train(config, number, model, processor, teacher, folder, say)
-            if not whole:  # in pieces, and with it the tower that the teacher may share
-                teacher = _teacher(config, processor)
-        else:
+        done = (folder / "model").is_dir()
+        if done:
             say(f"{folder}: already done")
-            whole = False
+        whole = not done and _train(config, number, model, processor, teacher, folder, say)
         if not whole:
             model, processor = load_vlm(folder / "model", dtype=torch.float32)
+        if not whole and not done:  # in pieces, and with it the tower that the teacher may share
+            teacher = _teacher(config, model, processor, _silent)
         results.append(_result(config, name, model, processor, folder, say))
     return results
 
