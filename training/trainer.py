@@ -124,6 +124,9 @@ class DistillTrainer(StepCounts, Trainer):
         self._restore(path)
         self.state = TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.order if self.order is not None else super()._get_train_sampler(train_dataset)
+
     def compute_loss(
         self,
         model: torch.nn.Module,

@@ -66,8 +66,7 @@ class LlavaSource:
     def images(self, sample: Sample) -> list[Image.Image]:
         """The sample's image files, decoded."""
         return [
-            open_image(sample, i, self.image_root / name, self.image_root)
-            for i, name in enumerate(sample.images)
+            open_image(sample, i, name, self.image_root) for i, name in enumerate(sample.images)
         ]
 
 

@@ -139,7 +139,9 @@ def test_streams_are_mixed_by_weight(saved: Path, tmp_path: Path) -> None:
     assert len(list(islice(kept, 3))) == 3 and kept.skipped >= 2
 
 
-def test_several_sources_with_images_of_their_own(saved: Path, tmp_path: Path) -> None:
+def test_several_sources_with_images_of_their_own(
+    saved: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     paint(tmp_path / "a.png", 9, size=32)
     llava = write(tmp_path / "d.json", [entry("<image>\nwhat", "a coat", image="a.png")])
     named = user({"type": "image", "image": "a.png"}, "and this")
@@ -148,6 +150,9 @@ def test_several_sources_with_images_of_their_own(saved: Path, tmp_path: Path) -
     data = dataset(source(saved / "saved"), source(llava), source(path), root=tmp_path)
     assert len(data) == 7
     assert torch.equal(data[5]["pixel_values"], data[6]["pixel_values"])  # pyright: ignore
+    monkeypatch.chdir(tmp_path.parent)  # a root that is relative to where one stands
+    near = dataset(source(llava), source(path), root=Path(tmp_path.name))
+    assert torch.equal(near[0]["pixel_values"], near[1]["pixel_values"])  # pyright: ignore
     weighted = dataset(source(saved / "saved", weight=2.0), source(llava), root=tmp_path)
     order = list(weighted.sampler(2, 0, group=True))
     assert len(order) == 11 and order.count(5) == 1
