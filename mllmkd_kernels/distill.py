@@ -112,7 +112,7 @@ def fused_linear_distill(
             `plan.WORKSPACE_MB`.
         diagnostics: also return entropies and top-1 agreement of the rows, from the same sweeps.
             The teacher's, and the agreement, are None where no divergence is computed: without a
-            teacher, or with ``kd_weight=0``.
+            teacher, or with ``kd_weight=0``. The backend "cuda" has none.
 
     Returns:
         `DistillOutput` with the loss and the per-row terms. Gradients come in the dtype of what

@@ -40,6 +40,16 @@ PARAMETERS: dict[str, tuple[str | None, float]] = {
 ONE_SWEEP = frozenset({"forward_kl", "soft_cross_entropy"})
 
 
+def sweeps(divergence: str | None, want_gradient: bool) -> int:
+    """How often the logits are gone through where they do not stay at hand: log-sum-exps; values or
+    gradient, if there is either; the gradient apart, where it needs a mean over the whole row.
+    `divergence` None: no teacher.
+    """
+    teacher = divergence is not None
+    apart = teacher and want_gradient and divergence not in ONE_SWEEP
+    return 1 + (teacher or want_gradient) + apart
+
+
 @dataclass(frozen=True)
 class Divergence:
     """A divergence by name, with its parameter where it has one.

@@ -170,10 +170,9 @@ def linear_distill(
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     found = hs.new_zeros((3, hs.shape[0]) if want_diagnostics else 0, dtype=acc)
     asked = (found,) if want_diagnostics else ()
-    if chosen.algorithm == "stream":
-        results = module.distill_stream(*arguments, chosen.chunk_vocab, *asked)
-    else:
-        results = module.distill_rows(*arguments, chosen.chunk_rows, *asked)
+    stream = chosen.algorithm == "stream"
+    function = module.distill_stream if stream else module.distill_rows
+    results = function(*arguments, chosen.chunk_vocab if stream else chosen.chunk_rows, *asked)
     if want_diagnostics:
         eager.settle_(found, hs, labels, ce_weight, kd_weight, ignore_index)
     return *results, found

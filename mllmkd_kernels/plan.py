@@ -18,7 +18,7 @@ import torch
 
 from mllmkd_kernels import hardware
 from mllmkd_kernels.choose import choose_backend
-from mllmkd_kernels.divergence import ONE_SWEEP
+from mllmkd_kernels.divergence import sweeps
 
 #: Default budget for the logits of a chunk: 220 rows of two fp32 blocks at V = 151,936.
 WORKSPACE_MB = 256.0
@@ -137,6 +137,11 @@ class Shapes:
         return int(self.want_dh) + int(self.want_dw)
 
     @property
+    def sweeps(self) -> int:
+        """How often the logits are gone through, see `divergence.sweeps`."""
+        return sweeps(self.divergence if self.d_t else None, self.gradients > 0)
+
+    @property
     def floor_flops(self) -> int:
         """Every product once."""
         return 2 * self.rows * self.vocab * (self.d_s * (1 + self.gradients) + self.d_t)
@@ -252,14 +257,6 @@ def _rates(s: Shapes, gpu: hardware.Gpu) -> tuple[float, int, int]:
     return (gpu.half_flops if half else gpu.single_flops), (2 if half else 4), (2 if bf16 else 4)
 
 
-def _sweeps(s: Shapes) -> int:
-    """How often the logits are gone through: log-sum-exps; values or gradient, if there is either;
-    gradient apart, where it needs a mean over the whole row.
-    """
-    teacher, gradients = s.d_t > 0, s.gradients > 0
-    return 1 + (teacher or gradients) + (teacher and gradients and s.divergence not in ONE_SWEEP)
-
-
 def _masked_rows(s: Shapes, operand: int) -> int:
     """dW multiplies a copy of the hidden states in which rows without weight are 0."""
     return s.rows * s.d_s * operand * s.want_dw
@@ -283,7 +280,7 @@ def _chunk_on_gpu(s: Shapes, name: str, gpu: hardware.Gpu, workspace_mb: float |
     once = product(s.d_s, head_s + block) + (product(s.d_t, head_t + block) if s.d_t else 0)
     once += s.want_dh * product(s.d_s, head_s + gradient_block)
     once += s.want_dw * product(s.d_s, gradient_block + 2 * accumulator)
-    reads = 1 if name == "cuda" else _sweeps(s)
+    reads = 1 if name == "cuda" else s.sweeps
     moved = reads * blocks * block + gradient_block * (s.gradients > 0)
     seconds = chunks * (once + moved / gpu.bandwidth)
     workspace = blocks * block + _masked_rows(s, operand)
@@ -305,21 +302,20 @@ def _stream_on_gpu(s: Shapes, gpu: hardware.Gpu, workspace_mb: float | None) -> 
     """
     rate, operand, dz = _rates(s, gpu)
     columns = min(chunk_vocab(s.rows, s.vocab, dz, workspace_mb), max(s.vocab, 1))
-    sweeps = _sweeps(s)
     logits = 2 * s.rows * s.vocab * (s.d_s + s.d_t)
     folded = 2 * s.rows * s.vocab * s.d_s * s.gradients
     slices = -(-s.vocab // columns)
     moved = s.rows * s.vocab * dz * (1 + s.gradients) * (s.gradients > 0)
     moved += slices * s.rows * s.d_s * 8 * s.want_dh  # dh is read and written by every slice
-    seconds = sweeps * logits / (rate * STREAM_EFFICIENCY) + folded / rate + moved / gpu.bandwidth
+    seconds = s.sweeps * logits / (rate * STREAM_EFFICIENCY) + folded / rate + moved / gpu.bandwidth
     workspace = s.rows * columns * dz * (s.gradients > 0) + _masked_rows(s, operand)
     return Plan(
         "triton", "stream", s.rows, columns, workspace, _saved_bytes(s, 4),
-        sweeps * logits + folded, s.floor_flops, seconds, s.floor_flops / rate,
+        s.sweeps * logits + folded, s.floor_flops, seconds, s.floor_flops / rate,
         reasons=(
             f"a gradient slice of {s.rows} x {columns} x {dz} bytes fits the workspace budget",
             _wanted(s),
-            f"both heads are multiplied {sweeps} times: no logits in memory",
+            f"both heads are multiplied {s.sweeps} times: no logits in memory",
         ),
     )  # fmt: skip
 

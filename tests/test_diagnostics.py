@@ -33,6 +33,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         request.getfixturevalue("device")
         forced = functools.partial(plan.distill_plan, algorithm=algorithm)
         monkeypatch.setattr(plan, "distill_plan", forced)
+        from mllmkd_kernels.backends.triton import dealing
+
+        monkeypatch.setattr(dealing, "processors", lambda device: 1)  # a program walks all tiles
     return name
 
 
@@ -118,7 +121,7 @@ def test_16_bits(dtype: torch.dtype, way: str) -> None:
 
 def tied() -> Problem:
     """Integer logits, exact in any order of sums: the student's largest are columns 3 and 250, the
-    teacher's 250 and 299 in even rows, 299 alone in odd ones.
+    teacher's 250 and 299 in even rows, 299 alone in odd ones. The first tile of any size agrees.
     """
     hs, ws = torch.ones(6, 4), torch.zeros(300, 4)
     ws[[3, 250]] = 2.0
@@ -129,8 +132,9 @@ def tied() -> Problem:
     return Problem(hs, ws, ht, wt, torch.arange(6), kd_weight=torch.full((6,), 0.5))
 
 
-def test_one_of_several_tied_tokens_is_enough(way: str) -> None:
-    out = ask(tied(), way)
+@pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "value"])
+def test_one_of_several_tied_tokens_is_enough(way: str, gradient: bool) -> None:
+    out = ask(tied(), way, gradient=gradient)
     assert out.agreement is not None and out.agreement.tolist() == [1.0, 0.0] * 3
 
 
@@ -187,6 +191,17 @@ def test_they_do_not_depend_on_the_divergence(divergence: str, kernels: str) -> 
 def test_they_have_no_gradient(backend: str) -> None:
     out = ask(problem("one_row"), backend)
     assert not any(getattr(out, name).requires_grad for name in NAMES)
+
+
+@pytest.mark.usefixtures("device")
+def test_the_row_kernel_of_the_cuda_backend_refuses() -> None:
+    from mllmkd_kernels.backends.triton import clustered
+
+    p, one = few("larger_student"), torch.ones(4)
+    arguments: list[Any] = [p.hs, p.ws, None, p.ht, p.wt, None, p.labels, one, one, "jsd", 0.5]
+    arguments += [1.0, 0.0, 0.0, p.vocab, -100, False, False, False, 4]
+    with pytest.raises(ValueError, match="diagnostics: the row kernel of backend 'cuda' has none"):
+        clustered.distill_rows(*arguments, torch.zeros(3, 4))
 
 
 # --- in LLaVA-KD's loss ---------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_the_plan_counts_what_the_kernels_do(
     assert stream.flops == walk.flops(n, v, d_s, d_t, table, *wants)
     moved = rows.bytes_moved(n, v, d_t > 0, divergence, 2 if any(wants) else 0)
     blocks = 1 + (d_t > 0)
-    assert moved == n * v * (4 * blocks * plan._sweeps(s) + 2 * any(wants))
+    assert moved == n * v * (4 * blocks * s.sweeps + 2 * any(wants))
 
 
 def test_log_probabilities(device: torch.device) -> None:

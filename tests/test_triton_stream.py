@@ -17,6 +17,7 @@ from torch import Tensor
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import reference
+from mllmkd_kernels.divergence import sweeps
 from tests.problems import (
     DIVERGENCES,
     PROBLEMS,
@@ -301,9 +302,9 @@ def test_a_label_outside_the_vocabulary_is_named(device: torch.device) -> None:
 def test_flops_are_those_of_the_sweeps() -> None:
     from mllmkd_kernels.backends.triton import walk
 
-    assert [walk.sweeps(d, True) for d in (None, "forward_kl", "soft_cross_entropy")] == [2, 2, 2]
-    assert [walk.sweeps(d, True) for d in DIVERGENCES[1:6]] == [3] * 5
-    assert [walk.sweeps(d, False) for d in (None, *DIVERGENCES)] == [1] + [2] * 7
+    assert [sweeps(d, True) for d in (None, "forward_kl", "soft_cross_entropy")] == [2, 2, 2]
+    assert [sweeps(d, True) for d in DIVERGENCES[1:6]] == [3] * 5
+    assert [sweeps(d, False) for d in (None, *DIVERGENCES)] == [1] + [2] * 7
     assert walk.flops(2, 3, 5, 7, "jsd", True, True) == 2 * 6 * (3 * 12 + 2 * 5)
     assert walk.flops(2, 3, 5, 0, None, False, False) == 2 * 6 * 5
 

@@ -79,6 +79,13 @@ def _distill(algorithm: str) -> list[Call]:
         call("no gradient", gradient=False),
         call("diagnostics", diagnostics=True),
         call("diagnostics, jsd, temperature", diagnostics=True, divergence="jsd", temperature=2.0),
+        call(
+            "diagnostics, soft-cap, bias, temperature",
+            diagnostics=True,
+            cap=30.0,
+            bias=True,
+            temperature=2.0,
+        ),  # fmt: skip
         call("diagnostics, no gradient", diagnostics=True, gradient=False),
         call("fp16", shape=Shape(dtype=torch.float16)),
         call("fp32", NOTHING, shape=Shape(dtype=torch.float32)),

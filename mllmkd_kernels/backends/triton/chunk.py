@@ -53,6 +53,10 @@ def _distill(
         ht = wt = kd_weight = None
     eager.check_labels(labels, vocab, ignore_index)
     n = hs.shape[0]
+    if diagnostics is not None and losses is not row_losses:
+        raise ValueError(
+            "diagnostics: the row kernel of backend 'cuda' has none; backend='triton' computes them"
+        )
     every = slice(0, n)
     dead = eager.dead_rows(hs, every, labels, ce_weight, kd_weight, ignore_index)
     # The kernel writes dz = 0 for rows without weight; 0 · NaN of their hidden states would be NaN.
@@ -108,10 +112,7 @@ def _cluster_losses(
     seen: Tensor | None,
 ) -> Tensor | None:
     """`rows.row_losses` by the CUDA kernel that reads a row once."""
-    if seen is not None:
-        raise ValueError(
-            "diagnostics: backend 'cuda' has no entropies and no agreement; 'triton' has them"
-        )
+    assert seen is None
 
     def broken(z: Tensor | None, cap: float) -> Tensor | None:
         # every product of a hidden state that is not finite is ±inf or NaN, so one column tells

@@ -38,6 +38,7 @@ from mllmkd_kernels.backends.triton.tiles import (
     softcap,
     softcap_slope,
 )
+from mllmkd_kernels.divergence import sweeps
 
 #: Rows of a logit block start this many elements apart, or a multiple: 64 bytes in fp32.
 ALIGN = 16
@@ -354,8 +355,6 @@ def bytes_moved(
     """Bytes that `row_losses` reads and writes in memory, the V-long ones; `dz_bytes` is the size
     of an element of dz, 0 where no gradient is wanted.
     """
-    sweeps = 1
-    if not whole_block(vocab, block):
-        sweeps += teacher or dz_bytes > 0
-        sweeps += teacher and dz_bytes > 0 and divergence in NEEDS_MEAN
-    return rows * vocab * (sweeps * 4 * (1 + teacher) + dz_bytes)
+    whole = whole_block(vocab, block) > 0
+    reads = 1 if whole else sweeps(divergence if teacher else None, dz_bytes > 0)
+    return rows * vocab * (reads * 4 * (1 + teacher) + dz_bytes)

@@ -25,6 +25,7 @@ from mllmkd_kernels.backends.triton import stream
 from mllmkd_kernels.backends.triton.divergence import NEEDS_MEAN
 from mllmkd_kernels.backends.triton.heads import Head
 from mllmkd_kernels.backends.triton.observe import counted
+from mllmkd_kernels.divergence import sweeps
 
 #: Columns are taken in multiples of a tile's width, so that a logit comes out of the same tile in
 #: every sweep. Where logits are 1e4, one that is an ulp off the maximum that an earlier sweep found
@@ -33,13 +34,6 @@ ALIGNED = 128
 
 #: Fewer columns at a time than this would leave most of a GPU idle.
 LEAST_COLUMNS = 512
-
-
-def sweeps(divergence: str | None, want_gradient: bool) -> int:
-    """How many times each head is multiplied to make logits; `divergence` None: no teacher."""
-    if divergence is None:
-        return 2 if want_gradient else 1
-    return 3 if want_gradient and divergence in NEEDS_MEAN else 2
 
 
 def flops(
