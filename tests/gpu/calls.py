@@ -85,7 +85,7 @@ def _distill(algorithm: str) -> list[Call]:
             cap=30.0,
             bias=True,
             temperature=2.0,
-        ),  # fmt: skip
+        ),
         call("diagnostics, no gradient", diagnostics=True, gradient=False),
         call("fp16", shape=Shape(dtype=torch.float16)),
         call("fp32", NOTHING, shape=Shape(dtype=torch.float32)),
