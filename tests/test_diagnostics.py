@@ -197,11 +197,12 @@ def test_they_have_no_gradient(backend: str) -> None:
 def test_the_row_kernel_of_the_cuda_backend_refuses() -> None:
     from mllmkd_kernels.backends.triton import clustered
 
+    distill_rows: Any = clustered.distill_rows  # a star among the arguments is beyond pyright
     p, one = few("larger_student"), torch.ones(4)
     arguments: list[Any] = [p.hs, p.ws, None, p.ht, p.wt, None, p.labels, one, one, "jsd", 0.5]
     arguments += [1.0, 0.0, 0.0, p.vocab, -100, False, False, False, 4]
     with pytest.raises(ValueError, match="diagnostics: the row kernel of backend 'cuda' has none"):
-        clustered.distill_rows(*arguments, torch.zeros(3, 4))
+        distill_rows(*arguments, torch.zeros(3, 4))
 
 
 # --- in LLaVA-KD's loss ---------------------------------------------------------------------------
