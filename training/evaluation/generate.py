@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
-from training.data.dataset import BROKEN_IMAGE, WHOLE_IMAGE
 from training.data.records import Place, fault
+from training.data.sources import BROKEN_IMAGE, WHOLE_IMAGE
 from training.models import load_vlm
 from training.settings import ConfigError
 
