@@ -233,6 +233,11 @@ class Config:
     teacher: str | None = setting(
         None, "folder or hub name of the teacher (any image-text-to-text model), for dpt and dft"
     )
+    teacher_dtype: str = setting(
+        "auto",
+        "the frozen teacher's weights: auto (as its checkpoint has them), or half the memory",
+        choices=("auto", "fp32", "bf16"),
+    )
     teacher_cache: TeacherCacheConfig = section(
         TeacherCacheConfig, "the teacher's hidden states, stored once by `cache`"
     )

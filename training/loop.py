@@ -34,7 +34,7 @@ from training.data.template import TemplateName
 from training.evaluation.held_out import Scores, evaluate
 from training.interrupt import Interrupted
 from training.journal import Journal, write_whole
-from training.models import Processor, Vlm, build_model, load_vlm, save_model
+from training.models import DTYPES, Processor, Vlm, build_model, load_vlm, save_model
 from training.pairs import check_pair
 from training.progress import LOG, Place
 from training.stages import STAGES, freeze, loss_of
@@ -234,7 +234,7 @@ def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> Onli
     if not needed:
         return None
     path = require(config.teacher, "teacher", f"stage {needed[0]} compares with a teacher")
-    teacher, its_processor = load_vlm(path)
+    teacher, its_processor = load_vlm(path, dtype=DTYPES[config.teacher_dtype])
     losses = [config.stage(name).loss for name in needed]
     visual = any(loss.visual or loss.relation for loss in losses)
     report = check_pair(model, processor, teacher, its_processor, visual=visual)

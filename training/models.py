@@ -59,6 +59,7 @@ CHAT_TEMPLATE = (
 # forward, a tokenizer) is no type of transformers'.
 Vlm = Any
 Processor = Any
+DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class CheckpointError(ValueError):

@@ -18,13 +18,14 @@ def share_tower(
 ) -> bool:
     """Let the teacher use the student's vision tower if the two are equal; say whether they are.
 
-    Equal means weight by weight, and read at the same layer. Then the tower is in memory once and
-    runs once a batch; each model applies its own projector to its output.
+    Equal means weight by weight, in the coarser of their two dtypes (a bf16 teacher's tower is the
+    student's, rounded), and read at the same layer. Then the tower is in memory once and runs once
+    a batch; each model applies its own projector to its output.
     """
     ours, theirs = student.model.vision_tower, teacher.model.vision_tower
     same_output = _selection(student.config) == _selection(teacher.config)
     a, b = ours.state_dict(), theirs.state_dict()
-    equal = a.keys() == b.keys() and all(torch.equal(a[key], b[key].to(a[key])) for key in a)
+    equal = a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
     if equal and same_output:
         teacher.model.vision_tower = ours
     return equal and same_output
@@ -44,3 +45,8 @@ def image_features(
 
 def _selection(config: LlavaConfig) -> tuple[Any, str]:
     return config.vision_feature_layer, config.vision_feature_select_strategy
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(a.to(dtype), b.to(a.device, dtype))

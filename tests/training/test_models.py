@@ -229,6 +229,10 @@ def test_tower_is_shared_only_if_equal(built, tower, tmp_path):
     teacher, _ = build_model(tiny.model_config(tower, hidden=24), 1)
     assert share_tower(student, teacher)
     assert teacher.model.vision_tower is student.model.vision_tower
+    rounded, _ = build_model(tiny.model_config(tower, hidden=24), 1)
+    rounded.to(torch.bfloat16)
+    assert share_tower(student, rounded), "the student's tower, rounded"
+    assert rounded.model.vision_tower.dtype == torch.float32
     other, _ = build_model(tiny.model_config(tiny.write_tower(tmp_path / "t2", seed=9)), 1)
     assert not share_tower(student, other)
     assert other.model.vision_tower is not student.model.vision_tower

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -13,24 +15,18 @@ from training.config import LossConfig
 from training.stages import STAGES, freeze, loss_of
 from training.step import TERMS, DistillStep
 
-# The classes of the shipped recipes, and those whose parts lie elsewhere.
-CLASSES = [
-    "llava-siglip-full",
-    "llava-onevision",
-    "qwen2.5-vl",
-    "qwen3-vl",
-    "internvl",
-    "smolvlm",
-    "gemma3",
-]
 PROJECTORS = {
     "llava-siglip-full": "model.multi_modal_projector.",
+    "llava-clip-default": "model.multi_modal_projector.",
     "llava-onevision": ("model.multi_modal_projector.", "model.image_newline"),
+    "qwen2-vl": "model.visual.merger.",
     "qwen2.5-vl": "model.visual.merger.",
     "qwen3-vl": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
     "internvl": "model.multi_modal_projector.",
+    "idefics3": "model.connector.",
     "smolvlm": "model.connector.",
     "gemma3": "model.multi_modal_projector.",
+    "paligemma2-softcap": "model.multi_modal_projector.",
 }
 
 
@@ -79,7 +75,7 @@ def expected_terms(student, teacher, batch, batch_t):
     return dict(zip(TERMS, map(float, terms), strict=True))
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", tiny_models.WITH_IMAGES)
 def test_terms_are_those_of_the_models_own_logits(name):
     (student, batch), (teacher, _) = built(name), built(name, seed=1)
     step = step_of("dft", student, teacher)
@@ -91,7 +87,7 @@ def test_terms_are_those_of_the_models_own_logits(name):
     assert all(p.grad is None for p in teacher.parameters())
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", tiny_models.WITH_IMAGES)
 def test_roles(name):
     student, batch = built(name)
     parts = anatomy(student)
@@ -134,6 +130,17 @@ def test_a_teacher_with_a_batch_of_its_own():
     output = step_of("dft", student, teacher)(**batch, teacher=own)
     for term, value in expected_terms(student, teacher, batch, own).items():
         assert float(getattr(output, term)) == pytest.approx(value, rel=1e-4, abs=1e-6), term
+
+
+def test_a_bf16_teacher_of_a_shared_tower():
+    (student, batch), (teacher, _) = built("llava-siglip-full"), built("llava-siglip-full", 1)
+    teacher.model.vision_tower.load_state_dict(student.model.vision_tower.state_dict())
+    full = step_of("dft", student, copy.deepcopy(teacher))(**batch)
+    step = step_of("dft", student, teacher.to(torch.bfloat16))
+    assert step.shared
+    for term in TERMS:  # 8 bits of mantissa in each of the teacher's layers
+        ours, exact = float(getattr(step(**batch), term)), float(getattr(full, term))
+        assert ours == pytest.approx(exact, rel=0.1, abs=1e-4), term
 
 
 def test_a_teacher_of_another_class():

@@ -13,7 +13,7 @@ from typing import Any
 from training.config import Config, require
 from training.data.collate import Collator
 from training.loop import load_data, on_main, processes
-from training.models import build_processor, load_processor, load_vlm
+from training.models import DTYPES, build_processor, load_processor, load_vlm
 from training.pairs import check_processors
 from training.settings import ConfigError
 from training.stages import STAGES, Stage, loss_of
@@ -61,7 +61,8 @@ def make(config: Config, *, dry_run: bool = False, say: Callable[[str], None] = 
     on_main(lambda: cost.check([job.cost for job in jobs]))
     if dry_run:
         return
-    teacher = OnlineTeacher(load_vlm(teacher_name)[0], own)
+    model, _ = load_vlm(teacher_name, dtype=DTYPES[config.teacher_dtype])
+    teacher = OnlineTeacher(model, own)
     for job in jobs:
         work = _pass(config, job, teacher, processor, teacher_name)
         on_main(work.claim)
