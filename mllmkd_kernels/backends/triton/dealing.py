@@ -13,8 +13,9 @@ from mllmkd_kernels.backends.triton import tables
 from mllmkd_kernels.backends.triton.heads import INTERPRETED, Head
 
 #: Columns of a part of a tile, see `heads.parts_of`: few enough for no divergence to spill. In
-#: `gradient` a part is also written, a row of it being a sector of 32 bytes of bf16.
-PART_COLUMNS = {"statistics": 16, "values": 8, "gradient": 16}
+#: `gradient` a part is also written, a row of it being a sector of 32 bytes of bf16; with votes
+#: half of that, or it spills.
+PART_COLUMNS = {"statistics": 16, "values": 8, "gradient": 16, "gradient with votes": 8}
 
 #: Streaming multiprocessors of an H100, assumed where there is no GPU to ask.
 PROCESSORS = 132

@@ -375,7 +375,7 @@ def gradient(
     arguments += [labels, facts, dz, partial, votes, n, columns.start, columns.stop, dz.stride(0)]
     arguments += [scale, param, divergence]
     constants = {**_widths(student, teacher), "TMA": tma, "GROUP": GROUP_BLOCKS}
-    constants["PARTS"] = parts("gradient", use)
+    constants["PARTS"] = parts("gradient with votes" if want_votes else "gradient", use)
     constants["TWO_SCALES"] = two_scales
     gradient_kernel[(triton.cdiv(n, use["BLOCK_N"]) * tiles,)](*arguments, **(constants | use))
     return (
