@@ -134,6 +134,8 @@ def test_round_trip_of_every_class(name, tmp_path, monkeypatch):
         assert all(
             torch.equal(written[k].to(dtype=expected), v) for k, v in again.state_dict().items()
         )
+    student, _ = build_model(ModelConfig(path=str(tmp_path / "a")), 0)
+    assert student.dtype == torch.float32, "what is trained is fp32 whatever its checkpoint has"
     state = load_file(tmp_path / "a" / "model.safetensors")
     state.pop(next(key for key in sorted(state) if "norm" in key))
     save_file(state, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
