@@ -90,7 +90,7 @@ def _lengths(report: Report) -> str:
     bins = report.histogram()
     most = max((count for _, _, count in bins), default=1)
     rows = (
-        f"<tr><td class=n>{low:,}&ndash;{high:,}<td class=n>{count:,}"
+        f"<tr><td class=n>{low:,}{f'&ndash;{high:,}' if high > low else ''}<td class=n>{count:,}"
         f"<td><span class=bar style='width:{20 * count / most:.2f}em'></span>"
         for low, high, count in bins
     )
