@@ -13,6 +13,7 @@ continues from its newest whole checkpoint, with the same data order and the sam
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -44,6 +45,7 @@ from training.teacher_cache.use import open_rows, stored_stages, use_stored
 from training.trainer import DistillTrainer
 
 Say = Callable[[str], None]
+PROJECT = "mllmkd"  # of Trackio and W&B, where runs of several folders are compared
 
 # fields that do not change what is learned, so that a run may be continued with others
 FREE = frozenset(
@@ -280,7 +282,8 @@ def _arguments(config: Config, options: StageConfig, steps: int, folder: Path) -
         dataloader_num_workers=config.data.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
-        report_to=list(config.report_to),
+        report_to=_trackers(config),
+        project=PROJECT,
         run_name=f"{folder.parent.name}/{folder.name}",
     )
     if arguments.n_gpu > 1:
@@ -290,6 +293,17 @@ def _arguments(config: Config, options: StageConfig, steps: int, folder: Path) -
             "CUDA_VISIBLE_DEVICES"
         )
     return arguments
+
+
+def _trackers(config: Config) -> list[str]:
+    """`report_to`, if all of it is installed."""
+    for name in config.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise settings.ConfigError(
+                f"report_to: got {name!r}, which is not installed: pip install {name}"
+            )
+    os.environ.setdefault("WANDB_PROJECT", PROJECT)
+    return list(config.report_to)
 
 
 def _result(

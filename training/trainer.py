@@ -15,6 +15,7 @@ logging) is its own.
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -81,7 +82,7 @@ class DistillTrainer(StepCounts, Trainer):
         folder = Path(args.output_dir or ".")
         self.names = ("loss", *TERMS)
         if getattr(step.loss, "diagnostics", False):
-            self.names += DIAGNOSTICS
+            self.names += DIAGNOSTICS if step.teacher is not None else DIAGNOSTICS[:1]
         self.meter = Meter(self.names, args.device)
         self.watch = Watch(
             step.loss,
@@ -108,8 +109,12 @@ class DistillTrainer(StepCounts, Trainer):
         self.meter = Meter(self.names, self.args.device)
         if resume_from_checkpoint:
             self._restore(Path(resume_from_checkpoint))
-        with StopRequest() as self.stop:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            with StopRequest() as self.stop:
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if "wandb" in self.args.report_to:  # or the next stage would go on in this one's run
+                importlib.import_module("wandb").finish()
         if self.stopped_by and self.state.global_step < self.state.max_steps:
             step = f"step {self.state.global_step:,} of {self.state.max_steps:,}"
             where = self.args.output_dir

@@ -84,7 +84,9 @@ class Watch:
 
     def see(self, inputs: dict[str, Any], counts: mk.RowCounts | None, output: Any) -> None:
         """Note a micro-batch and its `LlavaKDOutput`; never waits for the device."""
-        values = torch.stack([getattr(output, name).detach().float() for name in self.names])
+        found = [getattr(output, name) for name in self.names]  # None: no such rows in this batch
+        none = torch.zeros_like(output.loss)
+        values = torch.stack([none if x is None else x.detach() for x in found]).float()
         self._seen.append(Seen(inputs, counts, values, sizes_of(inputs), self._rows))
 
     def close(

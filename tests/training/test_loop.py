@@ -224,6 +224,13 @@ def test_missing_paths_are_named(tmp_path):
         run(other, say=lambda _: None)
 
 
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = tiny.run_config(tmp_path, tmp_path / "out", stages=("sft",))
+    with pytest.raises(ConfigError, match=r"report_to: got 'trackio', .* pip install trackio"):
+        run(dataclasses.replace(config, report_to=("trackio",)), say=lambda _: None)
+
+
 def test_batch_that_does_not_divide_is_refused(tmp_path):
     config = tiny.run_config(tmp_path, tmp_path / "out", stages=("sft",))
     stage = dataclasses.replace(config.sft, batch_size=4, micro_batch=3)
