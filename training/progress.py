@@ -92,15 +92,15 @@ class Progress(TrainerCallback):
             return
         if self.journal is not None:
             self.journal.append(state.log_history[-1])
-        left = self._left(args, state)
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"{shown(logs)}{f', run {left}' if self.place.later else ''}")
+        left, run = self._left(args, state)
+        if self.bar is not None:  # which shows the stage's own time
+            self.bar.set_postfix_str(", ".join([shown(logs), *run]))
         now = time.perf_counter()
         over = state.global_step >= state.max_steps
         if self.bar is None and (over or now - self._said >= SECONDS_BETWEEN_LINES):
             self._said = now
             where = f"{self.title}: step {state.global_step:,} of {state.max_steps:,}"
-            self.say(f"{where}, {left} left, {shown(logs)}")
+            self.say(f"{where}, {', '.join([f'{left} left', *run, shown(logs)])}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar, leaving its last line."""
@@ -108,16 +108,16 @@ class Progress(TrainerCallback):
             self.bar.close()
             self.bar = None
 
-    def _left(self, args: Any, state: Any) -> str:
-        """``1:02:03`` for the only stage, ``1:02:03 (stage 2 of 3; all ~5:10:00)`` for others."""
+    def _left(self, args: Any, state: Any) -> tuple[str, list[str]]:
+        """Time left of the stage; and of the run, if there are other stages."""
         done = max(state.global_step - self._first, 1)
         a_step = (time.perf_counter() - self._start) / done
-        samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         left = (state.max_steps - state.global_step) * a_step
         if self.place.of == 1:
-            return clock(left)
+            return clock(left), []
+        samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         total = self.place.total_left(left, a_step / samples)
-        return f"{clock(left)} (stage {self.place.number} of {self.place.of}; all {total})"
+        return clock(left), [f"stage {self.place.number} of {self.place.of}, run {total}"]
 
 
 def shown(logs: dict[str, float]) -> str:

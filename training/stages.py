@@ -76,5 +76,6 @@ def loss_of(stage: Stage, weights: LossConfig) -> mk.LlavaKDLoss:
         relation=weight("relation"),
         temperature=weights.temperature,
         divergence=weights.divergence,
+        diagnostics=True,  # for the log, out of what the loss computes anyway
         backend=weights.backend,
     )

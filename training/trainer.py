@@ -36,6 +36,7 @@ from training.interrupt import Interrupted, StopRequest
 from training.meter import Meter
 from training.models import CheckpointError, load_state, load_vlm
 from training.progress import Place, Progress
+from training.settings import ConfigError
 from training.step import TERMS, DistillStep
 from training.watch import Watch
 
@@ -80,8 +81,10 @@ class DistillTrainer(StepCounts, Trainer):
         self.step = step
         self.processor = processor
         folder = Path(args.output_dir or ".")
+        if on_nan == "skip" and self.is_deepspeed_enabled:
+            raise ConfigError("on_nan: got 'skip', which DeepSpeed's step does not allow; use stop")
         self.names = ("loss", *TERMS)
-        if getattr(step.loss, "diagnostics", False):
+        if step.loss.diagnostics:
             self.names += DIAGNOSTICS if step.teacher is not None else DIAGNOSTICS[:1]
         self.meter = Meter(self.names, args.device)
         self.watch = Watch(
@@ -144,6 +147,8 @@ class DistillTrainer(StepCounts, Trainer):
         self.forecast.first_batch(inputs)
         output = model(**inputs, counts=num_items_in_batch)
         self.watch.see(inputs, num_items_in_batch, output)
+        if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+            self._close(None)  # its backward makes the step as well
         loss = output.loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
@@ -155,11 +160,14 @@ class DistillTrainer(StepCounts, Trainer):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """The one place between the last backward and the update: look at the step."""
         norm = sharding.whole(super()._get_grad_norm(model, grad_norm=grad_norm))
-        number = self.state.global_step + 1
-        good, self.stopped_by = self.watch.close(number, norm, self.meter, self.stop.number)
-        if not good:
+        if not self.is_deepspeed_enabled and not self._close(norm):
             model.zero_grad(set_to_none=True)  # without a gradient the optimiser does nothing
         return norm
+
+    def _close(self, norm: Any) -> bool:
+        number = self.state.global_step + 1
+        good, self.stopped_by = self.watch.close(number, norm, self.meter, self.stop.number)
+        return good
 
     def count_batches(self, batches: list[dict[str, torch.Tensor]]) -> mk.RowCounts:
         """Rows of these micro-batches, this rank's alone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -135,7 +136,12 @@ def test_run_leaves_what_the_docstring_lists(tmp_path):
                 "learning_rate",
                 "tokens_per_second",
                 "peak_gib",
+                "student_entropy",
             }
+            # a distribution over 16 words cannot be wider than uniform
+            assert 0 < entry["student_entropy"] <= math.log(16) + 1e-3
+            assert ("agreement" in entry) == ("teacher_entropy" in entry) == (result.name != "sft")
+            assert 0 <= entry.get("agreement", 0) <= 1
         assert result.scores is not None and result.scores.tokens > 0
         AutoModelForImageTextToText.from_pretrained(result.model)
         AutoProcessor.from_pretrained(result.model)

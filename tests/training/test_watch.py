@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import re
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +16,14 @@ import torch
 import mllmkd_kernels as mk
 from tests.training import tiny
 from training import settings
+from training.__main__ import main
 from training.config import Config, LossConfig
+from training.interrupt import Interrupted
+from training.journal import Journal
 from training.loop import run
+from training.meter import Meter
 from training.models import load_model
+from training.progress import Place, Progress, clock
 from training.stages import STAGES, loss_of
 from training.step import DistillStep
 from training.trainer import DistillTrainer
@@ -137,3 +145,65 @@ def test_a_stopped_run_goes_on_when_told_to_skip(config, monkeypatch):
         run(config, say=lambda _: None)
     (result,) = run(dataclasses.replace(config, on_nan="skip"), say=lambda _: None)
     assert result.summary["skipped"] == 1
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupted(config):
+        raise Interrupted(signal.SIGINT, "saved; the same command continues there")
+
+    monkeypatch.setattr("training.loop.run", interrupted)
+    assert main(["run", "--set", f"out={tmp_path}"]) == 130
+    assert capsys.readouterr().err == "SIGINT: saved; the same command continues there\n"
+
+
+def test_time_left_of_stage_and_run():
+    place = Place(2, 4, later=(("dft", 200), ("more", None)))
+    assert place.total_left(60, 0.5) == "~0:02:40 + more"
+    assert clock(90_061) == "1 d 1:01:01"
+
+
+def test_lines_where_there_is_no_terminal(tmp_path):
+    lines = []
+    progress = Progress("2-sft", Place(2, 3), tmp_path, lines.append, terminal=False)
+    args = SimpleNamespace(train_batch_size=2, gradient_accumulation_steps=2, world_size=1)
+    logs = {"loss": 1.5, "ce": 1.5, "relation": 0.0, "tokens_per_second": 1234.5, "peak_gib": 2.0}
+    state = SimpleNamespace(
+        global_step=0, max_steps=3, is_world_process_zero=True, log_history=[{"epoch": 1.0}]
+    )
+    progress.on_train_begin(args, state, None)
+    for step in (1, 2, 3):
+        state.global_step = step
+        state.log_history.append(logs | {"step": step})
+        progress.on_log(args, state, None, logs)
+    assert len(lines) == 2  # the first and the last: those between are too close
+    assert re.match(r"2-sft: step 1 of 3, 0:00:0\d left, stage 2 of 3, run ~0:00:0\d, ", lines[0])
+    assert lines[1].endswith("loss 1.500 ce 1.500 1,234 tok/s 2.0 GiB")
+    assert [entry["step"] for entry in Journal(tmp_path / "log.jsonl").read()] == [1, 2, 3]
+
+
+def test_a_journal_forgets_what_will_be_made_again(tmp_path):
+    journal = Journal(tmp_path / "log.jsonl")
+    for step in (1, 2, 3):
+        journal.append({"step": step, "loss": math.inf if step == 2 else 0.5})
+    with journal.path.open("a") as file:
+        file.write('{"step": 4, "lo')  # a kill in the middle of a line
+    assert [entry["step"] for entry in journal.read()] == [1, 2, 3]
+    journal.cut(2)
+    assert journal.path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": null}\n'
+    assert math.isnan(journal.read()[1]["loss"])
+
+
+def test_a_meter_goes_on_as_if_nothing_had_been():
+    counts = torch.tensor([5, 8, 2])
+    whole, first, second = (Meter(("loss", "ce")) for _ in range(3))
+    for meter, steps in ((whole, (0.1, 0.2, 0.7)), (first, (0.1, 0.2))):
+        for loss in steps:
+            meter.add(torch.tensor([loss, 2 * loss]), counts)
+    second.load(json.loads(json.dumps(first.state())))
+    second.add(torch.tensor([0.7, 1.4]), counts)
+    a, b = whole.entry(), second.entry()
+    assert {k: a[k] for k in ("loss", "ce", "padding")} == {
+        k: b[k] for k in ("loss", "ce", "padding")
+    }
+    assert a["padding"] == 1 - 5 / 8 and second.tokens == 15 and second.samples == 6
+    assert second.seconds >= first.seconds
