@@ -116,7 +116,9 @@ class DistillTrainer(StepCounts, Trainer):
             with StopRequest() as self.stop:
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            if "wandb" in self.args.report_to:  # or the next stage would go on in this one's run
+            if "wandb" in (
+                self.args.report_to or ()
+            ):  # or the next stage would go on in this one's run
                 importlib.import_module("wandb").finish()
         if self.stopped_by and self.state.global_step < self.state.max_steps:
             step = f"step {self.state.global_step:,} of {self.state.max_steps:,}"
