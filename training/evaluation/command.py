@@ -54,15 +54,20 @@ def evaluate(options: argparse.Namespace) -> None:
 def _held_out(options: argparse.Namespace) -> None:
     if options.json is None:
         raise ConfigError("eval: got no data, expected a LLaVA json file or --benchmark")
-    from training.data.collate import LlavaCollator
+    for name in ("questions", "annotations", "images", "split", "out", "max_new_tokens", "limit"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')}: expected it only with --benchmark")
+    size = 256 if options.batch_size is None else options.batch_size
+    if size < 1:
+        raise ConfigError(f"--batch-size: got {size}, expected 1 or more")
+    from training.data.collate import Collator
     from training.data.dataset import LlavaDataset
+    from training.evaluation.generate import load
     from training.evaluation.held_out import evaluate
-    from training.models import load_model
 
-    model, processor = load_model(options.model)
+    model, processor = load(options.model)
     data = LlavaDataset(Path(options.json), options.image_root, processor)
-    size = options.batch_size or 256
-    print(evaluate(model, data, LlavaCollator(processor), batch_size=size))
+    print(evaluate(model, data, Collator(processor), batch_size=size))
 
 
 def _benchmark(options: argparse.Namespace) -> None:

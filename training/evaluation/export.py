@@ -43,7 +43,7 @@ pope mmmu_val"""
 # several it gives each its own GPU, unless it is told.
 RUN = """#!/bin/sh
 # pip install lmms-eval, then: sh run.sh, or for instance GPUS=8 sh run.sh --limit 100
-cd "$(dirname "$0")" || exit 1
+{note}cd "$(dirname "$0")" || exit 1
 ARGS={arguments}
 if [ "${{GPUS:-1}}" = 1 ]; then
     ARGS="$ARGS,device=${{DEVICE:-cuda}},device_map=${{DEVICE:-cuda}}"
@@ -52,6 +52,10 @@ exec accelerate launch --num_processes "${{GPUS:-1}}" -m lmms_eval \\
     --model {wrapper} --model_args "$ARGS" \\
     --tasks "${{TASKS:-$(paste -sd, tasks.txt)}}" --batch_size 1 \\
     --output_path logs --log_samples "$@"
+"""
+# Seen with SmolVLM and transformers 5.23: the wrapper names an argument that processors refuse.
+NOTE = """# lmms-eval 0.7.3 has no wrapper for {kind}, and the one for any model stops with
+# "You passed keyword argument `audios`" under transformers 5: it needs a later lmms-eval.
 """
 
 
@@ -73,7 +77,8 @@ def export_model(model: Any, processor: Any, out: Path) -> str:
     kind = model.config.model_type
     arguments = {"pretrained": "model", **_image_sizes(kind, processor.image_processor)}
     text = ",".join(f"{name}={value}" for name, value in arguments.items())
-    command = RUN.format(wrapper=WRAPPERS.get(kind, ANY), arguments=text)
+    note = "" if kind in WRAPPERS else NOTE.format(kind=kind)
+    command = RUN.format(wrapper=WRAPPERS.get(kind, ANY), arguments=text, note=note)
     (out / "run.sh").write_text(command)
     return command
 

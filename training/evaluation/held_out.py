@@ -24,11 +24,10 @@ import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import LlavaForConditionalGeneration
 
 import mllmkd_kernels as mk
-from training.data.collate import LlavaCollator
-from training.data.dataset import LlavaDataset
+from training.data.collate import Collator
+from training.data.dataset import SampleDataset
 from training.data.item import IGNORE
 from training.teacher import run_to_head
 
@@ -67,9 +66,9 @@ class Scores:
 
 
 def evaluate(
-    model: LlavaForConditionalGeneration,
-    dataset: LlavaDataset,
-    collator: LlavaCollator,
+    model: Any,
+    dataset: SampleDataset,
+    collator: Collator,
     *,
     batch_size: int = 256,
     title: str = "held-out",
@@ -93,9 +92,9 @@ def evaluate(
 
 @torch.no_grad()
 def answers(
-    model: LlavaForConditionalGeneration,
-    dataset: LlavaDataset,
-    collator: LlavaCollator,
+    model: Any,
+    dataset: SampleDataset,
+    collator: Collator,
     batch_size: int,
     title: str,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -134,8 +133,8 @@ def _score(
 
 
 def generate_answer(
-    model: LlavaForConditionalGeneration,
-    dataset: LlavaDataset,
+    model: Any,
+    dataset: SampleDataset,
     processor: Any,
     index: int,
     max_new_tokens: int = 16,
@@ -147,7 +146,7 @@ def generate_answer(
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     if "pixel_values" in item:
         inputs["pixel_values"] = item["pixel_values"].to(model.device)
-    written = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
+    written = model.generate(
         **inputs,
         do_sample=False,
         max_new_tokens=max_new_tokens,

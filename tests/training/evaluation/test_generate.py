@@ -94,6 +94,18 @@ def test_every_class_saved_and_loaded(name, root, tmp_path):
     assert len({answer.text for answer in together}) == 4
 
 
+def test_held_out_data_for_every_class(root, tmp_path, capsys):
+    """`eval MODEL DATA.json` as a user types it, for a class that is not LLaVA."""
+    model = tiny_pairs.write_model(tmp_path / "model", "qwen2.5-vl")
+    data = ["eval", str(model), str(root / "data.json"), "--image-root", str(root)]
+    assert main([*data, "--batch-size", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "colour 0.000, pair 0.000, text 0.000" in shown
+    # random weights: the tokens of an answer are about as likely as any others
+    perplexity = float(shown.split("perplexity")[1])
+    assert perplexity == pytest.approx(len(load(str(model))[1].tokenizer), rel=0.3)
+
+
 def test_greedy_whatever_the_generation_config_says(root):
     model, processor = load(str(root / "model"))
     plain = Writer(model, processor, 8).write(prompts(root))
@@ -173,6 +185,8 @@ def test_command_line(root, tmp_path, capsys):
     assert json.loads((tmp_path / "scores.json").read_text())["questions"] == 4
     for wrong, message in (
         (["eval", model], "eval: got no data, expected a LLaVA json file or --benchmark"),
+        (["eval", model, "x.json", "--limit", "3"], "--limit: expected it only with --benchmark"),
+        (["eval", model, "x.json", "--batch-size", "0"], "--batch-size: got 0, expected 1 or more"),
         (["eval", model, "--benchmark", "pope"], "--questions: got nothing, expected a path"),
         ([*asked[:2], "x.json", *asked[2:]], "json: got 'x.json', expected nothing with"),
         ([*asked, "--limit", "0"], "limit: got 0, expected 1 or more"),
