@@ -14,24 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 
 import mllmkd_kernels as mk
 from tests.training import tiny
-from training import checkpoint, settings
-from training.__main__ import main
+from training import checkpoint
 from training.config import Config, TeacherCacheConfig
 from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.data.records import DataError
-from training.loop import run
 from training.models import CheckpointError, build_model, load_model, load_vlm
 from training.settings import ConfigError
 from training.stages import STAGES, freeze
 from training.step import TERMS, DistillStep
 from training.teacher import OnlineTeacher, run_to_head
-from training.teacher_cache import command, cost, fill, identity, store, use
-from training.trainer import DistillTrainer
+from training.teacher_cache import fill, identity, store, use
 
 ALONE: Any = SimpleNamespace(process_index=0, num_processes=1, is_local_main_process=False)
 # two text-only samples, one image, one of two images and two turns, in batches of uneven rows
@@ -329,6 +325,7 @@ def test_samples_that_were_not_stored(data, rows):
 
 
 def test_other_data_and_processors_are_found_before_the_first_step(root, rows):
+    use.probe(rows, iter(()))  # a stream
     with pytest.raises(DataError, match="sample 'c0' is not among the 14"):
         use.probe(rows, items(root, tiny.processor(), "pretrain"))
     words = tiny.build_processor([*tiny.WORDS, "more"], image_size=16, patch_size=8)
@@ -398,107 +395,3 @@ def test_a_full_disk_leaves_whole_shards(root, data, rows, tmp_path, monkeypatch
     work.fill(ALONE)
     shard = "shard-00002.safetensors"
     assert (tmp_path / shard).read_bytes() == (rows.folder / shard).read_bytes()
-
-
-def test_the_cost_is_known_before(root, data, rows, tmp_path, monkeypatch):
-    def counted(folder, **options):
-        fixed: dict[str, Any] = dict(visual=True, dtype="fp32", shard_mb=1, workers=0)
-        return cost.cost_of(folder, data, str(root / "teacher"), **fixed | options)
-
-    marks = [identity.mark_of(item) for item in data]
-    total = sum(mark.response + mark.visual for mark in marks)
-    found = counted(tmp_path / "not" / "there")
-    head = 24 * load_model(root / "teacher")[0].lm_head.weight.shape[0] * 4
-    assert found.total == total * 24 * 4 + 14 * cost.INDEX + head and found.stored == 0
-    written = 0
-    for file in rows.folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as opened:
-            names = opened.keys()
-            written += sum(opened.get_tensor(name).nbytes for name in names)
-    assert found.total == written
-    responses = sum(mark.response for mark in marks)
-    assert counted(tmp_path, visual=False, dtype="bf16").total == (
-        responses * 24 * 2 + 14 * cost.INDEX + head
-    )
-    monkeypatch.setattr(cost, "COUNTED", 5)
-    text = str(counted(tmp_path))
-    assert "from 5 samples" in text and "±" in text and "24 x fp32 = 96 bytes" in text
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 1000))
-    with pytest.raises(ConfigError, match=r"kB are needed, 1 kB are free there"):
-        cost.check([counted(tmp_path)])
-
-
-# --- whole runs ----------------------------------------------------------------------------------
-
-
-def curves(results):
-    keys = ("step", "loss", "grad_norm", *TERMS)
-    return [[[entry[key] for key in keys] for entry in result.history] for result in results]
-
-
-def caching(root, path, **options):
-    """A run of 6 steps of two micro-batches in both distilled stages."""
-    config = tiny.run_config(root, path / "out", stages=("dpt", "dft"))
-    stage = dataclasses.replace(config.dft, micro_batch=2)
-    options = {"path": str(path / "rows"), "dtype": "fp32", "batch_size": 3} | options
-    data = dataclasses.replace(config.data, held_out=None)
-    cache = TeacherCacheConfig(**options)
-    return dataclasses.replace(config, dpt=stage, dft=stage, data=data, teacher_cache=cache)
-
-
-def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, monkeypatch, capsys):
-    config = caching(root, tmp_path)
-    online = dataclasses.replace(
-        config, out=str(tmp_path / "online"), teacher_cache=TeacherCacheConfig()
-    )
-    expected = curves(run(online, say=lambda _: None))
-    file = tmp_path / "config.yaml"
-    file.write_text(settings.dump(config))
-    assert main(["cache", "--config", str(file), "--dry-run"]) == 0
-    assert not (tmp_path / "rows").exists() and "6 response" not in capsys.readouterr().out
-    assert main(["cache", "--config", str(file)]) == 0
-    printed = capsys.readouterr().out
-    assert "dpt: 14 samples\n  rows a sample  " in printed and "dft: whole: 14 samples, " in printed
-    alone = dataclasses.replace(
-        config, teacher=None, data=dataclasses.replace(config.data, workers=1)
-    )
-    whole = curves(run(alone, say=lambda _: None))
-    for ours, theirs in zip(whole, expected, strict=True):
-        for entry, other in zip(ours, theirs, strict=True):
-            # fp32 states of batches of other lengths, then optimiser steps on them
-            assert entry == pytest.approx(other, rel=1e-3, abs=1e-6)
-
-    save = DistillTrainer._save_checkpoint
-
-    def kill(self, *arguments):
-        save(self, *arguments)
-        if self.state.global_step == 4:
-            raise Killed
-
-    again = dataclasses.replace(alone, out=str(tmp_path / "again"))
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(DistillTrainer, "_save_checkpoint", kill)
-        run(again, say=lambda _: None)
-    assert curves(run(again, say=lambda _: None)) == whole
-
-
-def test_a_stream_is_looked_up_as_it_comes_and_cannot_be_stored(root, rows, tmp_path, monkeypatch):
-    use.probe(rows, iter(()))
-    monkeypatch.setattr(command, "load_data", lambda *_: iter(()))
-    with pytest.raises(ConfigError, match="data: the captions are a stream, expected"):
-        command.make(caching(root, tmp_path), say=lambda _: None)
-
-
-def test_a_run_stops_before_it_starts(root, tmp_path, capsys):
-    config = caching(root, tmp_path, visual=False)
-    with pytest.raises(ConfigError, match=r"visual: got false, but dpt.loss has visual 1.0 and"):
-        command.make(config, say=lambda _: None)
-    file = tmp_path / "config.yaml"
-    file.write_text(settings.dump(config))
-    assert main(["run", "--config", str(file)]) == 2
-    assert "dpt: no manifest.json there, expected a teacher cache" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"none of dpt, dft is among .* \['sft'\]"):
-        command.make(dataclasses.replace(config, stages=("sft",)), say=lambda _: None)
-    with pytest.raises(ConfigError, match=r"teacher: got null, expected a path: the model whose"):
-        command.make(dataclasses.replace(config, teacher=None), say=lambda _: None)

@@ -1,0 +1,169 @@
+"""Whole runs that train from stored rows: the same curve as with the teacher, whatever the model's
+class, its batches or a kill.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections import namedtuple
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from tests.training import tiny
+from tests.training.test_recipes import root as recipes_root
+from tests.training.test_recipes import shrunk
+from training import settings
+from training.__main__ import main
+from training.config import Config, TeacherCacheConfig
+from training.data.dataset import LlavaDataset
+from training.loop import run
+from training.models import load_model
+from training.settings import ConfigError
+from training.step import TERMS
+from training.teacher_cache import command, cost, identity
+from training.trainer import DistillTrainer
+
+recipe_data = recipes_root  # the fixture, for the classes that recipes name
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing of the run happens after it."""
+
+
+def quiet(message):
+    pass
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def curves(results):
+    keys = ("step", "loss", "grad_norm", *TERMS)
+    return [[[entry[key] for key in keys] for entry in result.history] for result in results]
+
+
+def caching(root, path, **options):
+    """A run of 6 steps of two micro-batches in both distilled stages."""
+    config = tiny.run_config(root, path / "out", stages=("dpt", "dft"))
+    stage = dataclasses.replace(config.dft, micro_batch=2)
+    options = {"path": str(path / "rows"), "dtype": "fp32", "batch_size": 3} | options
+    data = dataclasses.replace(config.data, held_out=None)
+    cache = TeacherCacheConfig(**options)
+    return dataclasses.replace(config, dpt=stage, dft=stage, data=data, teacher_cache=cache)
+
+
+def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, monkeypatch, capsys):
+    config = caching(root, tmp_path)
+    online = dataclasses.replace(
+        config, out=str(tmp_path / "online"), teacher_cache=TeacherCacheConfig()
+    )
+    expected = curves(run(online, say=quiet))
+    file = tmp_path / "config.yaml"
+    file.write_text(settings.dump(config))
+    assert main(["cache", "--config", str(file), "--dry-run"]) == 0
+    assert not (tmp_path / "rows").exists() and "6 response" not in capsys.readouterr().out
+    assert main(["cache", "--config", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "dpt: 14 samples\n  rows a sample  " in printed and "dft: whole: 14 samples, " in printed
+    alone = dataclasses.replace(
+        config, teacher=None, data=dataclasses.replace(config.data, workers=1)
+    )
+    whole = curves(run(alone, say=quiet))
+    for ours, theirs in zip(whole, expected, strict=True):
+        for entry, other in zip(ours, theirs, strict=True):
+            # fp32 states of batches of other lengths, then optimiser steps on them
+            assert entry == pytest.approx(other, rel=1e-3, abs=1e-6)
+
+    save = DistillTrainer._save_checkpoint
+
+    def kill(self, *arguments):
+        save(self, *arguments)
+        if self.state.global_step == 4:
+            raise Killed
+
+    again = dataclasses.replace(alone, out=str(tmp_path / "again"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(DistillTrainer, "_save_checkpoint", kill)
+        run(again, say=quiet)
+    assert curves(run(again, say=quiet)) == whole
+
+
+def test_a_stream_cannot_be_stored(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load_data", lambda *_: iter(()))
+    with pytest.raises(ConfigError, match="data: the captions are a stream, expected"):
+        command.make(caching(root, tmp_path), say=quiet)
+
+
+def test_a_run_stops_before_it_starts(root, tmp_path, capsys):
+    config = caching(root, tmp_path, visual=False)
+    with pytest.raises(ConfigError, match=r"visual: got false, but dpt.loss has visual 1.0 and"):
+        command.make(config, say=quiet)
+    file = tmp_path / "config.yaml"
+    file.write_text(settings.dump(config))
+    assert main(["run", "--config", str(file)]) == 2
+    assert "dpt: no manifest.json there, expected a teacher cache" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"none of dpt, dft is among .* \['sft'\]"):
+        command.make(dataclasses.replace(config, stages=("sft",)), say=quiet)
+    with pytest.raises(ConfigError, match=r"teacher: got null, expected a path: the model whose"):
+        command.make(dataclasses.replace(config, teacher=None), say=quiet)
+
+
+def same_with_and_without_the_teacher(config: Config, path, *, visual=True):
+    """fp32 states of batches of other lengths, then optimiser steps on them."""
+    online = curves(run(dataclasses.replace(config, out=str(path / "online")), say=quiet))
+    cache = TeacherCacheConfig(path=str(path / "rows"), dtype="fp32", visual=visual, batch_size=3)
+    config = dataclasses.replace(config, out=str(path / "stored"), teacher_cache=cache)
+    command.make(config, say=quiet)
+    stored = curves(run(dataclasses.replace(config, teacher=None), say=quiet))
+    for ours, theirs in zip(stored[0], online[0], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+
+
+# Patches instead of images, three positions a token; tiles of other sizes for student and teacher.
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b-3b", "smolvlm2-2.2b-500m"])
+def test_other_classes(name, recipe_data, tmp_path):
+    config = dataclasses.replace(shrunk(name, recipe_data), stages=("dft",))
+    same_with_and_without_the_teacher(config, tmp_path, visual=bool(config.dft.loss.visual))
+
+
+def test_packed_micro_batches(root, tmp_path):
+    config = tiny.run_config(root, tmp_path, stages=("dft",))
+    more = ["data.packing=true", "data.held_out=null", "dft.micro_batch=2"]
+    same_with_and_without_the_teacher(settings.load(Config, None, more, config), tmp_path)
+
+
+def test_the_cost_is_known_before(root, tmp_path, monkeypatch):
+    command.make(caching(root, tmp_path, stages=("dft",)), say=quiet)
+    data = LlavaDataset(root / "data.json", root, tiny.processor())
+
+    def counted(folder, **options):
+        fixed: dict[str, Any] = dict(visual=True, dtype="fp32", shard_mb=1, workers=0)
+        return cost.cost_of(folder, data, str(root / "teacher"), **fixed | options)
+
+    marks = [identity.mark_of(item) for item in data]
+    total = sum(mark.response + mark.visual for mark in marks)
+    found = counted(tmp_path / "not" / "there")
+    head = 24 * load_model(root / "teacher")[0].lm_head.weight.shape[0] * 4
+    assert found.total == total * 24 * 4 + 14 * cost.INDEX + head and found.stored == 0
+    written = 0
+    for file in (tmp_path / "rows" / "dft").glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            names = opened.keys()
+            written += sum(opened.get_tensor(name).nbytes for name in names)
+    assert found.total == written
+    responses = sum(mark.response for mark in marks)
+    assert counted(tmp_path, visual=False, dtype="bf16").total == (
+        responses * 24 * 2 + 14 * cost.INDEX + head
+    )
+    monkeypatch.setattr(cost, "COUNTED", 5)
+    text = str(counted(tmp_path))
+    assert "from 5 samples" in text and "±" in text and "24 x fp32 = 96 bytes" in text
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 1000))
+    with pytest.raises(ConfigError, match=r"kB are needed, 1 kB are free there"):
+        cost.check([counted(tmp_path)])
