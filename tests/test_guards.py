@@ -187,6 +187,14 @@ def test_bytes_that_operators_return(name: str, backend: str) -> None:
     assert outside.ours_made == expected
 
 
+def test_diagnostics_are_three_numbers_a_row(backend: str) -> None:
+    """No operator, product or other tensor comes with them."""
+    x = inputs()
+    plain, asked = (counted(lambda d=d: distill(x, backend, diagnostics=d)) for d in (False, True))
+    assert asked[0].ours == plain[0].ours and asked[1].flops == plain[1].flops
+    assert asked[0].ours_made == plain[0].ours_made + 3 * FP32 * N
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_bytes_of_a_16_bit_head(dtype: torch.dtype, backend: str) -> None:
     x = inputs()
