@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, TrainingArguments
 
@@ -23,7 +26,8 @@ import training.loop
 from tests.gloo import on_ranks
 from tests.tolerances import relative_error
 from tests.training import tiny
-from training import settings
+from training import settings, sharding
+from training.anatomy import Anatomy
 from training.config import Config, LossConfig
 from training.data.collate import LlavaCollator
 from training.data.dataset import LlavaDataset
@@ -43,6 +47,7 @@ CASES = [
     ("ddp", "sft", "uneven", 1), ("ddp", "dft", "no-image", 2), ("ddp", "dpt", "no-image", 1),
     ("fsdp2", "dft", "uneven", 2), ("fsdp2", "dft", "no-image", 1), ("fsdp2", "dpt", "no-image", 2),
 ]  # fmt: skip
+CONFIGURATIONS = Path(training.loop.__file__).parent / "accelerate"
 # Row weights are fp32 beside fp64 models too: 6e-8 each, of terms whose gradients partly cancel.
 FP32_WEIGHTS = 1e-6
 
@@ -213,3 +218,42 @@ def check_run(root: Path, config: Config, said: list[str], curves: Any) -> None:
         for name in theirs:
             assert relative_error(ours[name], theirs[name]) < 1e-2, name
         assert not list(folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGURATIONS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_accelerates(file: Path) -> None:
+    config = load_config_from_file(str(file))  # refuses unknown names
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    assert str(config.distributed_type).endswith(kinds[file.stem])
+    if file.stem.startswith("zero"):
+        assert config.deepspeed_config["zero_stage"] == int(file.stem[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("fsdp_version", 1),
+        ("state_dict_type", StateDictType.SHARDED_STATE_DICT),
+        ("cpu_ram_efficient_loading", True),
+    ],
+)
+def test_what_fsdp_cannot_do_is_refused_by_name(name: str, value: Any) -> None:
+    fits = {
+        "fsdp_version": 2,
+        "state_dict_type": StateDictType.FULL_STATE_DICT,
+        "cpu_ram_efficient_loading": False,
+        "mixed_precision_policy": MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16),
+    }
+    kind, nothing = DistributedType.FSDP, torch.nn.Module()
+    no_parts = Anatomy({}, {"vision": (), "projector": (), "language": ()})
+    plugin = SimpleNamespace(**fits)
+    accelerator: Any = SimpleNamespace(
+        distributed_type=kind, state=SimpleNamespace(fsdp_plugin=plugin)
+    )
+    sharding.prepare(accelerator, nothing, no_parts)
+    assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
+    assert plugin.mixed_precision_policy.reduce_dtype == torch.float32
+    assert plugin.mixed_precision_policy.output_dtype == torch.float32
+    setattr(plugin, name, value)
+    with pytest.raises(settings.ConfigError, match=f"{name}: got .*expected"):
+        sharding.prepare(accelerator, nothing, no_parts)
