@@ -85,10 +85,9 @@ def distill_rows(
     """Loss (scalar), CE and D per row (N,), and the unscaled gradients dh (N, D_s), dw (V_s, D_s)
     in `products.head_gradient_dtype`, db (V_s,).
     """
-    asked = () if diagnostics is None else (diagnostics,)
     return torch.ops.mllmkd_cpu.distill_rows(
         hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature,
-        cap_s, cap_t, vocab, ignore_index, want_dh, want_dw, want_db, chunk_rows, *asked,
+        cap_s, cap_t, vocab, ignore_index, want_dh, want_dw, want_db, chunk_rows, diagnostics,
     )  # fmt: skip
 
 
