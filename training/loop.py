@@ -29,7 +29,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, Training
 
 from training import checkpoint, settings
 from training.config import Config, StageConfig, require
-from training.data.collate import LlavaCollator
+from training.data.collate import Collator
 from training.data.load import collator_of, epoch_size, has_data, open_data, order_of
 from training.data.template import TemplateName
 from training.evaluation.held_out import Scores, evaluate
@@ -324,9 +324,7 @@ def _result(
             held_out = load_data(config, processor, "held_out", "chat")
             size = config.eval_batch_size
             title = f"{folder.name} held-out"
-            found = evaluate(
-                model, held_out, LlavaCollator(processor), batch_size=size, title=title
-            )
+            found = evaluate(model, held_out, Collator(processor), batch_size=size, title=title)
             _write(file, found.to_dict())
 
         on_main(score)

@@ -29,7 +29,7 @@ from tests.training import tiny
 from training import settings, sharding
 from training.anatomy import Anatomy
 from training.config import Config, LossConfig
-from training.data.collate import LlavaCollator
+from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.loop import run
 from training.models import build_model, load_vlm
@@ -99,7 +99,7 @@ def one_step(root: Path, out: Path, wrapper: str, stage: str, order: str, accumu
         arguments,
         processor=processor,
         dataset=torch.utils.data.Subset(data, ORDERS[order]),
-        collator=LlavaCollator(processor),
+        collator=Collator(processor),
         title="test",
     )
     trainer.train()

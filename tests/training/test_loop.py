@@ -16,7 +16,7 @@ from tests.training import tiny
 from training import checkpoint, settings
 from training.__main__ import main
 from training.config import LossConfig
-from training.data.collate import LlavaCollator
+from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.journal import Journal
 from training.loop import run
@@ -72,7 +72,7 @@ def first_gradient(root, out, stage, accumulate):
         ),
         processor=processor,
         dataset=torch.utils.data.Subset(data, UNEVEN),
-        collator=LlavaCollator(processor),
+        collator=Collator(processor),
         title="test",
     )
     trainer.train()
@@ -108,7 +108,7 @@ def test_unweighted_micro_batch_means_would_differ(root):
     student, processor = peaked_student(root)
     data = LlavaDataset(root / "data.json", root, processor)
     step = DistillStep(student, None, loss_of(STAGES["sft"], LossConfig(backend="eager")))
-    collator = LlavaCollator(processor)
+    collator = Collator(processor)
     with torch.no_grad():
         pairs = [collator([data[i] for i in UNEVEN[j : j + 2]]) for j in (0, 2, 4, 6)]
         means = [float(step(**pair).ce) for pair in pairs]

@@ -8,7 +8,7 @@ import torch
 import mllmkd_kernels as mk
 from tests.training import tiny
 from training.config import LossConfig
-from training.data.collate import LlavaCollator
+from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.models import build_model
 from training.stages import STAGES, freeze, loss_of
@@ -24,7 +24,7 @@ def parts(tmp_path):
     student, processor = build_model(tiny.model_config(tower), 0)
     teacher, _ = build_model(tiny.model_config(tower, hidden=24), 1)
     data = LlavaDataset(root / "data.json", root, processor)
-    batch = LlavaCollator(processor)([data[i] for i in range(6)])
+    batch = Collator(processor)([data[i] for i in range(6)])
     return student, teacher, batch
 
 
@@ -119,7 +119,7 @@ def test_text_only_batch(parts, tmp_path):
     processor = tiny.processor()
     data = LlavaDataset(tmp_path / "data.json", tmp_path, processor)
     texts = [i for i, sample in enumerate(data.samples) if not sample.images]
-    batch = LlavaCollator(processor)([data[i] for i in texts])
+    batch = Collator(processor)([data[i] for i in texts])
     output = step_of("dft", student, teacher)(**batch)
     assert "pixel_values" not in batch
     assert float(output.ce) > 0 and float(output.response_kl) > 0

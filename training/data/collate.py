@@ -77,9 +77,6 @@ class Collator:
         return batch  # pyright: ignore[reportReturnType]
 
 
-LlavaCollator = Collator
-
-
 def _visual(items: Sequence[Item]) -> dict[str, Tensor]:
     """Every entry that came of images, put end to end."""
     shown = [item for item in items if len(item["image_lens"])]

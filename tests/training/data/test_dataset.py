@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.training.llava_files import SIZE, TOKENS, entry, paint, pixels, processor, write
-from training.data.collate import LlavaCollator
+from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.data.records import DataError
 from training.data.template import Encoder
@@ -198,10 +198,10 @@ def test_colour_modes_become_rgb(root: Path) -> None:
 
 def test_worker_processes_deliver_items_and_faults(root: Path) -> None:
     good = dataset(root, [question(), question("white.png")])
-    loader = DataLoader(good, 2, num_workers=1, collate_fn=LlavaCollator(processor()))
+    loader = DataLoader(good, 2, num_workers=1, collate_fn=Collator(processor()))
     (batch,) = loader
     assert pixels(batch)[:, 0, 0, 0].tolist() == [-1.0, 1.0]
     bad = dataset(root, [question(damage(root, "cut"), "hurt")])
-    loader = DataLoader(bad, 1, num_workers=1, collate_fn=LlavaCollator(processor()))
+    loader = DataLoader(bad, 1, num_workers=1, collate_fn=Collator(processor()))
     with pytest.raises(DataError, match="id 'hurt'"):
         list(loader)

@@ -9,7 +9,7 @@ import torch
 
 from tests.training import tiny
 from training.config import LossConfig
-from training.data.collate import LlavaCollator
+from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.evaluation.held_out import Scores, answers, evaluate, generate_answer
 from training.models import build_model
@@ -23,7 +23,7 @@ def parts(tmp_path):
     root = tiny.write_data(tmp_path, samples=20)
     model, processor = build_model(tiny.model_config(tiny.write_tower(tmp_path / "tower")), 0)
     data = LlavaDataset(root / "data.json", root, processor)
-    collator = LlavaCollator(processor)
+    collator = Collator(processor)
     freeze(model, STAGES["sft"])
     step = DistillStep(model, None, loss_of(STAGES["sft"], LossConfig(backend="eager")))
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
