@@ -5,6 +5,7 @@ The truth is always the model's own `model(**batch).logits`; the models are thos
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from typing import Any
@@ -309,6 +310,9 @@ def test_mixed_precision_put_into_the_forward_needs_autocast() -> None:
     accelerate = pytest.importorskip("accelerate")
     model, batch = build("llama")
     expected = head_inputs(model, **batch).hidden
+    # accelerate keeps one state a process, and another test may have made it with other options
+    state = importlib.import_module("accelerate.state").AcceleratorState
+    state._reset_state(True)
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     prepared = accelerator.prepare(model)
     with pytest.raises(TypeError, match=r"inside `accelerator\.autocast\(\)`"):
@@ -316,6 +320,7 @@ def test_mixed_precision_put_into_the_forward_needs_autocast() -> None:
     with accelerator.autocast():
         error = (head_inputs(prepared, **batch).hidden - expected).abs().max()
     assert 0 < error < 0.05  # ran in bf16
+    state._reset_state(True)
 
 
 def test_importing_costs_no_transformers() -> None:

@@ -181,7 +181,8 @@ class TestBrokenCheckpoints:
         with pytest.raises(CheckpointError, match=r"no config.json"):
             load_model(tmp_path / "empty")
 
-    def test_no_such_model(self):
+    def test_no_such_model(self, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or it tries again
         with pytest.raises(CheckpointError, match=r"nobody/nothing: neither a folder nor"):
             load_vlm("nobody/nothing")
 

@@ -117,6 +117,11 @@ def outcome(root, data, teacher, collator, batches=BATCHES, **weights):
     return terms, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+class Alone(OnlineTeacher):
+    def share(self, student):
+        return False
+
+
 def online(root, data, teacher=None, **weights):
     model = teacher or load_model(root / "teacher")[0]
     return outcome(root, data, model, Collator(tiny.processor()), **weights)
@@ -145,7 +150,8 @@ def test_fp32_rows_train_as_the_teacher_does(root, data, rows, weights):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_the_teacher_computes_in_is_stored_exactly(root, data, tmp_path, dtype):
-    """The same bits, where the teacher sees the same batches as in the pass."""
+    """The same bits, where the teacher sees the same batches as in the pass, in its own tower: one
+    shared with an fp32 student is fp32 too."""
     teacher: Any = load_vlm(root / "teacher", dtype=store.DTYPES[dtype])[0]
     rows = filled(root, tmp_path, data, teacher=teacher, dtype=dtype)
     same = ([0, 1, 2], [3], [4, 5, 6])
@@ -156,7 +162,8 @@ def test_what_the_teacher_computes_in_is_stored_exactly(root, data, tmp_path, dt
         use.CachedCollator(Collator(tiny.processor()), rows),
         same,
     )
-    expected, expected_gradients = outcome(root, data, teacher, Collator(tiny.processor()), same)
+    alone = Alone(teacher)
+    expected, expected_gradients = outcome(root, data, alone, Collator(tiny.processor()), same)
     assert all(torch.equal(a, b) for a, b in zip(terms, expected, strict=True))
     assert all(torch.equal(gradients[name], g) for name, g in expected_gradients.items())
 
