@@ -335,9 +335,12 @@ def _result(
 
 
 def _claim(out: Path, config: Config) -> None:
-    """Write the configuration, or make sure that `out` was started with the same one."""
+    """Write the configuration, or make sure that `out` was started with the same one.
+
+    Started means that a stage left something: a first try that failed before it binds nobody.
+    """
     file = out / "config.yaml"
-    if file.is_file():
+    if file.is_file() and any(path.is_dir() for path in out.iterdir()):
         if not config.resume:
             raise settings.ConfigError(
                 f"out: {out} is in use and resume is false; remove it or name another folder"

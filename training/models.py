@@ -280,6 +280,7 @@ def _grow_vocabulary(model: LlavaForConditionalGeneration, processor: LlavaProce
 
 def _read(auto: Any, path: str | Path, what: str, **options: Any) -> Any:
     """`auto.from_pretrained`; what the user can mend is a `CheckpointError`."""
+    _check_there(path)
     try:
         return auto.from_pretrained(path, **options)
     except (RuntimeError, OSError, ValueError, ImportError, SafetensorError) as error:
@@ -303,8 +304,15 @@ def _strictly(auto: Any, path: str | Path, **options: Any) -> Any:
     return model
 
 
+def _check_there(path: str | Path) -> None:
+    """A path that cannot be a name on the hub has to be there."""
+    if str(path).startswith(("/", ".", "~")) and not Path(path).exists():
+        raise CheckpointError(f"{path}: no such folder")
+
+
 def _check_kind(path: str | Path, kinds: Collection[str], expected: str) -> None:
     """Look at the model_type before transformers does: its own message is hard to read."""
+    _check_there(path)
     try:
         values, _ = PreTrainedConfig.get_config_dict(path)
     except OSError as error:

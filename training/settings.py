@@ -278,5 +278,6 @@ def _names(cls: type) -> str:
 
 
 def _nearest(name: str, valid: list[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.0)
-    return f"nearest is {close[0]!r} (fields here: {', '.join(valid)})"
+    close = difflib.get_close_matches(name, valid, n=1)
+    nearest = f"nearest is {close[0]!r}; " if close else ""
+    return f"{nearest}fields here: {', '.join(valid)}"

@@ -20,7 +20,7 @@ from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.journal import Journal
 from training.loop import run
-from training.models import build_model, load_model
+from training.models import CheckpointError, build_model, load_model
 from training.progress import LOG
 from training.settings import ConfigError
 from training.stages import STAGES, freeze, loss_of
@@ -194,6 +194,14 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
         run(changed, say=lambda _: None)
     with pytest.raises(ConfigError, match="in use and resume is false"):
         run(dataclasses.replace(config, resume=False), say=lambda _: None)
+
+
+def test_a_first_try_that_failed_binds_no_later_one(tmp_path):
+    config = tiny.run_config(tmp_path, tmp_path / "out", stages=("sft",))
+    nowhere = dataclasses.replace(config.model, vision=str(tmp_path / "nothing"))
+    with pytest.raises(CheckpointError, match="nothing: no such folder"):
+        run(dataclasses.replace(config, model=nowhere), say=lambda message: None)
+    run(config, say=lambda message: None)
 
 
 def test_what_does_not_change_the_result_may_change(tmp_path):

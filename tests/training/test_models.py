@@ -186,6 +186,11 @@ class TestBrokenCheckpoints:
         with pytest.raises(CheckpointError, match=r"nobody/nothing: neither a folder nor"):
             load_vlm("nobody/nothing")
 
+    @pytest.mark.parametrize("load", [load_vlm, load_model, load_processor])
+    def test_no_such_folder(self, load, tmp_path):
+        with pytest.raises(CheckpointError, match=r"nothing: no such folder$"):
+            load(str(tmp_path / "nothing"))
+
     def test_not_for_images_and_text(self, tower):
         with pytest.raises(CheckpointError, match="expected an image-text-to-text model"):
             load_vlm(tower)
