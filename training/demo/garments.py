@@ -44,7 +44,7 @@ FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-CACHE = Path(__file__).resolve().parents[1] / "build" / "garments"
+CACHE = Path(__file__).resolve().parents[2] / "build" / "garments"
 
 Bytes = NDArray[np.uint8]
 

@@ -46,6 +46,10 @@ def replace(folder: Path, name: str, content: bytes) -> None:
     (folder / f"{name}.gz").write_bytes(gzip.compress(content))
 
 
+def test_what_is_fetched_lies_in_the_build_folder_of_the_checkout() -> None:
+    assert Path(__file__).parents[3] / "build" / "garments" == garments.CACHE
+
+
 def test_missing_file(tmp_path: Path) -> None:
     (write_photos(tmp_path) / f"{FILES[1]}.gz").unlink()
     with pytest.raises(GarmentError, match=r"got no train-labels-idx1-ubyte\.gz"):
