@@ -19,11 +19,12 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 import mllmkd_kernels as mk
+from mllmkd_kernels.batch import BESIDES
 from training.anatomy import image_token_id
 from training.shared_tower import share_tower
 
 # What a batch carries for the step, the loss or the log, and no model takes.
-_NOT_FOR_MODELS = ("labels", "image_lens", "sample_ids", "teacher", "teacher_hidden")
+_NOT_FOR_MODELS = (*BESIDES, "labels", "teacher_hidden")
 Batch = Mapping[str, Any]
 
 
