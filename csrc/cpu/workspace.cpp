@@ -59,13 +59,16 @@ void give_back(at::Tensor block) {
   }
 }
 
+at::Tensor fresh(int64_t bytes) {
+  at::Tensor block = at::empty({bytes}, at::kByte);
+  prefer_huge_pages(block);
+  return block;
+}
+
 // Kept memory if there is some that fits, else fresh.
 at::Tensor take_or_allocate(int64_t bytes) {
   at::Tensor block = take(bytes);
-  if (block.defined()) return block;
-  block = at::empty({bytes}, at::kByte);
-  prefer_huge_pages(block);
-  return block;
+  return block.defined() ? block : fresh(bytes);
 }
 
 }  // namespace
@@ -90,9 +93,9 @@ at::Tensor kept_tensor(at::IntArrayRef sizes, at::ScalarType dtype) {
   const int64_t bytes =
       c10::multiply_integers(sizes) * static_cast<int64_t>(c10::elementSize(dtype));
   if (bytes < kKeepAtLeast || bytes > kKeepInAll) {
-    at::Tensor fresh = at::empty(sizes, dtype);
-    prefer_huge_pages(fresh);
-    return fresh;
+    at::Tensor unkept = at::empty(sizes, dtype);
+    prefer_huge_pages(unkept);
+    return unkept;
   }
   at::Tensor block = take_or_allocate(bytes);
   void* data = block.mutable_data_ptr();
@@ -101,12 +104,7 @@ at::Tensor kept_tensor(at::IntArrayRef sizes, at::ScalarType dtype) {
 }
 
 Buffer::Buffer(int64_t parts, int64_t bytes, bool keep) : bytes_(round_up(bytes, 64)), keep_(keep) {
-  if (keep) {
-    data_ = take_or_allocate(parts * bytes_);
-  } else {
-    data_ = at::empty({parts * bytes_}, at::kByte);
-    prefer_huge_pages(data_);
-  }
+  data_ = keep ? take_or_allocate(parts * bytes_) : fresh(parts * bytes_);
 }
 
 Buffer::Buffer(Buffer&& other) noexcept
