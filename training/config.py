@@ -1,32 +1,33 @@
 """What can be set in a training run? Every field, its default and its meaning; nothing else reads
 options.
 
-A `Config` describes one model and the stages it goes through, in order. A teacher is a run with
-stages `pt, sft`; a distilled student is a run with stages `dpt, sft, dft` and `teacher` pointing at
-the teacher's folder. The defaults are LLaVA-KD's (RECIPES: batch 256 at 1e-3 for the projector
-stages, 128 at 2e-5 for the others, cosine, warm-up 3%, no weight decay, loss weights 1, 1, 1, 0.5);
-`recipes/` has complete configurations.
+A `Config` describes one model, the method it is trained by and the stages it goes through, in order.
+A LLaVA-KD teacher is a run with stages `pt, sft`; a distilled student is a run with stages `dpt,
+sft, dft` and `teacher` pointing at the teacher's folder. What stages there are, their defaults and
+what their losses take says the method (`mllmkd_kernels.methods`): the class of a configuration is
+made of the method's table (`config_class`). `recipes/` has complete configurations.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal
 
-from training.settings import ConfigError, check, section, setting
+import yaml
+from pydantic import create_model, model_validator
 
-DIVERGENCES = (
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-    "soft_cross_entropy",
-)
+from mllmkd_kernels import methods
+from mllmkd_kernels.methods import Stage
+from training import settings
+from training.settings import ConfigError, Section, arguments_of, section, setting
+
+DEFAULT = "llava-kd"
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section):
     """The model to train: one that is there (`path`), or the parts a LLaVA is put together from."""
 
     path: str | None = setting(
@@ -50,33 +51,31 @@ class ModelConfig:
     feature_layer: int = setting(
         -2, "which hidden state of the tower the projector reads (-1 is the last)"
     )
-    feature_strategy: str = setting(
-        "full", "keep every patch, or drop the first (CLS)", choices=("full", "default")
+    feature_strategy: Literal["full", "default"] = setting(
+        "full", "keep every patch, or drop the first (CLS)"
     )
 
-    def __post_init__(self) -> None:
-        check(self)
+    @model_validator(mode="after")
+    def _whole_heads(self) -> ModelConfig:
         if self.hidden % self.heads:
-            raise ConfigError(
-                f"ModelConfig.hidden: got {self.hidden}, "
-                f"expected a multiple of heads ({self.heads})"
+            raise ValueError(
+                f"hidden: got {self.hidden}, expected a multiple of heads ({self.heads})"
             )
+        return self
 
 
-@dataclass(frozen=True)
-class SourceConfig:
+class SourceConfig(Section):
     """One source of samples among several (`data.sources`)."""
 
     path: str | None = setting(
         None, "a LLaVA json(l); or a folder, parquet or json file, or hub name of HF datasets"
     )
-    use: str = setting(
-        "conversations", "what it is for", choices=("captions", "conversations", "held_out")
+    use: Literal["captions", "conversations", "held_out"] = setting(
+        "conversations", "what it is for"
     )
-    kind: str = setting(
+    kind: Literal["auto", "llava", "messages"] = setting(
         "auto",
         "entries with LLaVA's conversations or with messages; auto: by the first entry",
-        choices=("auto", "llava", "messages"),
     )
     weight: float = setting(
         1.0, "times each of its samples occurs in an epoch (0.5: another half each epoch)", gt=0
@@ -92,12 +91,8 @@ class SourceConfig:
         False, "read a HF data set from front to end instead of by index; needs steps"
     )
 
-    def __post_init__(self) -> None:
-        check(self)
 
-
-@dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """What to train on: LLaVA json files, or any number of sources."""
 
     captions: str | None = setting(
@@ -110,11 +105,10 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = setting(
         (), "several sources, mixed by weight, in place of the three fields above"
     )
-    order: str = setting(
+    order: Literal["shuffled", "grouped"] = setting(
         "shuffled",
         "shuffled; or grouped: a step's samples are all with images or all without, and of "
         "similar length where they share a micro-batch",
-        choices=("shuffled", "grouped"),
     )
     packing: bool = setting(
         False,
@@ -131,39 +125,8 @@ class DataConfig:
     )
     workers: int = setting(0, "data loading processes", ge=0)
 
-    def __post_init__(self) -> None:
-        check(self)
 
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Weights of the four terms: L = ce·CE + response·KL_response + visual·KL_visual +
-    relation·L_relation."""
-
-    ce: float = setting(1.0, "weight of the cross-entropy on the labels", ge=0)
-    response: float = setting(
-        1.0, "α: weight of the divergence from the teacher on response tokens", ge=0
-    )
-    visual: float = setting(
-        1.0, "β: weight of the divergence from the teacher on image tokens", ge=0
-    )
-    relation: float = setting(
-        0.5, "γ: weight of the relation loss of each image's visual logits", ge=0
-    )
-    temperature: float = setting(
-        1.0, "T: both models' logits are divided by it before the divergence", gt=0
-    )
-    divergence: str = setting("forward_kl", "which divergence", choices=DIVERGENCES)
-    backend: str = setting(
-        "auto", "implementation of the losses: auto, or a backend of mllmkd_kernels by name"
-    )
-
-    def __post_init__(self) -> None:
-        check(self)
-
-
-@dataclass(frozen=True)
-class StageConfig:
+class StageConfig(Section):
     """How one stage is optimised."""
 
     epochs: float = setting(1.0, "passes over the data; ignored where steps is set", gt=0)
@@ -175,26 +138,17 @@ class StageConfig:
         None, "samples per forward pass and device; null: the whole batch", gt=0
     )
     lr: float = setting(2e-5, "peak learning rate of AdamW", gt=0)
-    schedule: str = setting(
-        "cosine", "learning-rate schedule", choices=("cosine", "linear", "constant_with_warmup")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = setting(
+        "cosine", "learning-rate schedule"
     )
-    warmup: float = setting(0.03, "warm-up as a share of the steps", ge=0)
+    warmup: float = setting(0.03, "warm-up as a share of the steps", ge=0, lt=1)
     weight_decay: float = setting(
         0.0, "AdamW's weight decay, not applied to biases and norms", ge=0
     )
     clip: float = setting(1.0, "gradient norm is clipped to this; 0: no clipping", ge=0)
-    loss: LossConfig = section(
-        LossConfig, "the stage's loss weights; terms the stage does not have are left out"
-    )
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.warmup >= 1:
-            raise ConfigError(f"StageConfig.warmup: got {self.warmup}, expected a share below 1")
 
 
-@dataclass(frozen=True)
-class TeacherCacheConfig:
+class TeacherCacheConfig(Section):
     """The teacher's hidden states, stored once instead of computed in every step."""
 
     path: str | None = setting(
@@ -203,59 +157,43 @@ class TeacherCacheConfig:
         "loads no teacher; null: the teacher runs in every step",
     )
     stages: tuple[str, ...] = setting(
-        (),
-        "stages to store and to train from it; empty: all distilled ones",
-        choices=("dpt", "dft"),
+        (), "stages to store and to train from it; empty: all that compare with a teacher"
     )
     visual: bool = setting(
         True,
         "store image rows too, most of the disk; false is for runs whose loss.visual and "
         "loss.relation are 0",
     )
-    dtype: str = setting("bf16", "numbers are stored in", choices=("bf16", "fp16", "fp32"))
+    dtype: Literal["bf16", "fp16", "fp32"] = setting("bf16", "numbers are stored in")
     shard_mb: int = setting(512, "MiB of a shard; one is in memory while it is made", gt=0)
     batch_size: int = setting(8, "samples per forward pass of the teacher and device", gt=0)
 
-    def __post_init__(self) -> None:
-        check(self)
 
-
-@dataclass(frozen=True)
-class Config:
+class Config(Section):
     """One run: one model through its stages."""
 
     out: str = setting(
         "runs/run", "folder for checkpoints, logs and the finished model of each stage"
     )
-    stages: tuple[str, ...] = setting(
-        ("dpt", "sft", "dft"), "stages in order", choices=("pt", "dpt", "sft", "dft")
+    method: str = setting(
+        DEFAULT, "the method it is trained by: `mllmkd_kernels.methods`, or installed"
     )
+    stages: tuple[str, ...] = setting((), "stages in order, of those that the method has")
     teacher: str | None = setting(
         None, "folder or hub name of the teacher (any image-text-to-text model), for dpt and dft"
     )
-    teacher_dtype: str = setting(
+    teacher_dtype: Literal["auto", "fp32", "bf16"] = setting(
         "auto",
         "the frozen teacher's weights: auto (as its checkpoint has them), or half the memory",
-        choices=("auto", "fp32", "bf16"),
     )
     teacher_cache: TeacherCacheConfig = section(
         TeacherCacheConfig, "the teacher's hidden states, stored once by `cache`"
     )
     model: ModelConfig = section(ModelConfig, "the model to train")
     data: DataConfig = section(DataConfig, "the data to train on")
-    pt: StageConfig = section(
-        StageConfig, "pre-training: projector, CE on captions", lr=1e-3, batch_size=256
-    )
-    dpt: StageConfig = section(
-        StageConfig,
-        "distilled pre-training: projector, four terms on captions",
-        lr=1e-3,
-        batch_size=256,
-    )
-    sft: StageConfig = section(StageConfig, "supervised fine-tuning: projector and LM, CE")
-    dft: StageConfig = section(StageConfig, "distilled fine-tuning: projector and LM, four terms")
+    stage: Any = section(Section, "how each stage is optimised; its fields are the method's stages")
     seed: int = setting(0, "seed of initialisation and data order", ge=0)
-    precision: str = setting("fp32", "fp32, or bf16 autocast", choices=("fp32", "bf16"))
+    precision: Literal["fp32", "bf16"] = setting("fp32", "fp32, or bf16 autocast")
     grad_checkpointing: bool = setting(False, "recompute activations in backward to save memory")
     log_steps: int = setting(10, "optimiser steps between two entries of the loss curve", gt=0)
     save_steps: int = setting(500, "optimiser steps between two checkpoints", gt=0)
@@ -263,28 +201,109 @@ class Config:
     resume: bool = setting(
         True, "continue from what is in `out`; false: an `out` in use is an error"
     )
-    report_to: tuple[str, ...] = setting(
+    report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = setting(
         (),
         "where the loss curve goes besides log.jsonl; each must be installed",
-        choices=("tensorboard", "trackio", "wandb"),
     )
-    on_nan: str = setting(
+    on_nan: Literal["stop", "skip"] = setting(
         "stop",
         "a loss or gradient that is not finite: stop naming the batch, or skip the step",
-        choices=("stop", "skip"),
     )
     skip_limit: int = setting(5, "on_nan skip: so many bad steps in a row stop the run", gt=0)
     eval_batch_size: int = setting(256, "samples per forward pass in evaluation", gt=0)
     threads: int | None = setting(None, "CPU threads; null: PyTorch's choice", gt=0)
 
-    def __post_init__(self) -> None:
-        check(self)
+    @model_validator(mode="after")
+    def _some_stage(self) -> Config:
         if not self.stages:
-            raise ConfigError("Config.stages: got [], expected at least one of pt, dpt, sft, dft")
+            raise ValueError("stages: got [], expected at least one")
+        return self
 
-    def stage(self, name: str) -> StageConfig:
-        """The settings of one stage."""
-        return getattr(self, name)
+
+# --- the configuration of a method ----------------------------------------------------------------
+
+
+@functools.cache
+def config_class(stages: tuple[Stage, ...], method: str = DEFAULT) -> type[Config]:
+    """The class of a method's configurations: `stage` has a section for each row of its table, with
+    the row's own defaults, and in it `loss` and `student`, which are the arguments of the row's
+    `objective` and `student`.
+    """
+    names = tuple(stage.name for stage in stages)
+    table = {stage.name: _field(_stage_section(stage), stage.title) for stage in stages}
+    run = tuple(stage.name for stage in stages if stage.usual)
+    text = ", ".join(names)
+    return create_model(
+        "Config",
+        __base__=Config,
+        method=(Literal[method], setting(method, Config.model_fields["method"].description or "")),
+        stages=(tuple[Literal[names], ...], setting(run, f"stages in order, of {text}")),
+        stage=_field(create_model("Stages", __base__=Section, **table), "how a stage is optimised"),
+    )  # pyright: ignore[reportCallIssue]
+
+
+def _stage_section(stage: Stage) -> type[StageConfig]:
+    fields: dict[str, Any] = {
+        name: (StageConfig.model_fields[name].annotation, setting(value, _about(name)))
+        for name, value in stage.defaults.items()
+    }
+    loss = arguments_of(stage.objective, "Loss")
+    fields["loss"] = _field(loss, "the loss: see the method's docstring")
+    if stage.student is not None:
+        student = arguments_of(stage.student, "Student", given=("model",))
+        fields["student"] = _field(student, "what is made of the student before the stage")
+    return create_model(stage.name, __base__=StageConfig, **fields)
+
+
+def _field(cls: type[Section], about: str) -> tuple[Any, Any]:
+    return cls, section(cls, about)
+
+
+def _about(name: str) -> str:
+    return StageConfig.model_fields[name].description or ""
+
+
+def class_for(values: Mapping[str, Any]) -> type[Config]:
+    """The class of the configuration that has these values.
+
+    Raises:
+        ConfigError: the method is not known, or the values are of an older form.
+    """
+    name = values.get("method", DEFAULT)
+    if old := [key for key in ("pt", "dpt", "sft", "dft") if key in values]:
+        moved = {"method": name, "stage": {key: values[key] for key in old}}
+        raise ConfigError(
+            f"{', '.join(old)}: no such field; settings of a stage stand under `stage`:\n\n"
+            f"{yaml.safe_dump(moved, sort_keys=False)}"
+        )
+    return config_class(stages_of(name), name)
+
+
+def stages_of(method: Any) -> tuple[Stage, ...]:
+    """The stage table of a method by name: one of ours, or of an installed package that has an
+    entry point in the group "mllmkd_kernels.methods". A configuration never imports code.
+    """
+    ours = {name.replace("_", "-"): name for name in methods.__all__}
+    if method in ours:
+        return getattr(methods, ours[method]).STAGES
+    installed = {point.name: point for point in entry_points(group="mllmkd_kernels.methods")}
+    if method not in installed:
+        raise ConfigError(
+            f"method: got {method!r}, expected one of {', '.join([*ours, *installed])}"
+        )
+    return installed[method].load()
+
+
+def load(
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    base: Config | None = None,
+    stages: tuple[Stage, ...] | None = None,
+) -> Config:
+    """A run's configuration, as `settings.load`; with `stages`, of that table's method."""
+    return settings.load(
+        class_for if stages is None else config_class(stages), path, overrides, base
+    )
 
 
 def require(value: str | None, where: str, why: str) -> str:

@@ -1,30 +1,31 @@
 """How does a YAML file or `--set key=value` become a checked, typed configuration?
 
-One small engine for frozen dataclasses. A field is declared once, with `setting(default, help,
-...)`; from that declaration come the type check, the range check, the command line (`--set
-sft.lr=1e-3`), the YAML form and the text of `--help`, so they cannot drift apart. A field may be
-`int`, `float`, `str`, `bool`, `X | None`, `tuple[X, ...]`, another dataclass or a tuple of one
-(`data.sources[1].weight`), and nothing else: a configuration is data, not code.
+A configuration is a tree of `Section`s, which are pydantic models: a field is declared once, with
+its type, range, default and description, and a section may be made of a function's signature
+(`arguments_of`), so that what a loss takes is what its section has. This file adds what pydantic
+leaves to its user: reading YAML, `--set`, one wording of faults, `--help`.
 
 Every fault is a `ConfigError` that says which field (by its dotted path), what came, and what was
-expected. An unknown field is an error that names the nearest valid one; there is no extra-keys-
-allowed mode.
+expected. An unknown field is an error that names the nearest valid one. Values are read strictly: a
+number is not text and text is no number.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import math
-import types
+import functools
+import inspect
+import json
+import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-T = TypeVar("T")
+Location = tuple[int | str, ...]
 
 
 class ConfigError(ValueError):
@@ -32,252 +33,287 @@ class ConfigError(ValueError):
     expectation."""
 
 
-class Text(str):
-    """A value typed on the command line: still text, its type decided by the field it is for."""
+class Section(BaseModel):
+    """A group of fields: immutable, strict, and without any that are not declared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    choices: Sequence[str] | None = None,
-) -> Any:
-    """Declare a field: its default, one sentence for `--help`, and the values it may take."""
-    meta = {"help": help, "ge": ge, "gt": gt, "choices": tuple(choices) if choices else None}
-    return dataclasses.field(default=default, metadata=meta)
+S = TypeVar("S", bound=Section)
 
 
-def section(cls: type[T], help: str, **overrides: Any) -> T:
-    """Declare a nested group of fields, with other defaults than the class's own where
-    `overrides` says so."""
-    return dataclasses.field(default_factory=lambda: cls(**overrides), metadata={"help": help})
+def setting(default: Any, help: str, **limits: Any) -> Any:
+    """Declare a field: its default, one sentence for `--help`, and limits (`ge`, `gt`, `le`,
+    `lt`)."""
+    return Field(default, description=help, **limits)
 
 
-def check(config: Any) -> None:
-    """Check every field of a dataclass built in Python; call it from `__post_init__`.
-
-    Raises `ConfigError` naming the class and field.
-    """
-    hints = typing.get_type_hints(type(config))
-    for item in dataclasses.fields(config):
-        where = f"{type(config).__name__}.{item.name}"
-        _convert(getattr(config, item.name), hints[item.name], item.metadata, where)
+def section(cls: type[S], help: str) -> Any:
+    """Declare a group of fields."""
+    return Field(default_factory=cls, description=help)
 
 
-def build(cls: type[T], values: Mapping[str, Any], where: str = "", base: T | None = None) -> T:
-    """`values` (nested mappings, as YAML gives them) as a `cls`.
+# --- values in -----------------------------------------------------------------------------------
 
-    Fields not named keep `base`'s value, or the default.
+
+def build(cls: type[S], values: Mapping[str, Any], base: Section | None = None) -> S:
+    """`values` (nested mappings, as YAML gives them) as a `cls`, over `base`'s or the defaults.
 
     Raises `ConfigError` for an unknown field, a wrong type or a value out of range.
     """
-    if not isinstance(values, Mapping):
-        raise ConfigError(
-            f"{where or 'configuration'}: got {values!r}, expected a mapping of {_names(cls)}"
-        )
-    fields = {item.name: item for item in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
-    hints = typing.get_type_hints(cls)
-    current = base if base is not None else cls()
-    changed = {}
-    for key, value in values.items():
-        path = f"{where}.{key}" if where else str(key)
-        if key not in fields:
-            raise ConfigError(f"{path}: no such field; {_nearest(str(key), list(fields))}")
-        if dataclasses.is_dataclass(hints[key]):
-            changed[key] = build(hints[key], value, path, getattr(current, key))
-        else:
-            changed[key] = _convert(value, hints[key], fields[key].metadata, path)
-    return dataclasses.replace(current, **changed)  # pyright: ignore[reportArgumentType]
+    return _validated(cls, _merged({} if base is None else to_dict(base), values), {})
+
+
+def changed(config: S, **values: Any) -> S:
+    """`config` with other values of some fields; nested mappings reach into sections."""
+    return build(type(config), values, config)
 
 
 def load(
-    cls: type[T], path: str | Path | None, overrides: Sequence[str] = (), base: T | None = None
-) -> T:
-    """A `cls` from an optional YAML file and `key.sub=value` overrides, in that order, over
-    `base`."""
-    config = base if base is not None else cls()
+    cls: type[S] | Callable[[Mapping[str, Any]], type[S]],
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    base: Section | None = None,
+) -> S:
+    """A configuration from an optional YAML file and `key.sub=value` overrides, in that order, over
+    `base`.
+
+    Args:
+        cls: its class, or what tells the class from all the values.
+        path, overrides, base: what is read.
+
+    Raises:
+        ConfigError: a file or a value that cannot be used.
+    """
+    values: Mapping[str, Any] = {} if base is None else to_dict(base)
     if path is not None:
-        config = build(cls, _read(Path(path)), base=config)
+        values = _merged(values, _mapping(read_yaml(Path(path), "--config"), "configuration"))
+    typed: dict[Location, str] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"--set {text!r}: expected key=value, for instance sft.lr=1e-3")
-        nested: Any = Text(value)
-        for part in reversed(key.strip().split(".")):
-            nested = {part: nested}
-        config = build(cls, nested, base=config)
-    return config
+            raise ConfigError(f"--set {text!r}: expected key=value, for instance seed=1")
+        keys = tuple(key.strip().split("."))
+        typed[keys] = value
+        values = _merged(values, _nested(keys, _parsed(value)))
+    return _validated(cls if isinstance(cls, type) else cls(values), values, typed)
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as plain YAML-able values, the inverse of `build`."""
-    plain = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            value = to_dict(value)
-        if isinstance(value, tuple):
-            value = [to_dict(v) if dataclasses.is_dataclass(v) else v for v in value]
-        plain[item.name] = value
-    return plain
-
-
-def dump(config: Any) -> str:
-    """The configuration as YAML text."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
-
-
-def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    """One line `field: old -> new` for every field in which two configurations of one class
-    differ."""
-    for item in dataclasses.fields(old):
-        path = f"{where}.{item.name}" if where else item.name
-        a, b = getattr(old, item.name), getattr(new, item.name)
-        if dataclasses.is_dataclass(a):
-            yield from differences(a, b, path)
-        elif a != b:
-            yield f"{path}: {a!r} -> {b!r}"
-
-
-def describe(cls: type, default: Any = None, where: str = "") -> Iterator[str]:
-    """One entry a field for `--help`: dotted name, type, default, meaning."""
-    default = cls() if default is None else default
-    hints = typing.get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        path = f"{where}.{item.name}" if where else item.name
-        value = getattr(default, item.name)
-        if dataclasses.is_dataclass(hints[item.name]):
-            yield f"{path}: {item.metadata['help']}"
-            yield from describe(hints[item.name], value, path)
-        else:
-            yield _line(path, hints[item.name], value, item.metadata)
-            if (inner := _section_of(hints[item.name])) is not None:
-                yield from describe(inner, where=f"{path}[i]")
-
-
-def _line(path: str, hint: Any, default: Any, meta: Mapping[str, Any]) -> str:
-    shown = list(default) if isinstance(default, tuple) else default
-    return f"  {path:<28} {_expected(hint, meta)}; default {shown!r}\n{'':<8}{meta['help']}"
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"--config {path}: no such file")
+def _validated(cls: type[S], values: Mapping[str, Any], typed: Mapping[Location, str]) -> S:
+    """As JSON, of which strict validation still takes a list for a tuple. What was `typed` on the
+    command line is text if its field is, and a list between commas.
+    """
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
-    return {} if values is None else values
+        return cls.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        # of the members of a union, the one that was meant is the one that got furthest
+        rank = lambda fault: (len(fault["loc"]), fault["type"] == "value_error")  # noqa: E731
+        fault: Any = max(error.errors(), key=rank)
+    keys = tuple(fault["loc"])
+    if keys in typed and fault["type"] in ("string_type", "tuple_type"):
+        rest, meant = dict(typed), Any
+        meant = rest.pop(keys)
+        if fault["type"] == "tuple_type":
+            meant = [_parsed(part) for part in meant.split(",") if part.strip()]
+        return _validated(cls, _merged(values, _nested(keys, meant)), rest)
+    raise ConfigError(_worded(cls, fault))
 
 
-def _convert(value: Any, hint: Any, meta: Mapping[str, Any], where: str) -> Any:
-    """`value` as type `hint`, or a `ConfigError`; the only place that decides what a type
-    accepts."""
-    fault = ConfigError(f"{where}: got {value!r}, expected {_expected(hint, meta)}")
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, hint):  # pyright: ignore[reportArgumentType]
-            raise fault
-        return value
-    kind, optional = _strip_optional(hint)
-    is_tuple = typing.get_origin(kind) is tuple
-    if isinstance(value, Text):
-        value = _from_text(value, kind, optional, is_tuple, fault)
-    if value is None:
-        if optional:
-            return None
-        raise fault
-    if is_tuple:
-        if not isinstance(value, (list, tuple)):
-            raise fault
-        inner = typing.get_args(kind)[0]
-        return tuple(_element(v, inner, meta, f"{where}[{i}]") for i, v in enumerate(value))
-    return _in_range(_scalar(value, kind, fault), meta, fault)
-
-
-def _element(value: Any, hint: Any, meta: Mapping[str, Any], where: str) -> Any:
-    """One value of a tuple; a section is built from its mapping, or taken as it is."""
-    if dataclasses.is_dataclass(hint) and not isinstance(value, hint):  # pyright: ignore
-        return build(hint, value, where)  # pyright: ignore[reportArgumentType]
-    return _convert(value, hint, meta, where)
-
-
-def _section_of(hint: Any) -> Any:
-    """The dataclass that a field is a tuple of, if it is one."""
-    inner = [kind for kind in typing.get_args(hint) if dataclasses.is_dataclass(kind)]
-    return inner[0] if typing.get_origin(hint) is tuple and inner else None
-
-
-def _from_text(value: Text, kind: Any, optional: bool, is_tuple: bool, fault: ConfigError) -> Any:
-    if optional and value.strip().lower() in ("none", "null", ""):
+def _parsed(text: str) -> Any:
+    if text.strip().lower() == "none":
         return None
-    if is_tuple and not value.strip().startswith("["):
-        return [Text(v.strip()) for v in value.split(",") if v.strip()]
-    if kind is str:
-        return str(value)
     try:
-        return yaml.safe_load(value)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError:
-        raise fault from None
+        return text
 
 
-def _scalar(value: Any, kind: type, fault: ConfigError) -> Any:
-    if kind is float:
-        # YAML 1.1 reads 2e-3 (no dot) as text; people write it, and it can only mean the number
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                raise fault from None
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not math.isfinite(value)
-        ):
-            raise fault
-        return float(value)
-    if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
-        raise fault
-    if not isinstance(value, kind):
-        raise fault
-    return value
+def _nested(keys: Sequence[Any], value: Any) -> Any:
+    return functools.reduce(lambda inner, key: {key: inner}, reversed(keys), value)
 
 
-def _in_range(value: Any, meta: Mapping[str, Any], fault: ConfigError) -> Any:
-    if meta.get("choices") and value not in meta["choices"]:
-        raise fault
-    if meta.get("ge") is not None and value < meta["ge"]:
-        raise fault
-    if meta.get("gt") is not None and value <= meta["gt"]:
-        raise fault
-    return value
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """`new` over `old`, sections one by one."""
+    result = dict(old)
+    for key, value in new.items():
+        value = to_dict(value) if isinstance(value, Section) else value
+        before = result.get(key)
+        both = isinstance(before, Mapping) and isinstance(value, Mapping)
+        result[key] = _merged(before, value) if both else value
+    return result
 
 
-def _strip_optional(hint: Any) -> tuple[Any, bool]:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        return kinds[0], True
-    return hint, False
+def _mapping(values: Any, where: str) -> Mapping[str, Any]:
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: got {values!r}, expected a mapping of fields to values")
+    return values
 
 
-def _expected(hint: Any, meta: Mapping[str, Any]) -> str:
-    if dataclasses.is_dataclass(hint):
-        return f"a {hint.__name__}"  # pyright: ignore[reportAttributeAccessIssue]
-    kind, optional = _strip_optional(hint)
-    is_tuple = typing.get_origin(kind) is tuple
-    name = typing.get_args(kind)[0].__name__ if is_tuple else kind.__name__
-    text = f"one of {', '.join(meta['choices'])}" if meta.get("choices") else name
-    text += f" >= {meta['ge']}" if meta.get("ge") is not None else ""
-    text += f" > {meta['gt']}" if meta.get("gt") is not None else ""
-    return (f"list of {text}" if is_tuple else text) + (" or null" if optional else "")
+def _worded(cls: type[Section], fault: Any) -> str:
+    """A fault of pydantic's in the words of this package."""
+    where, section, left = _found(cls, fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        nearest = _nearest(str(left[0]), list(section.model_fields))
+        return f"{_dotted((*where, *left))}: no such field; {nearest}"
+    if fault["type"] == "value_error":  # raised by our own code, which may name the field
+        name, colon, text = str(fault["ctx"]["error"]).partition(": ")
+        if colon and name in section.model_fields:
+            return f"{_dotted((*where, name))}: {text}"
+        return f"{_dotted(where) or 'configuration'}: {fault['ctx']['error']}"
+    if fault["type"] == "model_type":
+        expected = f"a mapping of {', '.join(section.model_fields)}"
+    else:
+        expected = fault["msg"].removeprefix("Input should be ")
+    return f"{_dotted(where)}: got {fault['input']!r}, expected {expected}"
 
 
-def _names(cls: type) -> str:
-    return ", ".join(item.name for item in dataclasses.fields(cls))
+def _dotted(location: Sequence[Any]) -> str:
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).removeprefix(".")
+
+
+def _found(cls: type[Section], location: Location) -> tuple[Location, type[Section], Location]:
+    """A path as far as its names are fields, the section that the last of them is or stands in, and
+    the rest: a name that is no field, or the member of a union.
+    """
+    for place, part in enumerate(location):
+        if isinstance(part, str) and part not in cls.model_fields:
+            return location[:place], cls, location[place:]
+        if isinstance(part, str):
+            cls = section_in(cls.model_fields[part].annotation) or cls
+    return location, cls, ()
+
+
+def section_in(hint: Any) -> type[Section] | None:
+    """The section that a field is, or holds a tuple of."""
+    if isinstance(hint, type) and issubclass(hint, Section):
+        return hint
+    found = map(section_in, typing.get_args(hint))
+    return next((cls for cls in found if cls is not None), None)
 
 
 def _nearest(name: str, valid: list[str]) -> str:
     close = difflib.get_close_matches(name, valid, n=1)
     nearest = f"nearest is {close[0]!r}; " if close else ""
     return f"{nearest}fields here: {', '.join(valid)}"
+
+
+# --- YAML ----------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 2e-3 (no dot) as text; people write it, and it can only mean the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: Path, name: str) -> Any:
+    """What a YAML file holds; `ConfigError` under the `name` of an option if it cannot be read."""
+    if not path.is_file():
+        raise ConfigError(f"{name} {path}: no such file")
+    try:
+        return yaml.load(path.read_text(), _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} {path}: not valid YAML: {error}") from error
+
+
+# --- sections of functions -----------------------------------------------------------------------
+
+
+def arguments_of(function: Callable[..., Any], name: str, *, given: Sequence[str] = ()) -> type:
+    """The section of a function's arguments: a field for each, with its type, its default and what
+    the docstring's ``Args:`` say of it.
+
+    Values are checked by calling the function with them, unless it wants what is `given` later.
+    """
+    parameters = inspect.signature(function).parameters
+    inner = function.func if isinstance(function, functools.partial) else function
+    hints, notes = typing.get_type_hints(inner), _documented(inner)
+    fields: dict[str, Any] = {
+        key: (hints[key], setting(p.default, notes.get(key, "")))
+        for key, p in parameters.items()
+        if key not in given and p.kind is not p.VAR_KEYWORD
+    }
+
+    def try_it(self: Any) -> Any:
+        if not given:
+            function(**arguments(self))
+        return self
+
+    check: Any = model_validator(mode="after")(try_it)
+    return create_model(name, __base__=Section, __validators__={"try_it": check}, **fields)
+
+
+def arguments(section: Section) -> dict[str, Any]:
+    """The fields of an `arguments_of` as keyword arguments."""
+    return {key: getattr(section, key) for key in type(section).model_fields}
+
+
+def _documented(function: Callable[..., Any]) -> dict[str, str]:
+    """name -> text of the ``Args:`` of a docstring; ``a, b: text`` is of both."""
+    args = (inspect.getdoc(function) or "").partition("Args:\n")[2].split("\n\n")[0]
+    entries = re.findall(r"^    (\S[^:]*): (.*(?:\n     +.*)*)", args, re.MULTILINE)
+    return {
+        name.strip(): " ".join(text.split()) for names, text in entries for name in names.split(",")
+    }
+
+
+# --- values out ----------------------------------------------------------------------------------
+
+
+def to_dict(config: Section) -> dict[str, Any]:
+    """The configuration as plain YAML-able values, the inverse of `build`."""
+    return config.model_dump(mode="json")
+
+
+def dump(config: Section) -> str:
+    """The configuration as YAML text."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def differences(old: Section, new: Section) -> Iterator[str]:
+    """One line `field: old -> new` for every field in which two configurations differ."""
+    yield from _differences(to_dict(old), to_dict(new), ())
+
+
+def _differences(old: Any, new: Any, where: Location) -> Iterator[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in dict.fromkeys((*old, *new)):
+            yield from _differences(old.get(key), new.get(key), (*where, key))
+    elif old != new:
+        yield f"{_dotted(where)}: {old!r} -> {new!r}"
+
+
+def describe(cls: type[Section], where: str = "") -> Iterator[str]:
+    """One entry a field for `--help`: dotted name, type, default, meaning."""
+    for name, field in cls.model_fields.items():
+        path, inner = f"{where}{name}", section_in(field.annotation)
+        if inner is not None and field.annotation is inner:
+            yield f"{path}: {field.description}"
+            yield from describe(field.get_default(call_default_factory=True).__class__, f"{path}.")
+            continue
+        default = field.get_default(call_default_factory=True)
+        shown = list(default) if isinstance(default, tuple) else default
+        yield f"  {path:<28} {_type(field.annotation, field.metadata)}; default {shown!r}"
+        yield f"{'':<8}{field.description}"
+        if inner is not None:
+            yield from describe(inner, f"{path}[i].")
+
+
+def _type(hint: Any, constraints: Sequence[Any]) -> str:
+    """A type as a reader would name it, with its range."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if typing.get_origin(hint) is tuple:
+        return f"list of {_type(arguments[0], ())}"
+    if arguments:
+        names = [_type(kind, constraints) for kind in arguments if kind is not type(None)]
+        return " or ".join(names + ["null"] * (type(None) in arguments))
+    signs = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+    limits = [f" {sign} {getattr(c, k)}" for c in constraints for k, sign in signs if hasattr(c, k)]
+    return hint.__name__ + "".join(limits)
