@@ -24,7 +24,7 @@ from mllmkd_kernels.heads import (
 )
 from mllmkd_kernels.kept_gram import KeptGram
 from mllmkd_kernels.relation import fused_linear_relation, head_gram
-from mllmkd_kernels.rows import RowCounts, image_seqlens, response_rows, visual_rows
+from mllmkd_kernels.rows import IGNORE_INDEX, RowCounts, image_seqlens, response_rows, visual_rows
 
 
 class LlavaKDOutput(NamedTuple):
@@ -79,7 +79,7 @@ class LlavaKDLoss(nn.Module):
         temperature: float = 1.0,
         divergence: str | Divergence = "forward_kl",
         *,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORE_INDEX,
         vocab_size: int | None = None,
         response_shift: bool = True,
         relation_batch: bool = False,
