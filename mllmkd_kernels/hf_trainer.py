@@ -144,7 +144,8 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
 
     def count_batches(self, batches: list[dict[str, Any]]) -> RowCounts:
         """Rows of these micro-batches, this rank's alone."""
-        return count_rows(batches, image_token_id(self.accelerator.unwrap_model(self.model)))
+        token = image_token_id(self.accelerator.unwrap_model(self.model))
+        return count_rows(batches, token, self.kd_loss.ignore_index)
 
     def compute_loss(
         self,

@@ -8,8 +8,7 @@ weights; the fourth goes through the Gram matrices of the heads.
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +22,9 @@ from mllmkd_kernels.heads import (
     check_selected,
     take_rows,
 )
+from mllmkd_kernels.kept_gram import KeptGram
 from mllmkd_kernels.relation import fused_linear_relation, head_gram
-from mllmkd_kernels.rows import RowCounts, image_seqlens, response_rows, visual_rows
+from mllmkd_kernels.rows import IGNORE_INDEX, RowCounts, image_seqlens, response_rows, visual_rows
 
 
 class LlavaKDOutput(NamedTuple):
@@ -79,7 +79,7 @@ class LlavaKDLoss(nn.Module):
         temperature: float = 1.0,
         divergence: str | Divergence = "forward_kl",
         *,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORE_INDEX,
         vocab_size: int | None = None,
         response_shift: bool = True,
         relation_batch: bool = False,
@@ -102,7 +102,7 @@ class LlavaKDLoss(nn.Module):
         self.response_shift, self.relation_batch = response_shift, relation_batch
         self.diagnostics = diagnostics
         self.backend, self.workspace_mb = backend, workspace_mb
-        self._grams: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
+        self._grams = {"student": KeptGram("student"), "teacher": KeptGram("teacher")}
 
     def forward(
         self,
@@ -139,6 +139,7 @@ class LlavaKDLoss(nn.Module):
         Raises:
             ValueError: shapes that do not fit; teacher and student select different numbers of rows
                 (both named).
+            RuntimeError: a frozen head was written to through ``.data`` since its Gram was made.
         """
         check_batch(student, labels, image_mask)
         shape = labels.shape
@@ -243,20 +244,18 @@ class LlavaKDLoss(nn.Module):
         )  # fmt: skip
 
     def _frozen_gram(self, who: str, head: HeadInputs, vocab: int) -> Tensor | None:
-        """The Gram of a frozen head, computed once; None for a trained one. Kept until the
-        weight is another one or written to.
-        """
+        """The kept Gram of a frozen head; None for a trained one."""
         trained = who == "student" and (
             head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
         )
         if trained:
-            self._grams.pop(who, None)
+            self._grams[who].drop()
             return None
-        weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-        key = (_Identity(head.weight), None if head.bias is None else _Identity(head.bias), vocab)
-        if who not in self._grams or self._grams[who][0] != key:
-            self._grams[who] = key, head_gram(weight, bias, vocab_size=vocab)
-        return self._grams[who][1]
+
+        def make(weight: Tensor, bias: Tensor | None) -> Tensor:
+            return head_gram(weight, bias, vocab_size=vocab)
+
+        return self._grams[who].of(head.weight, head.bias, vocab, make)
 
 
 class _Segment(NamedTuple):
@@ -352,19 +351,3 @@ class _Norms(NamedTuple):
         device = rows.response.device
         tensors = (torch.as_tensor(c, dtype=torch.float32, device=device) for c in counts)
         return cls(*(t.clamp(min=torch.finfo(torch.float32).tiny) for t in tensors))
-
-
-class _Identity:
-    """Equal only for the same live tensor, not written to since: a version counts writes (but not
-    those through ``.data``, which torch hides; after one, make the loss module anew).
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weakref.ref(weight)
-        self.version = weight._version
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Identity) or self.version != other.version:
-            return False
-        mine, its = self.weight(), other.weight()
-        return mine is not None and mine is its  # tensors compare by entries, so not ==

@@ -26,20 +26,28 @@ class RowCounts(NamedTuple):
     images: int | Tensor
 
 
-def response_rows(labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+IGNORE_INDEX = -100  # transformers' label of a position without one
+
+
+def next_tokens(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """The label that each position of (B, T) predicts, (B, T); at the last one `ignore_index`."""
+    following = torch.full_like(labels, ignore_index)
+    following[:, : labels.shape[1] - 1] = labels[:, 1:]
+    return following
+
+
+def response_rows(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> tuple[Tensor, Tensor]:
     """Flat indices into B·T of the rows that predict a label, and those labels.
 
     Args:
         labels: (B, T) int64, as Hugging Face has them: the label of a token stands at the token's
             own position.
+        ignore_index: label of positions without one.
 
     Returns:
         indices (M,) int64 and next tokens (M,) int64.
     """
-    batch, length = labels.shape
-    following = torch.full_like(labels, ignore_index)
-    following[:, : length - 1] = labels[:, 1:]
-    following = following.reshape(batch * length)
+    following = next_tokens(labels, ignore_index).flatten()
     index = (following != ignore_index).nonzero().squeeze(1)
     return index, following[index]
 

@@ -320,6 +320,25 @@ def test_counts_are_those_of_the_loss() -> None:
     assert [int(c) for c in count_rows(batches[1:2], None)] == [9, 0, 0]
 
 
+def test_rows_are_counted_by_the_losses_own_ignore_index(tmp_path: Path) -> None:
+    """0 is a token of padding here, and no answer's."""
+
+    def relabelled(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch | {"labels": batch["labels"].masked_fill(batch["labels"] == -100, 0)}
+
+    batches = [pair.collate(pair.samples()[i : i + 2]) for i in range(0, 8, 2)]
+    assert count_rows(map(relabelled, batches), IMAGE, 0) == count_rows(batches, IMAGE)
+    student, teacher = pair.models()
+    with torch.no_grad():
+        expected = pair.naive_terms(student, teacher, pair.collate(pair.samples()))
+    run = trainer(tmp_path, student, teacher, gradient_accumulation_steps=4, learning_rate=0.0)
+    run.kd_loss = mk.LlavaKDLoss(ignore_index=0, backend="eager")
+    run.data_collator = lambda features: relabelled(pair.collate(features))
+    run.train()
+    for term, value in expected.items():
+        assert run.state.log_history[0][term] == pytest.approx(float(value), rel=1e-4), term
+
+
 @pytest.mark.parametrize("name", ["qwen2.5-vl", "smolvlm", "gemma3", "paligemma2-softcap", "llama"])
 def test_image_token_of_a_class(name: str) -> None:
     assert image_token_id(build(name)[0]) == (None if name == "llama" else IMAGE)
