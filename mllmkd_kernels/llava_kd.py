@@ -8,6 +8,7 @@ weights; the fourth goes through the Gram matrices of the heads.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,13 @@ class LlavaKDOutput(NamedTuple):
     student_entropy: Tensor | None = None
     teacher_entropy: Tensor | None = None
     agreement: Tensor | None = None
+
+
+# Which of `RowCounts` each mean of a `LlavaKDOutput` is over.
+MEAN_OVER = dict.fromkeys(LlavaKDOutput._fields[1:], "response") | {
+    "visual_kl": "visual",
+    "relation": "images",
+}
 
 
 class LlavaKDLoss(nn.Module):
@@ -170,6 +178,15 @@ class LlavaKDLoss(nn.Module):
             relation = self._relation(student, teacher, rows_s, rows_t, cu) * share
             loss = loss + self.relation * relation
         return LlavaKDOutput(loss, ce, response, visual, relation.detach(), **seen)
+
+    def weighted(self, terms: Mapping[str, float]) -> float:
+        """The loss of four terms that go by their names in `LlavaKDOutput`."""
+        return (
+            self.ce * terms["ce"]
+            + self.response * terms["response_kl"]
+            + self.visual * terms["visual_kl"]
+            + self.relation * terms["relation"]
+        )
 
     def _rows_loss(
         self,
