@@ -5,6 +5,7 @@ What is computed stands in `methods.llava_kd`, how in `objective`; this is their
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -42,6 +43,13 @@ class LlavaKDOutput(NamedTuple):
     student_entropy: Tensor | None = None
     teacher_entropy: Tensor | None = None
     agreement: Tensor | None = None
+
+
+#: Of `RowCounts`, which one each mean of a `LlavaKDOutput` is over.
+MEAN_OVER = dict.fromkeys(LlavaKDOutput._fields[1:], "response") | {
+    "visual_kl": "visual",
+    "relation": "images",
+}
 
 
 class LlavaKDLoss(nn.Module):
@@ -168,6 +176,10 @@ class LlavaKDLoss(nn.Module):
             workspace_mb=self.workspace_mb,
             operators=self._operators,
         )
+
+    def weighted(self, means: Mapping[str, float]) -> float:
+        """The loss that the four terms make, by their names in `LlavaKDOutput`."""
+        return self.objective().weighted(means)
 
     @property
     def needs(self) -> Needs:

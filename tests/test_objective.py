@@ -1,4 +1,4 @@
-"""Is an objective the sum of its terms, over the rows they name, divided by the counts they name?"""
+"""Is an objective the sum of its terms, each over the rows and the count that it names?"""
 
 from __future__ import annotations
 
@@ -109,9 +109,8 @@ def test_the_mean_over_any_row_set(name: str, backend: str) -> None:
     mean = want.mean() if len(want) else want.sum()
     check(got.loss, 2 * mean.detach(), "fp32 weights")
     check(got.terms["kl"], mean.detach(), "fp32 weights")
-    for a, b in zip(
-        *(torch.autograd.grad(x, [s.hidden, s.weight]) for x in (got.loss, 2 * mean)), strict=True
-    ):
+    grads = [torch.autograd.grad(x, [s.hidden, s.weight]) for x in (got.loss, 2 * mean)]
+    for a, b in zip(*grads, strict=True):
         check(a, b, "fp32 weights")
 
 
