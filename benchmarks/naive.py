@@ -37,7 +37,9 @@ class WholeLogitsLoss(mk.LlavaKDLoss):
             z_t = F.linear(teacher.hidden, teacher.weight).float()
         following = labels[:, 1:]
         answered = following != self.ignore_index
-        ce = F.cross_entropy(z_s[:, :-1].flatten(0, 1), following.flatten())
+        ce = F.cross_entropy(
+            z_s[:, :-1].flatten(0, 1), following.flatten(), ignore_index=self.ignore_index
+        )
         response = _kl(z_s[:, :-1][answered], z_t[:, :-1][answered])
         v_s, v_t = z_s[image_mask], z_t[image_mask]
         visual = _kl(v_s, v_t)

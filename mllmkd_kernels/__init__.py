@@ -6,6 +6,7 @@ chosen, losses are computed and their gradients leave. `mllmkd_kernels.reference
 definitions.
 """
 
+from mllmkd_kernels import methods
 from mllmkd_kernels.batch import count_rows, distill_batch, forward_through
 from mllmkd_kernels.distill import DistillOutput, fused_linear_distill
 from mllmkd_kernels.divergence import Divergence
@@ -14,9 +15,13 @@ from mllmkd_kernels.hf_trainer import DistillMixin, sum_counts
 from mllmkd_kernels.llava_kd import LlavaKDLoss, LlavaKDOutput
 from mllmkd_kernels.logprob import fused_linear_logprob
 from mllmkd_kernels.models import head_inputs
+from mllmkd_kernels.needs import Needs
+from mllmkd_kernels.objective import Losses, Objective, Term
 from mllmkd_kernels.plan import Plan, explain
 from mllmkd_kernels.relation import fused_linear_relation, head_gram, relation_cosine
 from mllmkd_kernels.rows import RowCounts, image_seqlens, response_rows, visual_rows
+from mllmkd_kernels.sweep import RowTerm
+from mllmkd_kernels.view import View
 from mllmkd_kernels.vocab_parallel import (
     vocab_parallel_distill,
     vocab_parallel_gram,
@@ -33,8 +38,14 @@ __all__ = [
     "HeadInputs",
     "LlavaKDLoss",
     "LlavaKDOutput",
+    "Losses",
+    "Needs",
+    "Objective",
     "Plan",
     "RowCounts",
+    "RowTerm",
+    "Term",
+    "View",
     "VocabSlice",
     "count_rows",
     "distill_batch",
@@ -46,6 +57,7 @@ __all__ = [
     "head_gram",
     "head_inputs",
     "image_seqlens",
+    "methods",
     "relation_cosine",
     "response_rows",
     "sum_counts",

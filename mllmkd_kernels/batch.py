@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mllmkd_kernels.heads import HeadInputs
 from mllmkd_kernels.llava_kd import LlavaKDLoss, LlavaKDOutput
 from mllmkd_kernels.models import head_inputs
-from mllmkd_kernels.rows import RowCounts, image_seqlens
+from mllmkd_kernels.rows import IGNORE_INDEX, RowCounts, image_seqlens, next_tokens
 
 Batch = Mapping[str, Any]
 BESIDES = ("teacher", "image_lens", "sample_ids")  # entries of a batch that are no model's
@@ -147,13 +147,16 @@ def lens_of(
     return rows.expand(len(pixels))
 
 
-def count_rows(batches: Iterable[Batch], image_token: int | None) -> RowCounts:
+def count_rows(
+    batches: Iterable[Batch], image_token: int | None, ignore_index: int = IGNORE_INDEX
+) -> RowCounts:
     """The rows that each mean in the loss is over, counted over every micro-batch of an optimiser
     step (of this rank: add up the ranks').
 
     Args:
         batches: as `batch_loss` takes them.
         image_token: as in `batch_loss`.
+        ignore_index: the loss's.
 
     Returns:
         int64 tensors on the device of the batches, the number of images may be an int.
@@ -161,7 +164,8 @@ def count_rows(batches: Iterable[Batch], image_token: int | None) -> RowCounts:
     response, visual, images = torch.tensor(0), torch.tensor(0), 0
     for batch in batches:
         mask = image_mask(batch, image_token)
-        response = (_entry(batch, "labels")[:, 1:] != -100).sum() + response
+        following = next_tokens(_entry(batch, "labels"), ignore_index)
+        response = (following != ignore_index).sum() + response
         visual = mask.sum() + visual
         lens = lens_of(batch, mask)
         images += len(image_seqlens(mask)) - 1 if lens is None else len(lens)

@@ -17,22 +17,25 @@ class HeadInputs:
     """What enters a model's ``lm_head``, and the head itself.
 
     Attributes:
-        hidden: (B, T, D) last hidden states, after the final norm; of a teacher also rows that are
-            selected already, as `LlavaKDLoss.forward` says.
+        hidden: (B, T, D) last hidden states, after the final norm; of a teacher also (N, D), rows
+            that are selected already.
         weight: (V, D).
         bias: (V,) or None.
         softcap: c of ``c·tanh(z/c)`` on the logits, or None.
+        rows: of which row sets the N selected rows are: all of the first, each in the order of the
+            batch, then all of the next. The last ones may be missing where no term reads them.
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
+    rows: tuple[str, ...] = ("response", "visual")
 
 
-def take_rows(hidden: Tensor, indices: list[Tensor]) -> Tensor:
-    """Rows of (B, T, D) or (N', D) by flat index, packed (N, D)."""
-    return hidden.flatten(0, -2)[torch.cat(indices)]
+def take_rows(hidden: Tensor, index: Tensor) -> Tensor:
+    """Rows of (B, T, D) or (N', D) by flat index (N,), packed (N, D)."""
+    return hidden.flatten(0, -2)[index]
 
 
 def check_images(student: Tensor, teacher: Tensor) -> None:
@@ -63,19 +66,4 @@ def check_batch(head: HeadInputs, labels: Tensor, image_mask: Tensor | None, who
         raise ValueError(
             f"{who}image_mask: expected bool of shape {expected}, "
             f"got {image_mask.dtype} {tuple(image_mask.shape)}"
-        )
-
-
-def check_selected(
-    hidden: Tensor,  # (M + K, D)
-    response: int,  # M
-    visual: int,  # K
-    visual_needed: bool,
-) -> None:
-    """Selected rows are as many as labels and mask select; visual ones only where they are read."""
-    expected = {response + visual} if visual_needed else {response, response + visual}
-    if hidden.shape[0] not in expected:
-        raise ValueError(
-            f"teacher.hidden: has {hidden.shape[0]} selected rows, expected {response} response "
-            f"rows and then {visual} visual rows, as labels and image_mask select"
         )

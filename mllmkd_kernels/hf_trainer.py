@@ -10,7 +10,8 @@ The trainer keeps its model, data, optimiser, checkpoints and wrappers; the mixi
    so that DDP and FSDP do what they do there;
 2. the normaliser: each mean is over the rows of the whole optimiser step, every micro-batch of
    every rank, so accumulation and data parallelism give the big batch's gradient;
-3. logs: the four terms apart (and the loss's diagnostics), in training and in evaluation;
+3. logs: the four terms apart (and the loss's diagnostics), in training and in evaluation, where
+   they and the loss are means over the rows of the whole set, however it is cut into batches;
 4. `prediction_step`: logits are made only where `compute_metrics` asks for them;
 5. the loading of checkpoints, which for some classes silently loads nothing.
 
@@ -21,13 +22,14 @@ sees it. Left out: context and sequence parallelism; teachers sharded over devic
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mllmkd_kernels.batch import BESIDES, count_rows, distill_batch, forward_through, image_token_id
-from mllmkd_kernels.llava_kd import LlavaKDLoss, LlavaKDOutput
+from mllmkd_kernels.llava_kd import MEAN_OVER, LlavaKDLoss, LlavaKDOutput
 from mllmkd_kernels.rows import RowCounts
 
 if TYPE_CHECKING:  # importing the package must not import transformers
@@ -132,19 +134,20 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
                 teacher.to(self.args.device)
         self._sums: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}  # by training or not
         self._counted_from: int | None = None
-        self._eval_batches = 0
+        self._evaluated = RowCounts(0, 0, 0)
 
     def distill(
         self, student: nn.Module, batch: Mapping[str, Any], counts: RowCounts | None
     ) -> LlavaKDOutput:
         """The loss of one batch, inside the wrapper's forward; to be overridden for models that
-        are not transformers'.
+        are not transformers'. Evaluation puts its loss together from its terms.
         """
         return distill_batch(self.kd_loss, student, self.teacher, batch, counts)
 
     def count_batches(self, batches: list[dict[str, Any]]) -> RowCounts:
         """Rows of these micro-batches, this rank's alone."""
-        return count_rows(batches, image_token_id(self.accelerator.unwrap_model(self.model)))
+        token = image_token_id(self.accelerator.unwrap_model(self.model))
+        return count_rows(batches, token, self.kd_loss.ignore_index)
 
     def compute_loss(
         self,
@@ -165,10 +168,7 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         output = forward_through(model, student, forward, inputs)
         if model.training and self._counted_from is None:
             self._counted_from = self.state.global_step
-        sums = self._sums[model.training]
-        for name, value in output._asdict().items():
-            if name != "loss" and value is not None:
-                sums[name] = sums.get(name, 0.0) + value.detach().float()
+        self._add(model.training, output, num_items_in_batch)
         ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
         return (output.loss * ranks, output) if return_outputs else output.loss * ranks
 
@@ -184,7 +184,7 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         counts = self._get_num_items_in_batch([inputs], self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs, num_items_in_batch=counts)
-            self._eval_batches += 1
+            self._evaluated = RowCounts(*map(add, self._evaluated, counts))
             if prediction_loss_only:
                 return loss, None, None
             left_out = (*BESIDES, "labels")
@@ -192,29 +192,44 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         return loss, outputs.logits, inputs["labels"]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own, with the four terms next to its loss: means over the batches too."""
-        self._sums[False], self._eval_batches = {}, 0
+        """The trainer's own, with the four terms and the loss that is made of them: means over the
+        rows of all batches. A sample that accelerate repeats to even out the ranks counts again.
+        """
+        self._sums[False], self._evaluated = {}, RowCounts(0, 0, 0)
         output: Any = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        means = self._means(False, max(self._eval_batches, 1))
+        rows = self._evaluated._asdict()
+        means = self._means(False, [rows[MEAN_OVER[name]] for name in self._sums[False]])
+        if means:
+            means["loss"] = self.kd_loss.weighted(means)
         output.metrics.update({f"{prefix}_{term}": mean for term, mean in means.items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the four terms, means over the optimiser steps since the last entry."""
         if "loss" in logs and self._counted_from is not None:
-            logs.update(self._means(True, max(self.state.global_step - self._counted_from, 1)))
+            steps = self.state.global_step - self._counted_from
+            logs.update(self._means(True, [steps] * len(self._sums[True])))
             self._sums[True], self._counted_from = {}, None
         super().log(logs, start_time)
 
-    def _means(self, training: bool, count: int) -> dict[str, float]:
-        """The terms over `count` steps or batches, all ranks' shares together."""
+    def _add(self, training: bool, output: LlavaKDOutput, counts: RowCounts | None) -> None:
+        """Shares of means over a step are summed as they are; in evaluation their rows are."""
+        sums, rows = self._sums[training], None if training or counts is None else counts._asdict()
+        for name, share in output._asdict().items():
+            if name != "loss" and share is not None:
+                value = share.detach().float()
+                value = value if rows is None else value * rows[MEAN_OVER[name]]
+                sums[name] = sums.get(name, 0.0) + value
+
+    def _means(self, training: bool, counts: list[Any]) -> dict[str, float]:
+        """The sums over their counts (of steps or rows), all ranks' shares together."""
         sums = self._sums[training]
         if not sums:
             return {}
-        values = torch.stack(list(sums.values())) / count
-        means: Any = self.accelerator.reduce(values, reduction="sum")
-        return dict(zip(sums, means.tolist(), strict=True))
+        total: Any = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
+        counted = torch.as_tensor(counts, device=total.device).clamp(min=1)
+        return dict(zip(sums, (total / counted).tolist(), strict=True))
 
     def _set_signature_columns_if_needed(self) -> None:
         """Entries that are not the student's arguments must reach the loss all the same."""

@@ -1,30 +1,26 @@
-"""The four terms of LLaVA-KD and their weights, from two models' hidden states.
+"""The four terms of LLaVA-KD in one call, for a loop or a trainer of one's own.
 
-``L = ce·L_reg + response·L_res + visual·L_vis + relation·L_rel`` (arXiv 2410.16236, eq. 2–6):
-cross-entropy and KL on the response rows, KL on the visual rows, relation of the visual logits of
-each image. The first three are *one* sweep over both heads, because every row carries its own two
-weights; the fourth goes through the Gram matrices of the heads.
+What is computed stands in `methods.llava_kd`, how in `objective`; this is their plain signature.
 """
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from mllmkd_kernels.distill import fused_linear_distill
 from mllmkd_kernels.divergence import Divergence
-from mllmkd_kernels.heads import (
-    HeadInputs,
-    check_batch,
-    check_images,
-    check_selected,
-    take_rows,
-)
+from mllmkd_kernels.heads import HeadInputs
+from mllmkd_kernels.methods import llava_kd
+from mllmkd_kernels.needs import Needs
+from mllmkd_kernels.objective import DIAGNOSTICS, Objective
+from mllmkd_kernels.operators import Operators
 from mllmkd_kernels.relation import fused_linear_relation, head_gram
-from mllmkd_kernels.rows import RowCounts, image_seqlens, response_rows, visual_rows
+from mllmkd_kernels.rows import IGNORE_INDEX, RowCounts
+
+TERMS = ("ce", "response_kl", "visual_kl", "relation")
 
 
 class LlavaKDOutput(NamedTuple):
@@ -47,6 +43,13 @@ class LlavaKDOutput(NamedTuple):
     student_entropy: Tensor | None = None
     teacher_entropy: Tensor | None = None
     agreement: Tensor | None = None
+
+
+#: Of `RowCounts`, which one each mean of a `LlavaKDOutput` is over.
+MEAN_OVER = dict.fromkeys(LlavaKDOutput._fields[1:], "response") | {
+    "visual_kl": "visual",
+    "relation": "images",
+}
 
 
 class LlavaKDLoss(nn.Module):
@@ -79,7 +82,7 @@ class LlavaKDLoss(nn.Module):
         temperature: float = 1.0,
         divergence: str | Divergence = "forward_kl",
         *,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORE_INDEX,
         vocab_size: int | None = None,
         response_shift: bool = True,
         relation_batch: bool = False,
@@ -102,7 +105,7 @@ class LlavaKDLoss(nn.Module):
         self.response_shift, self.relation_batch = response_shift, relation_batch
         self.diagnostics = diagnostics
         self.backend, self.workspace_mb = backend, workspace_mb
-        self._grams: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
+        self._operators = Operators(fused_linear_distill, fused_linear_relation, head_gram)
 
     def forward(
         self,
@@ -139,232 +142,46 @@ class LlavaKDLoss(nn.Module):
         Raises:
             ValueError: shapes that do not fit; teacher and student select different numbers of rows
                 (both named).
+            RuntimeError: a frozen head was written to through ``.data`` since its Gram was made.
         """
-        check_batch(student, labels, image_mask)
-        shape = labels.shape
-        mask = (
-            torch.zeros(shape, dtype=torch.bool, device=labels.device)
-            if image_mask is None
-            else image_mask
-        )
-        rows_s = _Rows.select(self, labels, mask)
-        cu = image_seqlens(mask, image_lens)
-        rows_t = rows_s
-        if teacher is not None and teacher.hidden.ndim == 2:
-            given = teacher_labels is not None or teacher_image_mask is not None
-            rows_t = rows_s.packed(self, teacher.hidden, given)
-        elif teacher is not None:
-            t_labels = labels if teacher_labels is None else teacher_labels
-            t_mask = mask if teacher_image_mask is None else teacher_image_mask
-            check_batch(teacher, t_labels, t_mask, "teacher_")
-            rows_t = _Rows.select(self, t_labels, t_mask)
-            rows_s.check_against(rows_t)
-            if teacher_image_mask is not None and image_lens is None:
-                check_images(cu, image_seqlens(t_mask))
-        norms = _Norms.of(num_items_in_batch, rows_s, cu.numel() - 1)
-        loss, ce, response, visual, seen = self._rows_loss(student, teacher, rows_s, rows_t, norms)
-        relation = loss.new_zeros(())
-        if teacher is not None and self.relation and rows_s.visual.numel():
-            share = (cu.numel() - 1) / norms.images
-            relation = self._relation(student, teacher, rows_s, rows_t, cu) * share
-            loss = loss + self.relation * relation
-        return LlavaKDOutput(loss, ce, response, visual, relation.detach(), **seen)
-
-    def _rows_loss(
-        self,
-        student: HeadInputs,
-        teacher: HeadInputs | None,
-        rows_s: _Rows,
-        rows_t: _Rows,
-        norms: _Norms,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Cross-entropy and both KL terms in one sweep: (weighted loss, ce, response_kl, visual_kl,
-        diagnostics).
-        """
-        segments = rows_s.segments(self, teacher is not None)
-        if not any(s.kd for s in segments):
-            teacher = None  # nothing asks for a divergence: its head is not read
-        device, none = student.hidden.device, rows_s.response[:0]
-        columns = [(none.float(), none.float(), none)]
-        columns += [s.columns(norms, self) for s in segments]
-        ce_weight, kd_weight, following = (
-            torch.cat(parts).to(device) for parts in zip(*columns, strict=True)
-        )
-        hidden_t = weight_t = bias_t = softcap_t = None
-        if teacher is not None:
-            hidden_t = take_rows(
-                teacher.hidden, [none, *(getattr(rows_t, s.rows) for s in segments)]
-            )
-            weight_t, bias_t, softcap_t = teacher.weight, teacher.bias, teacher.softcap
-        out = fused_linear_distill(
-            take_rows(student.hidden, [none, *(getattr(rows_s, s.rows) for s in segments)]),
-            student.weight, hidden_t, weight_t, following,
-            ce_weight=ce_weight if any(s.has_ce for s in segments) else 0.0, kd_weight=kd_weight,
-            divergence=self.divergence, temperature=self.temperature,
-            ignore_index=self.ignore_index, student_bias=student.bias, teacher_bias=bias_t,
-            student_softcap=student.softcap, teacher_softcap=softcap_t, vocab_size=self.vocab_size,
-            backend=self.backend, workspace_mb=self.workspace_mb, diagnostics=self.diagnostics,
-        )  # fmt: skip
-        seen: dict[str, Tensor] = {}
-        sums: dict[str, Tensor] = dict.fromkeys(
-            ("ce", "response", "visual"), out.loss.new_zeros(())
-        )
-        start = 0
-        for s in segments:
-            rows = slice(start, start + s.index.numel())
-            start = rows.stop
-            if s.has_ce:
-                sums["ce"] = sums["ce"] + out.ce[rows].sum() / norms.response
-            if s.kd:
-                sums[s.kd] = sums[s.kd] + out.kd[rows].sum() / getattr(norms, s.kd)
-            if s.kd == "response" or s.has_ce:  # the rows of the KL, if the two differ
-                seen = {k: x[rows].sum() / norms.response for k, x in out.diagnostics.items()}
-        return out.loss, sums["ce"], sums["response"], sums["visual"], seen
-
-    def _relation(
-        self, student: HeadInputs, teacher: HeadInputs, rows_s: _Rows, rows_t: _Rows, cu: Tensor
-    ) -> Tensor:
-        """Relation of the visual logits, mean over images, with the Gram matrices of frozen
-        heads kept.
-        """
-        vocab = self.vocab_size or min(student.weight.shape[0], teacher.weight.shape[0])
-        capped = student.softcap is not None or teacher.softcap is not None
-        return fused_linear_relation(
-            take_rows(student.hidden, [rows_s.visual]),
-            student.weight,
-            take_rows(teacher.hidden, [rows_t.visual]),
-            teacher.weight,
-            cu,
-            student_gram=None if capped else self._frozen_gram("student", student, vocab),
-            teacher_gram=None if capped else self._frozen_gram("teacher", teacher, vocab),
-            student_bias=student.bias, teacher_bias=teacher.bias,
-            student_softcap=student.softcap, teacher_softcap=teacher.softcap,
-            vocab_size=vocab, joint=self.relation_batch, backend=self.backend,
-        )  # fmt: skip
-
-    def _frozen_gram(self, who: str, head: HeadInputs, vocab: int) -> Tensor | None:
-        """The Gram of a frozen head, computed once; None for a trained one. Kept until the
-        weight is another one or written to.
-        """
-        trained = who == "student" and (
-            head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
-        )
-        if trained:
-            self._grams.pop(who, None)
-            return None
-        weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-        key = (_Identity(head.weight), None if head.bias is None else _Identity(head.bias), vocab)
-        if who not in self._grams or self._grams[who][0] != key:
-            self._grams[who] = key, head_gram(weight, bias, vocab_size=vocab)
-        return self._grams[who][1]
-
-
-class _Segment(NamedTuple):
-    """Rows that share their terms: their indices, next tokens, whether they have CE, and which
-    KL they feed.
-    """
-
-    rows: str  # attribute of _Rows: the teacher's own indices stand under the same name
-    index: Tensor
-    following: Tensor
-    has_ce: bool
-    kd: str  # "response", "visual" or "" for none
-
-    def columns(self, norms: _Norms, loss: LlavaKDLoss) -> tuple[Tensor, Tensor, Tensor]:
-        ones = torch.ones(self.index.numel(), dtype=torch.float32, device=self.index.device)
-        ce = loss.ce / norms.response if self.has_ce else 0.0
-        kd = getattr(loss, self.kd) / getattr(norms, self.kd) if self.kd else 0.0
-        return ones * ce, ones * kd, self.following
-
-
-class _Rows(NamedTuple):
-    """Flat row indices of one model's batch."""
-
-    response: Tensor
-    following: Tensor  # next tokens of the response rows
-    visual: Tensor
-    unshifted: Tensor | None  # response rows of the KL where it is not shifted
-
-    @classmethod
-    def select(cls, loss: LlavaKDLoss, labels: Tensor, image_mask: Tensor) -> _Rows:
-        index, following = response_rows(labels, loss.ignore_index)
-        unshifted = None
-        if not loss.response_shift:
-            unshifted = (labels.reshape(-1) != loss.ignore_index).nonzero().squeeze(1)
-        return cls(index, following, visual_rows(image_mask), unshifted)
-
-    def segments(self, loss: LlavaKDLoss, with_teacher: bool) -> list[_Segment]:
-        def unlabelled(index: Tensor) -> Tensor:
-            return torch.full_like(index, loss.ignore_index)
-
-        kd = "response" if with_teacher and loss.response and self.unshifted is None else ""
-        found = []
-        if loss.ce or kd:
-            found.append(_Segment("response", self.response, self.following, bool(loss.ce), kd))
-        if with_teacher and loss.response and self.unshifted is not None:
-            found.append(
-                _Segment("unshifted", self.unshifted, unlabelled(self.unshifted), False, "response")
-            )
-        if with_teacher and loss.visual:
-            found.append(_Segment("visual", self.visual, unlabelled(self.visual), False, "visual"))
-        return found
-
-    def packed(self, loss: LlavaKDLoss, hidden: Tensor, other_labels: bool) -> _Rows:
-        """The same rows, where they stand in (M + K, D) hidden states that hold nothing else."""
-        m, k = self.response.numel(), self.visual.numel()
-        check_selected(hidden, m, k, bool(loss.visual or loss.relation))
-        if other_labels or self.unshifted is not None:
+        own = {"labels": teacher_labels, "image_mask": teacher_image_mask}
+        batch = {"labels": labels, "image_mask": image_mask, "image_lens": image_lens}
+        objective = self.objective(teacher is not None)
+        if teacher is not None and teacher.hidden.ndim == 2 and not self.response_shift:
             raise ValueError(
-                "teacher.hidden: its rows are selected already, so teacher_labels, "
-                "teacher_image_mask and response_shift=False cannot select others"
+                "teacher.hidden: its rows are selected already, response_shift=False cannot select "
+                "others; expected (B, T, D)"
             )
-        index = torch.arange(m + k, device=hidden.device)
-        return self._replace(response=index[:m], visual=index[m:])
+        view = objective.view(student, teacher, {**batch, "teacher": own}, num_items_in_batch)
+        view.compare("response", "visual", "images")  # whatever the weights are
+        loss, means = objective.sum(view)
+        none = loss.new_zeros(())
+        terms = (means.get(name, none) for name in TERMS)
+        return LlavaKDOutput(loss, *terms, *(means.get(name) for name in DIAGNOSTICS))
 
-    def check_against(self, teacher: _Rows) -> None:
-        """Rows correspond one to one, or it is an error: nothing is skipped."""
-        for name in ("response", "visual"):
-            mine, other = getattr(self, name).numel(), getattr(teacher, name).numel()
-            if mine != other:
-                raise ValueError(
-                    f"{name} rows: the student selects {mine}, the teacher {other}; "
-                    "tokenizers, templates or image processors of the two differ"
-                )
+    def objective(self, with_teacher: bool = True) -> Objective:
+        """The terms under the weights that this module has now; without a teacher the first one."""
+        compared = (self.response, self.visual, self.relation)
+        return llava_kd.objective(
+            self.ce,
+            *(weight if with_teacher else 0.0 for weight in compared),
+            divergence=self.divergence,
+            temperature=self.temperature,
+            shift=self.response_shift,
+            joint=self.relation_batch,
+            vocab_size=self.vocab_size,
+            ignore_index=self.ignore_index,
+            diagnostics=self.diagnostics,
+            backend=self.backend,
+            workspace_mb=self.workspace_mb,
+            operators=self._operators,
+        )
 
+    def weighted(self, means: Mapping[str, float]) -> float:
+        """The loss that the four terms make, by their names in `LlavaKDOutput`."""
+        return self.objective().weighted(means)
 
-class _Norms(NamedTuple):
-    """What the means divide by, never zero: a term without rows is 0, not 0/0."""
-
-    response: Tensor
-    visual: Tensor
-    images: Tensor
-
-    @classmethod
-    def of(cls, given: RowCounts | int | Tensor | None, rows: _Rows, images: int) -> _Norms:
-        local = RowCounts(rows.response.numel(), rows.visual.numel(), images)
-        if given is None:
-            counts = local
-        elif isinstance(given, RowCounts):
-            counts = given
-        else:
-            share = max(local.response, 1) / torch.as_tensor(given, dtype=torch.float32)
-            counts = RowCounts(given, local.visual / share, local.images / share)
-        device = rows.response.device
-        tensors = (torch.as_tensor(c, dtype=torch.float32, device=device) for c in counts)
-        return cls(*(t.clamp(min=torch.finfo(torch.float32).tiny) for t in tensors))
-
-
-class _Identity:
-    """Equal only for the same live tensor, not written to since: a version counts writes (but not
-    those through ``.data``, which torch hides; after one, make the loss module anew).
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weakref.ref(weight)
-        self.version = weight._version
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Identity) or self.version != other.version:
-            return False
-        mine, its = self.weight(), other.weight()
-        return mine is not None and mine is its  # tensors compare by entries, so not ==
+    @property
+    def needs(self) -> Needs:
+        """What has to be there for the terms whose weight is not 0."""
+        return self.objective().needs

@@ -1,17 +1,30 @@
-"""Which positions are distilled? Labels and image masks become row indices here, the one place that
-shifts by one.
+"""Which positions are distilled? Row sets have names, and a batch says what is in them; this is the
+one place that selects, counts and shifts by one.
 
-* Response rows are the positions whose *next* token has a label: position t predicts token t + 1.
-* Visual rows are the image positions themselves, unshifted (LLaVA-KD distils what the head says
-  *at* an image token).
+================== ====================================================================
+name               positions of the (B, T) of a batch
+================== ====================================================================
+response           whose *next* token has a label: position t predicts token t + 1
+response:unshifted that have a label themselves
+visual             of images, unshifted: what the head says *at* an image token
+valid              all but padding
+response:cot       of `response`, in samples of that kind: any set, any kind
+================== ====================================================================
+
+What else a mean may be over is counted here as well: images, samples, pairs of samples. A row set
+of one's own is one more entry of `ROW_SETS`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+Batch = Mapping[str, Any]  # labels (B, T), image_mask (B, T) bool, attention_mask, kind, image_lens
+Counts = Mapping[str, Any]  # name of a row set or unit -> how many one optimiser step has
 
 
 class RowCounts(NamedTuple):
@@ -26,27 +39,35 @@ class RowCounts(NamedTuple):
     images: int | Tensor
 
 
-def response_rows(labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+IGNORE_INDEX = -100  # transformers' label of a position without one
+
+
+def next_tokens(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """The label that each position of (B, T) predicts, (B, T); at the last one `ignore_index`."""
+    following = torch.full_like(labels, ignore_index)
+    following[:, : labels.shape[1] - 1] = labels[:, 1:]
+    return following
+
+
+def response_rows(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> tuple[Tensor, Tensor]:
     """Flat indices into B·T of the rows that predict a label, and those labels.
 
     Args:
         labels: (B, T) int64, as Hugging Face has them: the label of a token stands at the token's
             own position.
+        ignore_index: label of positions without one.
 
     Returns:
         indices (M,) int64 and next tokens (M,) int64.
     """
-    batch, length = labels.shape
-    following = torch.full_like(labels, ignore_index)
-    following[:, : length - 1] = labels[:, 1:]
-    following = following.reshape(batch * length)
-    index = (following != ignore_index).nonzero().squeeze(1)
-    return index, following[index]
+    following = next_tokens(labels, ignore_index)
+    index = flat(following != ignore_index)
+    return index, following.flatten()[index]
 
 
 def visual_rows(image_mask: Tensor) -> Tensor:
     """Flat indices (K,) int64 of the image positions of a (B, T) bool mask, not shifted."""
-    return image_mask.reshape(-1).nonzero().squeeze(1)
+    return flat(image_mask)
 
 
 def image_seqlens(image_mask: Tensor, image_lens: Tensor | list[int] | None = None) -> Tensor:
@@ -85,3 +106,99 @@ def _runs(image_mask: Tensor) -> Tensor:
     steps = padded.diff(dim=1)
     starts, ends = (steps == 1).nonzero(), (steps == -1).nonzero()
     return ends[:, 1] - starts[:, 1]
+
+
+# --- row sets by name -----------------------------------------------------------------------------
+
+
+def _response(batch: Batch, ignore_index: int) -> Tensor:
+    return next_tokens(entry(batch, "labels"), ignore_index) != ignore_index
+
+
+def _unshifted(batch: Batch, ignore_index: int) -> Tensor:
+    return entry(batch, "labels") != ignore_index
+
+
+def _visual(batch: Batch, ignore_index: int) -> Tensor:
+    return entry(batch, "image_mask")
+
+
+def _valid(batch: Batch, ignore_index: int) -> Tensor:
+    mask = batch.get("attention_mask")
+    return torch.ones_like(entry(batch, "labels")).bool() if mask is None else mask.bool()
+
+
+#: name -> (a batch, ignore_index) -> (B, T) bool
+ROW_SETS: dict[str, Callable[[Batch, int], Tensor]] = {
+    "response": _response,
+    "response:unshifted": _unshifted,
+    "visual": _visual,
+    "valid": _valid,
+}
+
+#: What a mean may be over besides rows.
+UNITS: dict[str, Callable[[Batch], int]] = {
+    "images": lambda batch: images(batch),
+    "samples": lambda batch: len(entry(batch, "labels")),
+    "pairs": lambda batch: len(entry(batch, "labels")) // 2,  # chosen ones, then rejected ones
+}
+
+
+def kind_of(name: str) -> tuple[str, str]:
+    """A row set, checked, as one of `ROW_SETS` and a kind of samples, "" for all.
+
+    Raises:
+        ValueError: no such set.
+    """
+    if name in ROW_SETS:
+        return name, ""
+    base, _, kind = name.rpartition(":")
+    if base not in ROW_SETS or not kind:
+        raise ValueError(
+            f"rows: got {name!r}, expected one of {', '.join(ROW_SETS)}, or one of these and a "
+            "kind of samples: 'response:cot'"
+        )
+    return base, kind
+
+
+def row_mask(name: str, batch: Batch, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """(B, T) bool, True at the positions of a row set."""
+    base, kind = kind_of(name)
+    mask = ROW_SETS[base](batch, ignore_index)
+    if not kind:
+        return mask
+    chosen = [each == kind for each in entry(batch, "kind")]
+    return mask & torch.tensor(chosen, device=mask.device)[:, None]
+
+
+def select(name: str, batch: Batch, ignore_index: int = IGNORE_INDEX) -> tuple[Tensor, Tensor]:
+    """Flat indices (N,) into B·T of a row set, and the labels of their next tokens (N,),
+    `ignore_index` where there is none.
+    """
+    index = flat(row_mask(name, batch, ignore_index))
+    return index, next_tokens(entry(batch, "labels"), ignore_index).flatten()[index]
+
+
+def count(name: str, batch: Batch, ignore_index: int = IGNORE_INDEX) -> int | Tensor:
+    """How many rows, or units, a batch has; never waits for the device, unless runs of image
+    positions have to be counted.
+    """
+    return UNITS[name](batch) if name in UNITS else row_mask(name, batch, ignore_index).sum()
+
+
+def images(batch: Batch) -> int:
+    """Images of a batch, by `image_lens` or by the runs of its `image_mask`."""
+    lens = batch.get("image_lens")
+    return len(_runs(entry(batch, "image_mask")) if lens is None else lens)
+
+
+def entry(batch: Batch, key: str) -> Any:
+    """What a batch has under a key; `ValueError` where it has nothing."""
+    if batch.get(key) is None:
+        raise ValueError(f"{key}: missing; the batch has {', '.join(sorted(batch))}")
+    return batch[key]
+
+
+def flat(mask: Tensor) -> Tensor:
+    """Flat indices (N,) int64 of the True in a (B, T) mask."""
+    return mask.reshape(-1).nonzero().squeeze(1)

@@ -5,6 +5,7 @@ The truth is the gradient of plain PyTorch on whole logits over the whole optimi
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import socket
@@ -137,6 +138,25 @@ def test_evaluation_has_the_terms_and_makes_logits_only_for_metrics(tmp_path: Pa
     assert metrics["eval_loss"] == pytest.approx(float(loss), rel=1e-4)
     for term, value in terms.items():
         assert metrics[f"eval_{term}"] == pytest.approx(float(value), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_evaluation_is_a_mean_over_the_rows_of_the_whole_set(size: int, tmp_path: Path) -> None:
+    """Samples have other numbers of images and answer tokens, so a mean of batches is another."""
+    student, teacher = pair.models()
+    run = trainer(tmp_path, student, teacher, per_device_eval_batch_size=size)
+    run.kd_loss = mk.LlavaKDLoss(0.5, 2.0, 0.7, 3.0, diagnostics=True, backend="eager")
+    metrics = run.evaluate(pair.samples())
+    with torch.no_grad():
+        terms = pair.naive_terms(student, teacher, pair.collate(pair.samples()))
+    for term, value in terms.items():
+        assert metrics[f"eval_{term}"] == pytest.approx(float(value), rel=1e-4), term
+    weights = (0.5, 2.0, 0.7, 3.0)
+    loss = sum(w * float(terms[name]) for w, name in zip(weights, terms, strict=True))
+    assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-4)
+    whole = run.predict(pair.samples(), metric_key_prefix="test").metrics
+    assert whole["test_loss"] == pytest.approx(loss, rel=1e-4)
+    assert 0 < metrics["eval_student_entropy"] < math.log(student.lm_head.out_features)
 
 
 def test_the_teacher_is_nowhere_but_in_the_loss(tmp_path: Path) -> None:
@@ -318,6 +338,25 @@ def test_counts_are_those_of_the_loss() -> None:
     lens = {**batches[0], "image_lens": torch.tensor([4, 8])}
     assert int(count_rows([lens], IMAGE).images) == 2
     assert [int(c) for c in count_rows(batches[1:2], None)] == [9, 0, 0]
+
+
+def test_rows_are_counted_by_the_losses_own_ignore_index(tmp_path: Path) -> None:
+    """0 is a token of padding here, and no answer's."""
+
+    def relabelled(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch | {"labels": batch["labels"].masked_fill(batch["labels"] == -100, 0)}
+
+    batches = [pair.collate(pair.samples()[i : i + 2]) for i in range(0, 8, 2)]
+    assert count_rows(map(relabelled, batches), IMAGE, 0) == count_rows(batches, IMAGE)
+    student, teacher = pair.models()
+    with torch.no_grad():
+        expected = pair.naive_terms(student, teacher, pair.collate(pair.samples()))
+    run = trainer(tmp_path, student, teacher, gradient_accumulation_steps=4, learning_rate=0.0)
+    run.kd_loss = mk.LlavaKDLoss(ignore_index=0, backend="eager")
+    run.data_collator = lambda features: relabelled(pair.collate(features))
+    run.train()
+    for term, value in expected.items():
+        assert run.state.log_history[0][term] == pytest.approx(float(value), rel=1e-4), term
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-vl", "smolvlm", "gemma3", "paligemma2-softcap", "llama"])

@@ -91,7 +91,7 @@ class Forecast:
 
     def _tokens(self, batch: dict[str, Any]) -> str:
         tokens, places, samples = sizes_of(batch).tolist()
-        trained = int((batch["labels"][:, 1:] != -100).sum())
+        trained = mk.response_rows(batch["labels"], self.step.loss.ignore_index)[0].numel()
         return (
             f"about {tokens / samples:,.0f} tokens a sample, {trained / samples:,.0f} of them "
             f"trained, {1 - tokens / places:.0%} padding (first micro-batch)"
@@ -99,7 +99,7 @@ class Forecast:
 
     def _losses(self, loss: Any, inputs: tuple[Any, ...]) -> str:
         student, teacher, labels, image_mask = inputs[:4]
-        rows = int((labels[:, 1:] != -100).sum())
+        rows = mk.response_rows(labels, loss.ignore_index)[0].numel()
         if teacher is not None and loss.visual:
             rows += int(image_mask.sum())
         vocab, d_s = student.weight.shape

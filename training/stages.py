@@ -22,6 +22,7 @@ from torch import nn
 import mllmkd_kernels as mk
 from training.anatomy import Role, anatomy
 from training.config import LossConfig
+from training.data.item import IGNORE
 from training.data.template import TemplateName
 
 DISTILLED = ("ce", "response", "visual", "relation")
@@ -76,6 +77,7 @@ def loss_of(stage: Stage, weights: LossConfig) -> mk.LlavaKDLoss:
         relation=weight("relation"),
         temperature=weights.temperature,
         divergence=weights.divergence,
+        ignore_index=IGNORE,
         diagnostics=True,  # for the log, out of what the loss computes anyway
         backend=weights.backend,
     )

@@ -175,7 +175,7 @@ class DistillTrainer(StepCounts, Trainer):
         """Rows of these micro-batches, this rank's alone."""
         with_images = [batch.get("pixel_values") is not None for batch in batches]
         sharding.same_modules(self.accelerator, with_images)
-        return mk.count_rows(batches, self.step.image_token_id)
+        return mk.count_rows(batches, self.step.image_token_id, self.step.loss.ignore_index)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the four terms (means over the steps since the last entry), rates and peak

@@ -106,7 +106,7 @@ def answers(
         batch = send_to_device(batch, model.device)
         labels = batch["labels"][:, 1:]
         inputs = run_to_head(model, batch)
-        rows = labels != -100
+        rows = labels != IGNORE
         best, nll = _score(inputs, inputs.hidden[:, :-1][rows], labels[rows])
         correct = torch.ones_like(rows)
         correct[rows] = best == labels[rows]

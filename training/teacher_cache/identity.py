@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.data.item import IGNORE
+
 PROJECTIONS, PIXELS = 4, 4096
 # Projections of unrelated images differ by about 1 (pixels are normalised to about -2 ... 2); one
 # grey level of rounding at random pixels moves them by 0.01.
@@ -50,7 +52,7 @@ def mark_of(item: Mapping[str, Any]) -> SampleMark:
         key=_number(name.encode(), *(_bytes(part) for part in content)),
         name=_number(name.encode()),
         image=_projected(item.get("pixel_values")),
-        response=int((labels[1:] != -100).sum()),
+        response=int((labels[1:] != IGNORE).sum()),
         visual=int(lens.sum()),
     )
 

@@ -1,0 +1,42 @@
+"""What is a method? A table of stages, each of which trains some roles, on some data, for an
+objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mllmkd_kernels.objective import Objective
+
+#: Roles of parameters; a transform of the student may add more ("experts", "router").
+PROJECTOR, WHOLE = ("projector",), ("projector", "language")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of a method's table. Whatever is callable here has its configuration for signature:
+    its keyword arguments, with their types and defaults, are a section of the stage's settings.
+
+    Attributes:
+        name: of the stage, in configuration, folders and reports.
+        trains: roles of the parameters that are trained; all others are frozen.
+        data: the use of a source: "captions", "conversations", "preferences".
+        template: how a sample becomes tokens: "pretrain", "chat".
+        objective: section `loss`: () -> what is minimised.
+        student: section `student`: (model) -> the model that is trained; None for the model as it
+            is.
+        view: section `view`: (batch) -> the batch that the models see (answers sampled anew,
+            rejected ones beside the chosen); None for the batch as it is.
+        callbacks: () -> a `transformers.TrainerCallback`, each.
+    """
+
+    name: str
+    trains: tuple[str, ...]
+    data: str
+    template: str
+    objective: Callable[..., Objective]
+    student: Callable[..., Any] | None = None
+    view: Callable[..., Any] | None = None
+    callbacks: tuple[Callable[..., Any], ...] = ()

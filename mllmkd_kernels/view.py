@@ -1,0 +1,219 @@
+"""What does a term see of a micro-batch? Two heads, rows by name, and what means divide by.
+
+Row sets are selected once, however many terms are over them. The teacher's rows may stand elsewhere
+than the student's: where its tokenizer made other positions (the batch's `teacher` entry), or
+where they were selected and stored before (`HeadInputs.rows`). They correspond one to one, or it is
+an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mllmkd_kernels import checks, rows
+from mllmkd_kernels.backends.products import accumulation_dtype
+from mllmkd_kernels.heads import HeadInputs, check_batch, check_images, take_rows
+from mllmkd_kernels.operators import Operators
+from mllmkd_kernels.rows import IGNORE_INDEX, Batch, Counts, RowCounts
+
+
+class Rows(NamedTuple):
+    """A row set of both models: rows that correspond, on the device of the hidden states."""
+
+    student: Tensor  # (N,) flat indices of its hidden states
+    teacher: Tensor  # (N,) of the teacher's; the student's where there is no teacher
+    labels: Tensor  # (N,) next tokens, ignore_index where there is no label
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an objective is computed, whatever its terms are.
+
+    Attributes:
+        vocab_size: shared vocabulary, default the smaller head.
+        ignore_index: label of positions without one.
+        diagnostics: also entropies and agreement of the answers, at next to no cost.
+        backend, workspace_mb: as in `fused_linear_distill`.
+        operators: the functions of heads.
+    """
+
+    vocab_size: int | None = None
+    ignore_index: int = IGNORE_INDEX
+    diagnostics: bool = False
+    backend: str = "auto"
+    workspace_mb: float | None = None
+    operators: Operators = field(default_factory=Operators)
+
+
+class View:
+    """One micro-batch.
+
+    Args:
+        student, teacher: heads and hidden states; those of the teacher may be selected rows.
+        batch: `labels` (B, T); `image_mask` (B, T) bool, none for text; optionally `image_lens`,
+            `attention_mask`, `kind`; and `teacher`, a mapping with what is other there.
+        counts: what means divide by, by name, over the whole optimiser step; `RowCounts`; a single
+            number of response rows, with which other means are those of this micro-batch, weighted
+            by its share of response rows; None for this micro-batch's.
+        settings: of the objective.
+        needed: row sets of the teacher that some term reads.
+
+    Raises:
+        ValueError: shapes that do not fit; later, rows that do not correspond.
+    """
+
+    def __init__(
+        self,
+        student: HeadInputs,
+        teacher: HeadInputs | None,
+        batch: Batch,
+        counts: Counts | RowCounts | float | Tensor | None,
+        settings: Settings,
+        needed: Set[str],
+    ) -> None:
+        labels = rows.entry(batch, "labels")
+        check_batch(student, labels, batch.get("image_mask"))
+        if batch.get("image_mask") is None:
+            batch = {**batch, "image_mask": torch.zeros_like(labels).bool()}
+        own = (batch.get("teacher") if teacher is not None else None) or {}
+        self.own = {key: value for key, value in own.items() if value is not None}
+        self.batch, self.teacher_batch = batch, {**batch, **self.own}
+        self.stored = teacher is not None and teacher.hidden.ndim == 2
+        if teacher is not None and not self.stored:
+            labels_t, mask_t = (self.teacher_batch[key] for key in ("labels", "image_mask"))
+            check_batch(teacher, labels_t, mask_t, "teacher_")
+        if self.stored and self.own:
+            raise ValueError(
+                "teacher.hidden: its rows are selected already, so the teacher's own labels and "
+                "image mask (teacher_labels, teacher_image_mask) cannot select others"
+            )
+        self.student, self.teacher, self.settings, self.needed = student, teacher, settings, needed
+        self.counts = counts._asdict() if isinstance(counts, RowCounts) else counts
+        self._selected: dict[str, tuple[Tensor, Tensor]] = {}
+        self._rows: dict[str, Rows] = {}
+
+    def rows(self, name: str) -> Rows:
+        """A row set of both models."""
+        if name not in self._rows:
+            index, labels = self._select(name)
+            found = Rows(index, self._of_teacher(name, index), labels)
+            self._rows[name] = Rows(*(x.to(self.student.hidden.device) for x in found))
+        return self._rows[name]
+
+    def compare(self, *names: str) -> None:
+        """Raise where teacher and student differ in row sets or images, if no term looks."""
+        for name in names:
+            if name == "images":
+                _ = self.images
+            else:
+                self.rows(name)
+
+    def hidden(self, name: str) -> tuple[Tensor, Tensor]:
+        """Hidden states (N, D_s) and (N, D_t) of a row set, for terms that have a teacher."""
+        assert self.teacher is not None
+        chosen = self.rows(name)
+        return (
+            take_rows(self.student.hidden, chosen.student),
+            take_rows(self.teacher.hidden, chosen.teacher),
+        )
+
+    @cached_property
+    def images(self) -> Tensor:
+        """(I + 1,) int32 prefix sum of the visual rows of each image."""
+        lens = self.batch.get("image_lens")
+        found = rows.image_seqlens(self.batch["image_mask"], lens)
+        if lens is None and "image_mask" in self.own:
+            check_images(found, rows.image_seqlens(self.own["image_mask"]))
+        return found
+
+    @cached_property
+    def vocab(self) -> int:
+        """The shared vocabulary."""
+        heads = [self.student] if self.teacher is None else [self.student, self.teacher]
+        return checks.vocabulary(self.settings.vocab_size, *(h.weight.shape[0] for h in heads))
+
+    @property
+    def zero(self) -> Tensor:
+        """What a term without rows gives."""
+        head = self.student
+        dtype = accumulation_dtype(head.hidden, head.weight, head.bias)
+        return torch.zeros((), dtype=dtype, device=head.hidden.device)
+
+    def count(self, name: str) -> Tensor:
+        """What a mean over a row set or unit divides by, never zero: fp32, without dimensions.
+
+        A term's share of the step's mean is a sum over its rows, divided by this.
+        """
+        total: Any = self._total(name)
+        total = torch.as_tensor(total, dtype=torch.float32, device=self.student.hidden.device)
+        return total.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def share(self, name: str) -> Tensor:
+        """What a mean over this micro-batch's rows or units is multiplied by, to be its share of
+        the step's mean.
+        """
+        return self._local(name) / self.count(name)
+
+    def _total(self, name: str) -> int | float | Tensor:
+        if self.counts is None:
+            return self._local(name)
+        if isinstance(self.counts, int | float | Tensor):
+            if name == "response":
+                return self.counts
+            answered = max(self._local("response"), 1)
+            return self._local(name) / (answered / torch.as_tensor(self.counts).float())
+        if name not in self.counts:
+            raise ValueError(f"counts: have no {name!r}, only {', '.join(map(repr, self.counts))}")
+        return self.counts[name]
+
+    def _local(self, name: str) -> int:
+        if name == "images":
+            return self.images.numel() - 1
+        return rows.UNITS[name](self.batch) if name in rows.UNITS else len(self._select(name)[0])
+
+    def _select(self, name: str) -> tuple[Tensor, Tensor]:
+        if name not in self._selected:
+            ignore = self.settings.ignore_index
+            self._selected[name] = rows.select(name, self.batch, ignore)
+        return self._selected[name]
+
+    def _of_teacher(self, name: str, index: Tensor) -> Tensor:
+        """Where the rows stand in the teacher's hidden states."""
+        if self.stored:
+            return self._in_store(name)
+        if self.teacher is None or not self.own:
+            return index
+        other = rows.select(name, self.teacher_batch, self.settings.ignore_index)[0]
+        if len(index) != len(other):
+            raise ValueError(
+                f"{name} rows: the student selects {len(index)}, the teacher {len(other)}; "
+                "tokenizers, templates or image processors of the two differ"
+            )
+        return other
+
+    def _in_store(self, name: str) -> Tensor:
+        """Where a row set stands in hidden states that hold selected rows, set after set."""
+        assert self.teacher is not None
+        names, total = self.teacher.rows, self.teacher.hidden.shape[0]
+        sizes = {each: len(self._select(each)[0]) for each in names}
+        most = sum(sizes.values())
+        for missing in reversed(names):  # what no term reads need not be there
+            if total == most or missing in self.needed:
+                break
+            most -= sizes[missing]
+        if total != most:
+            each = " and then ".join(f"{size} {name} rows" for name, size in sizes.items())
+            raise ValueError(
+                f"teacher.hidden: has {total} selected rows, expected {each}, as labels and "
+                "image_mask select"
+            )
+        if name not in sizes:
+            raise ValueError(f"{name} rows: not among the selected ones, {', '.join(names)}")
+        start = sum(sizes[each] for each in names[: names.index(name)])
+        return torch.arange(start, start + sizes[name], device=self.teacher.hidden.device)
