@@ -11,10 +11,11 @@ made of the method's table (`config_class`). `recipes/` has complete configurati
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import create_model, model_validator
@@ -243,24 +244,38 @@ def config_class(stages: tuple[Stage, ...], method: str = DEFAULT) -> type[Confi
 
 
 def _stage_section(stage: Stage) -> type[StageConfig]:
+    known = StageConfig.model_fields
     fields: dict[str, Any] = {
-        name: (StageConfig.model_fields[name].annotation, setting(value, _about(name)))
+        name: (
+            Annotated[known[name].annotation, *known[name].metadata],
+            setting(value, known[name].description or ""),
+        )
         for name, value in stage.defaults.items()
     }
-    loss = arguments_of(stage.objective, "Loss")
+    loss = arguments_of(stage.objective, "Loss", _settings)
     fields["loss"] = _field(loss, "the loss: see the method's docstring")
     if stage.student is not None:
-        student = arguments_of(stage.student, "Student", given=("model",))
+        student = arguments_of(
+            stage.student, "Student", given=tuple(inspect.signature(stage.student).parameters)[:1]
+        )
         fields["student"] = _field(student, "what is made of the student before the stage")
     return create_model(stage.name, __base__=StageConfig, **fields)
 
 
+def _settings(
+    vocab_size: int | None = None, backend: str = "auto", workspace_mb: float | None = None
+) -> None:
+    """What of `mllmkd_kernels.view.Settings` a run may set.
+
+    Args:
+        vocab_size: shared vocabulary; null: the smaller head's.
+        backend: implementation of the losses; auto: by device and shapes.
+        workspace_mb: MiB that a loss may take besides inputs and gradients; null: by the plan.
+    """
+
+
 def _field(cls: type[Section], about: str) -> tuple[Any, Any]:
     return cls, section(cls, about)
-
-
-def _about(name: str) -> str:
-    return StageConfig.model_fields[name].description or ""
 
 
 def class_for(values: Mapping[str, Any]) -> type[Config]:
@@ -283,9 +298,10 @@ def stages_of(method: Any) -> tuple[Stage, ...]:
     """The stage table of a method by name: one of ours, or of an installed package that has an
     entry point in the group "mllmkd_kernels.methods". A configuration never imports code.
     """
-    ours = {name.replace("_", "-"): name for name in methods.__all__}
+    modules = {name: getattr(methods, name) for name in methods.__all__}
+    ours = {n.replace("_", "-"): m.STAGES for n, m in modules.items() if hasattr(m, "STAGES")}
     if method in ours:
-        return getattr(methods, ours[method]).STAGES
+        return ours[method]
     installed = {point.name: point for point in entry_points(group="mllmkd_kernels.methods")}
     if method not in installed:
         raise ConfigError(

@@ -160,7 +160,7 @@ def _worded(cls: type[Section], fault: Any) -> str:
     if fault["type"] == "value_error":  # raised by our own code, which may name the field
         name, colon, text = str(fault["ctx"]["error"]).partition(": ")
         if colon and name in section.model_fields:
-            return f"{_dotted((*where, name))}: {text}"
+            return f"{_dotted(where if where[-1:] == (name,) else (*where, name))}: {text}"
         return f"{_dotted(where) or 'configuration'}: {fault['ctx']['error']}"
     if fault["type"] == "model_type":
         expected = f"a mapping of {', '.join(section.model_fields)}"
@@ -224,20 +224,21 @@ def read_yaml(path: Path, name: str) -> Any:
 # --- sections of functions -----------------------------------------------------------------------
 
 
-def arguments_of(function: Callable[..., Any], name: str, *, given: Sequence[str] = ()) -> type:
+def arguments_of(
+    function: Callable[..., Any], name: str, rest: Any = None, given: Sequence[str] = ()
+) -> type[Section]:
     """The section of a function's arguments: a field for each, with its type, its default and what
-    the docstring's ``Args:`` say of it.
+    the docstring says of it. Values are checked by calling the function with them.
 
-    Values are checked by calling the function with them, unless it wants what is `given` later.
+    Args:
+        function: what is called with the section's `arguments`.
+        name: of the class.
+        rest: takes what the function does as ``**rest``; another function, or a dataclass.
+        given: parameters that are no fields; then the function is not called.
     """
-    parameters = inspect.signature(function).parameters
-    inner = function.func if isinstance(function, functools.partial) else function
-    hints, notes = typing.get_type_hints(inner), _documented(inner)
-    fields: dict[str, Any] = {
-        key: (hints[key], setting(p.default, notes.get(key, "")))
-        for key, p in parameters.items()
-        if key not in given and p.kind is not p.VAR_KEYWORD
-    }
+    fields = {key: field for key, field in _fields_of(function).items() if key not in given}
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values()):
+        fields |= _fields_of(rest)
 
     def try_it(self: Any) -> Any:
         if not given:
@@ -248,15 +249,28 @@ def arguments_of(function: Callable[..., Any], name: str, *, given: Sequence[str
     return create_model(name, __base__=Section, __validators__={"try_it": check}, **fields)
 
 
+def _fields_of(function: Any) -> dict[str, Any]:
+    """name -> (type, default and description) of each argument that has a default to be told."""
+    inner = function.func if isinstance(function, functools.partial) else function
+    hints, notes = typing.get_type_hints(inner), _documented(inner)
+    return {
+        key: (hints[key], setting(... if p.default is p.empty else p.default, notes.get(key, "")))
+        for key, p in inspect.signature(function).parameters.items()
+        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    }
+
+
 def arguments(section: Section) -> dict[str, Any]:
     """The fields of an `arguments_of` as keyword arguments."""
     return {key: getattr(section, key) for key in type(section).model_fields}
 
 
 def _documented(function: Callable[..., Any]) -> dict[str, str]:
-    """name -> text of the ``Args:`` of a docstring; ``a, b: text`` is of both."""
-    args = (inspect.getdoc(function) or "").partition("Args:\n")[2].split("\n\n")[0]
-    entries = re.findall(r"^    (\S[^:]*): (.*(?:\n     +.*)*)", args, re.MULTILINE)
+    """name -> text of the ``Args:`` or ``Attributes:`` of a docstring; ``a, b: text`` is of both."""
+    text = re.split(r"^(?:Args|Attributes):\n", inspect.getdoc(function) or "", flags=re.MULTILINE)
+    entries = re.findall(
+        r"^    (\S[^:]*): (.*(?:\n     +.*)*)", text[-1].split("\n\n")[0], re.MULTILINE
+    )
     return {
         name.strip(): " ".join(text.split()) for names, text in entries for name in names.split(",")
     }

@@ -4,8 +4,8 @@ objective.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from mllmkd_kernels.objective import Objective
@@ -14,7 +14,7 @@ from mllmkd_kernels.objective import Objective
 PROJECTOR, WHOLE = ("projector",), ("projector", "language")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     """One row of a method's table. Whatever is callable here has its configuration for signature:
     its keyword arguments, with their types and defaults, are a section of the stage's settings.
@@ -30,6 +30,9 @@ class Stage:
         view: section `view`: (batch) -> the batch that the models see (answers sampled anew,
             rejected ones beside the chosen); None for the batch as it is.
         callbacks: () -> a `transformers.TrainerCallback`, each.
+        title: in a few words.
+        defaults: of the stage's settings, where the method has others than the trainer.
+        usual: whether a run that does not say its stages has this one.
     """
 
     name: str
@@ -40,3 +43,6 @@ class Stage:
     student: Callable[..., Any] | None = None
     view: Callable[..., Any] | None = None
     callbacks: tuple[Callable[..., Any], ...] = ()
+    title: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    usual: bool = True
