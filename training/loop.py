@@ -35,7 +35,15 @@ from training.data.template import TemplateName
 from training.evaluation.held_out import Scores, evaluate
 from training.interrupt import Interrupted
 from training.journal import Journal, write_whole
-from training.models import DTYPES, Processor, Vlm, build_model, load_vlm, save_model
+from training.models import (
+    DTYPES,
+    Processor,
+    Vlm,
+    build_model,
+    load_vlm,
+    recompute_activations,
+    save_model,
+)
 from training.pairs import check_pair
 from training.progress import LOG, Place
 from training.stages import STAGES, freeze, loss_of
@@ -129,9 +137,7 @@ def _train(
     options = config.stage(stage.name)
     freeze(model, stage)
     if config.grad_checkpointing:
-        # the new name for what transformers before 5.23 calls gradient_checkpointing_enable
-        new = getattr(model, "activation_checkpointing_enable", None)
-        (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        recompute_activations(model)
     source = teacher if stage.needs_teacher and stage.name not in stored_stages(config) else None
     own = source.processor if source is not None else None
     dataset = load_data(config, processor, stage.data, stage.template, own)

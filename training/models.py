@@ -229,6 +229,18 @@ def _new_processor(config: ModelConfig, vision: str) -> LlavaProcessor:
     )
 
 
+def recompute_activations(model: Vlm) -> None:
+    """Let the backward pass recompute the activations of every layer that trains.
+
+    transformers also makes the output of each embedding require a gradient, the frozen tower's
+    too, which then keeps its whole graph. Only reentrant checkpointing needs that.
+    """
+    # the new name for what transformers before 5.23 calls gradient_checkpointing_enable
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    model.disable_input_require_grads()
+
+
 def save_model(
     model: Vlm,
     processor: Processor,
