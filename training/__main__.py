@@ -158,6 +158,8 @@ def _quiet() -> None:
     """No bars for writing and reading weights, nothing from a hub: the stages' own bars are
     enough."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():  # read when `datasets` is imported
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
 
     logging.disable_progress_bar()

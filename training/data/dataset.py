@@ -16,10 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.progress import track
 from torch.utils.data import Dataset
 
+from training.bar import track
 from training.data.encoding import Encoding
 from training.data.item import Item, ItemEncoder
 from training.data.records import DataError, Sample, fault
@@ -117,9 +116,7 @@ class SampleDataset(Dataset[Item]):
         if not self.skip_bad:
             return entries
         # Decoding every image takes time that a user should see pass.
-        console = Console(stderr=True)
-        name = Path(source.name).name
-        return iter(track(list(entries), f"checking {name}", console=console))
+        return track(list(entries), f"checking {Path(source.name).name}", "samples")
 
     def _checked(
         self, source: Source, entry: Sample | DataError, faults: dict[str, str | None]

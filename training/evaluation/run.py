@@ -19,8 +19,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from tqdm.auto import tqdm
 
+from training.bar import Bar
 from training.evaluation.benchmarks import BENCHMARKS, Benchmark, ask
 from training.evaluation.captions import TokenizerName, caption_scores
 from training.evaluation.generate import Prompt, Writer
@@ -90,7 +90,7 @@ def _write_answers(
 ) -> None:
     """Answer the questions that have none yet, a batch at a time."""
     done, size = len(kept.lines), options.batch_size
-    with tqdm(total=len(questions), initial=done, desc=options.benchmark, unit="question") as bar:
+    with Bar(options.benchmark, len(questions), "questions", done=done) as bar:
         for start in range(done, len(questions), size):
             part = slice(start, min(start + size, len(questions)))
             answers = writer.write(prompts[part])
@@ -106,7 +106,7 @@ def _write_answers(
                     questions[part], prompts[part], answers, strict=True
                 )
             )
-            bar.update(len(answers))
+            bar.advance(len(answers))
 
 
 def _claim(
