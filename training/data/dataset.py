@@ -80,6 +80,12 @@ class SampleDataset(Dataset[Item]):
         sample, source = self.samples[index], self.sources[self._source[index]]
         return self.encoding.item(sample, lambda: source.images(sample))
 
+    @property
+    def entries(self) -> Iterator[tuple[Sample, Source]]:
+        """The samples in order, each with its source."""
+        for sample, which in zip(self.samples, self._source, strict=True):
+            yield sample, self.sources[which]
+
     def sampler(self, step_size: int, seed: int, group: bool) -> ModalitySampler:
         """An order of training: sources by weight, steps by modality and length if `group`."""
         return ModalitySampler(

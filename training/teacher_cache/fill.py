@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 import mllmkd_kernels as mk
 from training.bar import Bar
 from training.data.records import DataError
+from training.fingerprint import differences
 from training.settings import ConfigError
 from training.teacher import OnlineTeacher
 from training.teacher_cache import identity
@@ -231,8 +232,8 @@ def _changed(stored: Manifest, found: Manifest) -> list[str]:
     the size of a shard and the teacher's folder: neither changes what is stored."""
     free = {"samples_per_shard": 0, "softcap": None, "teacher": {}, "processor": {}}
     a, b = (dataclasses.asdict(dataclasses.replace(m, **free)) for m in (stored, found))
-    lines = identity.differences(a, b)
+    lines = differences(a, b)
     for part in ("teacher", "processor"):
-        theirs = identity.differences(getattr(stored, part), getattr(found, part))
+        theirs = differences(getattr(stored, part), getattr(found, part))
         lines += [f"{part}.{line}" for line in theirs if not line.startswith("name:")]
     return lines
