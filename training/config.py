@@ -1,8 +1,7 @@
 """What can be set in a training run? Every field, its default and its meaning; nothing else reads
 options.
 
-A `Config` describes one model, the method it is trained by and the stages it goes through, in order.
-A LLaVA-KD teacher is a run with stages `pt, sft`; a distilled student is a run with stages `dpt,
+A `Config` describes one model, its method and the stages it goes through, in order. A LLaVA-KD teacher is a run with stages `pt, sft`; a distilled student is a run with stages `dpt,
 sft, dft` and `teacher` pointing at the teacher's folder. What stages there are, their defaults and
 what their losses take says the method (`mllmkd_kernels.methods`): the class of a configuration is
 made of the method's table (`config_class`). `recipes/` has complete configurations.

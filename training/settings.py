@@ -23,7 +23,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
+
+from training.paths import expanded
 
 Location = tuple[int | str, ...]
 
@@ -34,9 +44,16 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """A group of fields: immutable, strict, and without any that are not declared."""
+    """A group of fields: immutable, strict, and without any that are not declared. Text that begins
+    with ``~`` is a path from a home folder, whatever the field.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _expanded(cls, value: Any) -> Any:
+        return expanded(value) if isinstance(value, str) else value
 
 
 S = TypeVar("S", bound=Section)
@@ -266,7 +283,7 @@ def arguments(section: Section) -> dict[str, Any]:
 
 
 def _documented(function: Callable[..., Any]) -> dict[str, str]:
-    """name -> text of the ``Args:`` or ``Attributes:`` of a docstring; ``a, b: text`` is of both."""
+    """name -> text of a docstring's ``Args:`` or ``Attributes:``; ``a, b: text`` is of both."""
     text = re.split(r"^(?:Args|Attributes):\n", inspect.getdoc(function) or "", flags=re.MULTILINE)
     entries = re.findall(
         r"^    (\S[^:]*): (.*(?:\n     +.*)*)", text[-1].split("\n\n")[0], re.MULTILINE

@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
+from training.bar import track
 from training.data.encoding import Encoding
 from training.data.item import IGNORE, Item
 from training.data.records import DataError, Sample
@@ -116,9 +115,8 @@ def read_data(
     for source in sources:
         entries = list(source.samples())[:limit]
         wanted = _spread(len(entries), -(-show // len(sources)))
-        bar = track(entries, f"reading {source.name}", console=Console(stderr=True))
         before, due = len(report.shown), 0
-        for i, entry in enumerate(bar):
+        for i, entry in enumerate(track(entries, f"reading {source.name}", "samples")):
             report.read += 1
             due += i in wanted  # a faulty entry leaves its place to the next sound one
             try:

@@ -16,10 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.progress import track
 from torch.utils.data import Dataset
 
+from training.bar import track
 from training.data.encoding import Encoding
 from training.data.item import Item, ItemEncoder
 from training.data.records import DataError, Sample, fault
@@ -81,6 +80,12 @@ class SampleDataset(Dataset[Item]):
         sample, source = self.samples[index], self.sources[self._source[index]]
         return self.encoding.item(sample, lambda: source.images(sample))
 
+    @property
+    def entries(self) -> Iterator[tuple[Sample, Source]]:
+        """The samples in order, each with its source."""
+        for sample, which in zip(self.samples, self._source, strict=True):
+            yield sample, self.sources[which]
+
     def sampler(self, step_size: int, seed: int, group: bool) -> ModalitySampler:
         """An order of training: sources by weight, steps by modality and length if `group`."""
         return ModalitySampler(
@@ -117,9 +122,7 @@ class SampleDataset(Dataset[Item]):
         if not self.skip_bad:
             return entries
         # Decoding every image takes time that a user should see pass.
-        console = Console(stderr=True)
-        name = Path(source.name).name
-        return iter(track(list(entries), f"checking {name}", console=console))
+        return track(list(entries), f"checking {Path(source.name).name}", "samples")
 
     def _checked(
         self, source: Source, entry: Sample | DataError, faults: dict[str, str | None]

@@ -19,6 +19,7 @@ from PIL import Image
 from training.config import SourceConfig, require
 from training.data.messages import parse_messages
 from training.data.records import DataError, Place, Sample, fault, read_samples, shown
+from training.paths import is_missing_folder
 from training.settings import ConfigError
 
 # What Pillow raises on damaged files; SyntaxError is how it reports a broken PNG chunk.
@@ -197,6 +198,8 @@ def load_rows(config: SourceConfig, where: str) -> Any:
     from datasets.exceptions import DatasetsError
 
     path = Path(str(config.path))
+    if is_missing_folder(str(config.path)):
+        raise ConfigError(f"{where}.path: {path}: no such file or folder")
     try:
         if path.is_dir() and any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
             rows: Any = datasets.load_from_disk(path)

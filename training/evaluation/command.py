@@ -74,6 +74,7 @@ def _benchmark(options: argparse.Namespace) -> None:
     from training.evaluation.generate import load
     from training.evaluation.questions import Files
     from training.evaluation.run import Options, run_benchmark
+    from training.lock import held
 
     for name in ("questions", "images"):
         if getattr(options, name) is None:
@@ -98,7 +99,8 @@ def _benchmark(options: argparse.Namespace) -> None:
         limit=options.limit,
         tokenizer=options.tokenizer,
     )
-    run_benchmark(asked, load)
+    with held(asked.out, "--out"):
+        run_benchmark(asked, load)
 
 
 def add_export(command: argparse.ArgumentParser) -> None:

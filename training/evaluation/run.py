@@ -9,7 +9,6 @@ Killed and started again, a run goes on after the last whole line.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,13 +18,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from tqdm.auto import tqdm
 
+from training.bar import Bar
 from training.evaluation.benchmarks import BENCHMARKS, Benchmark, ask
 from training.evaluation.captions import TokenizerName, caption_scores
 from training.evaluation.generate import Prompt, Writer
 from training.evaluation.predictions import Line, Predictions
 from training.evaluation.questions import Files, Question, checked
+from training.fingerprint import MODEL_FILES, digest, of_files, of_folder
+from training.journal import write_whole
 from training.settings import ConfigError
 
 PREDICTIONS, SETTINGS, SCORES = "predictions.jsonl", "settings.json", "scores.json"
@@ -76,7 +77,7 @@ def run_benchmark(
         writer = Writer(*load(options.model), most)
         _write_answers(writer, kept, questions, prompts, options)
     found = _scored(benchmark, options, questions, kept.lines[: len(questions)])
-    (options.out / SCORES).write_text(json.dumps(found, indent=1))
+    write_whole(options.out / SCORES, json.dumps(found, indent=1))
     (console or Console()).print(_table(found))
     return found
 
@@ -90,7 +91,7 @@ def _write_answers(
 ) -> None:
     """Answer the questions that have none yet, a batch at a time."""
     done, size = len(kept.lines), options.batch_size
-    with tqdm(total=len(questions), initial=done, desc=options.benchmark, unit="question") as bar:
+    with Bar(options.benchmark, len(questions), "questions", done=done) as bar:
         for start in range(done, len(questions), size):
             part = slice(start, min(start + size, len(questions)))
             answers = writer.write(prompts[part])
@@ -106,7 +107,7 @@ def _write_answers(
                     questions[part], prompts[part], answers, strict=True
                 )
             )
-            bar.update(len(answers))
+            bar.advance(len(answers))
 
 
 def _claim(
@@ -117,16 +118,19 @@ def _claim(
         [question.id, prompt.text, *(image.name for image in prompt.images)]
         for question, prompt in zip(questions, prompts, strict=True)
     ]
+    model = Path(options.model)
+    images = dict.fromkeys(image for prompt in prompts for image in prompt.images)
     now = {
         "benchmark": options.benchmark,
         "model": options.model,
-        "weights": _weights(options.model),
+        "weights": digest(of_folder(model, MODEL_FILES)) if model.is_dir() else None,
         "questions": str(options.files.questions),
-        "asked": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+        "asked": digest(asked),
+        "images": digest(of_files({str(image): image for image in images})),
         "max_new_tokens": limit,
     }
     file = options.out / SETTINGS
-    if file.is_file():
+    if file.is_file() and (options.out / PREDICTIONS).is_file():
         before = json.loads(file.read_text())
         changed = [
             f"{key}: {before.get(key)!r} -> {value!r}"
@@ -138,14 +142,7 @@ def _claim(
                 f"--out: {options.out} holds answers to something else ({'; '.join(changed)}); "
                 "remove the folder or name another"
             )
-    options.out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(now, indent=1))
-
-
-def _weights(model: str) -> list[list[Any]]:
-    """Names, sizes and times of a folder's weights: other weights, other answers."""
-    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    write_whole(file, json.dumps(now, indent=1))
 
 
 def _scored(
