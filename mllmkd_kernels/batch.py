@@ -54,8 +54,9 @@ def distill_batch(
         loss: an objective, or the four terms and their weights.
         student: a transformers model; under DDP and the like, call this inside the wrapper's
             forward (`forward_through`, or a module of your own that is wrapped).
-        teacher: frozen, in eval mode, on the batch's device. None leaves cross-entropy alone of
-            a `LlavaKDLoss`; an objective that compares with a teacher refuses it.
+        teacher: on the batch's device; run in eval mode, whatever its mode, and without gradients.
+            None leaves cross-entropy alone of a `LlavaKDLoss`; an objective that compares with a
+            teacher refuses it.
         batch: see above; tensors on the student's device.
         counts: of the whole optimiser step (`counts_of`, `count_rows`); None: of this batch.
 
@@ -76,7 +77,7 @@ def distill_batch(
         )
     s, t = _run(student, batch), None
     if teacher is not None:
-        with torch.no_grad():
+        with torch.no_grad(), _in_eval(teacher):
             t = _run(teacher, batch.get("teacher") or batch)
     tokens = {"image_token": ours, "teacher_image_token": theirs}
     return batch_loss(loss, s, t, batch, **tokens, counts=counts)
@@ -84,6 +85,19 @@ def distill_batch(
 
 def _run(model: nn.Module, batch: Batch) -> HeadInputs:
     return head_inputs(model, **{k: v for k, v in batch.items() if k not in BESIDES})
+
+
+@contextmanager
+def _in_eval(model: nn.Module) -> Iterator[None]:
+    """No dropout; each module gets its mode back, for it may be a part of something that trains."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def batch_loss(

@@ -115,7 +115,7 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
 
     Args:
         teacher: a transformers model; frozen, put into eval mode and onto the trainer's device. Its
-            dtype stays. None: cross-entropy alone.
+            dtype stays. It may share what the student does not train. None: cross-entropy alone.
         objective: the terms, and what they need; those with parameters of their own are refused.
         kd_loss: LLaVA-KD's four terms instead; by default these, under the paper's weights.
         *args, **kwargs: the trainer's own.
@@ -125,7 +125,8 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
 
     Raises:
         ValueError: an argument that asks for another loss, or for what cannot be done here (several
-            GPUs in one process, context or sequence parallelism).
+            GPUs in one process, context or sequence parallelism); a teacher that is the student, or
+            has parameters that the student trains.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         self._refuse_what_cannot_be_computed(teacher)
         self.teacher = teacher
         if teacher is not None:
+            self._refuse_shared(teacher)
             teacher.eval().requires_grad_(False)
             if not hasattr(teacher, "hf_device_map"):  # placed by its loader, maybe quantised
                 teacher.to(self.args.device)
@@ -280,6 +282,9 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
 
     def _refuse_what_would_be_ignored(self) -> None:
         args, parallel = self.args, getattr(self.accelerator, "parallelism_config", None)
+        loss_type = getattr(args, "loss_type", None)  # TRL's
+        config: Any = getattr(self.model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
         sharded = parallel is not None and (
             parallel.cp_enabled or getattr(parallel, "sp_enabled", False)
         )
@@ -287,6 +292,12 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         for name, given, why in (
             ("label_smoothing_factor", args.label_smoothing_factor, f"0: {expected}"),
             ("compute_loss_func", self.compute_loss_func, f"None: {expected}"),
+            ("loss_type", None if loss_type == "nll" else loss_type, f"'nll': {expected}"),
+            (
+                "output_router_logits",  # in the config of the student
+                getattr(text, "output_router_logits", False),
+                f"False (of TRL router_aux_loss_coef=0.0): {expected}",
+            ),
             (
                 "n_gpu",
                 args.n_gpu if args.n_gpu > 1 else 0,
@@ -296,3 +307,18 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         ):
             if given:
                 raise ValueError(f"{name}: got {given}, expected {why}")
+
+    def _refuse_shared(self, teacher: nn.Module) -> None:
+        """Freezing the teacher would freeze it in the student."""
+        student = self.accelerator.unwrap_model(self.model)
+        if teacher is student:
+            raise ValueError(
+                "teacher: is the student itself, expected another model (copy.deepcopy makes one)"
+            )
+        theirs = {id(p) for p in teacher.parameters()}
+        shared = [n for n, p in student.named_parameters() if p.requires_grad and id(p) in theirs]
+        if shared:
+            raise ValueError(
+                f"teacher: has {len(shared)} parameters that the student trains ({shared[0]} to "
+                f"{shared[-1]}), expected none: freeze them in the student before, or copy them"
+            )

@@ -86,22 +86,30 @@ def test_accelerate_loop(files: tuple[Path, Path, Path], first_loss: float, tmp_
     loaded(tmp_path)
 
 
-def test_trl_sft(
-    files: tuple[Path, Path, Path],
-    first_loss: float,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `trl_sft.main` is given here."""
     monkeypatch.setenv("CI", "1")  # TRL sends no telemetry then
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    student, teacher, chats = files
     # said by name, because TRL's default still goes by a name that transformers warns of
-    options = {**TINY, "activation_checkpointing": True}
-    run = trl_sft.main(
-        str(chats), str(tmp_path / "out"), student=str(student), teacher=str(teacher), **options
-    )
+    return {**TINY, "out": str(tmp_path / "out"), "activation_checkpointing": True}
+
+
+def test_trl_sft(
+    files: tuple[Path, Path, Path], first_loss: float, tmp_path: Path, trl: dict[str, Any]
+) -> None:
+    student, teacher, chats = files
+    run = trl_sft.main(str(chats), student=str(student), teacher=str(teacher), **trl)
     falls([log["loss"] for log in run.state.log_history if "loss" in log], first_loss)
     loaded(tmp_path / "out")
+
+
+def test_another_loss_of_trls_is_refused(
+    files: tuple[Path, Path, Path], trl: dict[str, Any]
+) -> None:
+    student, teacher, chats = map(str, files)
+    with pytest.raises(ValueError, match="loss_type: got dft, expected 'nll': the loss is kd_loss"):
+        trl_sft.main(chats, student=student, teacher=teacher, **trl, loss_type="dft")
 
 
 def patched(out: Path, kd_loss: mk.LlavaKDLoss, each: Any, **options: Any) -> tuple[Any, Any]:
