@@ -1,30 +1,32 @@
 """How does a batch made for a transformers trainer become a distillation loss?
 
     batch ──── student ─► hidden (B, T, Ds), head (Vs, Ds) ──┐
-      └─────── teacher ─► hidden (B, T', Dt), head (Vt, Dt) ─┼─► LlavaKDLoss
+      └─────── teacher ─► hidden (B, T', Dt), head (Vt, Dt) ─┼─► Objective or LlavaKDLoss
     labels, image positions, rows of each image ─────────────┘
 
 A batch is what `model(**batch)` takes, with `labels`, and may hold what no model takes: `teacher`,
 a batch of the teacher's own where its processor makes other tokens; `image_lens`, the rows of each
-image; `sample_ids`. What it leaves out: loops and everything around them (`hf_trainer`).
+image; `kind`, a word for each sample; `sample_ids`. What it leaves out: loops and everything around
+them (`hf_trainer`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from mllmkd_kernels import rows
 from mllmkd_kernels.heads import HeadInputs
-from mllmkd_kernels.llava_kd import LlavaKDLoss, LlavaKDOutput
+from mllmkd_kernels.llava_kd import LlavaKDLoss
 from mllmkd_kernels.models import head_inputs
-from mllmkd_kernels.rows import IGNORE_INDEX, RowCounts, image_seqlens, next_tokens
+from mllmkd_kernels.objective import Objective
+from mllmkd_kernels.rows import IGNORE_INDEX, Batch, Counts, RowCounts, entry
 
-Batch = Mapping[str, Any]
-BESIDES = ("teacher", "image_lens", "sample_ids")  # entries of a batch that are no model's
+BESIDES = ("teacher", "image_lens", "kind", "sample_ids")  # entries of a batch that are no model's
 
 
 def image_token_id(model: nn.Module) -> int | None:
@@ -39,27 +41,33 @@ def image_token_id(model: nn.Module) -> int | None:
 
 
 def distill_batch(
-    loss: LlavaKDLoss,
+    loss: Objective | LlavaKDLoss,
     student: nn.Module,
     teacher: nn.Module | None,
     batch: Batch,
-    counts: RowCounts | None = None,
-) -> LlavaKDOutput:
-    """Both models up to their heads, and the loss of the batch. Neither `lm_head` is called.
+    counts: RowCounts | Counts | None = None,
+) -> Any:
+    """Both models up to their heads, and the loss of the batch. Neither `lm_head` is called, and
+    the teacher only runs where a term needs it.
 
     Args:
-        loss: the four terms and their weights.
+        loss: an objective, or the four terms and their weights.
         student: a transformers model; under DDP and the like, call this inside the wrapper's
             forward (`forward_through`, or a module of your own that is wrapped).
         teacher: on the batch's device; run in eval mode, whatever its mode, and without gradients.
-            None leaves cross-entropy alone.
+            None leaves cross-entropy alone of a `LlavaKDLoss`; an objective that compares with a
+            teacher refuses it.
         batch: see above; tensors on the student's device.
-        counts: rows of the whole optimiser step (`count_rows`); None: of this batch.
+        counts: of the whole optimiser step (`counts_of`, `count_rows`); None: of this batch.
+
+    Returns:
+        `Losses` of an objective, `LlavaKDOutput` of a `LlavaKDLoss`.
 
     Raises:
         ValueError: missing entries, rows that do not correspond, a teacher with another image token
             and no batch of its own.
     """
+    teacher = teacher if loss.needs.teacher else None
     ours, theirs = image_token_id(student), None if teacher is None else image_token_id(teacher)
     shared = teacher is not None and not batch.get("teacher")
     if shared and None not in (ours, theirs) and ours != theirs:
@@ -93,53 +101,62 @@ def _in_eval(model: nn.Module) -> Iterator[None]:
 
 
 def batch_loss(
-    loss: LlavaKDLoss,
+    loss: Objective | LlavaKDLoss,
     student: HeadInputs,
     teacher: HeadInputs | None,
     batch: Batch,
     *,
     image_token: int | None,
     teacher_image_token: int | None = None,
-    counts: RowCounts | None = None,
-) -> LlavaKDOutput:
+    counts: RowCounts | Counts | None = None,
+) -> Any:
     """The loss of a batch whose hidden states are there: finds labels, image positions and images.
 
     Args:
-        loss: the four terms. Without a visual term the rows of the images need not correspond.
+        loss: as in `distill_batch`. Without a visual term the rows of the images need not
+            correspond.
         student, teacher: `head_inputs` of the two.
         batch: with `input_ids` and `labels` (B, T); `teacher` (B, T') if that is what it was given.
         image_token, teacher_image_token: ids of image positions in the two's `input_ids`, None for
             a model of text.
-        counts: rows of the whole optimiser step; None: of this batch.
+        counts: as in `distill_batch`, whose results it has.
 
     Raises:
         ValueError: missing entries; the two views of the batch have other images, or select other
             rows.
     """
-    visual = bool(loss.visual or loss.relation)
-    mask = image_mask(batch, image_token if visual else None)
-    lens = lens_of(batch, mask) if visual else None
-    own: Batch = (batch.get("teacher") if teacher is not None else None) or {}
-    teacher_mask = None
-    if own:
-        teacher_mask = image_mask(own, teacher_image_token if visual else None)
-        if visual:
-            _same_images(lens, lens_of(own, teacher_mask))
+    visual = loss.needs.visual
+    given = (batch.get("teacher") if teacher is not None else None) or None
+    if isinstance(loss, LlavaKDLoss) and not visual:  # it compares all rows that it is shown
+        image_token = teacher_image_token = None
+    ours = with_images(batch, image_token)
+    own = None if given is None else with_images(given, teacher_image_token)
+    if visual and own is not None:
+        _same_images(ours["image_lens"], own["image_lens"])
+    if isinstance(loss, Objective):
+        return loss(student, teacher, {**ours, "teacher": own}, counts)
     return loss(
         student,
         teacher,
-        _entry(batch, "labels"),
-        mask,
-        num_items_in_batch=counts,
-        image_lens=lens,
-        teacher_labels=_entry(own, "labels") if own else None,
-        teacher_image_mask=teacher_mask,
+        entry(batch, "labels"),
+        ours["image_mask"],
+        num_items_in_batch=cast(Any, counts),
+        image_lens=ours["image_lens"],
+        teacher_labels=None if own is None else entry(own, "labels"),
+        teacher_image_mask=None if own is None else own["image_mask"],
     )
+
+
+def with_images(batch: Batch, image_token: int | None) -> dict[str, Any]:
+    """A batch with what rows are selected by: `image_mask` and `image_lens`."""
+    mask = image_mask(batch, image_token)
+    lens = None if image_token is None else lens_of(batch, mask)
+    return {**batch, "image_mask": mask, "image_lens": lens}
 
 
 def image_mask(batch: Batch, token: int | None) -> Tensor:
     """(B, T) bool, True at image positions; nowhere without an image token."""
-    input_ids = _entry(batch, "input_ids")
+    input_ids = entry(batch, "input_ids")
     return torch.zeros_like(input_ids, dtype=torch.bool) if token is None else input_ids == token
 
 
@@ -157,15 +174,14 @@ def lens_of(
     pixels = batch.get("pixel_values")
     if pixels is None or pixels.dim() != 4:
         return None
-    rows = mask.sum() // len(pixels)
-    return rows.expand(len(pixels))
+    return (mask.sum() // len(pixels)).expand(len(pixels))
 
 
 def count_rows(
     batches: Iterable[Batch], image_token: int | None, ignore_index: int = IGNORE_INDEX
 ) -> RowCounts:
-    """The rows that each mean in the loss is over, counted over every micro-batch of an optimiser
-    step (of this rank: add up the ranks').
+    """The rows that each mean of a `LlavaKDLoss` is over, counted over every micro-batch of an
+    optimiser step (of this rank: add up the ranks').
 
     Args:
         batches: as `batch_loss` takes them.
@@ -175,21 +191,26 @@ def count_rows(
     Returns:
         int64 tensors on the device of the batches, the number of images may be an int.
     """
-    response, visual, images = torch.tensor(0), torch.tensor(0), 0
+    return RowCounts(**_counted(RowCounts._fields, batches, image_token, ignore_index))
+
+
+def counts_of(
+    objective: Objective, batches: Iterable[Batch], image_token: int | None
+) -> dict[str, int | Tensor]:
+    """What each mean of an objective is over, by name: otherwise as `count_rows`."""
+    names = dict.fromkeys(objective.over.values())
+    return _counted(names, batches, image_token, objective.settings.ignore_index)
+
+
+def _counted(
+    names: Iterable[str], batches: Iterable[Batch], image_token: int | None, ignore_index: int
+) -> dict[str, Any]:
+    totals: dict[str, Any] = dict.fromkeys(names, 0)
     for batch in batches:
-        mask = image_mask(batch, image_token)
-        following = next_tokens(_entry(batch, "labels"), ignore_index)
-        response = (following != ignore_index).sum() + response
-        visual = mask.sum() + visual
-        lens = lens_of(batch, mask)
-        images += len(image_seqlens(mask)) - 1 if lens is None else len(lens)
-    return RowCounts(response, visual, images)
-
-
-def _entry(batch: Batch, key: str) -> Tensor:
-    if batch.get(key) is None:
-        raise ValueError(f"{key}: missing; the batch has {', '.join(sorted(batch))}")
-    return batch[key]
+        batch = with_images(batch, image_token)
+        for name in totals:
+            totals[name] = rows.count(name, batch, ignore_index) + totals[name]
+    return totals
 
 
 def _same_images(student: Tensor | None, teacher: Tensor | None) -> None:
@@ -200,7 +221,7 @@ def _same_images(student: Tensor | None, teacher: Tensor | None) -> None:
     if ours != theirs:
         raise ValueError(
             f"teacher.image_lens: the teacher's images have {theirs} rows, the student's {ours}; "
-            "set loss.visual and loss.relation to 0, or take a teacher whose images have as many"
+            "weigh visual terms with 0, or take a teacher whose images have as many"
         )
 
 

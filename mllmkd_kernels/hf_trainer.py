@@ -2,15 +2,16 @@
 
     class MyTrainer(mk.DistillMixin, Trainer): ...      # or TRL's SFTTrainer, or your own subclass
 
-    MyTrainer(model=student, teacher=teacher, kd_loss=mk.LlavaKDLoss(), args=..., ...).train()
+    objective = mk.methods.llava_kd.objective()         # or any other mk.Objective
+    MyTrainer(model=student, teacher=teacher, objective=objective, args=..., ...).train()
 
 The trainer keeps its model, data, optimiser, checkpoints and wrappers; the mixin replaces
 
-1. `compute_loss`: both models up to their heads, then the four terms, inside the wrapper's forward
-   so that DDP and FSDP do what they do there;
+1. `compute_loss`: both models up to their heads, then the terms, inside the wrapper's forward so
+   that DDP and FSDP do what they do there;
 2. the normaliser: each mean is over the rows of the whole optimiser step, every micro-batch of
    every rank, so accumulation and data parallelism give the big batch's gradient;
-3. logs: the four terms apart (and the loss's diagnostics), in training and in evaluation, where
+3. logs: the terms by name (and the loss's diagnostics), in training and in evaluation, where
    they and the loss are means over the rows of the whole set, however it is cut into batches;
 4. `prediction_step`: logits are made only where `compute_metrics` asks for them;
 5. the loading of checkpoints, which for some classes silently loads nothing.
@@ -27,9 +28,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mllmkd_kernels.batch import BESIDES, count_rows, distill_batch, forward_through, image_token_id
-from mllmkd_kernels.llava_kd import MEAN_OVER, LlavaKDLoss, LlavaKDOutput
-from mllmkd_kernels.rows import RowCounts
+from mllmkd_kernels.batch import (
+    BESIDES,
+    count_rows,
+    counts_of,
+    distill_batch,
+    forward_through,
+    image_token_id,
+)
+from mllmkd_kernels.llava_kd import LlavaKDLoss, LlavaKDOutput
+from mllmkd_kernels.objective import Losses, Objective
+from mllmkd_kernels.rows import Counts, RowCounts, by_name
 
 if TYPE_CHECKING:  # importing the package must not import transformers
     from accelerate import Accelerator
@@ -38,12 +47,15 @@ else:
     Trainer = object
 
 
-def sum_counts(counts: RowCounts, accelerator: Accelerator) -> RowCounts:
+def sum_counts(
+    counts: RowCounts | Counts, accelerator: Accelerator
+) -> RowCounts | dict[str, Tensor]:
     """The counts of all ranks of an `accelerate.Accelerator` together, as tensors on its device."""
-    device = accelerator.device
-    local = torch.stack([torch.as_tensor(count, device=device) for count in counts])
+    named, device = by_name(counts), accelerator.device
+    local = torch.stack([torch.as_tensor(count, device=device) for count in named.values()])
     total: Any = accelerator.reduce(local, reduction="sum")
-    return RowCounts(*total.unbind())
+    summed = dict(zip(named, total.unbind(), strict=True))
+    return RowCounts(**summed) if isinstance(counts, RowCounts) else summed
 
 
 class StepCounts(Trainer):
@@ -54,13 +66,13 @@ class StepCounts(Trainer):
 
     loss_is_scaled_for_ga = True  # transformers must not divide by the micro-batches again
 
-    def count_batches(self, batches: list[dict[str, Any]]) -> RowCounts:
+    def count_batches(self, batches: list[dict[str, Any]]) -> RowCounts | Counts:
         """Rows of these micro-batches, this rank's alone."""
         raise NotImplementedError
 
     def _get_num_items_in_batch(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, batch_samples: list[dict[str, Any]], device: torch.device
-    ) -> RowCounts:
+    ) -> RowCounts | Counts:
         return sum_counts(self.count_batches(batch_samples), self.accelerator)
 
 
@@ -99,12 +111,13 @@ class LoadsItsCheckpoints(Trainer):
 
 
 class DistillMixin(StepCounts, LoadsItsCheckpoints):
-    """Goes before a `transformers.Trainer` class and makes its loss LLaVA-KD's.
+    """Goes before a `transformers.Trainer` class and makes its loss a distillation's.
 
     Args:
         teacher: a transformers model; frozen, put into eval mode and onto the trainer's device. Its
             dtype stays. It may share what the student does not train. None: cross-entropy alone.
-        kd_loss: default the paper's weights.
+        objective: the terms, and what they need; those with parameters of their own are refused.
+        kd_loss: LLaVA-KD's four terms instead; by default these, under the paper's weights.
         *args, **kwargs: the trainer's own.
 
     Batches are `mllmkd_kernels.batch`'s: what the student takes, with `labels`; optionally
@@ -121,12 +134,17 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         *args: Any,
         teacher: nn.Module | None,
         kd_loss: LlavaKDLoss | None = None,
+        objective: Objective | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._refuse_what_would_be_ignored()
         self.model_accepts_loss_kwargs = True  # what transformers before 5.19 goes by
-        self.kd_loss = LlavaKDLoss() if kd_loss is None else kd_loss
+        if objective is not None and kd_loss is not None:
+            raise ValueError("kd_loss: got one beside an objective, expected either")
+        given = objective if objective is not None else kd_loss
+        self.objective: Objective | LlavaKDLoss = LlavaKDLoss() if given is None else given
+        self._refuse_what_cannot_be_computed(teacher)
         self.teacher = teacher
         if teacher is not None:
             self._refuse_shared(teacher)
@@ -135,34 +153,45 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
                 teacher.to(self.args.device)
         self._sums: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}  # by training or not
         self._counted_from: int | None = None
-        self._evaluated = RowCounts(0, 0, 0)
+        self._evaluated: dict[str, Any] = {}
+
+    @property
+    def kd_loss(self) -> Any:
+        """The objective, by its name where it is a `LlavaKDLoss`."""
+        return self.objective
+
+    @kd_loss.setter
+    def kd_loss(self, loss: LlavaKDLoss) -> None:
+        self.objective = loss
 
     def distill(
-        self, student: nn.Module, batch: Mapping[str, Any], counts: RowCounts | None
-    ) -> LlavaKDOutput:
+        self, student: nn.Module, batch: Mapping[str, Any], counts: Any
+    ) -> Losses | LlavaKDOutput:
         """The loss of one batch, inside the wrapper's forward; to be overridden for models that
         are not transformers'. Evaluation puts its loss together from its terms.
         """
-        return distill_batch(self.kd_loss, student, self.teacher, batch, counts)
+        return distill_batch(self.objective, student, self.teacher, batch, counts)
 
-    def count_batches(self, batches: list[dict[str, Any]]) -> RowCounts:
-        """Rows of these micro-batches, this rank's alone."""
+    def count_batches(self, batches: list[dict[str, Any]]) -> RowCounts | Counts:
+        """What the means are over in these micro-batches, this rank's alone."""
         token = image_token_id(self.accelerator.unwrap_model(self.model))
-        return count_rows(batches, token, self.kd_loss.ignore_index)
+        if isinstance(self.objective, Objective):
+            return counts_of(self.objective, batches, token)
+        return count_rows(batches, token, self.objective.ignore_index)
 
     def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: RowCounts | None = None,  # pyright: ignore[reportIncompatibleMethodOverride]
+        num_items_in_batch: RowCounts | Counts | None = None,  # pyright: ignore[reportIncompatibleMethodOverride]
     ) -> Any:
         """This micro-batch's share of the step's loss, times the number of ranks (whose gradients
         are averaged); without counts, the mean over this micro-batch.
         """
         student = self.accelerator.unwrap_model(model)
 
-        def forward(batch: Mapping[str, Any]) -> LlavaKDOutput:
+        def forward(batch: Mapping[str, Any]) -> Losses | LlavaKDOutput:
             with self.accelerator.autocast():
                 return self.distill(student, batch, num_items_in_batch)
 
@@ -185,8 +214,8 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         counts = self._get_num_items_in_batch([inputs], self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs, num_items_in_batch=counts)
-            so_far = zip(self._evaluated, counts, strict=True)
-            self._evaluated = RowCounts(*(total + rows for total, rows in so_far))
+            for name, rows in by_name(counts).items():
+                self._evaluated[name] = self._evaluated.get(name, 0) + rows
             if prediction_loss_only:
                 return loss, None, None
             left_out = (*BESIDES, "labels")
@@ -194,35 +223,36 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         return loss, outputs.logits, inputs["labels"]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own, with the four terms and the loss that is made of them: means over the
+        """The trainer's own, with the terms and the loss that is made of them: means over the
         rows of all batches. A sample that accelerate repeats to even out the ranks counts again.
         """
-        self._sums[False], self._evaluated = {}, RowCounts(0, 0, 0)
+        self._sums[False], self._evaluated = {}, {}
         output: Any = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        rows = self._evaluated._asdict()
-        means = self._means(False, [rows[MEAN_OVER[name]] for name in self._sums[False]])
+        over = [self.objective.over[name] for name in self._sums[False]]
+        means = self._means(False, [self._evaluated[name] for name in over])
         if means:
-            means["loss"] = self.kd_loss.weighted(means)
+            means["loss"] = self.objective.weighted(means)
         output.metrics.update({f"{prefix}_{term}": mean for term, mean in means.items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the four terms, means over the optimiser steps since the last entry."""
+        """Add the terms, means over the optimiser steps since the last entry."""
         if "loss" in logs and self._counted_from is not None:
             steps = self.state.global_step - self._counted_from
             logs.update(self._means(True, [steps] * len(self._sums[True])))
             self._sums[True], self._counted_from = {}, None
         super().log(logs, start_time)
 
-    def _add(self, training: bool, output: LlavaKDOutput, counts: RowCounts | None) -> None:
+    def _add(
+        self, training: bool, output: Losses | LlavaKDOutput, counts: RowCounts | Counts | None
+    ) -> None:
         """Shares of means over a step are summed as they are; in evaluation their rows are."""
-        sums, rows = self._sums[training], None if training or counts is None else counts._asdict()
-        for name, share in output._asdict().items():
-            if name != "loss" and share is not None:
-                value = share.detach().float()
-                value = value if rows is None else value * rows[MEAN_OVER[name]]
-                sums[name] = sums.get(name, 0.0) + value
+        sums, rows = self._sums[training], None if training or counts is None else by_name(counts)
+        for name, share in output.terms.items():
+            value = share.detach().float()
+            value = value if rows is None else value * rows[self.objective.over[name]]
+            sums[name] = sums.get(name, 0.0) + value
 
     def _means(self, training: bool, counts: list[Any]) -> dict[str, float]:
         """The sums over their counts (of steps or rows), all ranks' shares together."""
@@ -239,6 +269,17 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         columns = self._signature_columns or []
         self._signature_columns = columns + [key for key in BESIDES if key not in columns]
 
+    def _refuse_what_cannot_be_computed(self, teacher: nn.Module | None) -> None:
+        if not isinstance(self.objective, Objective):
+            return
+        if teacher is None and self.objective.needs.teacher:
+            raise ValueError(f"teacher: got None, expected one for {self.objective.needs}")
+        if learned := list(self.objective.learned):
+            raise ValueError(
+                f"objective: its terms {learned} have parameters, which no optimiser of this "
+                "trainer would see; expected terms without"
+            )
+
     def _refuse_what_would_be_ignored(self) -> None:
         args, parallel = self.args, getattr(self.accelerator, "parallelism_config", None)
         loss_type = getattr(args, "loss_type", None)  # TRL's
@@ -247,7 +288,7 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         sharded = parallel is not None and (
             parallel.cp_enabled or getattr(parallel, "sp_enabled", False)
         )
-        expected = "the loss is kd_loss"
+        expected = "the loss is objective or kd_loss"
         for name, given, why in (
             ("label_smoothing_factor", args.label_smoothing_factor, f"0: {expected}"),
             ("compute_loss_func", self.compute_loss_func, f"None: {expected}"),

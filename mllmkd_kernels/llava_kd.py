@@ -6,7 +6,7 @@ What is computed stands in `methods.llava_kd`, how in `objective`; this is their
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -44,12 +44,10 @@ class LlavaKDOutput(NamedTuple):
     teacher_entropy: Tensor | None = None
     agreement: Tensor | None = None
 
-
-#: Of `RowCounts`, which one each mean of a `LlavaKDOutput` is over.
-MEAN_OVER = dict.fromkeys(LlavaKDOutput._fields[1:], "response") | {
-    "visual_kl": "visual",
-    "relation": "images",
-}
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """All means by name, those that are there."""
+        return {k: x for k, x in self._asdict().items() if k != "loss" and x is not None}
 
 
 class LlavaKDLoss(nn.Module):
@@ -176,6 +174,12 @@ class LlavaKDLoss(nn.Module):
             workspace_mb=self.workspace_mb,
             operators=self._operators,
         )
+
+    #: By name of a mean in `LlavaKDOutput`, which of `RowCounts` it is over.
+    over: ClassVar[Mapping[str, str]] = dict.fromkeys(LlavaKDOutput._fields[1:], "response") | {
+        "visual_kl": "visual",
+        "relation": "images",
+    }
 
     def weighted(self, means: Mapping[str, float]) -> float:
         """The loss that the four terms make, by their names in `LlavaKDOutput`."""

@@ -49,6 +49,11 @@ def next_tokens(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
     return following
 
 
+def by_name(counts: RowCounts | Counts) -> Counts:
+    """Counts of either kind as a mapping."""
+    return counts._asdict() if isinstance(counts, RowCounts) else counts
+
+
 def response_rows(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> tuple[Tensor, Tensor]:
     """Flat indices into B·T of the rows that predict a label, and those labels.
 
