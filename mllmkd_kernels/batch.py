@@ -6,8 +6,8 @@
 
 A batch is what `model(**batch)` takes, with `labels`, and may hold what no model takes: `teacher`,
 a batch of the teacher's own where its processor makes other tokens; `image_lens`, the rows of each
-image; `kind`, a word for each sample; `sample_ids`. What it leaves out: loops and everything around
-them (`hf_trainer`).
+image; `kind`, a word for each sample; `sample_ids`; `teacher_hidden`, rows of a teacher's that were
+stored. What it leaves out: loops and everything around them (`hf_trainer`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ from mllmkd_kernels.models import head_inputs
 from mllmkd_kernels.objective import Objective
 from mllmkd_kernels.rows import IGNORE_INDEX, Batch, Counts, RowCounts, entry
 
-BESIDES = ("teacher", "image_lens", "kind", "sample_ids")  # entries of a batch that are no model's
+#: Entries of a batch that are no model's.
+BESIDES = ("teacher", "teacher_hidden", "image_lens", "kind", "sample_ids")
+#: Whatever says what enters a teacher's head for a batch.
+Teacher = nn.Module | Callable[[Batch], HeadInputs]
 
 
-def image_token_id(model: nn.Module) -> int | None:
+def image_token_id(model: Teacher) -> int | None:
     """The id that stands where a row of an image goes in `input_ids`, by the name that the model's
-    config has for it, or None for a model of text.
+    config has for it, or None for a model of text. A teacher that is no model says it itself.
     """
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(model, "config", model)
     for name in ("image_token_id", "image_token_index"):
         if isinstance(token := getattr(config, name, None), int):
             return token
@@ -43,7 +46,7 @@ def image_token_id(model: nn.Module) -> int | None:
 def distill_batch(
     loss: Objective | LlavaKDLoss,
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: Teacher | None,
     batch: Batch,
     counts: RowCounts | Counts | None = None,
 ) -> Any:
@@ -54,9 +57,10 @@ def distill_batch(
         loss: an objective, or the four terms and their weights.
         student: a transformers model; under DDP and the like, call this inside the wrapper's
             forward (`forward_through`, or a module of your own that is wrapped).
-        teacher: on the batch's device; run in eval mode, whatever its mode, and without gradients.
-            None leaves cross-entropy alone of a `LlavaKDLoss`; an objective that compares with a
-            teacher refuses it.
+        teacher: a model on the batch's device; run in eval mode, whatever its mode, and without
+            gradients. Or what answers a batch with `HeadInputs`, of stored rows for instance. None
+            leaves cross-entropy alone of a `LlavaKDLoss`; an objective that compares with a teacher
+            refuses it.
         batch: see above; tensors on the student's device.
         counts: of the whole optimiser step (`counts_of`, `count_rows`); None: of this batch.
 
@@ -75,16 +79,24 @@ def distill_batch(
             f"teacher: its image token is {theirs}, the student's {ours}; expected a 'teacher' "
             "entry in the batch, made by the teacher's own processor"
         )
-    s, t = _run(student, batch), None
-    if teacher is not None:
-        with torch.no_grad(), _in_eval(teacher):
-            t = _run(teacher, batch.get("teacher") or batch)
+    s = run_to_head(student, batch)
+    t = None if teacher is None else ask(teacher, batch)
     tokens = {"image_token": ours, "teacher_image_token": theirs}
     return batch_loss(loss, s, t, batch, **tokens, counts=counts)
 
 
-def _run(model: nn.Module, batch: Batch) -> HeadInputs:
+def run_to_head(model: nn.Module, batch: Batch) -> HeadInputs:
+    """`head_inputs` of a batch, without what is no model's."""
     return head_inputs(model, **{k: v for k, v in batch.items() if k not in BESIDES})
+
+
+def ask(teacher: Teacher, batch: Batch) -> HeadInputs:
+    """What enters a teacher's head for a batch, by the teacher's own batch where there is one."""
+    with torch.no_grad():
+        if not isinstance(teacher, nn.Module):
+            return teacher(batch)
+        with _in_eval(teacher):
+            return run_to_head(teacher, batch.get("teacher") or batch)
 
 
 @contextmanager

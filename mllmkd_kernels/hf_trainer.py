@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from mllmkd_kernels.batch import (
     BESIDES,
+    Teacher,
     count_rows,
     counts_of,
     distill_batch,
@@ -115,7 +116,8 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
 
     Args:
         teacher: a transformers model; frozen, put into eval mode and onto the trainer's device. Its
-            dtype stays. It may share what the student does not train. None: cross-entropy alone.
+            dtype stays. It may share what the student does not train. Or what answers a batch with
+            `HeadInputs`. None: cross-entropy alone.
         objective: the terms, and what they need; those with parameters of their own are refused.
         kd_loss: LLaVA-KD's four terms instead; by default these, under the paper's weights.
         *args, **kwargs: the trainer's own.
@@ -132,7 +134,7 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
     def __init__(
         self,
         *args: Any,
-        teacher: nn.Module | None,
+        teacher: Teacher | None,
         kd_loss: LlavaKDLoss | None = None,
         objective: Objective | None = None,
         **kwargs: Any,
@@ -146,7 +148,7 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         self.objective: Objective | LlavaKDLoss = LlavaKDLoss() if given is None else given
         self._refuse_what_cannot_be_computed(teacher)
         self.teacher = teacher
-        if teacher is not None:
+        if isinstance(teacher, nn.Module):
             self._refuse_shared(teacher)
             teacher.eval().requires_grad_(False)
             if not hasattr(teacher, "hf_device_map"):  # placed by its loader, maybe quantised
@@ -198,7 +200,7 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         output = forward_through(model, student, forward, inputs)
         if model.training and self._counted_from is None:
             self._counted_from = self.state.global_step
-        self._add(model.training, output, num_items_in_batch)
+        self.note(model.training, inputs, output, num_items_in_batch)
         ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
         return (output.loss * ranks, output) if return_outputs else output.loss * ranks
 
@@ -244,10 +246,16 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
             self._sums[True], self._counted_from = {}, None
         super().log(logs, start_time)
 
-    def _add(
-        self, training: bool, output: Losses | LlavaKDOutput, counts: RowCounts | Counts | None
+    def note(
+        self,
+        training: bool,
+        batch: Mapping[str, Any],
+        output: Losses | LlavaKDOutput,
+        counts: RowCounts | Counts | None,
     ) -> None:
-        """Shares of means over a step are summed as they are; in evaluation their rows are."""
+        """Keep the terms of a batch for the log. Shares of means over a step are summed as they
+        are; in evaluation their rows are.
+        """
         sums, rows = self._sums[training], None if training or counts is None else by_name(counts)
         for name, share in output.terms.items():
             value = share.detach().float()
@@ -269,7 +277,7 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         columns = self._signature_columns or []
         self._signature_columns = columns + [key for key in BESIDES if key not in columns]
 
-    def _refuse_what_cannot_be_computed(self, teacher: nn.Module | None) -> None:
+    def _refuse_what_cannot_be_computed(self, teacher: Teacher | None) -> None:
         if not isinstance(self.objective, Objective):
             return
         if teacher is None and self.objective.needs.teacher:

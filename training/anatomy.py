@@ -51,9 +51,17 @@ class Anatomy:
     roles: dict[str, Role]
     modules: dict[Role, tuple[str, ...]]
 
-    def parameters(self, *roles: Role) -> list[str]:
+    def parameters(self, *roles: str) -> list[str]:
         """Names of the parameters with one of these roles, in the model's order."""
         return [name for name, role in self.roles.items() if role in roles]
+
+    def still(self, model: nn.Module) -> None:
+        """Put the frozen tower into eval mode, but for a projector inside it."""
+        training = {path: model.get_submodule(path).training for path in self.modules["projector"]}
+        for path in self.modules["vision"]:
+            model.get_submodule(path).eval()
+        for path, mode in training.items():
+            model.get_submodule(path).train(mode)
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -84,6 +92,15 @@ def anatomy(model: nn.Module) -> Anatomy:
         if place in kinds:
             modules[role] = (*modules[role], place)
     return Anatomy(roles, modules)
+
+
+def freeze(model: nn.Module, *trained: str) -> list[str]:
+    """Let exactly the parameters of these roles require gradients; return their names."""
+    names = anatomy(model).parameters(*trained)
+    model.requires_grad_(False)
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
+    return names
 
 
 def image_token_id(model: Any) -> int:

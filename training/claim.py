@@ -27,7 +27,6 @@ from training.journal import write_whole
 from training.lock import held
 from training.models import commit_of
 from training.settings import ConfigError
-from training.stages import STAGES
 from training.teacher_cache.store import MANIFEST
 from training.teacher_cache.use import stored_stages
 
@@ -121,7 +120,7 @@ class Claim:
             )
         if not (self.out / CONFIG).is_file():
             return
-        before = settings.load(Config, self.out / CONFIG)
+        before = settings.load(type(self.config), self.out / CONFIG)
         lines = settings.differences(before, self.config)
         changed = [line for line in lines if line.split(":")[0] not in FREE]
         if changed:
@@ -136,7 +135,7 @@ class Claim:
         config, stored = self.config, stored_stages(self.config)
         parts = ("path", "processor") if config.model.path else ("vision", "language", "processor")
         names = {f"model.{part}": getattr(config.model, part) for part in parts}
-        if any(STAGES[name].needs_teacher and name not in stored for name in config.stages):
+        if any(config.compares(name) and name not in stored for name in config.stages):
             names["teacher"] = config.teacher
         found = {field: _model(name) for field, name in names.items() if name is not None}
         for name in stored:
@@ -151,7 +150,7 @@ class Claim:
         for number, name in enumerate(self.config.stages, 1):
             folder = self.out / f"{number}-{name}"
             if not (folder / "model").is_dir():
-                found |= _data(self.config.data, STAGES[name].data)
+                found |= _data(self.config.data, self.config.table[name].data)
             if has_data(self.config.data, "held_out") and not (folder / "scores.json").is_file():
                 found |= _data(self.config.data, "held_out")
         return found

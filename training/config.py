@@ -1,30 +1,33 @@
 """What can be set in a training run? Every field, its default and its meaning; nothing else reads
 options.
 
-A `Config` describes one model, its method and the stages it goes through, in order. A LLaVA-KD teacher is a run with stages `pt, sft`; a distilled student is a run with stages `dpt,
-sft, dft` and `teacher` pointing at the teacher's folder. What stages there are, their defaults and
-what their losses take says the method (`mllmkd_kernels.methods`): the class of a configuration is
-made of the method's table (`config_class`). `recipes/` has complete configurations.
+A `Config` describes one model, its method and the stages it goes through, in order. A LLaVA-KD
+teacher is a run with stages `pt, sft`; a distilled student is a run with stages `dpt, sft, dft` and
+`teacher` pointing at the teacher's folder. Which stages there are, their defaults, and what their
+losses take, says the method (`mllmkd_kernels.methods`): the class of a configuration is made of the
+method's table (`config_class`). `recipes/` has complete configurations.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import yaml
 from pydantic import create_model, model_validator
 
 from mllmkd_kernels import methods
 from mllmkd_kernels.methods import Stage
+from mllmkd_kernels.objective import Objective
 from training import settings
-from training.settings import ConfigError, Section, arguments_of, section, setting
+from training.settings import ConfigError, Section, arguments, arguments_of, section, setting
 
-DEFAULT = "llava-kd"
+DEFAULT, OWN = "llava-kd", "own"  # what a method is called that its own file runs
+GROUP = "mllmkd_kernels.methods"  # of the entry points of installed ones
 
 
 class ModelConfig(Section):
@@ -146,6 +149,8 @@ class StageConfig(Section):
         0.0, "AdamW's weight decay, not applied to biases and norms", ge=0
     )
     clip: float = setting(1.0, "gradient norm is clipped to this; 0: no clipping", ge=0)
+    loss: Any = section(Section, "the arguments of the stage's objective")
+    student: Any = section(Section, "the arguments of what is made of the student")
 
 
 class TeacherCacheConfig(Section):
@@ -170,7 +175,13 @@ class TeacherCacheConfig(Section):
 
 
 class Config(Section):
-    """One run: one model through its stages."""
+    """One run: one model through its stages. Made of a method's table: see `config_class`.
+
+    Attributes:
+        table: the method's stages by name; not a field.
+    """
+
+    table: ClassVar[Mapping[str, Stage]] = {}
 
     out: str = setting(
         "runs/run", "folder for checkpoints, logs and the finished model of each stage"
@@ -219,6 +230,23 @@ class Config(Section):
             raise ValueError("stages: got [], expected at least one")
         return self
 
+    def of_stage(self, name: str) -> StageConfig:
+        """The settings of one stage."""
+        return getattr(self.stage, name)
+
+    def objective(self, name: str) -> Objective:
+        """What a stage minimises, made of its `loss`; with diagnostics, for the log, which come out
+        of what the loss computes anyway.
+        """
+        make = self.table[name].objective
+        kinds = {p.kind for p in inspect.signature(make).parameters.values()}
+        more = {"diagnostics": True} if inspect.Parameter.VAR_KEYWORD in kinds else {}
+        return make(**arguments(self.of_stage(name).loss), **more)
+
+    def compares(self, name: str) -> bool:
+        """Whether a stage has a teacher."""
+        return self.objective(name).needs.teacher
+
 
 # --- the configuration of a method ----------------------------------------------------------------
 
@@ -232,14 +260,18 @@ def config_class(stages: tuple[Stage, ...], method: str = DEFAULT) -> type[Confi
     names = tuple(stage.name for stage in stages)
     table = {stage.name: _field(_stage_section(stage), stage.title) for stage in stages}
     run = tuple(stage.name for stage in stages if stage.usual)
-    text = ", ".join(names)
-    return create_model(
-        "Config",
-        __base__=Config,
-        method=(Literal[method], setting(method, Config.model_fields["method"].description or "")),
-        stages=(tuple[Literal[names], ...], setting(run, f"stages in order, of {text}")),
-        stage=_field(create_model("Stages", __base__=Section, **table), "how a stage is optimised"),
-    )  # pyright: ignore[reportCallIssue]
+    stage_table: Any = create_model("Stages", __base__=Section, **cast(Any, table))
+    fields: Any = {
+        "method": (Literal.__getitem__(method), setting(method, "the method it is trained by")),
+        "stages": (
+            tuple[Literal.__getitem__(names), ...],
+            setting(run, f"stages in order, of {', '.join(names)}"),
+        ),
+        "stage": _field(stage_table, "how each stage is optimised"),
+    }
+    made: Any = create_model("Config", __base__=Config, **fields)
+    made.table = {stage.name: stage for stage in stages}
+    return made
 
 
 def _stage_section(stage: Stage) -> type[StageConfig]:
@@ -254,9 +286,8 @@ def _stage_section(stage: Stage) -> type[StageConfig]:
     loss = arguments_of(stage.objective, "Loss", _settings)
     fields["loss"] = _field(loss, "the loss: see the method's docstring")
     if stage.student is not None:
-        student = arguments_of(
-            stage.student, "Student", given=tuple(inspect.signature(stage.student).parameters)[:1]
-        )
+        model = tuple(inspect.signature(stage.student).parameters)[:1]
+        student = arguments_of(stage.student, "Student", given=model)
         fields["student"] = _field(student, "what is made of the student before the stage")
     return create_model(stage.name, __base__=StageConfig, **fields)
 
@@ -295,18 +326,30 @@ def class_for(values: Mapping[str, Any]) -> type[Config]:
 
 def stages_of(method: Any) -> tuple[Stage, ...]:
     """The stage table of a method by name: one of ours, or of an installed package that has an
-    entry point in the group "mllmkd_kernels.methods". A configuration never imports code.
+    entry point, in the group "mllmkd_kernels.methods", to a module with `STAGES`. A configuration
+    never imports code of its own.
     """
-    modules = {name: getattr(methods, name) for name in methods.__all__}
-    ours = {n.replace("_", "-"): m.STAGES for n, m in modules.items() if hasattr(m, "STAGES")}
-    if method in ours:
-        return ours[method]
-    installed = {point.name: point for point in entry_points(group="mllmkd_kernels.methods")}
-    if method not in installed:
-        raise ConfigError(
-            f"method: got {method!r}, expected one of {', '.join([*ours, *installed])}"
-        )
-    return installed[method].load()
+    return module_of(method).STAGES
+
+
+def module_of(method: Any) -> Any:
+    """The module of a method; its docstring has the equations."""
+    known = _methods()
+    if method not in known:
+        raise ConfigError(f"method: got {method!r}, expected one of {', '.join(known)}")
+    return known[method]()
+
+
+def method_names() -> dict[str, str]:
+    """The methods that there are, each with the first line of its docstring."""
+    return {name: (make().__doc__ or "").partition("\n")[0] for name, make in _methods().items()}
+
+
+def _methods() -> dict[str, Callable[[], Any]]:
+    """By name what loads its module."""
+    ours = {name.replace("_", "-"): getattr(methods, name) for name in methods.__all__}
+    known: dict[str, Callable[[], Any]] = {p.name: p.load for p in entry_points(group=GROUP)}
+    return known | {n: lambda m=m: m for n, m in ours.items() if hasattr(m, "STAGES")}
 
 
 def load(
@@ -317,7 +360,7 @@ def load(
 ) -> Config:
     """A run's configuration, as `settings.load`; with `stages`, of that table's method."""
     return settings.load(
-        class_for if stages is None else config_class(stages), path, overrides, base
+        class_for if stages is None else config_class(stages, OWN), path, overrides, base
     )
 
 

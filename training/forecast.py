@@ -26,7 +26,8 @@ class Forecast:
     """Tells a stage's sizes once: when its first micro-batch reaches the loss.
 
     Args:
-        step: the `DistillStep`; a hook on its loss sees both heads, and is then removed.
+        student: what is trained.
+        objective: what is minimised; a hook on it sees both heads, and is then removed.
         args: of the trainer.
         title: of the stage.
         dataset: the training data.
@@ -35,31 +36,33 @@ class Forecast:
 
     def __init__(
         self,
-        step: Any,
+        student: torch.nn.Module,
+        objective: mk.Objective,
         args: TrainingArguments,
         title: str,
         dataset: Any,
         say: Callable[[str], None],
     ) -> None:
-        self.step, self.args, self.title, self.dataset, self.say = step, args, title, dataset, say
+        self.student, self.objective, self.args = student, objective, args
+        self.title, self.dataset, self.say = title, dataset, say
         self._batch: dict[str, Any] | None = None
-        self._hook = step.loss.register_forward_pre_hook(self._tell)
+        self._hook = objective.register_forward_pre_hook(self._tell)
 
     def first_batch(self, inputs: dict[str, Any]) -> None:
         """Note the micro-batch that is about to be run; only the first counts."""
         if self._batch is None:
             self._batch = inputs
 
-    def _tell(self, loss: Any, args: tuple[Any, ...]) -> None:
+    def _tell(self, objective: Any, args: tuple[Any, ...]) -> None:
         if self._batch is None:
-            return  # the step was called outside of training
+            return  # called outside of training
         self._hook.remove()
         if self.args.process_index == 0:
             for line in (
                 self._steps(),
                 self._parameters(),
                 self._tokens(self._batch),
-                self._losses(loss, args),
+                self._losses(*args[:3]),
                 self._disk(),
             ):
                 self.say(f"{self.title}: {line}")
@@ -78,9 +81,9 @@ class Forecast:
 
     def _parameters(self) -> str:
         sizes = {True: 0, False: 0}
-        parts = anatomy(self.step.student).roles
+        parts = anatomy(self.student).roles
         trained = set()
-        for name, parameter in self.step.student.named_parameters():
+        for name, parameter in self.student.named_parameters():
             sizes[parameter.requires_grad] += parameter.numel()
             if parameter.requires_grad:
                 trained.add(parts[name])
@@ -91,38 +94,39 @@ class Forecast:
 
     def _tokens(self, batch: dict[str, Any]) -> str:
         tokens, places, samples = sizes_of(batch).tolist()
-        trained = mk.response_rows(batch["labels"], self.step.loss.ignore_index)[0].numel()
+        trained = mk.response_rows(batch["labels"])[0].numel()
         return (
             f"about {tokens / samples:,.0f} tokens a sample, {trained / samples:,.0f} of them "
             f"trained, {1 - tokens / places:.0%} padding (first micro-batch)"
         )
 
-    def _losses(self, loss: Any, inputs: tuple[Any, ...]) -> str:
-        student, teacher, labels, image_mask = inputs[:4]
-        rows = mk.response_rows(labels, loss.ignore_index)[0].numel()
-        if teacher is not None and loss.visual:
-            rows += int(image_mask.sum())
-        vocab, d_s = student.weight.shape
-        d_t = 0
-        if teacher is not None:
-            vocab, d_t = min(vocab, teacher.weight.shape[0]), teacher.weight.shape[1]
+    def _losses(
+        self, student: mk.HeadInputs, teacher: mk.HeadInputs | None, batch: dict[str, Any]
+    ) -> str:
+        terms = [t for t in self.objective.terms.values() if isinstance(t, mk.RowTerm)]
+        view, settings = self.objective.view(student, teacher, batch), self.objective.settings
+        rows = sum(len(view.rows(name).labels) for name in {term.rows for term in terms})
+        divergence = next((t.divergence for t in terms if t.divergence), "forward_kl")
+        d_s = student.weight.shape[1]
+        d_t = 0 if teacher is None else teacher.weight.shape[1]
         plan = mk.explain(
             rows,
-            vocab,
+            view.vocab,
             d_s,
             d_t,
             train_head=student.weight.requires_grad,
             dtype=student.weight.dtype,
-            divergence=loss.divergence.name,
+            divergence=mk.Divergence.of(divergence).name,
             device=student.hidden.device,
-            backend=loss.backend,
-            workspace_mb=loss.workspace_mb,
+            backend=settings.backend,
+            workspace_mb=settings.workspace_mb,
         )
-        shape = f"{rows:,} rows x {vocab:,} columns, D {d_s:,}" + (f" and {d_t:,}" if d_t else "")
+        widths = f"{d_s:,}" + (f" and {d_t:,}" if d_t else "")
+        shape = f"{rows:,} rows x {view.vocab:,} columns, D {widths}"
         return f"losses of a micro-batch ({shape}): {str(plan).splitlines()[0]}"
 
     def _disk(self) -> str:
-        size = checkpoint_bytes(self.step)
+        size = checkpoint_bytes(self.student)
         kept = (self.args.save_total_limit or 1) + 1  # one more while the newest is written
         folder = Path(self.args.output_dir or ".")
         while not folder.exists():

@@ -26,14 +26,15 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import LlavaForConditionalGeneration, LlavaProcessor, TrainingArguments
+from transformers import TrainingArguments
 
+from mllmkd_kernels.methods import Stage
 from training import checkpoint, settings
+from training.anatomy import freeze
 from training.claim import Claim, claimed
 from training.config import Config, StageConfig, require
 from training.data.collate import Collator
 from training.data.load import collator_of, epoch_size, has_data, open_data, order_of
-from training.data.template import TemplateName
 from training.evaluation.held_out import Scores, evaluate
 from training.interrupt import Interrupted
 from training.journal import Journal, write_whole
@@ -48,9 +49,6 @@ from training.models import (
 )
 from training.pairs import check_pair
 from training.progress import LOG, Place
-from training.stages import STAGES, freeze, loss_of
-from training.step import DistillStep
-from training.teacher import OnlineTeacher
 from training.teacher_cache.use import open_rows, stored_stages, use_stored
 from training.trainer import DistillTrainer
 
@@ -81,6 +79,14 @@ def run(config: Config, say: Say = print) -> list[StageResult]:
         return _run(config, claim, say)
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """A model in memory; its processor where it needs batches of its own."""
+
+    model: Vlm
+    processor: Processor | None
+
+
 def _run(config: Config, claim: Claim | None, say: Say) -> list[StageResult]:
     """`run`, with the claim on its folder in the first process."""
     processes().wait_for_everyone()  # the claim is checked
@@ -90,14 +96,12 @@ def _run(config: Config, claim: Claim | None, say: Say) -> list[StageResult]:
     results = []
     for number, name in enumerate(config.stages, 1):
         folder = out / f"{number}-{name}"
-        done = (folder / "model").is_dir()
-        if done:
+        trained = None
+        if (folder / "model").is_dir():
             say(f"{folder}: already done")
-        whole = not done and _train(config, claim, number, model, processor, teacher, say)
-        if not whole:
-            model, processor = load_vlm(folder / "model", dtype=torch.float32)
-        if not whole and not done:  # in pieces, and with it the tower that the teacher may share
-            teacher = _teacher(config, model, processor, _silent)
+        else:
+            trained = _train(config, claim, number, model, processor, teacher, say)
+        model = trained or load_vlm(folder / "model", dtype=torch.float32)[0]
         results.append(_result(config, claim, name, model, processor, folder, say))
     return results
 
@@ -115,35 +119,39 @@ def _train(
     config: Config,
     claim: Claim | None,
     number: int,
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    teacher: OnlineTeacher | None,
+    model: Vlm,
+    processor: Processor,
+    teacher: Teacher | None,
     say: Say,
-) -> bool:
-    """One stage, from the start or from its newest checkpoint, to its folder's `model`; whether
-    `model` still has its weights whole."""
-    stage = STAGES[config.stages[number - 1]]
+) -> Vlm | None:
+    """One stage, from the start or from its newest checkpoint, to its folder's `model`; the trained
+    model, or None where no process has its weights whole."""
+    stage = config.table[config.stages[number - 1]]
     folder = Path(config.out) / f"{number}-{stage.name}"
-    options = config.stage(stage.name)
-    freeze(model, stage)
+    options, objective = config.of_stage(stage.name), config.objective(stage.name)
+    if stage.student is not None:
+        model = stage.student(model, **settings.arguments(options.student))
+    freeze(model, *stage.trains)
     if config.grad_checkpointing:
         recompute_activations(model)
-    source = teacher if stage.needs_teacher and stage.name not in stored_stages(config) else None
-    own = source.processor if source is not None else None
-    dataset = load_data(config, processor, stage.data, stage.template, own)
+    stored = stage.name in stored_stages(config)
+    asked = teacher if objective.needs.teacher and not stored else None
+    own = asked.processor if asked is not None else None
+    dataset = load_data(config, processor, stage, own)
     if claim is not None:
         claim.check_data(stage.data, dataset)
-    loss = loss_of(stage, options.loss)
+    source = asked.model if asked is not None else None
     collator = collator_of(config.data, (model, processor), source, own)
-    if stage.name in stored_stages(config):
-        source, collator = use_stored(config, stage.name, loss, processor, dataset, collator)
+    if stored:
+        source, collator = use_stored(config, stage.name, processor, dataset, collator)
         say(f"{folder.name}: learns from {source.name}; no teacher runs")
-    step = DistillStep(model, source, loss)
     samples = epoch_size(dataset)
     steps = _steps(options, samples)
     trainer = DistillTrainer(
-        step,
+        model,
         _arguments(config, options, steps, folder),
+        teacher=source,
+        objective=objective,
         processor=processor,
         dataset=dataset,
         collator=collator,
@@ -153,6 +161,7 @@ def _train(
         skip_limit=config.skip_limit,
         say=say,
         order=order_of(config.data, dataset, options.batch_size, config.seed),
+        callbacks=[make() for make in stage.callbacks],
     )
     resume, ignored = checkpoint.newest(folder)
     for message in ignored:
@@ -169,7 +178,7 @@ def _train(
     on_main(lambda: _finish(model, processor, folder, curve, summary, state))
     if trainer.stopped_by:
         raise Interrupted(trainer.stopped_by, f"{folder} is done; the same command continues")
-    return state is None
+    return trainer.bare_student() if state is None else None
 
 
 def _steps(options: StageConfig, samples: int | None) -> int:
@@ -184,17 +193,17 @@ def _steps(options: StageConfig, samples: int | None) -> int:
 def _later(config: Config, number: int, samples: int | None) -> tuple[tuple[str, int | None], ...]:
     """The stages after the one of this number, each with the samples it takes, as far as the data
     of this one says."""
-    here, found = STAGES[config.stages[number - 1]].data, []
+    here, found = config.table[config.stages[number - 1]].data, []
     for name in config.stages[number:]:
-        options = config.stage(name)
-        known = options.steps is not None or (STAGES[name].data == here and samples is not None)
+        options, data = config.of_stage(name), config.table[name].data
+        known = options.steps is not None or (data == here and samples is not None)
         found.append((name, _steps(options, samples) * options.batch_size if known else None))
     return tuple(found)
 
 
 def _finish(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: Vlm,
+    processor: Processor,
     folder: Path,
     curve: list[dict[str, float]],
     summary: dict[str, float],
@@ -218,30 +227,31 @@ def on_main(work: Callable[[], None]) -> None:
     state.wait_for_everyone()
 
 
-def load_data(
-    config: Config, processor: Any, field: str, template: TemplateName, teacher: Any = None
-) -> Any:
-    """The data that `data.<field>` names, or the sources of that use, encoded with `template`; also
-    as a teacher's own processor does, if there is one."""
-    return open_data(config.data, processor, field, template, teacher=teacher, seed=config.seed)
+def load_data(config: Config, processor: Any, stage: Stage, teacher: Any = None) -> Any:
+    """The data of a stage, encoded with its template; also as a teacher's own processor does, if
+    there is one."""
+    template: Any = stage.template
+    return open_data(
+        config.data, processor, stage.data, template, teacher=teacher, seed=config.seed
+    )
 
 
-def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> OnlineTeacher | None:
+def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> Teacher | None:
     """The teacher that a stage of the run needs, checked against the student."""
     stored = stored_stages(config)
     for name in stored:  # what is wrong with a later stage's is better known now
-        open_rows(config, name, loss_of(STAGES[name], config.stage(name).loss), processor)
-    needed = [s for s in config.stages if STAGES[s].needs_teacher and s not in stored]
-    if not needed:
+        open_rows(config, name, processor)
+    needs = {n: config.objective(n).needs for n in config.stages if n not in stored}
+    needs = {name: need for name, need in needs.items() if need.teacher}
+    if not needs:
         return None
-    path = require(config.teacher, "teacher", f"stage {needed[0]} compares with a teacher")
+    path = require(config.teacher, "teacher", f"stage {next(iter(needs))} compares with a teacher")
     teacher, its_processor = load_vlm(path, dtype=DTYPES[config.teacher_dtype])
-    losses = [config.stage(name).loss for name in needed]
-    visual = any(loss.visual or loss.relation for loss in losses)
+    visual = any(need.visual for need in needs.values())
     report = check_pair(model, processor, teacher, its_processor, visual=visual)
     say(str(report))
     report.require()
-    return OnlineTeacher(teacher, its_processor if report.own_batch else None)
+    return Teacher(teacher, its_processor if report.own_batch else None)
 
 
 def check(config: Config, say: Say = print) -> None:
@@ -309,8 +319,8 @@ def _result(
     config: Config,
     claim: Claim | None,
     name: str,
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: Vlm,
+    processor: Processor,
     folder: Path,
     say: Say,
 ) -> StageResult:
@@ -321,7 +331,7 @@ def _result(
         def score() -> None:
             if file.is_file():
                 return
-            held_out = load_data(config, processor, "held_out", "chat")
+            held_out: Any = open_data(config.data, processor, "held_out", "chat", seed=config.seed)
             if claim is not None:
                 claim.check_data("held_out", held_out)
             size = config.eval_batch_size

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from transformers import TrainerCallback
 
 from training.bar import SECONDS_BETWEEN_LINES, clock
 from training.journal import Journal
-from training.step import TERMS
 
 LOG = "log.jsonl"
 
@@ -47,6 +46,7 @@ class Progress(TrainerCallback):
 
     Args:
         title: of the stage.
+        terms: of the loss, by their names in the log.
         place: where the stage stands.
         folder: where ``log.jsonl`` goes; None: nowhere.
         say: how a line is told where there is no terminal.
@@ -56,12 +56,13 @@ class Progress(TrainerCallback):
     def __init__(
         self,
         title: str,
+        terms: Sequence[str] = (),
         place: Place = Place(),
         folder: Path | None = None,
         say: Callable[[str], None] = print,
         terminal: bool | None = None,
     ) -> None:
-        self.title, self.place, self.say = title, place, say
+        self.title, self.terms, self.place, self.say = title, terms, place, say
         self.journal = None if folder is None else Journal(folder / LOG)
         self.terminal = sys.stderr.isatty() if terminal is None else terminal
         self.bar: Any = None
@@ -95,9 +96,11 @@ class Progress(TrainerCallback):
         if self.journal is not None:
             self.journal.append(state.log_history[-1])
         if self.bar is not None:  # which shows the stage's own time
-            self.bar.set_postfix_str(", ".join([shown(logs), *self._left(args, state)[1]]))
+            self.bar.set_postfix_str(
+                ", ".join([shown(logs, self.terms), *self._left(args, state)[1]])
+            )
         elif state.global_step >= state.max_steps or self._due():
-            self._tell(args, state, shown(logs))
+            self._tell(args, state, shown(logs, self.terms))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar, leaving its last line."""
@@ -127,10 +130,9 @@ class Progress(TrainerCallback):
         return clock(left), [f"stage {self.place.number} of {self.place.of}, run {total}"]
 
 
-def shown(logs: dict[str, float]) -> str:
-    """An entry of the loss curve in a few words; terms that are 0 are not in the stage."""
-    words = [f"loss {logs['loss']:.3f}"]
-    words += [f"{term} {logs[term]:.3f}" for term in TERMS if logs.get(term)]
+def shown(logs: dict[str, float], terms: Sequence[str]) -> str:
+    """An entry of the loss curve in a few words."""
+    words = [f"{name} {logs[name]:.3f}" for name in ("loss", *terms)]
     words.append(f"{logs['tokens_per_second']:,.0f} tok/s")
     words.append(f"{logs['peak_gib']:.1f} GiB")
     return " ".join(words)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from training import settings
-from training.config import Config
+from training.config import Config, load
 
 FOLDER = Path(__file__).with_name("recipes")
 
@@ -28,7 +28,7 @@ def recipe(name: str) -> Config:
     """
     if name not in names():
         raise settings.ConfigError(f"--recipe {name}: expected one of {', '.join(names())}")
-    return settings.load(Config, FOLDER / f"{name}.yaml")
+    return load(FOLDER / f"{name}.yaml")
 
 
 def summaries() -> list[str]:

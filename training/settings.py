@@ -70,6 +70,14 @@ def section(cls: type[S], help: str) -> Any:
     return Field(default_factory=cls, description=help)
 
 
+def home(value: str, where: str) -> str:
+    """`value` with ``~`` expanded; `ConfigError` naming the field `where` if that is nowhere."""
+    try:
+        return expanded(value)
+    except ValueError as error:
+        raise ConfigError(f"{where}: got {value!r}, expected a path: {error}") from None
+
+
 # --- values in -----------------------------------------------------------------------------------
 
 
@@ -113,7 +121,8 @@ def load(
         keys = tuple(key.strip().split("."))
         typed[keys] = value
         values = _merged(values, _nested(keys, _parsed(value)))
-    return _validated(cls if isinstance(cls, type) else cls(values), values, typed)
+    made: Any = cls if isinstance(cls, type) else cls(values)
+    return _validated(made, values, typed)
 
 
 def _validated(cls: type[S], values: Mapping[str, Any], typed: Mapping[Location, str]) -> S:
@@ -155,8 +164,9 @@ def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in new.items():
         value = to_dict(value) if isinstance(value, Section) else value
         before = result.get(key)
-        both = isinstance(before, Mapping) and isinstance(value, Mapping)
-        result[key] = _merged(before, value) if both else value
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            value = _merged(before, value)
+        result[key] = value
     return result
 
 

@@ -4,11 +4,11 @@
   gradient while the others wait to sum theirs: DDP stops, FSDP2 and ZeRO sum the wrong numbers.
   `touch` gives it a gradient of zero. So DDP need not search the graph for unused parameters.
 * **The head is whole in the forward.** The losses read `lm_head.weight` where no module is called.
-  FSDP2 gathers the weights of its root unit, the step, when the step is called and keeps them to
-  the end of the backward pass: `units` leaves the head, the embeddings, the tower and the projector
-  to the root, and makes a unit of each layer of the language model. No process gathers a tower that
-  another does not run. ZeRO-3 is told to gather the head with the step; it gathers each module of
-  the tower when that runs, so there all processes need images (`same_modules`).
+  FSDP2 gathers the weights of its root unit, the student, when that is called and keeps them to the
+  end of the backward pass: `units` leaves the head, the embeddings, the tower and the projector to
+  the root, and makes a unit of each layer of the language model. No process gathers a tower that
+  another does not run. ZeRO-3 is told to gather the head with the student; it gathers each module
+  of the tower when that runs, so there all processes need images (`same_modules`).
 * **Saved weights are whole.** They are gathered in the first process; all processes must ask.
 """
 
@@ -60,12 +60,12 @@ def is_sharded(wrapped: Any) -> bool:
     return isinstance(wrapped, FSDPModule) or bool(callable(partitions) and partitions())
 
 
-def prepare(accelerator: Accelerator, step: nn.Module, parts: Anatomy) -> None:
-    """Refuse what the step cannot run in, and say what configuration files cannot.
+def prepare(accelerator: Accelerator, student: nn.Module, parts: Anatomy) -> None:
+    """Refuse what a distilled student cannot run in, and say what configuration files cannot.
 
     Args:
         accelerator: before it wraps anything.
-        step: the module with the `student` whose `parts` these are.
+        student: the model whose `parts` these are.
 
     Raises:
         ConfigError: FSDP version 1, whose flat weights have no head; checkpoints in pieces, which
@@ -73,12 +73,13 @@ def prepare(accelerator: Accelerator, step: nn.Module, parts: Anatomy) -> None:
     """
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP:
-        _prepare_fsdp(accelerator.state.fsdp_plugin)
+        _prepare_fsdp(accelerator.state.fsdp_plugin, units(student, parts))
     elif kind == DistributedType.DEEPSPEED and _stage(accelerator) == 3:
-        _prepare_zero3(step, parts)
+        _prepare_zero3(student, parts)
 
 
-def _prepare_fsdp(plugin: Any) -> None:
+def _prepare_fsdp(plugin: Any, layers: list[str]) -> None:
+    plugin.transformer_cls_names_to_wrap = layers
     expected = {
         "fsdp_version": (plugin.fsdp_version, 2),
         "fsdp_state_dict_type": (plugin.state_dict_type.name, "FULL_STATE_DICT"),
@@ -94,14 +95,13 @@ def _prepare_fsdp(plugin: Any) -> None:
         )
 
 
-def _prepare_zero3(step: nn.Module, parts: Anatomy) -> None:
-    """Have the head gathered with the step, and the projector, which `touch` reads."""
+def _prepare_zero3(student: Any, parts: Anatomy) -> None:
+    """Have the head gathered with the student, and the projector, which `touch` reads."""
     zero: Any = importlib.import_module("deepspeed").zero  # not everybody has it
-    student: Any = step.student
     for name in parts.parameters("projector"):
-        zero.register_external_parameter(step, student.get_parameter(name))
+        zero.register_external_parameter(student, student.get_parameter(name))
     for parameter in student.get_output_embeddings().parameters():
-        zero.register_external_parameter(step, parameter)
+        zero.register_external_parameter(student, parameter)
     unset_hf_deepspeed_config()  # or the models of the next stage would be loaded in pieces
 
 
@@ -130,12 +130,6 @@ def same_modules(accelerator: Accelerator, with_images: list[bool]) -> None:
 def _stage(accelerator: Accelerator) -> int:
     plugin: Any = accelerator.state.deepspeed_plugin
     return plugin.deepspeed_config["zero_optimization"]["stage"]
-
-
-def of_student(state: dict[str, Any] | None) -> dict[str, torch.Tensor]:
-    """A whole state of the step as one of the student, by its own names; None, which some wrappers
-    give to all but the first process, as none."""
-    return {name.removeprefix("student."): value for name, value in (state or {}).items()}
 
 
 def whole(x: Any) -> Any:

@@ -10,8 +10,8 @@ never see it. Then the batch is written to ``bad_batch.pt`` and, `on_nan` says w
 * ``skip``: the step is left out, listed in ``skipped.jsonl``, and training goes on, unless
   `limit` steps in a row were bad: that is divergence, not a bad sample.
 
-``torch.load("bad_batch.pt")`` gives ``batches`` (the keyword arguments of `DistillStep`) and
-``counts`` (of `mllmkd_kernels.RowCounts`); the newest checkpoint has the weights of a few steps
+``torch.load("bad_batch.pt")`` gives ``batches`` and ``counts``, as `mllmkd_kernels.distill_batch`
+takes them; the newest checkpoint has the weights of a few steps
 earlier. What it leaves out: repairing anything. A loss scaled down by a filter is still wrong.
 """
 
@@ -29,6 +29,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 
 import mllmkd_kernels as mk
+from mllmkd_kernels.rows import Counts
 from training.journal import Journal
 from training.meter import Meter
 
@@ -46,7 +47,7 @@ class Seen:
     """A micro-batch of the optimiser step in hand."""
 
     inputs: dict[str, Any]
-    counts: mk.RowCounts | None
+    counts: Counts | None
     values: torch.Tensor  # (n names,) fp32: loss, terms
     sizes: torch.Tensor  # (3,) int64: tokens, places, samples
     rows: torch.Tensor  # (2, 2) int64: of student and teacher, rows not finite and rows
@@ -56,8 +57,8 @@ class Watch:
     """The guard of one stage.
 
     Args:
-        loss: the loss module; a hook on it looks at the hidden states.
-        names: fields of its output, the first of them ``loss``.
+        loss: the objective; a hook on it looks at the hidden states.
+        names: ``loss``, and the objective's terms.
         accelerator: of the trainer.
         folder: where ``bad_batch.pt`` and ``skipped.jsonl`` go.
         on_nan, limit: see above.
@@ -82,11 +83,10 @@ class Watch:
         self._rows = torch.zeros(2, 2, dtype=torch.int64)
         loss.register_forward_pre_hook(self._look)
 
-    def see(self, inputs: dict[str, Any], counts: mk.RowCounts | None, output: Any) -> None:
-        """Note a micro-batch and its `LlavaKDOutput`; never waits for the device."""
-        found = [getattr(output, name) for name in self.names]  # None: no such rows in this batch
-        none = torch.zeros_like(output.loss)
-        values = torch.stack([none if x is None else x.detach() for x in found]).float()
+    def see(self, inputs: dict[str, Any], counts: Counts | None, output: mk.Losses) -> None:
+        """Note a micro-batch and what the objective gave; never waits for the device."""
+        found = {"loss": output.loss.detach(), **output.terms}
+        values = torch.stack([found[name].float() for name in self.names])
         self._seen.append(Seen(inputs, counts, values, sizes_of(inputs), self._rows))
 
     def close(
@@ -176,7 +176,7 @@ class Watch:
         return {"text": f"{where}: {', '.join([*terms, *hidden])}; {_names([micro])}"}
 
     def _write(self, step: int, texts: list[str], seen: list[Seen]) -> None:
-        counts = [] if seen[0].counts is None else [int(count) for count in seen[0].counts]
+        counts = {name: int(count) for name, count in (seen[0].counts or {}).items()}
         batches = send_to_device([micro.inputs for micro in seen], "cpu")
         self.folder.mkdir(parents=True, exist_ok=True)
         staging = self.folder / f".{BAD_BATCH}.incomplete"

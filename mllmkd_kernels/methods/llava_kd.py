@@ -65,7 +65,7 @@ def supervised(ce: float = 1.0, **settings: Any) -> Objective:
     return Objective(RowTerm("ce", ce, "response"), **settings)
 
 
-#: Of the released scripts: batch 256 at 1e-3 where the projector alone trains, 128 at 2e-5 elsewhere.
+#: Of the released scripts, where the projector alone trains and where the LM does too.
 _PRETRAINING = {"lr": 1e-3, "batch_size": 256}
 _TUNING = {"lr": 2e-5, "batch_size": 128}
 

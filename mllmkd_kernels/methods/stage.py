@@ -27,8 +27,6 @@ class Stage:
         objective: section `loss`: () -> what is minimised.
         student: section `student`: (model) -> the model that is trained; None for the model as it
             is.
-        view: section `view`: (batch) -> the batch that the models see (answers sampled anew,
-            rejected ones beside the chosen); None for the batch as it is.
         callbacks: () -> a `transformers.TrainerCallback`, each.
         title: in a few words.
         defaults: of the stage's settings, where the method has others than the trainer.
@@ -41,7 +39,6 @@ class Stage:
     template: str
     objective: Callable[..., Objective]
     student: Callable[..., Any] | None = None
-    view: Callable[..., Any] | None = None
     callbacks: tuple[Callable[..., Any], ...] = ()
     title: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)

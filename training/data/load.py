@@ -104,7 +104,7 @@ def collator_of(
 
     Args:
         student: its model and processor.
-        teacher: a `Teacher`, or None; one with a `model` is tried out, too.
+        teacher: its model, which is tried out too, or None.
         own: the teacher's processor, where it needs batches of its own.
 
     Raises:
@@ -114,7 +114,7 @@ def collator_of(
         return Collator(student[1], own)
     if own is not None:
         raise ConfigError("data.packing: got true, expected false: the teacher has its own batches")
-    for model in (student[0], getattr(teacher, "model", None)):
+    for model in (student[0], teacher):
         if model is not None:
             check_packable(model)
     return PackedCollator(student[1])

@@ -3,6 +3,7 @@ answers."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,11 @@ matplotlib.use("Agg")  # files only: no display is needed
 from matplotlib import pyplot as plt
 from PIL import Image
 
+from mllmkd_kernels.llava_kd import TERMS
 from training.data.dataset import LlavaDataset
 from training.demo.folder import LlavaFolder
 from training.evaluation.held_out import generate_answer
 from training.models import load_model
-from training.step import TERMS
 
 if TYPE_CHECKING:
     from training.demo.report import Run
@@ -37,11 +38,11 @@ def loss_curves(runs: list[Run], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     for run in runs:
         steps, curve = _joined(run)
-        axes[0].plot(steps, [entry["ce"] or float("nan") for entry in curve], label=run.name)
-        if not any(entry["response_kl"] for entry in curve):
+        axes[0].plot(steps, [entry.get("ce", math.nan) for entry in curve], label=run.name)
+        if not any("response_kl" in entry for entry in curve):
             continue
         for term in TERMS if run.name == "distilled" else ():
-            values = [entry[term] or float("nan") for entry in curve]
+            values = [entry.get(term, math.nan) for entry in curve]
             axes[1].plot(steps, values, label=LABELS[term])
         at = 0
         for stage in run.stages if run.name == "distilled" else ():

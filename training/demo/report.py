@@ -27,13 +27,13 @@ from rich.console import Console
 from rich.table import Table
 
 import mllmkd_kernels as mk
+from mllmkd_kernels.llava_kd import TERMS
 from training import settings
 from training.demo import pictures
 from training.demo.folder import LlavaFolder
 from training.demo.recipes import DemoConfig
 from training.evaluation.held_out import CAPTION, Scores
 from training.loop import StageResult
-from training.step import TERMS
 
 TEACHER, EQUAL_STEPS, EQUAL_TIME, DISTILLED = (
     "teacher",
@@ -67,7 +67,7 @@ class Run:
         last = self.stages[-1]
         row = {"questions": self.scores.questions, **self.scores.kinds}
         row["perplexity"] = self.scores.perplexity
-        row |= {term: last.history[-1][term] for term in TERMS}
+        row |= {term: last.history[-1].get(term, 0.0) for term in TERMS}
         row["steps"] = sum(stage.summary["steps"] for stage in self.stages)
         row["seconds"] = sum(stage.summary["seconds"] for stage in self.stages)
         row["tokens_per_second"] = last.summary["tokens_per_second"]

@@ -24,6 +24,7 @@ from dataclasses import asdict
 import torch
 from rich.console import Console
 
+from training import settings
 from training.data.dataset import LlavaDataset
 from training.demo import recipes
 from training.demo.easy_vqa import write_easy_vqa
@@ -77,7 +78,9 @@ def students(config: DemoConfig, seed: int) -> list[Run]:
     with part(f"student by SFT alone, seed {seed}"):
         plain = run(recipes.demo_sft(config, seed, config.student_steps, "sft"), say)
     with part(f"student by DPT, SFT, DFT, seed {seed}"):
-        distilled = run(recipes.demo_distilled(config, seed, "distilled", config.loss), say)
+        distilled = run(
+            recipes.demo_distilled(config, seed, "distilled", settings.to_dict(config.loss)), say
+        )
     ratio = _seconds(distilled) / _seconds(plain)
     steps = max(config.student_steps, round(config.student_steps * ratio))
     with part(f"student by SFT alone for as long ({ratio:.1f} x the steps), seed {seed}"):

@@ -15,7 +15,6 @@ from the image alone: one row of logits for each distinct question text, on the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,13 +26,12 @@ from training.bar import track
 from training.data.dataset import LlavaDataset
 from training.demo.garments import CLASSES, Photos
 from training.demo.scenes import CELLS, canvases
-from training.settings import check, setting
+from training.settings import Section, setting
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # pixels, targets (B, ...), which logits
 
 
-@dataclass(frozen=True)
-class TowerConfig:
+class TowerConfig(Section):
     """Sizes and training of the tower."""
 
     hidden: int = setting(128, "hidden size C of the tower", gt=0)
@@ -47,9 +45,6 @@ class TowerConfig:
     batch_size: int = setting(128, "images a step", gt=0)
     lr: float = setting(1e-3, "peak learning rate", gt=0)
     seed: int = setting(0, "seed of weights and data order", ge=0)
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 def photo_tower(config: TowerConfig, photos: Photos) -> tuple[SiglipVisionModel, float]:

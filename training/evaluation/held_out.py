@@ -25,11 +25,11 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
 import mllmkd_kernels as mk
+from mllmkd_kernels.batch import run_to_head
 from training.bar import track
 from training.data.collate import Collator
 from training.data.dataset import SampleDataset
 from training.data.item import IGNORE
-from training.teacher import run_to_head
 
 ROW_BLOCK = 1024  # logits of this many answer rows at a time
 NO_KIND = "all"

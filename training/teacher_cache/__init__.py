@@ -24,5 +24,5 @@ false` stores the response rows alone, for losses without visual terms.
     identity    is this still the teacher, the processor and the sample?
     store       shards, head and manifest on disk; rows found by sample
     fill        the pass: cost first, then shard by shard, resumable
-    use         the stored rows as a `training.teacher.Teacher`
+    use         the stored rows as a teacher
 """

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mllmkd_kernels.methods import Stage
+from training.anatomy import image_token_id
 from training.config import Config, require
 from training.data.collate import Collator
 from training.fingerprint import digest
@@ -19,11 +21,9 @@ from training.loop import load_data, on_main, processes
 from training.models import DTYPES, build_processor, load_processor, load_vlm
 from training.pairs import check_processors
 from training.settings import ConfigError
-from training.stages import STAGES, Stage, loss_of
-from training.teacher import OnlineTeacher
 from training.teacher_cache import cost, fill, identity
 from training.teacher_cache.store import Manifest, TeacherRows
-from training.teacher_cache.use import needs_visual, spread, stored_stages
+from training.teacher_cache.use import check_needs, spread, stored_stages
 
 FINGERPRINTED = 16  # samples of the data that the manifest knows it by
 
@@ -72,9 +72,8 @@ def _make(config: Config, path: Path, dry_run: bool, say: Callable[[str], None])
     if dry_run:
         return
     model, _ = load_vlm(teacher_name, dtype=DTYPES[config.teacher_dtype])
-    teacher = OnlineTeacher(model, own)
     for job in jobs:
-        work = _pass(config, job, teacher, processor, teacher_name)
+        work = _pass(config, job, model, (processor, own), teacher_name)
         on_main(work.claim)
         work.fill(state)
         state.wait_for_everyone()
@@ -86,17 +85,12 @@ def _stages(config: Config) -> list[Stage]:
     names = stored_stages(config)
     if not names:
         raise ConfigError(
-            f"teacher_cache.stages: none of {list(config.teacher_cache.stages) or 'dpt, dft'} is "
-            f"among the run's stages {list(config.stages)}"
+            f"teacher_cache.stages: got {list(config.teacher_cache.stages)}, expected some of the "
+            f"run's stages {list(config.stages)} that compare with a teacher"
         )
     for name in names:
-        loss = config.stage(name).loss
-        if not config.teacher_cache.visual and needs_visual(loss_of(STAGES[name], loss)):
-            raise ConfigError(
-                f"teacher_cache.visual: got false, but {name}.loss has visual {loss.visual} and "
-                f"relation {loss.relation}; set both to 0, or store visual rows"
-            )
-    return [STAGES[name] for name in names]
+        check_needs(config, name, config.teacher_cache.visual, "but the cache is to have")
+    return [config.table[name] for name in names]
 
 
 def _job(
@@ -104,7 +98,7 @@ def _job(
 ) -> _Job:
     """A stage's data, with the teacher's own view where it has a processor, and their cost."""
     processor, own = processors
-    dataset = load_data(config, processor, stage.data, stage.template, own)
+    dataset = load_data(config, processor, stage, own)
     if not isinstance(dataset, Sized):
         raise ConfigError(
             f"data: the {stage.data} are a stream, expected data that can be counted; save them to "
@@ -124,7 +118,7 @@ def _job(
 
 
 def _pass(
-    config: Config, job: _Job, teacher: OnlineTeacher, processor: Any, name: str
+    config: Config, job: _Job, teacher: Any, processors: tuple[Any, Any], name: str
 ) -> fill.Pass:
     probes = spread(len(job.dataset), FINGERPRINTED)
     marks = cost.marks_of(job.dataset, probes, config.data.workers)
@@ -137,16 +131,16 @@ def _pass(
         samples=len(job.dataset),
         samples_per_shard=job.cost.samples_per_shard,
         data=digest([mark.key for mark in marks]),
-        teacher=identity.of_model(teacher.model, name),
-        processor=identity.of_processor(processor),
+        teacher=identity.of_model(teacher, name),
+        processor=identity.of_processor(processors[0]),
         softcap=None,
-        image_token_id=teacher.image_token_id,
+        image_token_id=image_token_id(teacher),
     )
     return fill.Pass(
         folder=job.cost.folder,
         teacher=teacher,
         dataset=job.dataset,
-        collator=Collator(processor, teacher.processor),
+        collator=Collator(*processors),
         manifest=manifest,
         batch_size=config.teacher_cache.batch_size,
         workers=config.data.workers,

@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import mllmkd_kernels as mk
+from mllmkd_kernels.batch import ask
 from training.bar import Bar
 from training.data.records import DataError
 from training.fingerprint import differences
 from training.settings import ConfigError
-from training.teacher import OnlineTeacher
 from training.teacher_cache import identity
 from training.teacher_cache.cost import size
 from training.teacher_cache.store import (
@@ -56,7 +56,7 @@ class Pass:
     """
 
     folder: Path
-    teacher: OnlineTeacher
+    teacher: Any
     dataset: Any
     collator: Any
     manifest: Manifest
@@ -132,10 +132,10 @@ class Pass:
         if self.manifest.precision == "bf16":
             autocast = torch.autocast(device.type, torch.bfloat16)
         with autocast:
-            return self.teacher(send_to_device(batch, device))
+            return ask(self.teacher.to(device), send_to_device(batch, device))
 
     def _mask(self, own: Mapping[str, Any]) -> Tensor:
-        return own["input_ids"] == self.teacher.image_token_id
+        return own["input_ids"] == self.manifest.image_token_id
 
     def _write(
         self, manifest: Manifest, shard: int, rows: tuple[Tensor, list[identity.SampleMark]]

@@ -1,10 +1,10 @@
 """How does a run train from stored rows? They come with the batch, and the teacher hands them on.
 
 The collator that makes a batch also reads its samples' rows, in the data-loader's workers:
-`teacher_hidden` (M + K, D), the M response rows of the batch and then its K visual rows, as
-`LlavaKDLoss` takes them. `CachedTeacher` answers with them and the stored head, the only part of
-the teacher in memory. What does not fit is an error: before the first step where it can be seen
-there (`open_rows`, `probe`), else at the sample.
+`teacher_hidden` (M + K, D), the M response rows of the batch and then its K visual rows.
+`CachedTeacher` answers with them and the stored head, the only part of the teacher in memory. What
+does not fit is an error: before the first step where it can be seen there (`open_rows`, `probe`),
+else at the sample.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import mllmkd_kernels as mk
 from training.config import Config, require
@@ -23,7 +23,6 @@ from training.data.records import DataError
 from training.fingerprint import differences
 from training.models import CheckpointError
 from training.settings import ConfigError
-from training.stages import STAGES
 from training.teacher_cache import identity
 from training.teacher_cache.store import TeacherRows, read_head
 
@@ -31,21 +30,13 @@ PROBES = 8  # samples looked up before the first step
 
 
 class CachedTeacher:
-    """A `training.teacher.Teacher` that is not run: its rows come with the batch."""
-
-    processor: Any = None  # makes no batches
+    """A teacher that is not run: its rows come with the batch."""
 
     def __init__(self, rows: TeacherRows) -> None:
         self.name = f"{rows.manifest.teacher['name']}, stored in {rows.folder}"
-        self.image_token_id = rows.manifest.image_token_id
-        self.processor = None  # what is stored was made of the student's own batches
         self._head = read_head(rows.folder, rows.manifest.softcap)
 
-    def share(self, student: nn.Module) -> bool:
-        """False: there is no tower here to share."""
-        return False
-
-    def __call__(self, batch: Mapping[str, Any], shared_features: Tensor | None) -> mk.HeadInputs:
+    def __call__(self, batch: Mapping[str, Any]) -> mk.HeadInputs:
         """The batch's `teacher_hidden` (M + K, D), and the head on the same device."""
         hidden = batch["teacher_hidden"]
         head = self._head
@@ -93,23 +84,23 @@ class CachedCollator:
 
 
 def use_stored(
-    config: Config, stage: str, loss: mk.LlavaKDLoss, processor: Any, dataset: Any, collator: Any
+    config: Config, stage: str, processor: Any, dataset: Any, collator: Any
 ) -> tuple[CachedTeacher, CachedCollator]:
     """What `training.loop` trains a stage with instead of a teacher: `open_rows`, `probe`, and
     the collator that brings the rows."""
-    rows = open_rows(config, stage, loss, processor)
+    rows = open_rows(config, stage, processor)
     probe(rows, dataset)
-    return CachedTeacher(rows), CachedCollator(collator, rows, visual=needs_visual(loss))
+    visual = config.objective(stage).needs.visual
+    return CachedTeacher(rows), CachedCollator(collator, rows, visual=visual)
 
 
-def open_rows(config: Config, stage: str, loss: mk.LlavaKDLoss, processor: Any) -> TeacherRows:
+def open_rows(config: Config, stage: str, processor: Any) -> TeacherRows:
     """A stage's stored rows, checked against how it is about to be trained.
 
     Args:
         config: its `teacher_cache.path` has a folder of the stage; its `teacher`, where given,
             must be the one that was run.
-        stage: its name.
-        loss: the stage's loss, whose terms say which rows are read.
+        stage: its name; its objective says which rows are read.
         processor: the student's, which encodes the data.
 
     Raises:
@@ -126,17 +117,7 @@ def open_rows(config: Config, stage: str, loss: mk.LlavaKDLoss, processor: Any) 
         )
     if manifest.stage != stage:
         raise CheckpointError(f"{rows.folder}: was made for stage {manifest.stage}, not {stage}")
-    if not manifest.visual and needs_visual(loss):
-        raise ConfigError(
-            f"{stage}.loss: got visual {loss.visual} and relation {loss.relation}, but "
-            f"{rows.folder} holds response rows alone; set both to 0, or make the cache again with "
-            "teacher_cache.visual=true"
-        )
-    if not loss.response_shift:
-        raise ConfigError(
-            f"{stage}.loss: distils unshifted response rows, but {rows.folder} holds the shifted "
-            "ones; run the teacher online (teacher_cache.path=null)"
-        )
+    check_needs(config, stage, manifest.visual, f"but {rows.folder} holds")
     changed = differences(manifest.processor, identity.of_processor(processor))
     if changed:
         raise CheckpointError(
@@ -158,13 +139,27 @@ def stored_stages(config: Config) -> list[str]:
     if config.teacher_cache.path is None:
         return []
     asked = config.teacher_cache.stages or config.stages
-    distilled = [name for name in config.stages if STAGES[name].needs_teacher and name in asked]
+    distilled = [name for name in config.stages if config.compares(name) and name in asked]
     return list(dict.fromkeys(distilled))
 
 
-def needs_visual(loss: mk.LlavaKDLoss) -> bool:
-    """Whether any term of the loss reads the teacher's visual rows."""
-    return bool(loss.visual or loss.relation)
+def check_needs(config: Config, stage: str, visual: bool, holds: str) -> None:
+    """Raise `ConfigError` unless what is stored, visual rows if `visual`, is all that a stage's
+    objective reads of a teacher; `holds` says where that is."""
+    objective, stored = config.objective(stage), {"response", "visual"} if visual else {"response"}
+    for name, term in objective.terms.items():
+        if lacking := term.needs.rows - stored:
+            raise ConfigError(
+                f"stage.{stage}.loss: {name} reads {', '.join(sorted(lacking))} rows of the "
+                f"teacher, {holds} {' and '.join(sorted(stored))} rows alone; weigh that term with "
+                "0, store visual rows (teacher_cache.visual=true), or run the teacher online "
+                "(teacher_cache.path=null)"
+            )
+        if term.needs.layers or term.needs.attention:
+            raise ConfigError(
+                f"stage.{stage}.loss: {name} reads layers of the teacher besides its last, {holds} "
+                "the last alone; run the teacher online (teacher_cache.path=null)"
+            )
 
 
 def spread(total: int, most: int) -> list[int]:

@@ -1,0 +1,199 @@
+"""Entry point: `python -m training run | check | data | cache | eval | export | show | methods |
+demo`.
+
+A file of one's own that ends in ``training.main(STAGES)`` has the same commands, for its method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from mllmkd_kernels.methods import Stage
+from training import config as configuration
+from training import settings
+from training.config import Config
+from training.data.command import add_data, check_data
+from training.demo.recipes import DemoConfig
+from training.evaluation.command import add_eval, add_export, evaluate, export
+from training.recipes import names, recipe, summaries
+
+EPILOG = (
+    "Recipes (--recipe NAME):\n\n{}\n\n"
+    "Every field of a run's configuration (--config FILE.yaml, or --set FIELD=VALUE), here of the "
+    "method {}; `methods NAME` has another's:\n\n{}"
+)
+DEMO_EPILOG = "Every field of the demo (--set FIELD=VALUE):\n\n{}"
+
+
+def main(arguments: Sequence[str] | None = None, stages: tuple[Stage, ...] | None = None) -> int:
+    """Parse the command line and run; faults of the user's are one line on stderr, exit status 2.
+
+    Args:
+        arguments: default those of the process.
+        stages: a method of the caller's, in place of those that a configuration names.
+    """
+    options = _parser(stages).parse_args(arguments, argparse.Namespace(stages=stages))
+    try:
+        for name, value in vars(options).items():
+            if isinstance(value, str):
+                setattr(options, name, settings.home(value, f"--{name.replace('_', '-')}"))
+        options.function(options)
+    except _faults() as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:  # Interrupted, or Ctrl-C where nothing was to be saved
+        print(str(error) or "interrupted; the same command continues", file=sys.stderr)
+        return getattr(error, "status", 130)
+    return 0
+
+
+def _faults() -> tuple[type[Exception], ...]:
+    """What is the user's to mend; anything else keeps its traceback."""
+    from training.data.records import DataError
+    from training.demo.garments import GarmentError
+    from training.models import CheckpointError
+    from training.watch import NonFiniteError
+
+    return (
+        settings.ConfigError,
+        CheckpointError,
+        DataError,
+        NonFiniteError,
+        GarmentError,
+        OSError,  # a full disk, a folder that may not be written, no way to a hub
+    )
+
+
+def _parser(stages: tuple[Stage, ...] | None) -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    cls = type(configuration.load(stages=stages))
+    method = cls.model_fields["method"].default
+    fields = EPILOG.format("\n".join(summaries()), method, "\n".join(settings.describe(cls)))
+    prog = "python -m training" if stages is None else None
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__, epilog=fields)
+    parser.formatter_class = raw
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, function, text in (
+        ("run", _run, "train a model through its stages; given again, continue"),
+        ("check", _check, "compare teacher and student as `run` would before its first step"),
+        ("cache", _cache, "store the teacher's hidden states, for `run` to train from"),
+        ("show", _show, "print the configuration that `run` would use, as YAML"),
+    ):
+        command = commands.add_parser(name, help=text, epilog=fields, formatter_class=raw)
+        command.add_argument("--config", metavar="FILE.yaml", help="configuration file")
+        command.add_argument(
+            "--recipe", choices=names(), metavar="NAME", help="a shipped one to start from (below)"
+        )
+        command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+        command.set_defaults(function=function)
+        if function is _cache:
+            command.add_argument(
+                "--dry-run", action="store_true", help="print what it would cost on disk, no more"
+            )
+    command = commands.add_parser("data", help="look at a data set: data check")
+    add_data(command, names())
+    command.set_defaults(function=_data)
+    command = commands.add_parser("eval", help="score a saved model: held-out data, a benchmark")
+    add_eval(command)
+    command.set_defaults(function=_eval)
+    command = commands.add_parser("export", help="a model for lmms-eval, answers for a server")
+    add_export(command)
+    command.set_defaults(function=_export)
+    command = commands.add_parser("methods", help="the methods, and one's equations and fields")
+    command.add_argument("name", nargs="?", metavar="NAME", help="the method to describe")
+    command.set_defaults(function=_methods)
+    fields = DEMO_EPILOG.format("\n".join(settings.describe(DemoConfig)))
+    text = "teacher, SFT student and distilled student, compared"
+    command = commands.add_parser("demo", help=text, epilog=fields, formatter_class=raw)
+    for flag in ("--seeds", "--data", "--out", "--garments"):
+        command.add_argument(flag, help=f"the same as --set {flag[2:]}=...")
+    command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    command.set_defaults(function=_demo)
+    return parser
+
+
+def _config(options: argparse.Namespace) -> Config:
+    base = recipe(options.recipe) if options.recipe else None
+    return configuration.load(options.config, options.set, base, options.stages)
+
+
+def _methods(options: argparse.Namespace) -> None:
+    known = configuration.method_names()
+    if options.name is None:
+        print("\n".join(f"  {name:<20}{about}" for name, about in known.items()))
+        return
+    cls = type(configuration.load(overrides=[f"method={options.name}"]))
+    about = configuration.module_of(options.name).__doc__ or ""
+    print("\n".join([about, *settings.describe(cls)]))
+
+
+def _run(options: argparse.Namespace) -> None:
+    config = _config(options)
+    _quiet()
+    from training.loop import run
+
+    run(config)
+
+
+def _cache(options: argparse.Namespace) -> None:
+    config = _config(options)
+    _quiet()
+    from training.teacher_cache.command import make
+
+    make(config, dry_run=options.dry_run)
+
+
+def _check(options: argparse.Namespace) -> None:
+    config = _config(options)
+    _quiet()
+    from training.loop import check
+
+    check(config)
+
+
+def _data(options: argparse.Namespace) -> None:
+    config = _config(options)
+    _quiet()
+    check_data(options, config)
+
+
+def _show(options: argparse.Namespace) -> None:
+    print(settings.dump(_config(options)), end="")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    _quiet()
+    evaluate(options)
+
+
+def _export(options: argparse.Namespace) -> None:
+    _quiet()
+    export(options)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    flags = ("seeds", "data", "out", "garments")
+    given = [f"{flag}={getattr(options, flag)}" for flag in flags if getattr(options, flag)]
+    config = settings.load(DemoConfig, None, [*given, *options.set])
+    _quiet()
+    from training.demo.run import demo
+
+    demo(config)
+
+
+def _quiet() -> None:
+    """No bars for writing and reading weights, nothing from a hub: the stages' own bars are
+    enough."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():  # read when `datasets` is imported
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
