@@ -261,10 +261,11 @@ def config_class(stages: tuple[Stage, ...], method: str = DEFAULT) -> type[Confi
     table = {stage.name: _field(_stage_section(stage), stage.title) for stage in stages}
     run = tuple(stage.name for stage in stages if stage.usual)
     stage_table: Any = create_model("Stages", __base__=Section, **cast(Any, table))
+    literal: Any = Literal
     fields: Any = {
-        "method": (Literal.__getitem__(method), setting(method, "the method it is trained by")),
+        "method": (literal[method], setting(method, "the method it is trained by")),
         "stages": (
-            tuple[Literal.__getitem__(names), ...],
+            tuple[literal[names], ...],
             setting(run, f"stages in order, of {', '.join(names)}"),
         ),
         "stage": _field(stage_table, "how each stage is optimised"),

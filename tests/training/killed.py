@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
+from mllmkd_kernels.llava_kd import TERMS
 from tests.training import tiny
 from training import checkpoint, loop, settings, trainer
 from training.config import Config
-from training.step import TERMS
 
 STEPS, SAVE, LOG = 5, 2, 3  # checkpoints fall inside log entries
 CHANGES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
@@ -38,8 +38,8 @@ def config(root: Path, out: Path) -> Config:
     """Two stages of five steps: the second pass over the 14 samples begins in step 4."""
     base = tiny.run_config(root, out, stages=("dpt", "dft"))
     stage = {"steps": STEPS, "batch_size": 4, "micro_batch": 2}
-    plan = {"dpt": stage, "dft": stage, "save_steps": SAVE, "log_steps": LOG}
-    return settings.build(Config, plan, base=base)
+    plan = {"dpt": stage, "dft": stage}
+    return settings.changed(base, stage=plan, save_steps=SAVE, log_steps=LOG)
 
 
 class Moments:
@@ -50,7 +50,7 @@ class Moments:
         sys.addaudithook(self._audit)
         for owner, name in (
             (trainer.DistillTrainer, "compute_loss"),
-            (trainer.Stopper, "on_step_end"),
+            (trainer.Policies, "on_step_end"),
         ):
             setattr(owner, name, self._counted(getattr(owner, name), name))
 
@@ -174,7 +174,7 @@ def one_rank(root: Path, out: Path, what: str, rank: int) -> None:
 
     trainer.DistillTrainer.compute_loss = faulty
     plan = {"dpt": {"micro_batch": 2, "batch_size": 4}}  # on two ranks: no accumulation
-    loop.run(settings.build(Config, plan, base=config(root, out)), say=lambda message: None)
+    loop.run(settings.changed(config(root, out), stage=plan), say=lambda message: None)
 
 
 def free_port() -> int:

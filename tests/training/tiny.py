@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from transformers import LlavaProcessor, SiglipVisionConfig, SiglipVisionModel
 
-from training.config import Config, DataConfig, LossConfig, ModelConfig, StageConfig
+from training import settings
+from training.config import Config, ModelConfig, load
 from training.demo.words import build_processor
 from training.models import build_model, save_model
 
@@ -94,23 +95,21 @@ def run_config(
         write_data(root, samples)
         write_tower(root / "tower")
         write_teacher(root / "teacher", root / "tower")
-    stage = StageConfig(steps=6, batch_size=4, lr=1e-2, loss=LossConfig(backend="eager"))
-    return Config(
-        out=str(out),
-        stages=stages,
-        teacher=str(root / "teacher"),
-        model=model_config(root / "tower"),
-        data=DataConfig(
-            captions=str(root / "captions.json"),
-            conversations=str(root / "data.json"),
-            held_out=str(root / "data.json"),
-            image_root=str(root),
-        ),
-        pt=stage,
-        dpt=stage,
-        sft=stage,
-        dft=stage,
-        log_steps=1,
-        save_steps=2,
-        threads=1,
-    )
+    stage = {"steps": 6, "batch_size": 4, "lr": 1e-2, "loss": {"backend": "eager"}}
+    values = {
+        "out": str(out),
+        "stages": stages,
+        "stage": dict.fromkeys(("pt", "dpt", "sft", "dft"), stage),
+        "teacher": str(root / "teacher"),
+        "model": model_config(root / "tower"),
+        "data": {
+            "captions": str(root / "captions.json"),
+            "conversations": str(root / "data.json"),
+            "held_out": str(root / "data.json"),
+            "image_root": str(root),
+        },
+        "log_steps": 1,
+        "save_steps": 2,
+        "threads": 1,
+    }
+    return settings.build(type(load()), values)
