@@ -272,8 +272,7 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
     def _refuse_what_cannot_be_computed(self, teacher: nn.Module | None) -> None:
         if not isinstance(self.objective, Objective):
             return
-        if teacher is None and self.objective.needs.teacher:
-            raise ValueError(f"teacher: got None, expected one for {self.objective.needs}")
+        self.objective.check_teacher(teacher)
         if learned := list(self.objective.learned):
             raise ValueError(
                 f"objective: its terms {learned} have parameters, which no optimiser of this "

@@ -133,10 +133,14 @@ class Objective(nn.Module):
         self, student: HeadInputs, teacher: HeadInputs | None, batch: Batch, counts: Any = None
     ) -> View:
         """What the terms see of a micro-batch."""
+        self.check_teacher(teacher)
+        return View(student, teacher, batch, counts, self.settings, self.needs.rows)
+
+    def check_teacher(self, teacher: object) -> None:
+        """`ValueError` where there is none and a term compares with one."""
         if teacher is None and self.needs.teacher:
             names = [name for name, term in self.terms.items() if term.needs.teacher]
             raise ValueError(f"teacher: got None, expected one to compare with, for {names}")
-        return View(student, teacher, batch, counts, self.settings, self.needs.rows)
 
     def sum(self, view: View) -> Losses:
         """All terms of a view. Without any row term its loss is a differentiable 0 all the same."""
