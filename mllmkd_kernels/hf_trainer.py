@@ -287,7 +287,7 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         sharded = parallel is not None and (
             parallel.cp_enabled or getattr(parallel, "sp_enabled", False)
         )
-        expected = "the loss is objective or kd_loss"
+        expected = "the loss is kd_loss or objective"
         for name, given, why in (
             ("label_smoothing_factor", args.label_smoothing_factor, f"0: {expected}"),
             ("compute_loss_func", self.compute_loss_func, f"None: {expected}"),
