@@ -7,7 +7,7 @@ definitions.
 """
 
 from mllmkd_kernels import methods
-from mllmkd_kernels.batch import count_rows, distill_batch, forward_through
+from mllmkd_kernels.batch import count_rows, counts_of, distill_batch, forward_through
 from mllmkd_kernels.distill import DistillOutput, fused_linear_distill
 from mllmkd_kernels.divergence import Divergence
 from mllmkd_kernels.heads import HeadInputs
@@ -48,6 +48,7 @@ __all__ = [
     "View",
     "VocabSlice",
     "count_rows",
+    "counts_of",
     "distill_batch",
     "explain",
     "forward_through",

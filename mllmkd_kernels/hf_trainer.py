@@ -280,8 +280,7 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
     def _refuse_what_cannot_be_computed(self, teacher: Teacher | None) -> None:
         if not isinstance(self.objective, Objective):
             return
-        if teacher is None and self.objective.needs.teacher:
-            raise ValueError(f"teacher: got None, expected one for {self.objective.needs}")
+        self.objective.check_teacher(teacher)
         if learned := list(self.objective.learned):
             raise ValueError(
                 f"objective: its terms {learned} have parameters, which no optimiser of this "
@@ -296,7 +295,7 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         sharded = parallel is not None and (
             parallel.cp_enabled or getattr(parallel, "sp_enabled", False)
         )
-        expected = "the loss is objective or kd_loss"
+        expected = "the loss is kd_loss or objective"
         for name, given, why in (
             ("label_smoothing_factor", args.label_smoothing_factor, f"0: {expected}"),
             ("compute_loss_func", self.compute_loss_func, f"None: {expected}"),

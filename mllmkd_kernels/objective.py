@@ -105,10 +105,10 @@ class Objective(nn.Module):
         answers = [term for term in rows if term.rows.startswith("response")]
         self._watched = answers[-1] if self.settings.diagnostics and answers else None
         self.over = {name: term.over for name, term in self.terms.items()}
-        for sweep in self._sweeps:
-            if self._watched is not None and sweep.has(self._watched):
-                seen = DIAGNOSTICS if sweep.divergence else DIAGNOSTICS[:1]
-                self.over |= dict.fromkeys(seen, self._watched.over)
+        if watched := self._watched:
+            compared = any(sweep.has(watched) and sweep.divergence for sweep in self._sweeps)
+            seen = DIAGNOSTICS if compared else DIAGNOSTICS[:1]
+            self.over |= dict.fromkeys(seen, watched.over)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -133,15 +133,18 @@ class Objective(nn.Module):
         self, student: HeadInputs, teacher: HeadInputs | None, batch: Batch, counts: Any = None
     ) -> View:
         """What the terms see of a micro-batch."""
+        self.check_teacher(teacher)
+        return View(student, teacher, batch, counts, self.settings, self.needs.rows)
+
+    def check_teacher(self, teacher: object) -> None:
+        """`ValueError` where there is none and a term compares with one."""
         if teacher is None and self.needs.teacher:
             names = [name for name, term in self.terms.items() if term.needs.teacher]
             raise ValueError(f"teacher: got None, expected one to compare with, for {names}")
-        return View(student, teacher, batch, counts, self.settings, self.needs.rows)
 
     def sum(self, view: View) -> Losses:
         """All terms of a view. Without any row term its loss is a differentiable 0 all the same."""
-        losses: list[Tensor] = []
-        means: dict[str, Tensor] = {}
+        losses, means = [], {}
         for sweep in self._sweeps:
             loss, found = sweep(view, self._watched)
             losses.append(loss)

@@ -34,7 +34,7 @@ class RowTerm:
         over: what the mean is over, by default the rows.
 
     Raises:
-        ValueError, TypeError: a weight below 0, no such row set, no such divergence.
+        ValueError, TypeError: no such row set or divergence, no such temperature.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Sweep:
 
     def has(self, term: RowTerm) -> bool:
         """Whether a term is computed here."""
-        return any(term is each for terms in self.segments.values() for each in terms)
+        return any(term in terms for terms in self.segments.values())
 
     def __call__(self, view: View, watched: RowTerm | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of its terms, and their means; of `watched` also the diagnostics."""
@@ -89,7 +89,7 @@ class Sweep:
             for term in terms:
                 rows, total = out.kd if term.divergence else out.ce, view.count(term.over)
                 means[term.name] = rows[part].sum() / total
-                if term is watched:
+                if term == watched:
                     means |= {key: x[part].sum() / total for key, x in out.diagnostics.items()}
         return out.loss, means
 
