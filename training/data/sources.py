@@ -199,7 +199,7 @@ def load_rows(config: SourceConfig, where: str) -> Any:
 
     path = Path(str(config.path))
     if is_missing_folder(str(config.path)):
-        raise ConfigError(f"{where}.path: {path}: no such file or folder")
+        raise ConfigError(f"{where}.path: {config.path}: no such file or folder")
     try:
         if path.is_dir() and any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
             rows: Any = datasets.load_from_disk(path)
