@@ -172,7 +172,7 @@ def test_a_folder_keeps_answers_to_one_thing(root, tmp_path):
 def test_damaged_image_is_named(root, tmp_path):
     model, processor = load(str(root / "model"))
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"bad\.png: field 'image': got UnidentifiedImageError"):
+    with pytest.raises(DataError, match=r"'image\[0\]': got .*bad\.png: UnidentifiedImage"):
         Writer(model, processor, 4).write([Prompt("this", (tmp_path / "bad.png",))])
 
 
