@@ -13,10 +13,10 @@ from training.evaluation.benchmarks import BENCHMARKS
 from training.evaluation.export import LMMS_EVAL, SUBMISSIONS, export_answers, export_model
 from training.settings import ConfigError
 
-EVAL = """With a LLaVA json: exact match and perplexity in one pass over the data; faulty entries
-are left out and counted. With --benchmark: the model writes answers to the benchmark's own files;
-they are kept in a folder, scored there, and the same command continues what was cut short; a
-question that cannot be asked counts as wrong. Benchmarks, and what --questions is:
+EVAL = """With a LLaVA json: exact match and perplexity in one pass over the data. With --benchmark:
+the model writes answers to the benchmark's own files; they are kept in a folder, scored there, and
+the same command continues what was cut short. Faulty entries, and questions that cannot be asked,
+are left out and counted. Benchmarks, and what --questions is:
 
 {}"""
 

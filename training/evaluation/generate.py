@@ -133,6 +133,7 @@ class Writer:
                 got = f"{token!r} in {prompt.text!r}"
                 raise fault(prompt.place, "question", got, "text without the model's own tokens")
         with named(prompt.place, "question", "words that the chat template takes"):
+            prompt.text.encode()  # a tokenizer calls a lone surrogate a wrong type
             return rendered(self.processor, prompt)
 
 

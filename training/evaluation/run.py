@@ -5,8 +5,8 @@
     OUT/scores.json         the figures, with the numbers of questions behind them
 
 Killed and started again, a run goes on after the last whole line. A question that cannot be asked
-(a damaged image, words that the processor refuses) has its `fault` in place of an answer; it counts
-as wrong, and as `faulty` in the scores.
+(a damaged image, words that the processor refuses) has its `fault` in place of an answer; such are
+counted as `faulty` and left out of the scores.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from training.data.records import DataError, Place
+from training.data.records import DataError, Place, fault
 from training.evaluation.benchmarks import BENCHMARKS, Benchmark, ask
 from training.evaluation.captions import TokenizerName, caption_scores
 from training.evaluation.generate import Answer, Prompt, Writer
@@ -167,13 +167,20 @@ def _weights(model: str) -> list[list[Any]]:
 def _scored(
     benchmark: Benchmark, options: Options, questions: Sequence[Question], lines: Sequence[Line]
 ) -> dict[str, Any]:
+    """The figures of all questions that could be asked; `DataError` if none could."""
+    faults = [line["fault"] for line in lines if "fault" in line]
+    pairs = [pair for pair in zip(questions, lines, strict=True) if "fault" not in pair[1]]
+    if not pairs:
+        got = f"none of {len(faults)} questions that can be asked; the first: {faults[0]}"
+        raise fault(Place(options.files.questions), "questions", got, "at least one")
+    questions, lines = zip(*pairs, strict=True)
     found: dict[str, Any] = {
         "benchmark": options.benchmark,
         "model": options.model,
         "questions": len(questions),
         "cut": sum(not line["ended"] for line in lines),
     }
-    if faults := [line["fault"] for line in lines if "fault" in line]:
+    if faults:
         found |= {"faulty": len(faults), "first_fault": faults[0]}
     if not all(question.answers for question in questions):
         return found  # a split whose answers are not published
@@ -197,7 +204,7 @@ def _table(found: dict[str, Any]) -> Table:
     notes = [f"{found['cut']} answers cut at max_new_tokens"] if found["cut"] else []
     if "faulty" in found:
         notes.append(
-            f"{found['faulty']} questions could not be asked and count as wrong; the first: "
+            f"{found['faulty']} questions could not be asked, left out; the first: "
             f"{escape(found['first_fault'])}"
         )
     table = Table(title=title, caption="\n".join(notes) or None)
