@@ -28,6 +28,7 @@ from training.loop import run
 from training.settings import ConfigError
 from training.teacher_cache import command
 from training.trainer import DistillTrainer
+from training.watch import NonFiniteError
 
 
 class Killed(BaseException):
@@ -284,6 +285,22 @@ def test_a_stage_begun_anew_forgets_what_was_skipped(tmp_path, monkeypatch):
     assert len(skipped.read_text().splitlines()) == 1
     run(config, say=quiet)
     assert skipped.read_text() == ""
+
+
+def test_a_batch_that_cannot_be_kept_is_named_all_the_same(tmp_path, monkeypatch):
+    config = tiny.run_config(tmp_path, tmp_path / "out", stages=("dpt",))
+    original = DistillTrainer.compute_loss
+
+    def poisoned(self, model, inputs, *args, **kwargs):
+        (tmp_path / "out" / "1-dpt" / "bad_batch.pt" / "in the way").mkdir(parents=True)
+        inputs["pixel_values"] = inputs["pixel_values"] * torch.nan
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(DistillTrainer, "compute_loss", poisoned)
+    said = []
+    with pytest.raises(NonFiniteError, match="step 1: micro-batch 1 of 1, rank 0: loss nan"):
+        run(config, say=said.append)
+    assert any("bad_batch.pt: cannot be written: " in line for line in said)
 
 
 def test_scores_of_a_model_that_was_removed_are_made_again(tmp_path):
