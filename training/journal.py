@@ -67,13 +67,14 @@ def writing(path: Path) -> Iterator[None]:
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that `path` is the old one or the new one, never half; a `WriteError` leaves
     the old one. What is no ordinary file (/dev/stdout) is written to as it is."""
+    plain = text.encode(errors="backslashreplace")  # a lone surrogate is data to be looked at
     staging = path.with_name(f".{path.name}.incomplete")
     with writing(path):
         if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(plain)
             return
         try:
-            staging.write_text(text, encoding="utf-8")
+            staging.write_bytes(plain)
             os.replace(staging, path)
         finally:
             staging.unlink(missing_ok=True)

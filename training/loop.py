@@ -35,6 +35,7 @@ from training.claim import Claim, claimed
 from training.config import Config, StageConfig, require
 from training.data.collate import Collator
 from training.data.load import collator_of, epoch_size, has_data, open_data, order_of
+from training.data.records import DataError
 from training.evaluation.held_out import Scores, evaluate
 from training.interrupt import Interrupted
 from training.journal import Journal, write_whole
@@ -172,6 +173,11 @@ def _train(
         trainer.take_over(resume)  # killed between the last step and the model
     else:
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+    if trainer.state.global_step < steps:  # asked to stop, it would have raised
+        raise DataError(
+            f"{folder}: the data ended after step {trainer.state.global_step:,} of {steps:,}; the "
+            "stage is not done"
+        )
     curve = [entry for entry in trainer.state.log_history if "loss" in entry]
     summary = {"steps": steps, **trainer.meter.summary(), "skipped": trainer.watch.skipped}
     state = trainer.student_state()
@@ -291,6 +297,8 @@ def _arguments(config: Config, options: StageConfig, steps: int, folder: Path) -
         dataloader_num_workers=config.data.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
+        # dispatching cuts every tensor of a stream's batch to as many rows as the batch has samples
+        accelerator_config={"dispatch_batches": False},
         report_to=_trackers(config),
         project=PROJECT,
         run_name=f"{folder.parent.name}/{folder.name}",

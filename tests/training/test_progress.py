@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
+import warnings
 
 import pytest
+from PIL import Image
 
 from tests.training import tiny
 from training import settings
@@ -81,3 +84,17 @@ def test_slow_steps_tell_a_line_between_two_log_entries(root, tmp_path, monkeypa
     run(dataclasses.replace(config, data=data, log_steps=100), say=said.append)
     lines = [line for line in said if re.match(r"1-pt: step \d of 6, \d:\d\d:\d\d left", line)]
     assert len(lines) == 6 and "loss" in lines[-1]
+
+
+def test_palette_pictures_warn_once_a_run_at_most(root, tmp_path):
+    """Pillow's own warning comes with every picture whose transparency is a table."""
+    shutil.copytree(root / "images", tmp_path / "images")
+    for file in (tmp_path / "images").iterdir():
+        image = Image.open(file).quantize(4)
+        image.save(file, transparency=bytes([0, 128, 255, 255]))
+    config = tiny.run_config(root, tmp_path / "out", stages=("pt",))
+    data = dataclasses.replace(config.data, image_root=str(tmp_path))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(dataclasses.replace(config, data=data), say=lambda _: None)
+    assert len([one for one in caught if "Palette" in str(one.message)]) <= 1

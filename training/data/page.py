@@ -68,6 +68,8 @@ def rows_of(report: Report) -> Iterator[tuple[str, str]]:
         yield "image tokens", f"{report.image_tokens:,} ({share:.1%} of all)"
         counts = ", ".join(f"{n}: {report.images[n]:,}" for n in sorted(report.images))
         yield "images a sample", counts
+    for done, count in report.conversions.most_common():
+        yield "images converted", f"{count:,} of {report.n_images:,}: {done}"
     for note in report.notes:
         yield "note", note
 

@@ -19,7 +19,6 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 
 import torch
 from rich.console import Console
@@ -38,7 +37,7 @@ from training.demo.words import build_processor
 from training.fingerprint import differences
 from training.lock import held
 from training.loop import StageResult, run
-from training.settings import ConfigError
+from training.settings import ConfigError, to_dict
 
 console = Console(stderr=True)
 
@@ -114,8 +113,8 @@ def make_tower(config: DemoConfig, folder: LlavaFolder) -> None:
     path = config.folder / "tower"
     sizes = config.tower
     if path.is_dir():
-        made = json.loads((path / "tower.json").read_text()).get("sizes", asdict(sizes))
-        if changed := differences(made, asdict(sizes)):
+        made = json.loads((path / "tower.json").read_text()).get("sizes", {})
+        if changed := differences(made, to_dict(sizes)):
             raise ConfigError(
                 f"out: {path} was made with another tower ({'; '.join(changed)}); go back to it, "
                 "remove the folder or name another"
@@ -135,7 +134,7 @@ def make_tower(config: DemoConfig, folder: LlavaFolder) -> None:
     save_tower(tower, accuracy, staging)
     processor.save_pretrained(staging)
     took = time.perf_counter() - start
-    facts = {"accuracy": accuracy, "seconds": took, "sizes": asdict(sizes)}
+    facts = {"accuracy": accuracy, "seconds": took, "sizes": to_dict(sizes)}
     (staging / "tower.json").write_text(json.dumps(facts))
     staging.rename(path)
     say(f"{path}: accuracy of its probe {accuracy:.3f}")
