@@ -46,14 +46,14 @@ from training.config import ModelConfig, require
 IMAGE_TOKEN = "<image>"
 # The ids of `training.data.template`'s chat prompt, for who has only the saved folder.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{% endif %} ASSISTANT:{% else %} "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "{{ eos_token }}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% if message['content'] is string %}"
+    "{% set images, text = 0, message['content'] %}{% else %}"
+    "{% set images = message['content'] | selectattr('type', 'equalto', 'image') | list | length %}"
+    "{% set text = message['content'] | selectattr('type', 'equalto', 'text')"
+    " | map(attribute='text') | join %}{% endif %}"
+    "{% if message['role'] == 'system' %}{{ text }} "
+    "{% elif message['role'] == 'user' %}USER: {{ '<image>\n' * images }}{{ text }} ASSISTANT:"
+    "{% else %} {{ text }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 # Any class of AutoModelForImageTextToText, and of AutoProcessor: what they have in common (a
 # forward, a tokenizer) is no type of transformers'.

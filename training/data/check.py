@@ -49,6 +49,7 @@ class Report:
     image_tokens: int = 0
     images: Counter[int] = field(default_factory=Counter)  # images a sample -> samples
     shown: list[Shown] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)  # fields that are not read -> samples
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -98,6 +99,7 @@ class Report:
             "image_tokens": self.image_tokens,
             "lengths": lengths,
             "images_per_sample": {str(n): self.images[n] for n in sorted(self.images)},
+            "not_read": dict(self.unread.most_common()),
             "notes": self.notes,
         }
 
@@ -144,6 +146,7 @@ def _count(
     report.labels += int((item["labels"] != IGNORE).sum())
     report.image_tokens += int(item["image_lens"].sum())
     report.images[len(images)] += 1
+    report.unread.update(entry.unread)
     if show:
         report.shown.append(Shown(entry, item, images))
 

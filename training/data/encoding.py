@@ -82,7 +82,7 @@ class Encoding:
 
     def estimate(self, sample: Sample) -> int:
         """About how many tokens the sample has: 4 letters a token, images of a usual size."""
-        letters = sum(len(text) for turn in sample.turns for text in turn)
+        letters = sum(len(text) for _, text in sample.texts())
         return letters // LETTERS_PER_TOKEN + len(sample.images) * self._tokens_per_image()
 
     def _tokens_per_image(self) -> int:

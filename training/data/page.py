@@ -67,6 +67,8 @@ def rows_of(report: Report) -> Iterator[tuple[str, str]]:
         yield "image tokens", f"{report.image_tokens:,} ({share:.1%} of all)"
         counts = ", ".join(f"{n}: {report.images[n]:,}" for n in sorted(report.images))
         yield "images a sample", counts
+    if report.unread:
+        yield "fields not read", ", ".join(f"{k}: {n:,}" for k, n in report.unread.most_common())
     for note in report.notes:
         yield "note", note
 

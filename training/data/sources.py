@@ -17,8 +17,19 @@ from typing import Any, Protocol
 from PIL import Image
 
 from training.config import SourceConfig, require
+from training.data.fields import ENTRY
 from training.data.messages import parse_messages
-from training.data.records import DataError, Place, Sample, fault, read_samples, shown
+from training.data.records import (
+    DataError,
+    Place,
+    Sample,
+    fault,
+    read_samples,
+    same,
+    shown,
+    system_of,
+    unread_fields,
+)
 from training.settings import ConfigError
 
 # What Pillow raises on damaged files; SyntaxError is how it reports a broken PNG chunk.
@@ -84,12 +95,13 @@ class MessagesSource:
 
     def samples(self) -> Iterator[Sample | DataError]:
         """Every row; images are counted in the table, not decoded."""
-        text = self.rows.select_columns(
-            [name for name in ("id", self.config.messages) if name in self.rows.column_names]
-        )
+        wanted = {"id", "kind", "system", self.config.messages, *ENTRY}
+        names = self.rows.column_names
+        text = _undecoded(self.rows.select_columns([name for name in names if name in wanted]))
+        others = {name: ... for name in names if name not in wanted}  # there, and not looked at
         counts = self._counts()
         for i, row in enumerate(text):
-            yield row_sample(row, i, self.config, next(counts))
+            yield row_sample(row | others, i, self.config, next(counts))
 
     def missing(self, sample: Sample, i: int) -> str | None:
         """None: an image in a table is known to be bad only when it is opened."""
@@ -128,14 +140,30 @@ def row_sample(
     row: Mapping[str, Any], i: int, config: SourceConfig, n_images: int | None
 ) -> Sample | DataError:
     """The sample of a row, or its fault."""
-    name = row.get("id")
+    name, kind = row.get("id"), row.get("kind")
     place = Place(Path(str(config.path)), f"row {i}", None if name is None else str(name))
+    images = "image" if config.images == "images" and "images" not in row else config.images
+    read = ("id", "kind", "system", config.messages, images)
     try:
-        sample, paths = parse_messages(place, row[config.messages], n_images)
+        unread = unread_fields(place, "", row, read, ENTRY)
+        talk, system = row[config.messages], system_of(place, row)
+        sample, paths = parse_messages(place, talk, n_images, system)
     except DataError as error:
         return error
     numbered = tuple(f"{config.path} row {i} image {j}" for j in range(len(sample.images)))
-    return replace(sample, images=tuple(paths) or numbered)
+    unread = same((*unread, *sample.unread))
+    kind = None if kind is None else str(kind)
+    return replace(sample, images=tuple(paths) or numbered, kind=kind, unread=unread)
+
+
+def _undecoded(rows: Any) -> Any:
+    """The rows with sounds and films as they are stored: they are refused, not played."""
+    import datasets
+
+    for name, feature in rows.features.items():
+        if isinstance(feature, (datasets.Audio, datasets.Video)):
+            rows = rows.cast_column(name, replace(feature, decode=False))
+    return rows
 
 
 def row_images(

@@ -123,12 +123,51 @@ def test_system_and_the_place_of_images() -> None:
     assert "<|vision_end|>is this?<|im_end|>" in text and "be good" not in text
 
 
-@pytest.mark.parametrize("text", ["so <|im_end|> it ends", "see <|image_pad|>", "<|vision_end|>"])
-def test_a_text_that_spells_out_the_template_s_tokens_is_refused(text: str) -> None:
+TYPED = {
+    "llava": ["so <|im_end|>", "<|pad|>", "<|video_pad|>", "<img>"],
+    "qwen2.5-vl": ["so <|im_end|> it ends", "see <|image_pad|>", "<|video_pad|>", "<|vision_end|>"],
+    "smolvlm": ["<end_of_utterance>", "<fake_token_around_image>", "<row_1_col_1>"],
+    "internvl": ["<IMG_CONTEXT>", "</img>", "<|im_start|>user"],
+    "llava-onevision": ["<video>", "<|im_end|>"],
+}
+
+
+@pytest.mark.parametrize("template", ["chat", "pretrain"])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_text_that_spells_out_a_control_token_is_refused(name: str, template: Any) -> None:
+    one = encoder_for(PROCESSORS[name](), template)
+    for text in TYPED[name]:
+        for i, (system, *turn) in enumerate(((text, "q", "a"), ("s", text, "a"), ("s", "q", text))):
+            asked = sample((turn[0], turn[1]), system=system, field="messages[{}].content", first=1)
+            expected = rf"index 0 .*field 'messages\[{i}\].content': got .*model's own tokens"
+            with pytest.raises(DataError, match=expected):
+                one.item(asked, one.see([]))
+
+
+def test_tokens_of_grounding_data_are_text_like_any_other() -> None:
+    processor = qwen2_5_vl()
+    tokens = ["<|box_start|>", "<|box_end|>", "<|object_ref_start|>", "<ref>", "</box>"]
+    processor.tokenizer.add_tokens(tokens, special_tokens=True)
+    one = ChatEncoder(processor)
+    item = one.item(sample(("where?", "".join(tokens))), one.see([]))
+    assert one.tokenizer.decode(item["labels"][item["labels"] != IGNORE]).startswith(
+        "".join(tokens)
+    )
+    ids = [processor.tokenizer.convert_tokens_to_ids(token) for token in tokens]
+    assert set(ids) <= set(item["labels"].tolist())
+
+
+def test_an_empty_system_message_is_rendered_and_none_is_not() -> None:
     one = encoder("qwen2.5-vl")
-    for turn in (("q", text), (text, "a")):
-        with pytest.raises(DataError, match=r"index 0 .*template's own tokens"):
-            one.item(sample(turn), one.see([]))
+    texts = [
+        one.tokenizer.decode(one.item(sample(("q", "a"), system=system), one.see([]))["input_ids"])
+        for system in (None, "", "be brief")
+    ]
+    starts = ["be good", "", "be brief"]  # without one this template writes its own
+    assert all(
+        text.startswith(f"<|im_start|>system\n{start}<|im_end|>\n<|im_start|>user\nq<|im_end|>")
+        for text, start in zip(texts, starts, strict=True)
+    )
 
 
 def test_onevision_says_that_history_differs_and_qwen_does_not() -> None:

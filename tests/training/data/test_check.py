@@ -25,7 +25,7 @@ def source(tmp_path: Path) -> LlavaSource:
     paint(tmp_path / "a.png", 90, size=32)
     entries = [
         entry("<image>\nwhat is é", "a <b>bag</b> 袋\nhere", image="a.png", id="one"),
-        entry("what", "two", "and", "three"),
+        entry("what", "two", "and", "three", source="web", licence=""),
         entry("<image><image> both", "yes", image=["a.png", "a.png"]),
         entry("<image> q", "a", image="lost.png"),
         entry("<image> q", "a", image="gone.png"),
@@ -52,6 +52,7 @@ def test_every_entry_is_counted_once(source: LlavaSource) -> None:
     lost = "image[]: expected an image file that decodes whole"
     assert report.reasons[lost] == 2 and "lost.png" in report.examples[lost][0]
     assert any("max_length 120" in reason for reason in report.reasons)
+    assert report.to_dict()["not_read"] == {"source": 1}
     one, _ = checked(source, limit=1)
     assert one.read == 1 and encoding.max_length == 120
 
@@ -92,6 +93,7 @@ def test_command(source: LlavaSource, tmp_path: Path, capsys: Any) -> None:
     outs = ["--html", str(tmp_path / "o.html"), "--json-out", str(tmp_path / "o.json")]
     assert main([*typed, "--processor", str(tmp_path / "p"), *outs, "--samples", "2"]) == 0
     said = capsys.readouterr().out
+    assert re.search(r"fields not read +source: 1\n", said)
     assert re.search(r"would be skipped +3\n", said) and "2 x image[]: no such file" not in said
     figures = json.loads((tmp_path / "o.json").read_text())
     assert figures["read"] == 7 and figures["skipped"] == 3 == sum(
