@@ -41,6 +41,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from training import sharding
+from training.anatomy import positions
 from training.config import ModelConfig, require
 
 IMAGE_TOKEN = "<image>"
@@ -207,6 +208,13 @@ def load_processor(path: str) -> Processor:
     return processor
 
 
+def known_positions(path: str | None) -> int | None:
+    """`anatomy.positions` of the model in a folder or on the hub; None where there is no model."""
+    if path is None or not PreTrainedConfig.get_config_dict(path)[0]:
+        return None
+    return positions(_read(AutoConfig, path, "the configuration"))
+
+
 def _new_processor(config: ModelConfig, vision: str) -> LlavaProcessor:
     """A processor of the tower's image processor and the LM's tokenizer, `<image>` added."""
     language = require(
@@ -225,8 +233,20 @@ def _new_processor(config: ModelConfig, vision: str) -> LlavaProcessor:
         image_token=IMAGE_TOKEN,
         # CLIP puts a class token before its patches, which the strategy "default" drops again
         num_additional_image_tokens=int(tower.model_type == "clip_vision_model"),
-        chat_template=CHAT_TEMPLATE,
+        chat_template=_chat_template(tokenizer),
     )
+
+
+def _chat_template(tokenizer: Any) -> str:
+    """The tokenizer's own if it shows images, else LLaVA's; `Encoder.note` tells which was left."""
+    from jinja2 import TemplateError
+
+    parts = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    except (TemplateError, TypeError, ValueError):  # none at all, or one of texts alone
+        return CHAT_TEMPLATE
+    return tokenizer.chat_template if IMAGE_TOKEN in text else CHAT_TEMPLATE
 
 
 def save_model(

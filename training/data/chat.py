@@ -29,7 +29,7 @@ from training.data.controls import Controls, special_tokens
 from training.data.item import IGNORE, TOKEN_EXTRAS, Item, Seen, build_item
 from training.data.pieces import Pieces
 from training.data.records import IMAGE_MARK, DataError, Place, Sample, fault
-from training.data.template import Encoder, TemplateName
+from training.data.template import Encoder, TemplateName, speaks_llava
 from training.settings import ConfigError
 
 # Stands for answer i while the template is rendered; no template changes it, no text contains it.
@@ -40,13 +40,14 @@ PER_TOKEN = ("input_ids", "attention_mask", *TOKEN_EXTRAS)
 def encoder_for(
     processor: Any, template: TemplateName = "chat", system: str = ""
 ) -> Encoder | ChatEncoder:
-    """LLaVA's own templates for a `LlavaProcessor`, the processor's own for any other.
+    """The encoder of the processor's own chat template; LLaVA's, where a `LlavaProcessor` has none
+    or one that asks alike (`speaks_llava`).
 
     Raises:
         ConfigError: `ChatEncoder` refuses the processor.
         ValueError: `Encoder` does, or the template is unknown.
     """
-    if type(processor).__name__ == "LlavaProcessor":
+    if type(processor).__name__ == "LlavaProcessor" and speaks_llava(processor):
         return Encoder(processor, template, system)
     return ChatEncoder(processor, template, system)
 

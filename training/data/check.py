@@ -105,16 +105,26 @@ class Report:
 
 
 def read_data(
-    sources: Sequence[Source], encoding: Encoding, *, show: int = 12, limit: int | None = None
+    sources: Sequence[Source],
+    encoding: Encoding,
+    *,
+    show: int = 12,
+    limit: int | None = None,
+    positions: int | None = None,
 ) -> Report:
     """Read every entry (or the first `limit` of each source) and count what is found.
+
+    Args:
+        sources: what to read.
+        encoding: how it is encoded.
+        show: how many samples are kept for the page.
+        limit: how many entries of each source are read.
+        positions: how many tokens the model was made for; longer samples are noted.
 
     Raises:
         DataError: a source that cannot be read at all.
     """
-    report = Report([source.name for source in sources])
-    note = getattr(encoding.encoders[0], "note", "")
-    report.notes += [note] if note else []
+    report = Report([source.name for source in sources], notes=encoding.notes)
     for source in sources:
         entries = list(source.samples())[:limit]
         wanted = _spread(len(entries), -(-show // len(sources)))
@@ -131,6 +141,11 @@ def read_data(
                 examples = report.examples.setdefault(reason, [])
                 if len(examples) < EXAMPLES:
                     examples.append(str(error))
+    if positions is not None and (longer := sum(n > positions for n in report.lengths)):
+        report.notes.append(
+            f"{longer:,} samples are longer than the model's {positions:,} positions (up to "
+            f"{max(report.lengths):,} tokens); data.max_length={positions} would refuse them"
+        )
     return report
 
 

@@ -26,8 +26,8 @@ class Encoding:
     """A processor, perhaps the teacher's too, and the limit of a sample's length.
 
     Args:
-        processor: any image-text processor with a chat template (`training.data.chat`), or a
-            `LlavaProcessor` whose images all have one size.
+        processor: any image-text processor with a chat template (`training.data.chat`), or one of
+            LLaVA's own (`training.data.template`) whose images all have one size.
         teacher: the teacher's processor, if it differs: each item then has a ``teacher`` item,
             made by it of the same sample.
         template: ``chat`` or ``pretrain`` (`training.data.template`, `training.data.chat`).
@@ -60,6 +60,11 @@ class Encoding:
         self.encoders: list[ItemEncoder] = [encoder_for(one, template, system) for one in both]
         self.cache: list[dict[tuple[str, ...], Seen]] = [{} for _ in both]
         self.cache_left = image_cache_mb << 20
+
+    @property
+    def notes(self) -> list[str]:
+        """What the encoders say of their processors' templates."""
+        return list(dict.fromkeys(encoder.note for encoder in self.encoders if encoder.note))
 
     def item(self, sample: Sample, images: Images) -> Item:
         """The sample's item, the teacher's within it; `images` is called if they are needed.

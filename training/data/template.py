@@ -15,6 +15,8 @@ boundary between prompt and answer is then exact for every tokenizer, and the pr
 generation is the same ids that training saw. Each ``<image>`` becomes as many image tokens as the
 processor makes of one image. A human turn with one image has it moved to its front, as LLaVA and
 LLaVA-KD do (half of LLaVA's captions data writes it last); with several, they stay where they are.
+
+A processor whose chat template asks in another way keeps it: `training.data.chat` encodes for it.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from training.data.pieces import Pieces
 from training.data.records import IMAGE_MARK, Sample, fault
 
 TemplateName = Literal["chat", "pretrain"]
+PROBE = "What is this?"
 
 
 class Encoded(NamedTuple):
@@ -47,6 +50,9 @@ class Encoder:
         processor: its tokenizer, image token and image size decide the ids.
         template: ``chat`` or ``pretrain``, as the module describes them.
         system: the system message of samples that have none of their own; none by default.
+
+    Attributes:
+        note: where a chat template that the user has is not what is trained with, or "".
 
     Raises:
         ValueError: an unknown template, a tokenizer without an end-of-sequence token, or an
@@ -70,6 +76,7 @@ class Encoder:
         self._text, self._controls = Pieces(self.tokenizer), Controls(processor)
         start = self.tokenizer("").input_ids[:1]  # what the tokenizer itself puts before any text
         self._start = start if start == [self.tokenizer.bos_token_id] else []
+        self.note = _note(processor)
 
     def see(self, images: Sequence[Image.Image]) -> Seen:
         """The pixels of one sample's images, (n_images, 3, H, W), and their tokens."""
@@ -141,6 +148,41 @@ class Encoder:
             field = sample.field.format(sample.first + 2 * turn + 1)
             raise fault(sample.place, field, repr(text), "only words the tokenizer knows")
         return ids
+
+
+def speaks_llava(processor: LlavaProcessor) -> bool:
+    """Whether a processor has no chat template of its own, or one that asks as ``chat`` does."""
+    if not processor.chat_template:
+        return True
+    asked = [_rendered(processor, []), _rendered(processor, [{"type": "image"}])]
+    marks = "", f"{processor.image_token}\n"
+    return asked == [f"USER: {mark}{PROBE} ASSISTANT:" for mark in marks]
+
+
+def _rendered(processor: LlavaProcessor, before: list[dict[str, str]], answer: str = "") -> str:
+    """What the processor's own template makes of a question, or of two with an answer between."""
+    user = {"role": "user", "content": [*before, {"type": "text", "text": PROBE}]}
+    said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    talk = [user, said, user] if answer else [user]
+    text = processor.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    return text.removeprefix(processor.tokenizer.bos_token or "")
+
+
+def _note(processor: LlavaProcessor) -> str:
+    """What is not the user's own in a conversation of ``chat``."""
+    name, tokenizer = type(processor).__name__, processor.tokenizer
+    if tokenizer.chat_template and tokenizer.chat_template != processor.chat_template:
+        return (
+            f"{name}: its tokenizer's chat template shows no images and is not used, LLaVA's is "
+            "(USER: ... ASSISTANT: ...); model.processor can name a processor with another"
+        )
+    ours = f"USER: {PROBE} ASSISTANT: {PROBE}{tokenizer.eos_token}USER: {PROBE} ASSISTANT:"
+    if processor.chat_template and (text := _rendered(processor, [], PROBE)) != ours:
+        return (
+            f"{name}: its chat template makes {text!r} of two questions, training {ours!r}; the "
+            "first is asked alike"
+        )
+    return ""
 
 
 def image_tokens(processor: LlavaProcessor) -> int:

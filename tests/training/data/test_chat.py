@@ -13,12 +13,20 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training.tiny_processors import PROCESSORS, QWEN, qwen2_5_vl
+from tests.training.tiny_processors import (
+    LLAVA,
+    LLAVA_CHATML,
+    PROCESSORS,
+    QWEN,
+    UNENDED,
+    qwen2_5_vl,
+)
 from training.data.chat import ChatEncoder, encoder_for
 from training.data.collate import Collator
 from training.data.item import IGNORE, Item
 from training.data.records import DataError, Place, Sample
 from training.data.template import Encoder
+from training.models import CHAT_TEMPLATE
 from training.settings import ConfigError
 
 RED = Image.new("RGB", (48, 32), (200, 0, 0))
@@ -206,9 +214,34 @@ def test_a_template_that_changes_an_answer_refuses_the_sample() -> None:
         one.item(sample(("q", "a green one")), one.see([]))
 
 
-def test_llava_keeps_its_own_templates() -> None:
-    assert isinstance(encoder_for(PROCESSORS["llava"]()), Encoder)
+def llava_with(template: str | None) -> Any:
+    processor = PROCESSORS["llava"]()
+    processor.chat_template = template
+    return processor
+
+
+def test_a_llava_is_asked_with_its_own_chat_template() -> None:
+    processor = llava_with(LLAVA_CHATML)
+    one: Any = encoder_for(processor)
+    assert isinstance(one, ChatEncoder)
+    text = one.tokenizer.decode(one.item(TALK, one.see([RED, BLUE]))["input_ids"])
+    assert text.startswith(
+        "<|im_start|>system\nbe good<|im_end|>\n<|im_start|>user\n<image><image>"
+    )
+    assert learned(one, one.item(TALK, one.see([RED, BLUE]))) == [
+        f"{answer}<|im_end|>" for _, answer in TALK.turns
+    ]
+    with pytest.raises(ConfigError, match="for generation to stop at"):
+        encoder_for(llava_with(UNENDED.replace("ASSISTANT", "BOT")))
     assert isinstance(encoder_for(PROCESSORS["smolvlm"]()), ChatEncoder)
+
+
+@pytest.mark.parametrize("template", [None, LLAVA, CHAT_TEMPLATE, UNENDED])
+def test_one_that_asks_alike_keeps_llava_s_template(template: str | None) -> None:
+    processor = llava_with(template)
+    one = encoder_for(processor)
+    assert isinstance(one, Encoder)
+    assert ("of two questions" in one.note) == (template == UNENDED)
 
 
 @pytest.mark.parametrize("name", GENERIC)

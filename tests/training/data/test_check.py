@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers as tf
 
 from tests.training.llava_files import entry, paint, write
 from tests.training.tiny_processors import llava, qwen2_5_vl
@@ -57,6 +58,15 @@ def test_every_entry_is_counted_once(source: LlavaSource) -> None:
     assert one.read == 1 and encoding.max_length == 120
 
 
+def test_samples_longer_than_the_model_s_positions_are_noted(source: LlavaSource) -> None:
+    report, _ = checked(source)
+    longest = max(report.lengths)
+    assert checked(source, positions=longest)[0].notes == []
+    (note,) = checked(source, positions=longest - 1)[0].notes
+    assert note.startswith(f"1 samples are longer than the model's {longest - 1:,} positions")
+    assert f"(up to {longest:,} tokens)" in note
+
+
 def test_the_page_colours_exactly_the_labels(source: LlavaSource, tmp_path: Path) -> None:
     report, encoding = checked(source)
     tokenizer = encoding.encoders[0].tokenizer  # pyright: ignore[reportAttributeAccessIssue]
@@ -91,8 +101,12 @@ def test_command(source: LlavaSource, tmp_path: Path, capsys: Any) -> None:
     llava().save_pretrained(tmp_path / "p")
     typed = ["data", "check", "--json", str(source.path), "--image-root", str(tmp_path)]
     outs = ["--html", str(tmp_path / "o.html"), "--json-out", str(tmp_path / "o.json")]
+    tf.LlavaConfig(text_config=tf.LlamaConfig(max_position_embeddings=9)).save_pretrained(
+        tmp_path / "p"
+    )
     assert main([*typed, "--processor", str(tmp_path / "p"), *outs, "--samples", "2"]) == 0
     said = capsys.readouterr().out
+    assert re.search(r"note +\d samples are longer than the model's 9 positions", said)
     assert re.search(r"fields not read +source: 1\n", said)
     assert re.search(r"would be skipped +3\n", said) and "2 x image[]: no such file" not in said
     figures = json.loads((tmp_path / "o.json").read_text())
