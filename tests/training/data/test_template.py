@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, LlavaProcessor
@@ -111,7 +112,7 @@ def test_the_saved_chat_template_writes_the_same_text(tmp_path: Path) -> None:
         "<image>\nwhat is it?", "a coat", "how\nmany", "two", image="a.png", system="no bag"
     )
     ids = Encoder(whole).encode(parse_sample(PLACE, talk)).input_ids
-    messages = [{"role": "system", "content": "no bag"}]
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "no bag"}]
     for i, (_, text) in enumerate(list(parse_sample(PLACE, talk).texts())[1:]):
         parts: list[dict[str, str]] = [{"type": "text", "text": text.removeprefix("<image>\n")}]
         parts = parts if i else [{"type": "image"}, *parts]
