@@ -32,6 +32,7 @@ from training.anatomy import positions
 from training.config import Config, StageConfig, require
 from training.data.collate import Collator
 from training.data.load import collator_of, epoch_size, has_data, open_data, order_of
+from training.data.records import DataError
 from training.data.template import TemplateName
 from training.evaluation.held_out import Scores, evaluate
 from training.interrupt import Interrupted
@@ -168,6 +169,11 @@ def _train(
         trainer.take_over(resume)  # killed between the last step and the model
     else:
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+    if trainer.state.global_step < steps:  # asked to stop, it would have raised
+        raise DataError(
+            f"{folder}: the data ended after step {trainer.state.global_step:,} of {steps:,}; the "
+            "stage is not done"
+        )
     curve = [entry for entry in trainer.state.log_history if "loss" in entry]
     summary = {"steps": steps, **trainer.meter.summary(), "skipped": trainer.watch.skipped}
     state = trainer.student_state()

@@ -1,7 +1,8 @@
 """What is in a data set, as this trainer would read it? Every entry is opened and encoded, once.
 
 Counted: entries that would be skipped, grouped by reason with examples; tokens a sample (and how
-many are image tokens and labels), images a sample. A few sound samples, evenly spread, are kept
+many are image tokens and labels), images a sample, and what was done to images so that they are as
+a person sees them (`training.data.images`). A few sound samples, evenly spread, are kept
 with their tokens for the page (`training.data.page`). Nothing is trained and nothing is changed.
 """
 
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from training.data.encoding import Encoding
+from training.data.images import conversions
 from training.data.item import IGNORE, Item
 from training.data.records import DataError, Sample
 from training.data.sources import Source
@@ -48,6 +50,7 @@ class Report:
     labels: int = 0
     image_tokens: int = 0
     images: Counter[int] = field(default_factory=Counter)  # images a sample -> samples
+    conversions: Counter[str] = field(default_factory=Counter)  # what was done -> images
     shown: list[Shown] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)  # fields that are not read -> samples
     notes: list[str] = field(default_factory=list)
@@ -56,6 +59,11 @@ class Report:
     def sound(self) -> int:
         """Entries that can be trained on."""
         return len(self.lengths)
+
+    @property
+    def n_images(self) -> int:
+        """Images of the sound entries; one of several entries counts in each."""
+        return sum(n * samples for n, samples in self.images.items())
 
     def histogram(self) -> list[tuple[int, int, int]]:
         """Samples by length: (from, to inclusive, how many), at most 16 bins of equal width."""
@@ -99,6 +107,7 @@ class Report:
             "image_tokens": self.image_tokens,
             "lengths": lengths,
             "images_per_sample": {str(n): self.images[n] for n in sorted(self.images)},
+            "conversions": dict(self.conversions.most_common()),
             "not_read": dict(self.unread.most_common()),
             "notes": self.notes,
         }
@@ -161,6 +170,7 @@ def _count(
     report.labels += int((item["labels"] != IGNORE).sum())
     report.image_tokens += int(item["image_lens"].sum())
     report.images[len(images)] += 1
+    report.conversions.update(done for image in images for done in conversions(image))
     report.unread.update(entry.unread)
     if show:
         report.shown.append(Shown(entry, item, images))

@@ -6,12 +6,16 @@ With several sources the next row is drawn from one of them with a chance as its
 decides the order, and a resumed run reads up to where it was, so it sees what it would have seen.
 With `skip_bad` faulty rows are left out and counted in ``dataset.skipped`` as they are met.
 
+A row is known by its place in its source, however the rows are shuffled and in every pass: "row 7",
+or "shard 2, row 7" where a source lies in several, because nobody has counted the shards before.
+
 Left out: several processes (each would read every row; save the data set to disk instead).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +24,12 @@ from torch.utils.data import IterableDataset
 
 from training.config import SourceConfig
 from training.data.encoding import Encoding
+from training.data.images import flat
 from training.data.item import Item
 from training.data.records import DataError
 from training.data.sources import image_column, load_rows, row_images, row_sample
+
+WHERE = "place in the source"  # a column of ours
 
 
 class StreamDataset(IterableDataset[Item]):
@@ -55,12 +62,8 @@ class StreamDataset(IterableDataset[Item]):
         self.sources, self.image_root, self.encoding = list(sources), image_root, encoding
         self.seed, self.buffer, self.skip_bad = seed, buffer, skip_bad
         self.skipped = 0
-        self.rows = [load_rows(one, f"{where}[{i}]") for i, one in enumerate(self.sources)]
-        self.first = [next(iter(rows), None) for rows in self.rows]
-        for rows, one, first in zip(self.rows, self.sources, self.first, strict=True):
-            if first is None:
-                raise DataError(f"{one.path}: no rows, expected at least one")
-            image_column(_Columns(rows, first), one)
+        loaded = [load_rows(one, f"{where}[{i}]") for i, one in enumerate(self.sources)]
+        self.rows = [_placed(*pair) for pair in zip(loaded, self.sources, strict=True)]
 
     def __iter__(self) -> Iterator[Item]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -79,8 +82,8 @@ class StreamDataset(IterableDataset[Item]):
         while True:
             shuffled.set_epoch(epoch)
             sound = False
-            for i, row in enumerate(shuffled):
-                item = self._item(row, i, config, root)
+            for row in shuffled:
+                item = self._item(row, config, root)
                 if item is not None:
                     sound = True
                     yield item
@@ -88,12 +91,15 @@ class StreamDataset(IterableDataset[Item]):
                 raise DataError(f"{config.path}: every row is faulty ({self.skipped} skipped)")
             epoch += 1
 
-    def _item(self, row: dict[str, Any], i: int, config: SourceConfig, root: Path) -> Item | None:
+    def _item(self, row: dict[str, Any], config: SourceConfig, root: Path) -> Item | None:
+        images = row.get(config.images, row.get("image") if config.images == "images" else None)
         try:
-            sample = row_sample(row, i, config, _n_images(row, config))
+            sample = row_sample(row, row[WHERE], config, len(flat(images)))
             if isinstance(sample, DataError):
                 raise sample
-            return self.encoding.item(sample, lambda: row_images(sample, row, config, root))
+            return self.encoding.item(
+                sample, lambda: row_images(sample, images, root), (config, root)
+            )
         except DataError:
             if not self.skip_bad:
                 raise
@@ -101,15 +107,30 @@ class StreamDataset(IterableDataset[Item]):
             return None
 
 
-class _Columns:
-    """The columns of a stream, which may only be known from its first row."""
+def _placed(rows: Any, config: SourceConfig) -> Any:
+    """A stream's rows, images as they are stored, with their places in the source.
 
-    def __init__(self, rows: Any, first: dict[str, Any]) -> None:
-        self.column_names = rows.column_names or list(first)
+    Raises:
+        ConfigError: it has no column of messages.
+        DataError: it has no rows.
+    """
+    from datasets import concatenate_datasets
+
+    if rows.features is not None:
+        rows = rows.decode(False)  # `training.data.images` does it
+    first = next(iter(rows), None)
+    if first is None:
+        raise DataError(f"{config.path}: no rows, expected at least one")
+    image_column(rows.column_names or list(first), config)
+    shards = [rows.shard(rows.num_shards, k) for k in range(rows.num_shards)]
+    names = ["" if len(shards) == 1 else f"shard {k}, " for k in range(len(shards))]
+    return concatenate_datasets(
+        [
+            shard.map(partial(_with_place, name), with_indices=True)
+            for shard, name in zip(shards, names, strict=True)
+        ]
+    )
 
 
-def _n_images(row: dict[str, Any], config: SourceConfig) -> int | None:
-    value = row.get(config.images, row.get("image") if config.images == "images" else None)
-    if value is None:
-        return 0
-    return len(value) if isinstance(value, (list, tuple)) else 1
+def _with_place(shard: str, row: dict[str, Any], i: int) -> dict[str, Any]:
+    return row | {WHERE: f"{shard}row {i}"}

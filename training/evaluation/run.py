@@ -4,7 +4,9 @@
     OUT/predictions.jsonl   one answer a line, in the benchmark's order
     OUT/scores.json         the figures, with the numbers of questions behind them
 
-Killed and started again, a run goes on after the last whole line.
+Killed and started again, a run goes on after the last whole line. A question that cannot be asked
+(a damaged image, words that the processor refuses) has its `fault` in place of an answer; such are
+counted as `faulty` and left out of the scores.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from training.data.records import DataError, Place, fault
 from training.evaluation.benchmarks import BENCHMARKS, Benchmark, ask
 from training.evaluation.captions import TokenizerName, caption_scores
-from training.evaluation.generate import Prompt, Writer
+from training.evaluation.generate import Answer, Prompt, Writer
 from training.evaluation.predictions import Line, Predictions
 from training.evaluation.questions import Files, Question, checked
 from training.settings import ConfigError
@@ -65,8 +69,9 @@ def run_benchmark(
     benchmark = BENCHMARKS[options.benchmark]
     questions = checked(benchmark.read(options.files), options.files)
     prompts = [
-        Prompt(ask(benchmark, question, options.instruction), question.images)
+        Prompt(ask(benchmark, question, options.instruction), question.images, place)
         for question in questions
+        for place in [Place(options.files.questions, id=str(question.id))]
     ]
     most = options.max_new_tokens or benchmark.max_new_tokens
     _claim(options, questions, prompts, most)
@@ -93,7 +98,7 @@ def _write_answers(
     with tqdm(total=len(questions), initial=done, desc=options.benchmark, unit="question") as bar:
         for start in range(done, len(questions), size):
             part = slice(start, min(start + size, len(questions)))
-            answers = writer.write(prompts[part])
+            answers = _answers(writer, prompts[part])
             kept.append(
                 {
                     "question_id": question.id,
@@ -101,12 +106,23 @@ def _write_answers(
                     "prompt": prompt.text,
                     "answer": answer.text,
                     "ended": answer.ended,
+                    **({"fault": answer.fault} if answer.fault else {}),
                 }
                 for question, prompt, answer in zip(
                     questions[part], prompts[part], answers, strict=True
                 )
             )
             bar.update(len(answers))
+
+
+def _answers(writer: Writer, prompts: Sequence[Prompt]) -> list[Answer]:
+    """Answers, or faults of the prompts that cannot be asked: each alone, where a batch fails."""
+    try:
+        return writer.write(prompts)
+    except DataError as error:
+        if len(prompts) == 1:
+            return [Answer("", True, str(error))]
+    return [answer for prompt in prompts for answer in _answers(writer, [prompt])]
 
 
 def _claim(
@@ -151,12 +167,21 @@ def _weights(model: str) -> list[list[Any]]:
 def _scored(
     benchmark: Benchmark, options: Options, questions: Sequence[Question], lines: Sequence[Line]
 ) -> dict[str, Any]:
+    """The figures of all questions that could be asked; `DataError` if none could."""
+    faults = [line["fault"] for line in lines if "fault" in line]
+    pairs = [pair for pair in zip(questions, lines, strict=True) if "fault" not in pair[1]]
+    if not pairs:
+        got = f"none of {len(faults)} questions that can be asked; the first: {faults[0]}"
+        raise fault(Place(options.files.questions), "questions", got, "at least one")
+    questions, lines = zip(*pairs, strict=True)
     found: dict[str, Any] = {
         "benchmark": options.benchmark,
         "model": options.model,
         "questions": len(questions),
         "cut": sum(not line["ended"] for line in lines),
     }
+    if faults:
+        found |= {"faulty": len(faults), "first_fault": faults[0]}
     if not all(question.answers for question in questions):
         return found  # a split whose answers are not published
     score = benchmark.score
@@ -176,8 +201,13 @@ def _scored(
 
 def _table(found: dict[str, Any]) -> Table:
     title = f"{found['benchmark']}: {found['questions']} questions"
-    cut = f"{found['cut']} answers cut at max_new_tokens"
-    table = Table(title=title, caption=cut if found["cut"] else None)
+    notes = [f"{found['cut']} answers cut at max_new_tokens"] if found["cut"] else []
+    if "faulty" in found:
+        notes.append(
+            f"{found['faulty']} questions could not be asked, left out; the first: "
+            f"{escape(found['first_fault'])}"
+        )
+    table = Table(title=title, caption="\n".join(notes) or None)
     if "scores" not in found:
         table.add_column("no answers to compare with: written only")
         return table
