@@ -8,7 +8,7 @@ asks). Empty, as tables fill it in where a row has none, a field means nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 _EMPTY = ("", "[]", "{}", [], (), {})
@@ -49,7 +49,7 @@ PART = _ANYWHERE | dict.fromkeys(
 )
 
 
-def not_read(fields: Mapping[str, Any], read: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+def not_read(fields: Mapping[str, Any], read: Set[str]) -> Iterator[tuple[str, Any]]:
     """The fields that are neither read nor empty, with their values."""
     for name, value in fields.items():
         if name not in read and not is_empty(value) and not (name in _ASIS and value == 1):

@@ -34,7 +34,8 @@ from training.data.records import (
 
 CHAT = Form("messages", "role", "content", ("user", "assistant"))
 PATH_KEYS = ("image", "path", "url")
-PART_READ = ("type", "text", *PATH_KEYS)
+MESSAGE_READ = frozenset({"role", "content"})
+PART_READ = frozenset({"type", "text", *PATH_KEYS})
 
 
 def parse_messages(
@@ -60,7 +61,7 @@ def parse_messages(
         field = f"messages[{i}]"
         if not isinstance(message, Mapping):
             raise fault(place, field, shown(message), "an object with role and content")
-        unread += unread_fields(place, f"{field}.", message, ("role", "content"), MESSAGE)
+        unread += unread_fields(place, f"{field}.", message, MESSAGE_READ, MESSAGE)
         text = _text(place, f"{field}.content", message.get("content"), paths, unread)
         said.append((message.get("role"), text))
     system, turns = conversation(place, CHAT, said, system)

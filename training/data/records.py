@@ -20,7 +20,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 from training.data.fields import ENTRY, MESSAGE, is_empty, not_read
 
 IMAGE_MARK = "<image>"  # LLaVA's mark for "an image goes here", whatever the tokenizer calls it
-READ = ("id", "kind", "image", "images", "system", "conversations")
+READ = frozenset({"id", "kind", "image", "images", "system", "conversations"})
+MESSAGE_READ = frozenset({"from", "value"})
 _NUMBER = re.compile(r"\[\d+\]")
 
 
@@ -230,15 +231,17 @@ def unread_fields(
     place: Place,
     where: str,
     fields: Mapping[str, Any],
-    read: tuple[str, ...],
+    read: Set[str],
     refused: Mapping[str, str],
 ) -> list[str]:
     """Names of the fields that are not read; one that must not be passed over is a fault."""
-    names = []
+    names: list[str] = []
+    if fields.keys() <= read:  # as most are
+        return names
     for name, value in not_read(fields, read):
         if name in refused:
             raise fault(place, f"{where}{name}", shown(value), refused[name])
-        names.append(f"{re.sub(_NUMBER, '[]', where)}{name}")
+        names.append(f"{_NUMBER.sub('[]', where)}{name}" if where else name)
     return names
 
 
@@ -286,7 +289,7 @@ def _said(place: Place, raw: dict[str, Any]) -> tuple[list[tuple[Any, str]], lis
         field = f"conversations[{i}]"
         if not isinstance(message, dict):
             raise fault(place, field, shown(message), "an object with 'from' and 'value'")
-        unread += unread_fields(place, f"{field}.", message, ("from", "value"), MESSAGE)
+        unread += unread_fields(place, f"{field}.", message, MESSAGE_READ, MESSAGE)
         value = message.get("value")
         if not isinstance(value, str):
             raise fault(place, f"{field}.value", shown(value), "some text")

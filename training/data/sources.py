@@ -162,7 +162,7 @@ def row_sample(
     place = Place(Path(str(config.path)), where, None if name is None else str(name))
     try:
         with named(place, "messages", "messages that can be read"):
-            read = ("id", "kind", "system", config.messages, image_column(list(row), config) or "")
+            read = {"id", "kind", "system", config.messages, image_column(list(row), config) or ""}
             unread = unread_fields(place, "", row, read, ENTRY)
             talk, system = row[config.messages], system_of(place, row)
             sample, paths = parse_messages(place, talk, n_images, system)
