@@ -305,6 +305,8 @@ def _arguments(config: Config, options: StageConfig, steps: int, folder: Path) -
         dataloader_num_workers=config.data.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
+        # dispatching cuts every tensor of a stream's batch to as many rows as the batch has samples
+        accelerator_config={"dispatch_batches": False},
         report_to=_trackers(config),
         project=PROJECT,
         run_name=f"{folder.parent.name}/{folder.name}",

@@ -15,12 +15,13 @@ Left out: several processes (each would read every row; save the data set to dis
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from dataclasses import replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from training.config import SourceConfig
 from training.data.encoding import Encoding
@@ -30,6 +31,7 @@ from training.data.records import DataError
 from training.data.sources import image_column, load_rows, row_images, row_sample
 
 WHERE = "place in the source"  # a column of ours
+ROWS_AT_ONCE = 16
 
 
 class StreamDataset(IterableDataset[Item]):
@@ -63,7 +65,7 @@ class StreamDataset(IterableDataset[Item]):
         self.seed, self.buffer, self.skip_bad = seed, buffer, skip_bad
         self.skipped = 0
         loaded = [load_rows(one, f"{where}[{i}]") for i, one in enumerate(self.sources)]
-        self.rows = [_placed(*pair) for pair in zip(loaded, self.sources, strict=True)]
+        self.rows = [_checked(*pair) for pair in zip(loaded, self.sources, strict=True)]
 
     def __iter__(self) -> Iterator[Item]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -77,19 +79,26 @@ class StreamDataset(IterableDataset[Item]):
         """The items of one source, again and again."""
         config = self.sources[which]
         root = Path(config.image_root or self.image_root)
-        shuffled = self.rows[which].shuffle(seed=self.seed, buffer_size=self.buffer)
-        epoch = 0
-        while True:
-            shuffled.set_epoch(epoch)
+        for epoch in count():
             sound = False
-            for row in shuffled:
+            for row in self._shuffled(which, epoch):
                 item = self._item(row, config, root)
                 if item is not None:
                     sound = True
                     yield item
             if not sound:
                 raise DataError(f"{config.path}: every row is faulty ({self.skipped} skipped)")
-            epoch += 1
+
+    def _shuffled(self, which: int, epoch: int) -> Iterator[dict[str, Any]]:
+        """One pass over a source: its shards in another order, its rows by a buffer."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        rows = _rows(self.rows[which], generator)
+        buffer = list(islice(rows, self.buffer))
+        for row in rows:
+            at = int(torch.randint(len(buffer), (1,), generator=generator))
+            yield buffer[at]
+            buffer[at] = row
+        yield from (buffer[at] for at in torch.randperm(len(buffer), generator=generator).tolist())
 
     def _item(self, row: dict[str, Any], config: SourceConfig, root: Path) -> Item | None:
         images = row.get(config.images, row.get("image") if config.images == "images" else None)
@@ -107,30 +116,45 @@ class StreamDataset(IterableDataset[Item]):
             return None
 
 
-def _placed(rows: Any, config: SourceConfig) -> Any:
-    """A stream's rows, images as they are stored, with their places in the source.
+def _checked(rows: Any, config: SourceConfig) -> Any:
+    """A stream's rows, images as they are stored.
 
     Raises:
         ConfigError: it has no column of messages.
         DataError: it has no rows.
     """
-    from datasets import concatenate_datasets
-
-    if rows.features is not None:
-        rows = rows.decode(False)  # `training.data.images` does it
+    for name, feature in (rows.features or {}).items():
+        if (stored := _stored(feature)) != feature:
+            rows = rows.cast_column(name, stored)
     first = next(iter(rows), None)
     if first is None:
         raise DataError(f"{config.path}: no rows, expected at least one")
     image_column(rows.column_names or list(first), config)
-    shards = [rows.shard(rows.num_shards, k) for k in range(rows.num_shards)]
-    names = ["" if len(shards) == 1 else f"shard {k}, " for k in range(len(shards))]
-    return concatenate_datasets(
-        [
-            shard.map(partial(_with_place, name), with_indices=True)
-            for shard, name in zip(shards, names, strict=True)
-        ]
-    )
+    return rows
 
 
-def _with_place(shard: str, row: dict[str, Any], i: int) -> dict[str, Any]:
-    return row | {WHERE: f"{shard}row {i}"}
+def _rows(rows: Any, generator: torch.Generator) -> Iterator[dict[str, Any]]:
+    """Rows with their places, the shards shuffled; in a data-loading process those of its shards.
+
+    `datasets` could shuffle, too, but would then no longer say which row is which.
+    """
+    shards = torch.randperm(rows.num_shards, generator=generator).tolist()
+    worker = get_worker_info()
+    for k in shards if worker is None else shards[worker.id :: worker.num_workers]:
+        name = f"shard {k}, " if len(shards) > 1 else ""
+        numbers = count()
+        for batch in rows.shard(len(shards), k).iter(ROWS_AT_ONCE):
+            for values in zip(*batch.values(), strict=True):
+                yield {**dict(zip(batch, values, strict=True)), WHERE: f"{name}row {next(numbers)}"}
+
+
+def _stored(feature: Any) -> Any:
+    """A column's type with its media as they are stored: `training.data.images` decodes images."""
+    from datasets import Audio, Image, Video
+
+    if isinstance(feature, (Audio, Image, Video)):
+        return replace(feature, decode=False)
+    if isinstance(feature, dict):
+        return {name: _stored(inner) for name, inner in feature.items()}
+    inner = getattr(feature, "feature", None)  # of a list
+    return feature if inner is None else replace(feature, feature=_stored(inner))
