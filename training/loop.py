@@ -30,7 +30,7 @@ from transformers import TrainingArguments
 
 from mllmkd_kernels.methods import Stage
 from training import checkpoint, settings
-from training.anatomy import freeze
+from training.anatomy import freeze, positions
 from training.claim import Claim, claimed
 from training.config import Config, StageConfig, require
 from training.data.collate import Collator
@@ -141,6 +141,8 @@ def _train(
     dataset = load_data(config, processor, stage, own)
     if claim is not None:
         claim.check_data(stage.data, dataset)
+    for note in (*dataset.encoding.notes, *_too_long(model, dataset)):
+        say(f"{folder.name}: {note}")
     source = asked.model if asked is not None else None
     collator = collator_of(config.data, (model, processor), source, own)
     if stored:
@@ -185,6 +187,19 @@ def _train(
     if trainer.stopped_by:
         raise Interrupted(trainer.stopped_by, f"{folder} is done; the same command continues")
     return trainer.bare_student() if state is None else None
+
+
+def _too_long(model: Any, dataset: Any) -> list[str]:
+    """A note where samples may be longer than the model's positions, and about how many are."""
+    known, encoding = positions(model.config), dataset.encoding
+    if known is None or encoding.max_length <= known:
+        return []
+    about = ""
+    if samples := getattr(dataset, "samples", None):  # a stream is not counted
+        longer = sum(encoding.estimate(sample) > known for sample in samples)
+        about = f"; about {longer:,} of {len(samples):,} are longer"
+    allowed = f"data.max_length allows samples of {encoding.max_length:,} tokens"
+    return [f"the model has {known:,} positions, and {allowed}{about}"]
 
 
 def _steps(options: StageConfig, samples: int | None) -> int:
@@ -254,7 +269,8 @@ def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> Teac
     path = require(config.teacher, "teacher", f"stage {next(iter(needs))} compares with a teacher")
     teacher, its_processor = load_vlm(path, dtype=DTYPES[config.teacher_dtype])
     visual = any(need.visual for need in needs.values())
-    report = check_pair(model, processor, teacher, its_processor, visual=visual)
+    both = (model, processor, teacher, its_processor)
+    report = check_pair(*both, visual=visual, max_length=config.data.max_length)
     say(str(report))
     report.require()
     return Teacher(teacher, its_processor if report.own_batch else None)

@@ -18,7 +18,7 @@ import inspect
 import json
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -230,7 +230,25 @@ def _nearest(name: str, valid: list[str]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 2e-3 (no dot) as text; people write it, and it can only mean the number."""
+    """YAML in which a key that comes twice is an error, not the last one of them, and 2e-3 (no dot),
+    which YAML 1.1 reads as text, the number that people mean.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As PyYAML's; `yaml.constructor.ConstructorError` names the key and both lines."""
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # what is merged in gives way to what is written
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                break  # which PyYAML words itself
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"line {line}: {key!r} again, expected once (line {seen[key]})"
+                )
+            seen[key] = line
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -243,8 +261,8 @@ def read_yaml(path: Path, name: str) -> Any:
     if not path.is_file():
         raise ConfigError(f"{name} {path}: no such file")
     try:
-        return yaml.load(path.read_text(), _Loader)
-    except yaml.YAMLError as error:
+        return yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{name} {path}: not valid YAML: {error}") from error
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from training.step import TERMS
 
 from tests.gloo import on_ranks
 from tests.training import tiny
@@ -23,7 +24,6 @@ from tests.training.test_devices import (
     run_config,
 )
 from training.settings import ConfigError
-from training.step import TERMS
 
 pytest.importorskip(
     "deepspeed", reason="DeepSpeed is not installed (pip install deepspeed); its runs were not made"

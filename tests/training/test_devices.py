@@ -20,6 +20,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType
 from torch.distributed.tensor import DTensor
+from training.stages import STAGES, freeze, loss_of
+from training.step import TERMS, DistillStep
 from transformers import AutoModelForImageTextToText, TrainingArguments
 
 import training.loop
@@ -33,8 +35,6 @@ from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.loop import run
 from training.models import build_model, load_vlm
-from training.stages import STAGES, freeze, loss_of
-from training.step import TERMS, DistillStep
 from training.trainer import DistillTrainer, Stopper
 
 # Samples 4 and 9 have no image, 3, 8 and 13 two. Two processes take batches of two in turn.

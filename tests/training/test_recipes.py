@@ -11,6 +11,8 @@ import math
 import pytest
 import torch
 from PIL import Image
+from training.stages import STAGES
+from training.step import TERMS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.training import tiny, tiny_pairs
@@ -21,8 +23,6 @@ from training.config import Config
 from training.loop import run
 from training.models import build_model
 from training.recipes import names, recipe
-from training.stages import STAGES
-from training.step import TERMS
 
 FAMILIES = {
     "qwen2.5-vl-7b-3b": "qwen2.5-vl",

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
+from training.stages import STAGES, freeze
 
 from tests.training import tiny, tiny_pairs
 from training.anatomy import anatomy
 from training.loop import run
 from training.models import recompute_activations
-from training.stages import STAGES, freeze
 
 PIXELS = {"llava-onevision": (1, 3, 16, 16), "internvl": (1, 3, 32, 32)}
 

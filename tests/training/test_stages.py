@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from training.stages import STAGES, freeze, loss_of
+from training.step import TERMS, DistillStep
 
 import mllmkd_kernels as mk
 from tests.training import tiny
@@ -11,8 +13,6 @@ from training.config import LossConfig
 from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.models import build_model
-from training.stages import STAGES, freeze, loss_of
-from training.step import TERMS, DistillStep
 
 PROJECTOR = {"linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"}
 

@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from training.stages import STAGES, freeze, loss_of
+from training.step import TERMS, DistillStep
 
 import mllmkd_kernels as mk
 from tests import tiny_models
 from training.anatomy import anatomy, image_token_id
 from training.config import LossConfig
-from training.stages import STAGES, freeze, loss_of
-from training.step import TERMS, DistillStep
 
 PROJECTORS = {
     "llava-siglip-full": "model.multi_modal_projector.",

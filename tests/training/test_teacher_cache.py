@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from training.stages import STAGES, freeze
+from training.step import TERMS, DistillStep
+from training.teacher import OnlineTeacher, run_to_head
 
 import mllmkd_kernels as mk
 from tests.training import tiny
@@ -24,9 +27,6 @@ from training.data.dataset import LlavaDataset
 from training.data.records import DataError
 from training.models import CheckpointError, build_model, load_model, load_vlm
 from training.settings import ConfigError
-from training.stages import STAGES, freeze
-from training.step import TERMS, DistillStep
-from training.teacher import OnlineTeacher, run_to_head
 from training.teacher_cache import fill, identity, store, use
 
 ALONE: Any = SimpleNamespace(process_index=0, num_processes=1, is_local_main_process=False)

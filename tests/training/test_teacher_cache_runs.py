@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from training.step import TERMS
 
 from tests.training import tiny
 from tests.training.test_recipes import root as recipes_root
@@ -22,7 +23,6 @@ from training.data.dataset import LlavaDataset
 from training.loop import run
 from training.models import load_model
 from training.settings import ConfigError
-from training.step import TERMS
 from training.teacher_cache import command, cost, identity
 from training.trainer import DistillTrainer
 

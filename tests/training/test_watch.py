@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from training.stages import STAGES, loss_of
+from training.step import DistillStep
 
 import mllmkd_kernels as mk
 from tests.training import tiny
@@ -24,8 +26,6 @@ from training.loop import run
 from training.meter import Meter
 from training.models import load_model
 from training.progress import Place, Progress, clock
-from training.stages import STAGES, loss_of
-from training.step import DistillStep
 from training.trainer import DistillTrainer
 from training.watch import NonFiniteError
 

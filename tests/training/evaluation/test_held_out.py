@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from training.stages import STAGES, freeze, loss_of
+from training.step import DistillStep
 
 from tests.training import tiny
 from training.config import LossConfig
@@ -13,8 +15,6 @@ from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.evaluation.held_out import Scores, answers, evaluate, generate_answer
 from training.models import build_model
-from training.stages import STAGES, freeze, loss_of
-from training.step import DistillStep
 
 
 @pytest.fixture
