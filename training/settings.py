@@ -230,8 +230,8 @@ def _nearest(name: str, valid: list[str]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that comes twice is an error, not the last one of them, and 2e-3 (no dot),
-    which YAML 1.1 reads as text, the number that people mean.
+    """YAML in which a key that comes twice is an error, not the last one of them, and 2e-3 (no
+    dot), which YAML 1.1 reads as text, the number that people mean.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from training import settings
-from training.__main__ import main
+from training.cli import main
 from training.config import Config, LossConfig, ModelConfig, StageConfig
 from training.demo.recipes import DemoConfig
 from training.recipes import names, recipe

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training.step import TERMS
+from mllmkd_kernels.llava_kd import TERMS
 
 from tests.gloo import on_ranks
 from tests.training import tiny

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArg
 from tests.training import tiny
 from tests.training.tiny_processors import UNENDED
 from training import checkpoint, settings
-from training.__main__ import main
+from training.cli import main
 from training.config import LossConfig
 from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
@@ -190,26 +190,26 @@ def curves(results):
 def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
     config = tiny.run_config(tmp_path, tmp_path / "out", stages=("sft",))
     run(config, say=lambda _: None)
-    changed = dataclasses.replace(config, sft=dataclasses.replace(config.sft, lr=1e-3))
+    changed = settings.changed(config, sft=dataclasses.replace(config.sft, lr=1e-3))
     with pytest.raises(ConfigError, match=r"sft.lr: 0.01 -> 0.001"):
         run(changed, say=lambda _: None)
     with pytest.raises(ConfigError, match="in use and resume is false"):
-        run(dataclasses.replace(config, resume=False), say=lambda _: None)
+        run(settings.changed(config, resume=False), say=lambda _: None)
 
 
 def test_a_first_try_that_failed_binds_no_later_one(tmp_path):
     config = tiny.run_config(tmp_path, tmp_path / "out", stages=("sft",))
     nowhere = dataclasses.replace(config.model, vision=str(tmp_path / "nothing"))
     with pytest.raises(CheckpointError, match="nothing: no such folder"):
-        run(dataclasses.replace(config, model=nowhere), say=lambda message: None)
+        run(settings.changed(config, model=nowhere), say=lambda message: None)
     run(config, say=lambda message: None)
 
 
 def test_what_does_not_change_the_result_may_change(tmp_path):
     config = tiny.run_config(tmp_path, tmp_path / "out", stages=("sft",))
-    first = run(dataclasses.replace(config, resume=False), say=lambda _: None)
+    first = run(settings.changed(config, resume=False), say=lambda _: None)
     (tmp_path / "out").rename(tmp_path / "moved")
-    moved = dataclasses.replace(config, out=str(tmp_path / "moved"), keep=1, eval_batch_size=2)
+    moved = settings.changed(config, out=str(tmp_path / "moved"), keep=1, eval_batch_size=2)
     assert curves(run(moved, say=lambda _: None)) == curves(first)
 
 
@@ -232,9 +232,9 @@ def test_command_line_runs_and_scores(tmp_path, capsys):
 def test_missing_paths_are_named(tmp_path):
     config = tiny.run_config(tmp_path, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"teacher: got null.*stage dpt"):
-        run(dataclasses.replace(config, teacher=None), say=lambda _: None)
+        run(settings.changed(config, teacher=None), say=lambda _: None)
     data = dataclasses.replace(config.data, captions=None)
-    other = dataclasses.replace(config, data=data, out=str(tmp_path / "out2"))
+    other = settings.changed(config, data=data, out=str(tmp_path / "out2"))
     with pytest.raises(ConfigError, match=r"data.captions: got null"):
         run(other, say=lambda _: None)
 
@@ -243,14 +243,14 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config = tiny.run_config(tmp_path, tmp_path / "out", stages=("sft",))
     with pytest.raises(ConfigError, match=r"report_to: got 'trackio', .* pip install trackio"):
-        run(dataclasses.replace(config, report_to=("trackio",)), say=lambda _: None)
+        run(settings.changed(config, report_to=("trackio",)), say=lambda _: None)
 
 
 def test_batch_that_does_not_divide_is_refused(tmp_path):
     config = tiny.run_config(tmp_path, tmp_path / "out", stages=("sft",))
     stage = dataclasses.replace(config.sft, batch_size=4, micro_batch=3)
     with pytest.raises(ConfigError, match=r"batch_size: got 4, expected a multiple"):
-        run(dataclasses.replace(config, sft=stage), say=lambda _: None)
+        run(settings.changed(config, sft=stage), say=lambda _: None)
 
 
 class TestCheckpointFolders:
@@ -303,7 +303,7 @@ def test_two_processes_train_like_one(tmp_path):
     config = settings.build(type(config), {"dpt": plan, "dft": plan}, base=config)
     one = run(config, say=lambda _: None)
     file = tmp_path / "two.yaml"
-    file.write_text(settings.dump(dataclasses.replace(config, out=str(tmp_path / "two"))))
+    file.write_text(settings.dump(settings.changed(config, out=str(tmp_path / "two"))))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     command = [*launch, "-m", "training", "run", "--config", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
@@ -328,7 +328,7 @@ def test_summary_is_json(tmp_path):
 def test_options_of_large_runs(tmp_path, option):
     config = tiny.run_config(tmp_path, tmp_path / "out", stages=("dpt", "dft"))
     plain = run(config, say=lambda _: None)
-    changed = dataclasses.replace(config, out=str(tmp_path / "changed"))
+    changed = settings.changed(config, out=str(tmp_path / "changed"))
     results = run(settings.load(type(config), None, [option], changed), say=lambda _: None)
     for result, expected in zip(results, plain, strict=True):
         for ours, theirs in zip(result.history, expected.history, strict=True):
@@ -348,7 +348,7 @@ def test_what_is_to_be_known_of_template_and_length_is_said_before_the_first_ste
     stage = dataclasses.replace(config.sft, steps=1, batch_size=1)
     data = dataclasses.replace(config.data, max_length=4000, held_out=None)
     said = []
-    run(dataclasses.replace(config, sft=stage, data=data), say=said.append)
+    run(settings.changed(config, sft=stage, data=data), say=said.append)
     expected = [
         "1-sft: LlavaProcessor: its chat template makes ",
         "1-sft: the model has 2,048 positions, and data.max_length allows samples of 4,000 tokens; "

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.training import tiny
 from training import settings
-from training.__main__ import main
+from training.cli import main
 from training.config import TeacherCacheConfig
 from training.loop import run
 from training.models import save_model
@@ -29,7 +29,7 @@ def root(tmp_path_factory):
     cached = TeacherCacheConfig(path=str(root / "rows"), batch_size=4)
     data = dataclasses.replace(config.data, skip_bad=True)
     stage = dataclasses.replace(config.dft, steps=2)
-    config = dataclasses.replace(config, data=data, teacher_cache=cached, dft=stage)
+    config = settings.changed(config, data=data, teacher_cache=cached, dft=stage)
     (root / "run.yaml").write_text(settings.dump(config))
     lines = [
         {"question_id": i, "image": "red.png", "text": "what colour is this ?", "label": "yes"}
@@ -81,7 +81,7 @@ def test_slow_steps_tell_a_line_between_two_log_entries(root, tmp_path, monkeypa
     config = tiny.run_config(root, tmp_path / "out", stages=("pt",))
     data = dataclasses.replace(config.data, held_out=None)
     said = []
-    run(dataclasses.replace(config, data=data, log_steps=100), say=said.append)
+    run(settings.changed(config, data=data, log_steps=100), say=said.append)
     lines = [line for line in said if re.match(r"1-pt: step \d of 6, \d:\d\d:\d\d left", line)]
     assert len(lines) == 6 and "loss" in lines[-1]
 
@@ -96,5 +96,5 @@ def test_palette_pictures_warn_once_a_run_at_most(root, tmp_path):
     data = dataclasses.replace(config.data, image_root=str(tmp_path))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run(dataclasses.replace(config, data=data), say=lambda _: None)
+        run(settings.changed(config, data=data), say=lambda _: None)
     assert len([one for one in caught if "Palette" in str(one.message)]) <= 1

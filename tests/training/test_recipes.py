@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from training.stages import STAGES
-from training.step import TERMS
+from mllmkd_kernels.llava_kd import TERMS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.training import tiny, tiny_pairs
 from training import settings
-from training.__main__ import main
+from training.cli import main
 from training.anatomy import anatomy
 from training.config import Config
 from training.loop import run

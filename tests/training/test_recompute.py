@@ -29,7 +29,7 @@ def test_no_graph_of_the_frozen_tower(tmp_path):
 
     hook = register_module_forward_hook(look)
     try:
-        run(dataclasses.replace(config, grad_checkpointing=True), say=lambda _: None)
+        run(settings.changed(config, grad_checkpointing=True), say=lambda _: None)
     finally:
         hook.remove()
     assert len(found["SiglipVisionModel"]) >= 6 and not any(found["SiglipVisionModel"])
@@ -38,7 +38,7 @@ def test_no_graph_of_the_frozen_tower(tmp_path):
 
 def test_recomputing_changes_no_number(tmp_path):
     config = tiny.run_config(tmp_path, tmp_path / "kept", stages=("dpt", "dft"))
-    again = dataclasses.replace(config, out=str(tmp_path / "again"), grad_checkpointing=True)
+    again = settings.changed(config, out=str(tmp_path / "again"), grad_checkpointing=True)
     kept, recomputed = (run(one, say=lambda _: None) for one in (config, again))
     for a, b in zip(kept, recomputed, strict=True):
         assert [entry["loss"] for entry in a.history] == [entry["loss"] for entry in b.history]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.training import tiny
 from training import settings
-from training.__main__ import main
+from training.cli import main
 from training.config import SourceConfig, TeacherCacheConfig
 from training.journal import WriteError
 from training.lock import held
@@ -152,7 +152,7 @@ def test_files_of_a_source_are_known_too(tmp_path):
         SourceConfig(path=str(rows)),
     )
     data = dataclasses.replace(config.data, conversations=None, sources=sources, held_out=None)
-    config = dataclasses.replace(config, data=data)
+    config = settings.changed(config, data=data)
     killed(config, 3)
     shutil.rmtree(rows)
     turns[1]["content"] = "blue"
@@ -166,7 +166,7 @@ def test_another_cache_under_the_same_path_is_named(begun, tmp_path):
     shutil.rmtree(tmp_path / "out")
     config = tiny.run_config(tmp_path, tmp_path / "out", stages=("dpt",))
     cached = TeacherCacheConfig(path=str(tmp_path / "rows"), batch_size=4)
-    config = dataclasses.replace(config, teacher_cache=cached)
+    config = settings.changed(config, teacher_cache=cached)
     command.make(config, say=quiet)
     run(config, say=quiet)
     shutil.rmtree(tmp_path / "rows")
@@ -213,7 +213,7 @@ def test_a_second_process_is_told_whose_the_folder_is(what, other, tmp_path, cap
     config = tiny.run_config(tmp_path, tmp_path / "out", stages=("dpt",))
     if what == "cache":
         cached = TeacherCacheConfig(path=str(tmp_path / "out"))
-        config = dataclasses.replace(config, out=str(tmp_path / "run"), teacher_cache=cached)
+        config = settings.changed(config, out=str(tmp_path / "run"), teacher_cache=cached)
     (tmp_path / "run.yaml").write_text(settings.dump(config))
     typed = [what, "--config", str(tmp_path / "run.yaml")]
     if what == "eval":
@@ -261,13 +261,13 @@ def test_a_first_try_without_a_checkpoint_binds_nobody(tmp_path):
     log = tmp_path / "out" / "1-dpt" / "log.jsonl"
     assert len(log.read_text().splitlines()) == 1, "what was learned of the failure stays"
     swap_label(tmp_path)
-    (result,) = run(dataclasses.replace(config, seed=3), say=quiet)
+    (result,) = run(settings.changed(config, seed=3), say=quiet)
     assert [entry["step"] for entry in result.history] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_stage_begun_anew_forgets_what_was_skipped(tmp_path, monkeypatch):
     config = tiny.run_config(tmp_path, tmp_path / "out", stages=("dpt",))
-    config = dataclasses.replace(config, on_nan="skip", save_steps=100)
+    config = settings.changed(config, on_nan="skip", save_steps=100)
     original = DistillTrainer.compute_loss
 
     def poisoned(self, model, inputs, *args, **kwargs):
@@ -327,7 +327,7 @@ def test_a_disk_that_fills_while_logging_is_named(tmp_path):
     """No file may be larger than 8 KiB, which the log is after some 20 entries."""
     config = tiny.run_config(tmp_path, tmp_path / "out", stages=("pt",))
     stage = dataclasses.replace(config.pt, steps=100)
-    config = dataclasses.replace(config, pt=stage, save_steps=1000)
+    config = settings.changed(config, pt=stage, save_steps=1000)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
     try:

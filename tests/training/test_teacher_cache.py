@@ -343,7 +343,7 @@ def test_other_data_and_processors_are_found_before_the_first_step(root, rows):
         use.open_rows(config, "dpt", loss, tiny.processor())
     with pytest.raises(ConfigError, match="unshifted"):
         use.open_rows(config, "dft", mk.LlavaKDLoss(response_shift=False), tiny.processor())
-    other = dataclasses.replace(config, teacher=str(root / "tower"))
+    other = settings.changed(config, teacher=str(root / "tower"))
     with pytest.raises(ConfigError, match=r"teacher: got .*tower, but .*dft is of .*teacher; name"):
         use.open_rows(other, "dft", loss, tiny.processor())
     assert len(use.open_rows(config, "dft", loss, tiny.processor())) == 14

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
-from training.step import TERMS
+from mllmkd_kernels.llava_kd import TERMS
 
 from tests.training import tiny
 from tests.training.test_recipes import root as recipes_root
 from tests.training.test_recipes import shrunk
 from training import settings
-from training.__main__ import main
+from training.cli import main
 from training.config import Config, TeacherCacheConfig
 from training.data.dataset import LlavaDataset
 from training.loop import run
@@ -54,7 +54,7 @@ def caching(root, path, **options):
     options = {"path": str(path / "rows"), "dtype": "fp32", "batch_size": 3} | options
     data = dataclasses.replace(config.data, held_out=None)
     cache = TeacherCacheConfig(**options)
-    return dataclasses.replace(config, dpt=stage, dft=stage, data=data, teacher_cache=cache)
+    return settings.changed(config, dpt=stage, dft=stage, data=data, teacher_cache=cache)
 
 
 def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, monkeypatch, capsys):
@@ -86,7 +86,7 @@ def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, monkeypatch,
         if self.state.global_step == 4:
             raise Killed
 
-    again = dataclasses.replace(alone, out=str(tmp_path / "again"))
+    again = settings.changed(alone, out=str(tmp_path / "again"))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(DistillTrainer, "_save_checkpoint", kill)
         run(again, say=quiet)
@@ -108,18 +108,18 @@ def test_a_run_stops_before_it_starts(root, tmp_path, capsys):
     assert main(["run", "--config", str(file)]) == 2
     assert "dpt: no manifest.json there, expected a teacher cache" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"none of dpt, dft is among .* \['sft'\]"):
-        command.make(dataclasses.replace(config, stages=("sft",)), say=quiet)
+        command.make(settings.changed(config, stages=("sft",)), say=quiet)
     with pytest.raises(ConfigError, match=r"teacher: got null, expected a path: the model whose"):
-        command.make(dataclasses.replace(config, teacher=None), say=quiet)
+        command.make(settings.changed(config, teacher=None), say=quiet)
 
 
 def same_with_and_without_the_teacher(config: Config, path, *, visual=True):
     """fp32 states of batches of other lengths, then optimiser steps on them."""
-    online = curves(run(dataclasses.replace(config, out=str(path / "online")), say=quiet))
+    online = curves(run(settings.changed(config, out=str(path / "online")), say=quiet))
     cache = TeacherCacheConfig(path=str(path / "rows"), dtype="fp32", visual=visual, batch_size=3)
-    config = dataclasses.replace(config, out=str(path / "stored"), teacher_cache=cache)
+    config = settings.changed(config, out=str(path / "stored"), teacher_cache=cache)
     command.make(config, say=quiet)
-    stored = curves(run(dataclasses.replace(config, teacher=None), say=quiet))
+    stored = curves(run(settings.changed(config, teacher=None), say=quiet))
     for ours, theirs in zip(stored[0], online[0], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
 

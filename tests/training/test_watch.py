@@ -18,7 +18,7 @@ from training.step import DistillStep
 import mllmkd_kernels as mk
 from tests.training import tiny
 from training import settings
-from training.__main__ import main
+from training.cli import main
 from training.config import Config, LossConfig
 from training.interrupt import Interrupted
 from training.journal import Journal
@@ -116,7 +116,7 @@ def test_skip_leaves_the_step_out(config, tmp_path, monkeypatch, where):
     weights = []
     poison(monkeypatch, where, {(2, 1), (3, 2)}, weights)
     messages = []
-    (result,) = run(dataclasses.replace(config, on_nan="skip"), say=messages.append)
+    (result,) = run(settings.changed(config, on_nan="skip"), say=messages.append)
     changed = [
         any(not torch.equal(a[key], b[key]) for key in a) for a, b in itertools.pairwise(weights)
     ]
@@ -134,7 +134,7 @@ def test_skip_leaves_the_step_out(config, tmp_path, monkeypatch, where):
 
 def test_a_run_of_bad_steps_stops(config, monkeypatch):
     poison(monkeypatch, "student", {(2, 1), (3, 1), (4, 1)})
-    skipping = dataclasses.replace(config, on_nan="skip", skip_limit=2)
+    skipping = settings.changed(config, on_nan="skip", skip_limit=2)
     with pytest.raises(NonFiniteError, match=r"step 3: .* 2 steps in a row were not finite"):
         run(skipping, say=lambda _: None)
 
@@ -143,7 +143,7 @@ def test_a_stopped_run_goes_on_when_told_to_skip(config, monkeypatch):
     poison(monkeypatch, "student", {(3, 2)})
     with pytest.raises(NonFiniteError):
         run(config, say=lambda _: None)
-    (result,) = run(dataclasses.replace(config, on_nan="skip"), say=lambda _: None)
+    (result,) = run(settings.changed(config, on_nan="skip"), say=lambda _: None)
     assert result.summary["skipped"] == 1
 
 

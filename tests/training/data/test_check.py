@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.training.llava_files import entry, paint, write
 from tests.training.tiny_processors import llava, qwen2_5_vl
-from training.__main__ import main
+from training.cli import main
 from training.data.check import Report, read_data, reason_of
 from training.data.encoding import Encoding
 from training.data.item import IGNORE

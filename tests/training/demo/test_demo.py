@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from training import settings
-from training.__main__ import main
+from training.cli import main
 from training.demo.garments import FILES
 from training.demo.recipes import DemoConfig
 from training.demo.report import DISTILLED, EQUAL_STEPS, EQUAL_TIME, judge, table
@@ -128,7 +128,7 @@ def test_another_tower_in_the_same_folder_is_refused(finished):
     config, _ = finished
     wider = dataclasses.replace(config.tower, hidden=32)
     with pytest.raises(ConfigError, match=r"made with another tower \(hidden: 16 -> 32\)"):
-        demo(dataclasses.replace(config, tower=wider))
+        demo(settings.changed(config, tower=wider))
 
 
 def test_command_line_prints_table_and_verdict(finished, capsys):

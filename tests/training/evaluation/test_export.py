@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.training import tiny
-from training.__main__ import main
+from training.cli import main
 from training.evaluation import export
 from training.evaluation.benchmarks import BENCHMARKS
 from training.evaluation.predictions import Predictions

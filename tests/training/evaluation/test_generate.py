@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from tests.training import tiny, tiny_pairs
-from training.__main__ import main
+from training.cli import main
 from training.data.records import DataError
 from training.evaluation.generate import Answer, Prompt, Writer, load
 from training.evaluation.questions import Files
