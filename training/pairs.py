@@ -351,5 +351,5 @@ def _rows(ours: _View, theirs: _View, visual: bool) -> Finding:
     text = ", ".join(f"{shape} {n} and {m}" for shape, n, m in pairs)
     if not visual:
         return Finding("note", "visual rows", f"{text}; no visual term compares them")
-    text += "; set loss.visual and loss.relation to 0, or take a teacher whose images have as many"
+    text += "; weigh the terms over visual rows with 0, or take a teacher whose images have as many"
     return Finding("fault", "visual rows", text)
