@@ -166,8 +166,7 @@ class TeacherCacheConfig(Section):
     )
     visual: bool = setting(
         True,
-        "store image rows too, most of the disk; false is for runs whose loss.visual and "
-        "loss.relation are 0",
+        "store image rows too, most of the disk; false is for losses without terms over them",
     )
     dtype: Literal["bf16", "fp16", "fp32"] = setting("bf16", "numbers are stored in")
     shard_mb: int = setting(512, "MiB of a shard; one is in memory while it is made", gt=0)
