@@ -155,8 +155,8 @@ def fused_linear_distill(
         table.name, table.param, temperature,
         checks.softcap("student_softcap", student_softcap),
         checks.softcap("teacher_softcap", teacher_softcap),
-        vocab, ignore_index, *wants(hs, ws, bs),
-        backend, checks.workspace(workspace_mb), diagnostics,
+        vocab, checks.integer("ignore_index", ignore_index), *wants(hs, ws, bs),
+        checks.backend(backend), checks.workspace(workspace_mb), diagnostics,
     )  # fmt: skip
     shown = found.detach().unbind()[: 1 if ht is None else 3] if diagnostics else ()
     return DistillOutput(loss, ce.detach(), kd.detach(), *shown)
@@ -181,4 +181,5 @@ def check_heads(
         checks.head("teacher_", ht, wt, bt)
         checks.same_rows("teacher_hidden", ht.shape[0], "student_hidden", hs.shape[0])
         checks.same_device("teacher_hidden", ht, "student_hidden", hs)
+    checks.in_memory("student_hidden", hs)
     return hs.shape[0]

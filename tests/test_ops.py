@@ -243,8 +243,7 @@ def operator_calls(backend: str, dtype: torch.dtype, grad: bool) -> dict[str, tu
         "relation": (ops.relation, (t["hs"], g_s, t["ht"], g_t, CU, grad, grad, backend, False)),
         "relation_softcapped": (ops.relation_softcapped, (
             *t.values(), CU, 2.0, 3.0, V_S, grad, grad, grad, True)),
-        "scale_gradient": (ops.scale_gradient, (torch.randn(3, 2), torch.tensor(0.5),
-                                                torch.empty(3, 2, dtype=dtype))),
+        "scale_gradient": (ops.scale_gradient, (torch.randn(3, 2), torch.tensor(0.5), dtype)),
     }  # fmt: skip
 
 
