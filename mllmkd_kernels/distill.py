@@ -85,7 +85,8 @@ def fused_linear_distill(
 
     ``L = Σ_n ce_weight[n]·CE_n + kd_weight[n]·D_n``. The weights carry the normalisation: for a
     mean over the valid tokens of a whole optimiser step pass ``1 / number_of_them``. Rows whose
-    weight is 0 contribute exactly 0.
+    weight is 0 contribute exactly 0. Tensors may lie in memory as they like; one that is not
+    contiguous is copied for the call, even a head.
 
     Args:
         student_hidden, student_weight: last hidden states (after the final norm) and

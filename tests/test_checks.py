@@ -158,7 +158,7 @@ def test_numbers_of_numpy_are_numbers(number: Any) -> None:
 
 def test_tensors_without_numbers_are_refused() -> None:
     """All on meta: an offloaded model, or one that was not loaded."""
-    x = {k: v.to(META) if isinstance(v, Tensor) else v for k, v in good().items()}
+    x: dict[str, Any] = {k: v.to(META) if isinstance(v, Tensor) else v for k, v in good().items()}
     hidden, head, labels = x["student_hidden"], x["student_weight"], x["labels"]
     teacher = x["teacher_hidden"], x["teacher_weight"]
     calls: list[tuple[str, Callable[[], Any]]] = [

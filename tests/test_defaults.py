@@ -9,6 +9,7 @@ import ast
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_settings_that_round_are_held_by_all_threads_together() -> None:
     before = torch.get_float32_matmul_precision(), library.allow_fp16_accumulation
     inside, leave, seen = threading.Event(), threading.Event(), []
 
-    def state() -> tuple[str, bool]:
+    def state() -> tuple[Any, Any]:
         return library.fp32_precision, library.allow_fp16_accumulation
 
     def second() -> None:

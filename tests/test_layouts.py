@@ -51,7 +51,7 @@ def transposed(x: Tensor) -> Tensor:
 
 def negated(x: Tensor) -> Tensor:
     """Contiguous, but the sign is a bit that kernels do not see."""
-    lazy = torch._neg_view(-x)
+    lazy = torch.ops.aten._neg_view(-x)
     assert lazy.is_neg()
     return lazy
 
