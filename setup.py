@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
@@ -243,4 +244,6 @@ def last_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
+    if int(setuptools.__version__.split(".")[0]) < 77:  # they fail on the licence, by pages
+        raise SystemExit(f"setuptools {setuptools.__version__}: pip install 'setuptools>=77.0.3'")
     setup(**arguments())

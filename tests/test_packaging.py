@@ -193,6 +193,14 @@ def test_kernels_that_are_required_are_not_left_out(tree: Path) -> None:
     assert done.returncode == 0
 
 
+def test_setuptools_that_are_too_old_are_named(tree: Path) -> None:
+    """Those that come with Python 3.11 do not know the metadata."""
+    run = "import runpy; runpy.run_path('setup.py', run_name='__main__')"
+    old = f"import setuptools; setuptools.__version__ = '65.5.0'; {run}"
+    done = command(tree, "-c", old, **NO_EXTENSION)
+    assert done.stderr == "setuptools 65.5.0: pip install 'setuptools>=77.0.3'\n"
+
+
 # --- source distributions ------------------------------------------------------------------------
 
 
