@@ -16,10 +16,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -39,9 +42,12 @@ from transformers import (
     Qwen2Config,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import CONFIG_NAME
 
 from training import sharding
 from training.config import ModelConfig, require
+from training.journal import writing
+from training.paths import is_missing_folder
 
 IMAGE_TOKEN = "<image>"
 # The ids of `training.data.template`'s chat prompt, for who has only the saved folder.
@@ -229,6 +235,18 @@ def _new_processor(config: ModelConfig, vision: str) -> LlavaProcessor:
     )
 
 
+def recompute_activations(model: Vlm) -> None:
+    """Let the backward pass recompute the activations of every layer that trains.
+
+    transformers also makes the output of each embedding require a gradient, the frozen tower's
+    too, which then keeps its whole graph. Only reentrant checkpointing needs that.
+    """
+    # the new name for what transformers before 5.23 calls gradient_checkpointing_enable
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    model.disable_input_require_grads()
+
+
 def save_model(
     model: Vlm,
     processor: Processor,
@@ -240,11 +258,15 @@ def save_model(
     target = Path(path)
     staging = target.with_name(f".{target.name}.incomplete")
     shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging, state_dict=state)
-    processor.save_pretrained(staging)
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(staging, target)
+    with writing(target):
+        try:
+            model.save_pretrained(staging, state_dict=state)
+            processor.save_pretrained(staging)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _language_model(config: ModelConfig, processor: LlavaProcessor) -> Any:
@@ -304,20 +326,37 @@ def _strictly(auto: Any, path: str | Path, **options: Any) -> Any:
     return model
 
 
+@cache
+def commit_of(name: str | Path) -> str:
+    """The commit of a model or processor on the hub, from the hub or its cache.
+
+    One question, where transformers asks for one file after the other; none for what can only be a
+    folder.
+
+    Raises:
+        CheckpointError: there is no such name, or no way to the hub.
+    """
+    if is_missing_folder(name):
+        raise CheckpointError(f"{name}: no such folder")
+    try:
+        return Path(hf_hub_download(str(name), CONFIG_NAME)).parent.name
+    except (OSError, ValueError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return "without config.json"  # as that of a processor alone
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{name}: neither a folder nor on the hub: {reason}") from error
+
+
 def _check_there(path: str | Path) -> None:
-    """A path that cannot be a name on the hub has to be there."""
-    if str(path).startswith(("/", ".", "~")) and not Path(path).exists():
-        raise CheckpointError(f"{path}: no such folder")
+    """`CheckpointError` unless it is a folder or a name on the hub."""
+    if not Path(path).exists():
+        commit_of(path)
 
 
 def _check_kind(path: str | Path, kinds: Collection[str], expected: str) -> None:
     """Look at the model_type before transformers does: its own message is hard to read."""
     _check_there(path)
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(path)
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: neither a folder nor on the hub: {reason}") from error
+    values, _ = PreTrainedConfig.get_config_dict(path)
     if not values:
         raise CheckpointError(f"{path}: no config.json there, expected a saved model")
     kind = values.get("model_type")

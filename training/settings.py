@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from training.paths import expanded
+
 T = TypeVar("T")
 
 
@@ -58,12 +60,26 @@ def section(cls: type[T], help: str, **overrides: Any) -> T:
 def check(config: Any) -> None:
     """Check every field of a dataclass built in Python; call it from `__post_init__`.
 
+    Text that begins with ``~`` is a path from a home folder, whatever the field, and is replaced
+    by the whole path.
+
     Raises `ConfigError` naming the class and field.
     """
     hints = typing.get_type_hints(type(config))
     for item in dataclasses.fields(config):
         where = f"{type(config).__name__}.{item.name}"
-        _convert(getattr(config, item.name), hints[item.name], item.metadata, where)
+        value = getattr(config, item.name)
+        _convert(value, hints[item.name], item.metadata, where)
+        if isinstance(value, str):
+            object.__setattr__(config, item.name, home(value, where))
+
+
+def home(value: str, where: str) -> str:
+    """`value` with ``~`` expanded; `ConfigError` naming the field `where` if that is nowhere."""
+    try:
+        return expanded(value)
+    except ValueError as error:
+        raise ConfigError(f"{where}: got {value!r}, expected a path: {error}") from None
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "", base: T | None = None) -> T:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import threading
 
 import pytest
 import torch
@@ -23,7 +25,8 @@ from tests import tiny_models
 from tests.training import tiny
 from training import models
 from training.anatomy import image_token_id
-from training.config import ModelConfig
+from training.config import ModelConfig, SourceConfig
+from training.data.sources import load_rows
 from training.models import (
     CheckpointError,
     assemble,
@@ -37,6 +40,37 @@ from training.models import (
 )
 from training.settings import ConfigError
 from training.shared_tower import image_features, share_tower
+
+
+def read_rows(name):
+    return load_rows(SourceConfig(path=name), "data.sources[0]")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Paths that are asked of a hub that has nothing."""
+    asked = []
+
+    class Nothing(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_GET = do_HEAD
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Nothing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        constants = "huggingface_hub.constants."
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(f"{constants}HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(f"{constants}ENDPOINT", url)
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(f"{constants}HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield asked
+        server.shutdown()
 
 
 @pytest.fixture
@@ -190,6 +224,20 @@ class TestBrokenCheckpoints:
     def test_no_such_folder(self, load, tmp_path):
         with pytest.raises(CheckpointError, match=r"nothing: no such folder$"):
             load(str(tmp_path / "nothing"))
+
+    @pytest.mark.parametrize("load", [load_vlm, load_processor, load_tower, read_rows])
+    @pytest.mark.parametrize("name", ["runs/teacher/model", "./runs", "~/model", "/no/model"])
+    def test_a_missing_folder_is_looked_for_on_no_hub(self, load, name, hub):
+        said = name.replace("~", "(~|/.*)")  # a configuration has it expanded
+        with pytest.raises(ValueError, match=f"{said}: no such (file or )?folder$"):
+            load(name)
+        assert hub == []
+
+    @pytest.mark.parametrize("load", [load_vlm, load_processor, load_tower])
+    def test_a_hub_is_asked_once_for_a_name(self, load, hub):
+        with pytest.raises(CheckpointError, match="runs/model: neither a folder nor on the hub"):
+            load("runs/model")
+        assert len([path for path in hub if "runs/model" in path]) == 1
 
     def test_not_for_images_and_text(self, tower):
         with pytest.raises(CheckpointError, match="expected an image-text-to-text model"):

@@ -121,11 +121,16 @@ class ChatEncoder:
         ids: list[int] = []
         labels: list[int] = []
         extras: dict[str, list[int]] = {name: [] for name in self._extras}
-        images = iter(range(len(seen.ids)))
-        for text, said in self._pieces(sample):
+        pieces = self._pieces(sample)
+        places = sum(text.count(self.image_token) for text, _ in pieces)
+        if places != len(seen.ids):
+            got = f"{places} x {self.image_token!r} for {len(seen.ids)} image(s)"
+            raise fault(sample.place, "conversations", got, "as many as images")
+        image = -1
+        for text, said in pieces:
             for k, part in enumerate(text.split(self.image_token)):
                 if k:
-                    image = next(images)
+                    image += 1
                     ids += seen.ids[image]
                     labels += [IGNORE] * len(seen.ids[image])
                     for name, row in extras.items():

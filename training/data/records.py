@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,34 @@ class Place:
     id: str | None = None
 
     def __str__(self) -> str:
-        name = f" (id {self.id!r})" if self.id is not None else ""
+        name = f" (id {short(repr(self.id))})" if self.id is not None else ""
         return f"{self.path}{', ' if self.where else ''}{self.where}{name}"
 
 
 def fault(place: Place, field: str, got: object, expected: str) -> DataError:
-    """The one wording of a data fault: place, field, what came, what was expected."""
-    error = DataError(f"{place}: field {field!r}: got {got}, expected {expected}")
+    """The one wording of a data fault: place, field, what came (cut if long), what was expected."""
+    got = short(str(got), 400)
+    text = f"{place}: field {field!r}: got {got}, expected {expected}"
+    error = DataError(text.encode("utf-8", "backslashreplace").decode())  # can be printed anywhere
     error.id = place.id
     return error
+
+
+@contextmanager
+def named(place: Place, field: str, expected: str, what: str = "") -> Iterator[None]:
+    """Whatever a library or the system raises within, as the `DataError` of a sample.
+
+    The one place where errors on a sample's way are turned into faults; a `StopIteration` too,
+    which a data loader would take for the end of the data. `what` came before the error's words.
+    """
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:
+        got = f"{short(what)}: " if what else ""
+        got += f"{type(error).__name__}: {short(str(error))}"
+        raise fault(place, field, got, expected) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,5 +215,11 @@ def _check_message(place: Place, i: int, message: Any) -> None:
 
 def shown(value: object) -> str:
     """``repr`` of a value with its type, cut to a readable length."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    return f"{type(value).__name__} {short(repr(value), 60)}"
+
+
+def short(text: str, most: int = 200) -> str:
+    """A text of at most about `most` letters; of a longer one the beginning and the end."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most * 2 // 3]}... {len(text):,} letters ...{text[-most // 6 :]}"

@@ -8,7 +8,9 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.training.llava_files import entry, paint, write
 from tests.training.tiny_processors import llava, qwen2_5_vl
@@ -16,7 +18,7 @@ from training.__main__ import main
 from training.data.check import Report, read_data, reason_of
 from training.data.encoding import Encoding
 from training.data.item import IGNORE
-from training.data.page import boxes, write_page
+from training.data.page import boxes, rows_of, write_page
 from training.data.sources import LlavaSource
 
 
@@ -70,6 +72,28 @@ def test_the_page_colours_exactly_the_labels(source: LlavaSource, tmp_path: Path
     assert page.count("<img ") == 3 and "<b>bag</b>" not in page  # the entry's text is escaped
     assert "袋" in page and "é" in page  # letters of several tokens are whole
     assert "http" not in page and "src='data:image/jpeg" in page
+
+
+def test_conversions_of_pictures_are_counted(tmp_path: Path) -> None:
+    paint(tmp_path / "plain.png", 90, size=32)
+    Image.new("RGBA", (32, 32), (9, 9, 9, 0)).save(tmp_path / "clear.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (48, 32)).save(tmp_path / "lying.jpg", exif=exif)
+    Image.fromarray(np.zeros((32, 32), np.uint16)).save(tmp_path / "deep.png")
+    names = ["plain.png", "clear.png", "clear.png", "lying.jpg", "deep.png"]
+    entries = [entry("<image> q", "a", image=name, id=name) for name in names]
+    source = LlavaSource(write(tmp_path / "d.json", entries), tmp_path)
+    report, encoding = checked(source)
+    assert report.to_dict()["conversions"] == {
+        "transparent, laid on white": 2,
+        "turned as EXIF says": 1,
+        "uint16 scaled to 8 bits": 1,
+    }
+    assert ("images converted", "2 of 5: transparent, laid on white") in list(rows_of(report))
+    write_page(report, encoding.encoders[0].tokenizer, 0, tmp_path / "p.html")  # pyright: ignore[reportAttributeAccessIssue]
+    page = (tmp_path / "p.html").read_text()
+    assert "2 of 5: transparent, laid on white" in page and "32 x 48" in page  # upright
 
 
 def test_image_tokens_are_one_box(source: LlavaSource) -> None:
