@@ -186,7 +186,7 @@ def test_a_benchmark_goes_on_where_a_question_cannot_be_asked(root, tmp_path, ca
     (root / "images" / "bad.png").write_bytes(b"no picture")
     (tmp_path / "pope.json").write_text("\n".join(map(json.dumps, asked)))
     files = Files(tmp_path / "pope.json", root / "images")
-    more = {"max_new_tokens": 6, "batch_size": 3}
+    more: dict = {"max_new_tokens": 6, "batch_size": 3}
     found = run_benchmark(
         Options(str(root / "model"), "pope", files, tmp_path / "out", **more), load
     )
