@@ -200,7 +200,7 @@ def test_a_benchmark_goes_on_where_a_question_cannot_be_asked(root, tmp_path, ca
         for out in ("out", "sound")
     )
     for i, message in (
-        (1, r"pope\.json \(id '1'\): field 'question': got '<image>' in 'say <image>"),
+        (1, r"pope\.json \(id '1'\): field 'question': got '<image>' in str 'say <image>"),
         (2, r"pope\.json \(id '2'\): field 'question': got .*surrogates not allowed"),
         (4, r"pope\.json \(id '4'\): field 'image\[0\]': got .*bad\.png: Unidentified"),
     ):
