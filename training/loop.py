@@ -29,6 +29,7 @@ from accelerate import PartialState
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, TrainingArguments
 
 from training import checkpoint, settings
+from training.anatomy import positions
 from training.claim import Claim, claimed
 from training.config import Config, StageConfig, require
 from training.data.collate import Collator
@@ -134,6 +135,8 @@ def _train(
     dataset = load_data(config, processor, stage.data, stage.template, own)
     if claim is not None:
         claim.check_data(stage.data, dataset)
+    for note in (*dataset.encoding.notes, *_too_long(model, dataset)):
+        say(f"{folder.name}: {note}")
     loss = loss_of(stage, options.loss)
     collator = collator_of(config.data, (model, processor), source, own)
     if stage.name in stored_stages(config):
@@ -176,6 +179,19 @@ def _train(
     if trainer.stopped_by:
         raise Interrupted(trainer.stopped_by, f"{folder} is done; the same command continues")
     return state is None
+
+
+def _too_long(model: Any, dataset: Any) -> list[str]:
+    """A note where samples may be longer than the model's positions, and about how many are."""
+    known, encoding = positions(model.config), dataset.encoding
+    if known is None or encoding.max_length <= known:
+        return []
+    about = ""
+    if samples := getattr(dataset, "samples", None):  # a stream is not counted
+        longer = sum(encoding.estimate(sample) > known for sample in samples)
+        about = f"; about {longer:,} of {len(samples):,} are longer"
+    allowed = f"data.max_length allows samples of {encoding.max_length:,} tokens"
+    return [f"the model has {known:,} positions, and {allowed}{about}"]
 
 
 def _steps(options: StageConfig, samples: int | None) -> int:
@@ -244,7 +260,8 @@ def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> Onli
     teacher, its_processor = load_vlm(path, dtype=DTYPES[config.teacher_dtype])
     losses = [config.stage(name).loss for name in needed]
     visual = any(loss.visual or loss.relation for loss in losses)
-    report = check_pair(model, processor, teacher, its_processor, visual=visual)
+    both = (model, processor, teacher, its_processor)
+    report = check_pair(*both, visual=visual, max_length=config.data.max_length)
     say(str(report))
     report.require()
     return OnlineTeacher(teacher, its_processor if report.own_batch else None)

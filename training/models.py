@@ -45,6 +45,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import CONFIG_NAME
 
 from training import sharding
+from training.anatomy import positions
 from training.config import ModelConfig, require
 from training.journal import writing
 from training.paths import is_missing_folder
@@ -52,14 +53,14 @@ from training.paths import is_missing_folder
 IMAGE_TOKEN = "<image>"
 # The ids of `training.data.template`'s chat prompt, for who has only the saved folder.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{% endif %} ASSISTANT:{% else %} "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "{{ eos_token }}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% if message['content'] is string %}"
+    "{% set images, text = 0, message['content'] %}{% else %}"
+    "{% set images = message['content'] | selectattr('type', 'equalto', 'image') | list | length %}"
+    "{% set text = message['content'] | selectattr('type', 'equalto', 'text')"
+    " | map(attribute='text') | join %}{% endif %}"
+    "{% if message['role'] == 'system' %}{{ text }} "
+    "{% elif message['role'] == 'user' %}USER: {{ '<image>\n' * images }}{{ text }} ASSISTANT:"
+    "{% else %} {{ text }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 # Any class of AutoModelForImageTextToText, and of AutoProcessor: what they have in common (a
 # forward, a tokenizer) is no type of transformers'.
@@ -213,6 +214,13 @@ def load_processor(path: str) -> Processor:
     return processor
 
 
+def known_positions(path: str | None) -> int | None:
+    """`anatomy.positions` of the model in a folder or on the hub; None where there is no model."""
+    if path is None or not PreTrainedConfig.get_config_dict(path)[0]:
+        return None
+    return positions(_read(AutoConfig, path, "the configuration"))
+
+
 def _new_processor(config: ModelConfig, vision: str) -> LlavaProcessor:
     """A processor of the tower's image processor and the LM's tokenizer, `<image>` added."""
     language = require(
@@ -231,7 +239,7 @@ def _new_processor(config: ModelConfig, vision: str) -> LlavaProcessor:
         image_token=IMAGE_TOKEN,
         # CLIP puts a class token before its patches, which the strategy "default" drops again
         num_additional_image_tokens=int(tower.model_type == "clip_vision_model"),
-        chat_template=CHAT_TEMPLATE,
+        chat_template=_chat_template(tokenizer),
     )
 
 
@@ -245,6 +253,18 @@ def recompute_activations(model: Vlm) -> None:
     new = getattr(model, "activation_checkpointing_enable", None)
     (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
     model.disable_input_require_grads()
+
+
+def _chat_template(tokenizer: Any) -> str:
+    """The tokenizer's own if it shows images, else LLaVA's; `Encoder.note` tells which was left."""
+    from jinja2 import TemplateError
+
+    parts = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    except (TemplateError, TypeError, ValueError):  # none at all, or one of texts alone
+        return CHAT_TEMPLATE
+    return tokenizer.chat_template if IMAGE_TOKEN in text else CHAT_TEMPLATE
 
 
 def save_model(

@@ -22,10 +22,14 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests import tiny_models
-from tests.training import tiny
+from tests.training import tiny, tiny_pairs, tiny_processors
 from training import models
 from training.anatomy import image_token_id
 from training.config import ModelConfig, SourceConfig
+from training.data.chat import encoder_for
+from training.data.encoding import Encoding
+from training.data.item import IGNORE
+from training.data.records import Place, Sample
 from training.data.sources import load_rows
 from training.models import (
     CheckpointError,
@@ -151,6 +155,39 @@ def test_a_student_from_a_whole_clip_and_a_causal_lm(tmp_path):
     assert again(images=[Image.new("RGB", (20, 30))], text=prompt).input_ids == [
         inputs["input_ids"][0].tolist()
     ]
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, tiny_processors.LLAVA_CHATML], ids=["texts_alone", "images"]
+)
+def test_parts_keep_a_chat_template_that_shows_images_or_it_is_said(tmp_path, template):
+    tower, small, _ = tiny_pairs.write_parts(tmp_path)
+    (small / "chat_template.jinja").write_text(template)
+    _, processor = build_model(ModelConfig(vision=str(tower), language=str(small)), 0)
+    (note,) = Encoding(processor).notes or [""]
+    if template == CHATML:
+        assert processor.chat_template == models.CHAT_TEMPLATE
+        assert "its tokenizer's chat template shows no images and is not used" in note
+    else:
+        assert processor.chat_template == template and note == ""
+    encoder = encoder_for(processor)
+    asked = Sample(Place(tmp_path), ("",), (("<image>\nwhat is this", "a red square"),))
+    item = encoder.item(asked, encoder.see([Image.new("RGB", (16, 16))]))
+    processor.save_pretrained(tmp_path / "p")
+    again = load_processor(str(tmp_path / "p"))
+    parts = [{"type": "image"}, {"type": "text", "text": "what is this"}]
+    prompt = again.apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+    )
+    first = int((item["labels"] != IGNORE).nonzero()[0])
+    told = again.tokenizer.decode(item["input_ids"][:first]).replace("<image>" * 4, "<image>")
+    assert told == prompt, "what is trained is what the saved folder asks with"
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,11 @@ from typing import Any
 
 from PIL import Image
 
+from training.data.controls import Controls, special_tokens
 from training.data.item import IGNORE, TOKEN_EXTRAS, Item, Seen, build_item
 from training.data.pieces import Pieces
 from training.data.records import IMAGE_MARK, DataError, Place, Sample, fault
-from training.data.template import Encoder, TemplateName
+from training.data.template import Encoder, TemplateName, speaks_llava
 from training.settings import ConfigError
 
 # Stands for answer i while the template is rendered; no template changes it, no text contains it.
@@ -39,13 +40,14 @@ PER_TOKEN = ("input_ids", "attention_mask", *TOKEN_EXTRAS)
 def encoder_for(
     processor: Any, template: TemplateName = "chat", system: str = ""
 ) -> Encoder | ChatEncoder:
-    """LLaVA's own templates for a `LlavaProcessor`, the processor's own for any other.
+    """The encoder of the processor's own chat template; LLaVA's, where a `LlavaProcessor` has none
+    or one that asks alike (`speaks_llava`).
 
     Raises:
         ConfigError: `ChatEncoder` refuses the processor.
         ValueError: `Encoder` does, or the template is unknown.
     """
-    if type(processor).__name__ == "LlavaProcessor":
+    if type(processor).__name__ == "LlavaProcessor" and speaks_llava(processor):
         return Encoder(processor, template, system)
     return ChatEncoder(processor, template, system)
 
@@ -80,7 +82,8 @@ class ChatEncoder:
         self.template, self.system = template, system
         self.image_token: str = processor.image_token
         self.image_id: int = processor.image_token_id
-        self._text = Pieces(self.tokenizer)
+        self._text, self._controls = Pieces(self.tokenizer), Controls(processor)
+        self._specials = special_tokens(self.tokenizer)
         self._learn()
         check_template(self)
 
@@ -115,8 +118,8 @@ class ChatEncoder:
         """Ids, labels and visual tensors of one sample.
 
         Raises:
-            DataError: a text spells out one of the template's own tokens, an answer is not what
-                the template renders, or ``pretrain`` meets anything but images and one caption.
+            DataError: a text spells out a control token, an answer is not what the template
+                renders, or ``pretrain`` meets anything but images and one caption.
         """
         ids: list[int] = []
         labels: list[int] = []
@@ -159,8 +162,8 @@ class ChatEncoder:
 
     def messages(self, sample: Sample, answers: Sequence[str]) -> list[dict[str, Any]]:
         """The conversation as templates want it: a list of parts for every message."""
-        system = sample.system if sample.system is not None else self.system
-        talk = [_message("system", system)] if system else []
+        system = sample.system if sample.system is not None else self.system or None
+        talk = [] if system is None else [_message("system", system)]
         for (human, _), answer in zip(sample.turns, answers, strict=False):
             talk.append({"role": "user", "content": _parts(human, sample.ordered)})
             talk.append(_message("assistant", answer))
@@ -168,12 +171,7 @@ class ChatEncoder:
 
     def _pieces(self, sample: Sample) -> list[tuple[str, bool]]:
         """The text in order, and whether it is learned."""
-        for i, turn in enumerate(sample.turns):
-            for j, text in enumerate(turn):
-                if control := self._controls.search(text.replace(IMAGE_MARK, "")):
-                    got = f"{control.group()!r} in {text!r}"
-                    field = f"conversations[{2 * i + j}].value"
-                    raise fault(sample.place, field, got, "text without the template's own tokens")
+        self._controls.check(sample)
         answers = [answer.strip() if self._trims else answer for _, answer in sample.turns]
         if self.template == "pretrain":
             return self._caption(sample, answers)
@@ -219,7 +217,7 @@ class ChatEncoder:
         )
 
     def _learn(self) -> None:
-        """How an answer is opened and ended, what borders an image, which tokens are control."""
+        """How an answer is opened and ended, and what borders an image."""
         mark = MARK.format(0)
         user = {"role": "user", "content": [{"type": "text", "text": "What is this?"}]}
         before, prompt = self.render([user]), self.render([user], prompt=True)
@@ -242,9 +240,6 @@ class ChatEncoder:
         self.ending = self._ending(after)
         self._trims = f" {mark} " not in self.render([user, _message("assistant", f" {mark} ")])
         self._head, self._tail = self._borders()
-        used = f"{whole}{self._head}{self.image_token}{self._tail}{self.tokenizer.eos_token}"
-        controls = [re.escape(token) for token in self._specials() if token in used]
-        self._controls = re.compile("|".join(controls))
         bos = self.tokenizer.bos_token
         start = self.tokenizer("").input_ids[:1]
         added = start == [self.tokenizer.bos_token_id] and not whole.startswith(bos or "\0")
@@ -252,13 +247,9 @@ class ChatEncoder:
         probe = self.processor(text=["a"], return_tensors="pt")
         self._extras = [name for name in TOKEN_EXTRAS if name in probe]
 
-    def _specials(self) -> list[str]:
-        added = self.tokenizer.added_tokens_decoder.values()
-        return [token.content for token in added if token.special]
-
     def _ending(self, after: str) -> str:
         """The text after an answer up to its first special token, where generation stops."""
-        ends = [after.index(t) + len(t) for t in self._specials() if t and t in after]
+        ends = [after.index(t) + len(t) for t in self._specials if t and t in after]
         if not ends:
             raise self.refusal(
                 f"{after!r} after an answer", "a special token there, for generation to stop at"
@@ -269,7 +260,7 @@ class ChatEncoder:
         """What the template writes before and after each image: special tokens only."""
         two = {"role": "user", "content": [{"type": "image"}, {"type": "image"}]}
         before, between, _ = [*self.render([two]).split(self.image_token), "", ""][:3]
-        starts = [between.index(token) for token in self._specials() if token in between]
+        starts = [between.index(token) for token in self._specials if token in between]
         heads = [between[i:] for i in sorted(starts) if before.endswith(between[i:])]
         head = heads[0] if heads else ""
         return head, between.removesuffix(head)

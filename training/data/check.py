@@ -51,6 +51,7 @@ class Report:
     images: Counter[int] = field(default_factory=Counter)  # images a sample -> samples
     conversions: Counter[str] = field(default_factory=Counter)  # what was done -> images
     shown: list[Shown] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)  # fields that are not read -> samples
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -106,21 +107,32 @@ class Report:
             "lengths": lengths,
             "images_per_sample": {str(n): self.images[n] for n in sorted(self.images)},
             "conversions": dict(self.conversions.most_common()),
+            "not_read": dict(self.unread.most_common()),
             "notes": self.notes,
         }
 
 
 def read_data(
-    sources: Sequence[Source], encoding: Encoding, *, show: int = 12, limit: int | None = None
+    sources: Sequence[Source],
+    encoding: Encoding,
+    *,
+    show: int = 12,
+    limit: int | None = None,
+    positions: int | None = None,
 ) -> Report:
     """Read every entry (or the first `limit` of each source) and count what is found.
+
+    Args:
+        sources: what to read.
+        encoding: how it is encoded.
+        show: how many samples are kept for the page.
+        limit: how many entries of each source are read.
+        positions: how many tokens the model was made for; longer samples are noted.
 
     Raises:
         DataError: a source that cannot be read at all.
     """
-    report = Report([source.name for source in sources])
-    note = getattr(encoding.encoders[0], "note", "")
-    report.notes += [note] if note else []
+    report = Report([source.name for source in sources], notes=encoding.notes)
     for source in sources:
         entries = list(source.samples())[:limit]
         wanted = _spread(len(entries), -(-show // len(sources)))
@@ -136,6 +148,11 @@ def read_data(
                 examples = report.examples.setdefault(reason, [])
                 if len(examples) < EXAMPLES:
                     examples.append(str(error))
+    if positions is not None and (longer := sum(n > positions for n in report.lengths)):
+        report.notes.append(
+            f"{longer:,} samples are longer than the model's {positions:,} positions (up to "
+            f"{max(report.lengths):,} tokens); data.max_length={positions} would refuse them"
+        )
     return report
 
 
@@ -152,6 +169,7 @@ def _count(
     report.image_tokens += int(item["image_lens"].sum())
     report.images[len(images)] += 1
     report.conversions.update(done for image in images for done in conversions(image))
+    report.unread.update(entry.unread)
     if show:
         report.shown.append(Shown(entry, item, images))
 

@@ -28,8 +28,8 @@ class Encoding:
     """A processor, perhaps the teacher's too, and the limit of a sample's length.
 
     Args:
-        processor: any image-text processor with a chat template (`training.data.chat`), or a
-            `LlavaProcessor` whose images all have one size.
+        processor: any image-text processor with a chat template (`training.data.chat`), or one of
+            LLaVA's own (`training.data.template`) whose images all have one size.
         teacher: the teacher's processor, if it differs: each item then has a ``teacher`` item,
             made by it of the same sample.
         template: ``chat`` or ``pretrain`` (`training.data.template`, `training.data.chat`).
@@ -64,6 +64,11 @@ class Encoding:
         self.cache: list[dict[Hashable, Seen]] = [{} for _ in both]
         self.cache_left = image_cache_mb << 20
 
+    @property
+    def notes(self) -> list[str]:
+        """What the encoders say of their processors' templates."""
+        return list(dict.fromkeys(encoder.note for encoder in self.encoders if encoder.note))
+
     def item(self, sample: Sample, images: Images, identity: Hashable = None) -> Item:
         """The sample's item, the teacher's within it.
 
@@ -97,7 +102,7 @@ class Encoding:
 
     def estimate(self, sample: Sample) -> int:
         """About how many tokens the sample has: 4 letters a token, images of a usual size."""
-        letters = sum(len(text) for turn in sample.turns for text in turn)
+        letters = sum(len(text) for _, text in sample.texts())
         return letters // LETTERS_PER_TOKEN + len(sample.images) * self._tokens_per_image()
 
     def _tokens_per_image(self) -> int:

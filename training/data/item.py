@@ -53,6 +53,7 @@ class ItemEncoder(Protocol):
     """Samples to items: `training.data.template.Encoder` or `training.data.chat.ChatEncoder`."""
 
     fixed_image_tokens: bool  # whether every image has as many tokens, so that lengths need no look
+    note: str  # what a user should know of the processor's template, or ""
 
     def see(self, images: Sequence[Image.Image]) -> Seen:
         """Process the images of one sample."""

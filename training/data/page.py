@@ -70,6 +70,8 @@ def rows_of(report: Report) -> Iterator[tuple[str, str]]:
         yield "images a sample", counts
     for done, count in report.conversions.most_common():
         yield "images converted", f"{count:,} of {report.n_images:,}: {done}"
+    if report.unread:
+        yield "fields not read", ", ".join(f"{k}: {n:,}" for k, n in report.unread.most_common())
     for note in report.notes:
         yield "note", note
 

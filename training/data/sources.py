@@ -16,9 +16,20 @@ from typing import Any, Protocol
 from PIL import Image
 
 from training.config import SourceConfig, require
+from training.data.fields import ENTRY
 from training.data.images import PICTURE_DEPTH, flat, not_there, open_image
 from training.data.messages import parse_messages
-from training.data.records import DataError, Place, Sample, fault, named, read_samples
+from training.data.records import (
+    DataError,
+    Place,
+    Sample,
+    fault,
+    named,
+    read_samples,
+    same,
+    system_of,
+    unread_fields,
+)
 from training.paths import is_missing_folder
 from training.settings import ConfigError
 
@@ -52,7 +63,7 @@ class LlavaSource:
     def __init__(self, path: str | Path, image_root: str | Path, weight: float = 1.0) -> None:
         self.path, self.image_root = Path(path), Path(image_root)
         self.name, self.weight = str(path), weight
-        self.identity = self.image_root.absolute()
+        self.identity: Hashable = self.image_root.absolute()
 
     def samples(self) -> Iterator[Sample | DataError]:
         """Every entry of the file."""
@@ -77,7 +88,7 @@ class MessagesSource:
     def __init__(self, rows: Any, config: SourceConfig, image_root: str | Path) -> None:
         self.rows, self.config, self.image_root = rows, config, Path(image_root)
         self.name, self.weight = str(config.path), config.weight
-        self.identity = (config, self.image_root.absolute())
+        self.identity: Hashable = (config, self.image_root.absolute())
         column = image_column(rows.column_names, config)
         # as Arrow keeps them: a row's images are decoded here, and others not at all
         stored = None if column is None else rows.select_columns([column]).with_format("arrow")
@@ -85,12 +96,13 @@ class MessagesSource:
 
     def samples(self) -> Iterator[Sample | DataError]:
         """Every row; images are counted in the table, not decoded."""
-        text = self.rows.select_columns(
-            [name for name in ("id", self.config.messages) if name in self.rows.column_names]
-        )
+        wanted = {"id", "kind", "system", self.config.messages, *ENTRY}
+        names = self.rows.column_names
+        text = _undecoded(self.rows.select_columns([name for name in names if name in wanted]))
+        others = {name: ... for name in names if name not in wanted}  # there, and not looked at
         counts = self._counts()
         for i, row in enumerate(text):
-            yield row_sample(row, f"row {i}", self.config, next(counts))
+            yield row_sample(row | others, f"row {i}", self.config, next(counts))
 
     def missing(self, sample: Sample, i: int) -> str | None:
         """None: an image in a table is known to be bad only when it is opened."""
@@ -147,18 +159,36 @@ def row_sample(
     row: Mapping[str, Any], where: str, config: SourceConfig, n_images: int
 ) -> Sample | DataError:
     """The sample of a row with so many images in its column, or its fault."""
-    name = row.get("id")
+    name, kind = row.get("id"), row.get("kind")
     place = Place(Path(str(config.path)), where, None if name is None else str(name))
     try:
         with named(place, "messages", "messages that can be read"):
-            sample, paths = parse_messages(place, row[config.messages], n_images)
+            read = {"id", "kind", "system", config.messages, image_column(list(row), config) or ""}
+            unread = unread_fields(place, "", row, read, ENTRY)
+            talk, system = row[config.messages], system_of(place, row)
+            sample, paths = parse_messages(place, talk, n_images, system)
         if paths and n_images not in (0, len(paths)):
             got = f"{n_images} image(s) in the column and {len(paths)} named in messages"
             raise fault(place, config.images, got, "as many, or no column")
     except DataError as error:
         return error
     numbered = tuple(f"{config.path} {where} image {j}" for j in range(len(sample.images)))
-    return replace(sample, images=numbered if n_images else tuple(paths))
+    return replace(
+        sample,
+        images=numbered if n_images else tuple(paths),
+        kind=None if kind is None else str(kind),
+        unread=same((*unread, *sample.unread)),
+    )
+
+
+def _undecoded(rows: Any) -> Any:
+    """The rows with sounds and films as they are stored: they are refused, not played."""
+    import datasets
+
+    for name, feature in rows.features.items():
+        if isinstance(feature, (datasets.Audio, datasets.Video)):
+            rows = rows.cast_column(name, replace(feature, decode=False))
+    return rows
 
 
 def row_images(sample: Sample, value: Any, image_root: Path) -> list[Image.Image]:

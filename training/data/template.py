@@ -3,17 +3,20 @@
 Two templates, as LLaVA's stages use them (``</s>`` is the tokenizer's own end of sequence):
 
 * ``chat``: ``USER: <image>\\n{q} ASSISTANT: {a}</s>USER: {q2} ASSISTANT: {a2}</s>``; labels are
-  each answer, with the space before it, and its ``</s>``. An optional system line comes first.
-* ``pretrain``: ``<image>{caption}``, the question discarded; labels are all after the images. The
-  published recipe ends a caption with a line break and **no end of sequence**, so a model trained
-  with this template alone does not learn to stop: stopping is learned in the chat stages.
-  A tokenizer that drops white space (`training.demo.words`'s does) drops that line break too.
+  each answer, with the space before it, and its ``</s>``. A system message is a line before it.
+* ``pretrain``: ``<image>{caption}``, question and system message discarded; labels are all after
+  the images. The published recipe ends a caption with a line break and **no end of sequence**, so a
+  model trained with this template alone does not learn to stop: stopping is learned in the chat
+  stages. A tokenizer that drops white space (`training.demo.words`'s does) drops that line break
+  too.
 
 Ids are built piece by piece, never by tokenising a whole string and measuring prefixes: the
 boundary between prompt and answer is then exact for every tokenizer, and the prompt used for
 generation is the same ids that training saw. Each ``<image>`` becomes as many image tokens as the
 processor makes of one image. A human turn with one image has it moved to its front, as LLaVA and
 LLaVA-KD do (half of LLaVA's captions data writes it last); with several, they stay where they are.
+
+A processor whose chat template asks in another way keeps it: `training.data.chat` encodes for it.
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ from typing import Literal, NamedTuple
 from PIL import Image
 from transformers import LlavaProcessor
 
+from training.data.controls import Controls
 from training.data.item import IGNORE, Item, Seen, build_item
 from training.data.pieces import Pieces
 from training.data.records import IMAGE_MARK, Sample, fault
 
 TemplateName = Literal["chat", "pretrain"]
+PROBE = "What is this?"
 
 
 class Encoded(NamedTuple):
@@ -44,7 +49,10 @@ class Encoder:
     Args:
         processor: its tokenizer, image token and image size decide the ids.
         template: ``chat`` or ``pretrain``, as the module describes them.
-        system: a line before the first turn of ``chat``; none by default.
+        system: the system message of samples that have none of their own; none by default.
+
+    Attributes:
+        note: where a chat template that the user has is not what is trained with, or "".
 
     Raises:
         ValueError: an unknown template, a tokenizer without an end-of-sequence token, or an
@@ -61,13 +69,14 @@ class Encoder:
         self.tokenizer = processor.tokenizer
         if self.tokenizer.eos_token_id is None:
             raise ValueError("processor: its tokenizer has no eos_token, which ends every answer")
-        self.template, self.system = template, f"{system} " if system else ""
+        self.template, self.system = template, system
         self.image_id: int = processor.image_token_id
         self.tokens_per_image = image_tokens(processor)
         self.image_processor = processor.image_processor
-        self._text = Pieces(self.tokenizer)
+        self._text, self._controls = Pieces(self.tokenizer), Controls(processor)
         start = self.tokenizer("").input_ids[:1]  # what the tokenizer itself puts before any text
         self._start = start if start == [self.tokenizer.bos_token_id] else []
+        self.note = _note(processor)
 
     def see(self, images: Sequence[Image.Image]) -> Seen:
         """The pixels of one sample's images, (n_images, 3, H, W), and their tokens."""
@@ -89,9 +98,10 @@ class Encoder:
         """Ids and labels of a whole sample.
 
         Raises:
-            DataError: an answer holds a word the tokenizer does not know, a text spells out the
-                image token, or ``pretrain`` meets a sample that is not images and one caption.
+            DataError: an answer holds a word the tokenizer does not know, a text spells out a
+                control token, or ``pretrain`` meets a sample that is not images and one caption.
         """
+        self._controls.check(sample)
         if self.template == "pretrain":
             return self._caption(sample)
         ids: list[int] = []
@@ -113,12 +123,13 @@ class Encoder:
         human = sample.turns[turn][0]
         if human.count(IMAGE_MARK) == 1:
             human = f"{IMAGE_MARK}\n{human.replace(IMAGE_MARK, '').strip()}"
-        opening, start = (self.system, self._start) if turn == 0 else ("", [])
+        system = sample.system if sample.system is not None else self.system
+        opening, start = (f"{system} " * bool(system), self._start) if turn == 0 else ("", [])
         ids = list(start)
         for i, text in enumerate(f"{opening}USER: {human} ASSISTANT:".split(IMAGE_MARK)):
             if i:
                 ids += [self.image_id] * self.tokens_per_image
-            ids += self._tokens(sample, 2 * turn, text)
+            ids += self._text.ids(text)
         return ids
 
     def _caption(self, sample: Sample) -> Encoded:
@@ -131,19 +142,47 @@ class Encoder:
 
     def _answer(self, sample: Sample, turn: int, text: str) -> tuple[int, ...]:
         """Ids of what gpt says; a label must be a word the model could say."""
-        ids = self._tokens(sample, 2 * turn + 1, text)
+        ids = self._text.ids(text)
         unknown = self.tokenizer.unk_token_id
         if not ids or (unknown is not None and unknown in ids):
-            field = f"conversations[{2 * turn + 1}].value"
+            field = sample.field.format(sample.first + 2 * turn + 1)
             raise fault(sample.place, field, repr(text), "only words the tokenizer knows")
         return ids
 
-    def _tokens(self, sample: Sample, message: int, text: str) -> tuple[int, ...]:
-        ids = self._text.ids(text)
-        if self.image_id in ids:
-            field = f"conversations[{message}].value"
-            raise fault(sample.place, field, repr(text), f"images marked as {IMAGE_MARK} only")
-        return ids
+
+def speaks_llava(processor: LlavaProcessor) -> bool:
+    """Whether a processor has no chat template of its own, or one that asks as ``chat`` does."""
+    if not processor.chat_template:
+        return True
+    asked = [_rendered(processor, []), _rendered(processor, [{"type": "image"}])]
+    marks = "", f"{processor.image_token}\n"
+    return asked == [f"USER: {mark}{PROBE} ASSISTANT:" for mark in marks]
+
+
+def _rendered(processor: LlavaProcessor, before: list[dict[str, str]], answer: str = "") -> str:
+    """What the processor's own template makes of a question, or of two with an answer between."""
+    user = {"role": "user", "content": [*before, {"type": "text", "text": PROBE}]}
+    said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    talk = [user, said, user] if answer else [user]
+    text = processor.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    return text.removeprefix(processor.tokenizer.bos_token or "")
+
+
+def _note(processor: LlavaProcessor) -> str:
+    """What is not the user's own in a conversation of ``chat``."""
+    name, tokenizer = type(processor).__name__, processor.tokenizer
+    if tokenizer.chat_template and tokenizer.chat_template != processor.chat_template:
+        return (
+            f"{name}: its tokenizer's chat template shows no images and is not used, LLaVA's is "
+            "(USER: ... ASSISTANT: ...); model.processor can name a processor with another"
+        )
+    ours = f"USER: {PROBE} ASSISTANT: {PROBE}{tokenizer.eos_token}USER: {PROBE} ASSISTANT:"
+    if processor.chat_template and (text := _rendered(processor, [], PROBE)) != ours:
+        return (
+            f"{name}: its chat template makes {text!r} of two questions, training {ours!r}; the "
+            "first is asked alike"
+        )
+    return ""
 
 
 def image_tokens(processor: LlavaProcessor) -> int:

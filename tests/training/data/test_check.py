@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers as tf
 from PIL import Image
 
 from tests.training.llava_files import entry, paint, write
@@ -27,7 +28,7 @@ def source(tmp_path: Path) -> LlavaSource:
     paint(tmp_path / "a.png", 90, size=32)
     entries = [
         entry("<image>\nwhat is é", "a <b>bag</b> 袋\nhere", image="a.png", id="one"),
-        entry("what", "two", "and", "three"),
+        entry("what", "two", "and", "three", source="web", licence=""),
         entry("<image><image> both", "yes", image=["a.png", "a.png"]),
         entry("<image> q", "a", image="lost.png"),
         entry("<image> q", "a", image="gone.png"),
@@ -54,8 +55,18 @@ def test_every_entry_is_counted_once(source: LlavaSource) -> None:
     lost = "image[]: expected an image file that decodes whole"
     assert report.reasons[lost] == 2 and "lost.png" in report.examples[lost][0]
     assert any("max_length 120" in reason for reason in report.reasons)
+    assert report.to_dict()["not_read"] == {"source": 1}
     one, _ = checked(source, limit=1)
     assert one.read == 1 and encoding.max_length == 120
+
+
+def test_samples_longer_than_the_model_s_positions_are_noted(source: LlavaSource) -> None:
+    report, _ = checked(source)
+    longest = max(report.lengths)
+    assert checked(source, positions=longest)[0].notes == []
+    (note,) = checked(source, positions=longest - 1)[0].notes
+    assert note.startswith(f"1 samples are longer than the model's {longest - 1:,} positions")
+    assert f"(up to {longest:,} tokens)" in note
 
 
 def test_the_page_colours_exactly_the_labels(source: LlavaSource, tmp_path: Path) -> None:
@@ -114,8 +125,13 @@ def test_command(source: LlavaSource, tmp_path: Path, capsys: Any) -> None:
     llava().save_pretrained(tmp_path / "p")
     typed = ["data", "check", "--json", str(source.path), "--image-root", str(tmp_path)]
     outs = ["--html", str(tmp_path / "o.html"), "--json-out", str(tmp_path / "o.json")]
+    tf.LlavaConfig(text_config=tf.LlamaConfig(max_position_embeddings=9)).save_pretrained(
+        tmp_path / "p"
+    )
     assert main([*typed, "--processor", str(tmp_path / "p"), *outs, "--samples", "2"]) == 0
     said = capsys.readouterr().out
+    assert re.search(r"note +\d samples are longer than the model's 9 positions", said)
+    assert re.search(r"fields not read +source: 1\n", said)
     assert re.search(r"would be skipped +3\n", said) and "2 x image[]: no such file" not in said
     figures = json.loads((tmp_path / "o.json").read_text())
     assert figures["read"] == 7 and figures["skipped"] == 3 == sum(

@@ -111,8 +111,8 @@ def test_a_streamed_run_sees_all_images_of_a_batch(root: Path) -> None:
 class Short(IterableDataset[Any]):
     """A stream that has nothing left in its second pass."""
 
-    def __init__(self, items: list[Any]) -> None:
-        self.items, self.encoding = items, None
+    def __init__(self, data: Any, count: int) -> None:
+        self.items, self.encoding = [data[i] for i in range(count)], data.encoding
 
     def __iter__(self) -> Iterator[Any]:
         items, self.items = self.items, []
@@ -124,8 +124,7 @@ def test_a_stage_of_fewer_steps_than_planned_is_not_done(root: Path, monkeypatch
     whole = loop.load_data
 
     def short(*args: Any) -> Any:
-        data = whole(*args)
-        return Short([data[i] for i in range(12)])  # three steps of five
+        return Short(whole(*args), 12)  # three steps of five
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "load_data", short)

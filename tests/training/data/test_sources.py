@@ -27,7 +27,7 @@ from training.data.item import IGNORE
 from training.data.load import epoch_size, open_data, order_of
 from training.data.messages import parse_messages
 from training.data.records import DataError, Place, Sample
-from training.data.sources import open_source
+from training.data.sources import open_source, row_sample
 from training.data.stream import StreamDataset
 from training.settings import ConfigError, build, differences, dump, load
 
@@ -166,7 +166,7 @@ def test_several_sources_with_images_of_their_own(
     [
         ([], 0, "field 'messages': got list"),
         (["q"], 0, r"messages\[0\]'.*expected an object"),
-        ([user("q"), user("q")], 0, r"messages\[1\].role': got 'user', expected 'assistant'"),
+        ([user("q"), user("q")], 0, r"messages\[1\].role': got str 'user', expected 'assistant'"),
         ([user("q")], 0, "an answer to every question"),
         ([user(None, "q"), said("a")], 2, r"1 place\(s\) for 2 image"),
         ([user("q"), said("see <image>")], 0, "in an answer"),
@@ -178,6 +178,68 @@ def test_several_sources_with_images_of_their_own(
 def test_faulty_rows_say_where(messages: Any, n_images: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
         parse_messages(PLACE, messages, n_images)
+
+
+@pytest.mark.parametrize(
+    ("role", "field", "value"),
+    [
+        ("assistant", "reasoning_content", "hm"),
+        ("assistant", "thinking", "hm"),
+        ("assistant", "tool_calls", [{"function": {"name": "f"}}]),
+        ("assistant", "weight", 0.0),
+        ("user", "images", ["a.png"]),
+    ],
+)
+def test_what_a_message_says_besides_is_refused_by_name(role: str, field: str, value: Any) -> None:
+    def talk(given: Any) -> list[dict[str, Any]]:
+        return [m | ({field: given} if m["role"] == role else {}) for m in (user("q"), said("a"))]
+
+    number = ("user", "assistant").index(role)
+    with pytest.raises(DataError, match=rf"field 'messages\[{number}\]\.{field}': got "):
+        parse_messages(PLACE, talk(value), 0)
+    parse_messages(PLACE, talk(None), 0)  # as a table fills it in
+    sample, _ = parse_messages(PLACE, [user("q") | {"name": "Ada"}, said("a")], 0)
+    assert sample.unread == ("messages[].name",)
+
+
+def test_a_part_that_sets_its_own_size_is_refused() -> None:
+    part = {"type": "image", "image": "a.png", "max_pixels": 99}
+    with pytest.raises(DataError, match=r"content\[0\]\.max_pixels': got int 99"):
+        parse_messages(PLACE, [user(part, "q"), said("a")], None)
+
+
+def test_columns_are_read_refused_or_listed(tmp_path: Path) -> None:
+    talk = [with_keys(message) for message in (user("what"), said("red"))]
+    films = [None, None, {"bytes": b"film", "path": None}]
+    table = [
+        {"messages": talk, "system": "be brief", "kind": 3, "tools": None, "video": films[0]},
+        {"messages": talk, "system": "", "kind": None, "tools": "[{}]", "video": films[1]},
+        {"messages": talk, "system": None, "kind": None, "tools": "[]", "video": films[2]},
+    ]
+    rows = datasets.Dataset.from_list([row | {"licence": "by"} for row in table])
+    rows = rows.cast_column("video", datasets.Video(decode=False)).cast_column(
+        "video", datasets.Video()
+    )
+    rows.save_to_disk(tmp_path / "rows")
+    config = source(tmp_path / "rows")
+    tabled = list(open_source(config, "s", ".").samples())
+    streamed = [row_sample(row, f"row {i}", config, 0) for i, row in enumerate(table)]
+    for entries, unread in ((tabled, ("licence",)), (streamed, ())):
+        first, tools, film = entries
+        assert isinstance(first, Sample) and (first.system, first.kind) == ("be brief", "3")
+        assert first.unread == unread
+        assert "row 1: field 'tools': got str '[{}]'" in str(tools)
+        assert "row 2: field 'video': got dict" in str(film)
+    both = [{"role": "system", "content": "s"}, user("q"), said("a")]
+    with pytest.raises(DataError, match=r"field 'system': got str 't', .*besides messages\[0\]"):
+        parse_messages(PLACE, both, 0, "t")
+
+
+@pytest.mark.parametrize("name", ["m.json", "m.jsonl"])
+def test_rows_of_a_file_with_a_byte_order_mark(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, [{"messages": [user("q"), said("a")]}] * 2)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(dataset(source(path))) == 2
 
 
 def test_skip_bad_lists_rows_and_a_damaged_image_names_its_row(tmp_path: Path) -> None:
@@ -250,7 +312,7 @@ def test_one_image_a_row_in_every_form(form: str, stream: bool, tmp_path: Path) 
     one = source(tmp_path / "one", stream=stream)
     items: Any = islice(StreamDataset([one], ".", Encoding(processor())), 2) if stream else None
     for item in items or [dataset(one)[i] for i in range(2)]:
-        assert torch.equal(item["pixel_values"], expected.pop(item["sample_id"]))
+        assert torch.equal(item["pixel_values"], expected.pop(item["sample_id"]))  # pyright: ignore
     assert not expected
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, LlavaProcessor
@@ -11,6 +12,7 @@ from tests.training.llava_files import TOKENS, WORDS, entry, processor
 from training.data.records import DataError, Place, Sample, parse_sample
 from training.data.template import Encoder
 from training.demo.words import build_processor
+from training.models import CHAT_TEMPLATE
 
 PLACE = Place(Path("d.json"), "index 0")
 NO = "·"  # stands for "no label" in the expected label rows below
@@ -91,6 +93,36 @@ def test_system_line_comes_once() -> None:
     )
 
 
+def test_a_sample_s_system_message_is_the_line() -> None:
+    for encoder in (Encoder(processor()), Encoder(processor(), system="how many")):
+        check(
+            encoder,
+            parse_sample(PLACE, entry("what", "bag", "how", "two", system="this is a coat")),
+            "this is a coat USER: what ASSISTANT: bag </s> USER: how ASSISTANT: two </s>",
+            "·    ·  · ·    ·     ·    ·          bag </s> ·     ·   ·          two </s>",
+        )
+    own = parse_sample(PLACE, entry("what", "bag") | {"system": None})
+    assert Encoder(processor()).encode(own) == Encoder(processor()).encode(sample("what", "bag"))
+
+
+def test_the_saved_chat_template_writes_the_same_text(tmp_path: Path) -> None:
+    """As training sees it: what others render with the processor alone."""
+    whole = subword_processor(tmp_path)
+    talk = entry(
+        "<image>\nwhat is it?", "a coat", "how\nmany", "two", image="a.png", system="no bag"
+    )
+    ids = Encoder(whole).encode(parse_sample(PLACE, talk)).input_ids
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "no bag"}]
+    for i, (_, text) in enumerate(list(parse_sample(PLACE, talk).texts())[1:]):
+        parts: list[dict[str, str]] = [{"type": "text", "text": text.removeprefix("<image>\n")}]
+        parts = parts if i else [{"type": "image"}, *parts]
+        messages.append({"role": ("user", "assistant")[i % 2], "content": parts})
+    whole.chat_template = CHAT_TEMPLATE
+    text = whole.apply_chat_template(messages, tokenize=False)
+    text = text.replace("<image>", "<image>" * TOKENS)
+    assert whole.tokenizer.decode(ids, skip_special_tokens=False) == f"<s>{text}"
+
+
 def test_pretrain_labels_all_after_the_images_and_has_no_end() -> None:
     check(
         Encoder(processor(), "pretrain"),
@@ -133,7 +165,7 @@ def test_spelled_out_image_token_is_a_fault() -> None:
     other.tokenizer.add_special_tokens({"additional_special_tokens": ["<|pad|>"]})
     other.image_token = "<|pad|>"
     other.image_token_id = other.tokenizer.convert_tokens_to_ids("<|pad|>")
-    with pytest.raises(DataError, match=r"conversations\[0\].*images marked as <image> only"):
+    with pytest.raises(DataError, match=r"conversations\[0\].*own tokens"):
         Encoder(other).encode(sample("<image> what <|pad|>", "a coat", image="a.png"))
 
 
