@@ -16,7 +16,7 @@ from PIL import Image
 from tests.training.data.test_template import subword_processor
 from tests.training.llava_files import TOKENS, entry, processor
 from tests.training.tiny_processors import UNENDED, llava
-from training.data.chat import encoder_for
+from training.data.chat import ChatEncoder
 from training.data.item import IGNORE
 from training.data.records import Place, Sample, parse_sample
 from training.models import CHAT_TEMPLATE
@@ -93,7 +93,7 @@ def expected(whole: Any, sample: Sample, line: str) -> tuple[list[int], list[int
 def test_ids_and_labels(tmp_path: Path, name: str, template: str | None, line: str) -> None:
     whole = PROCESSORS[name](tmp_path)
     whole.chat_template = template
-    encoder = encoder_for(whole, system=line)
+    encoder = ChatEncoder(whole, system=line)
     for sample in samples(60):
         item = encoder.item(sample, encoder.see([RED] * len(sample.images)))
         ids, labels = expected(whole, sample, line)
@@ -106,7 +106,7 @@ def test_ids_and_labels(tmp_path: Path, name: str, template: str | None, line: s
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_captions(tmp_path: Path, name: str) -> None:
     whole = PROCESSORS[name](tmp_path)
-    encoder = encoder_for(whole, "pretrain", "be it a coat")
+    encoder = ChatEncoder(whole, "pretrain", "be it a coat")
     for sample in samples(60):
         if sample.images and len(sample.turns) == 1:
             item = encoder.item(sample, encoder.see([RED] * len(sample.images)))
