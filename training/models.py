@@ -47,21 +47,11 @@ from transformers.utils import CONFIG_NAME
 from training import sharding
 from training.anatomy import positions
 from training.config import ModelConfig, require
+from training.data.template import CHAT_TEMPLATE
 from training.journal import writing
 from training.paths import is_missing_folder
 
 IMAGE_TOKEN = "<image>"
-# The ids of `training.data.template`'s chat prompt, for who has only the saved folder.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['content'] is string %}"
-    "{% set images, text = 0, message['content'] %}{% else %}"
-    "{% set images = message['content'] | selectattr('type', 'equalto', 'image') | list | length %}"
-    "{% set text = message['content'] | selectattr('type', 'equalto', 'text')"
-    " | map(attribute='text') | join %}{% endif %}"
-    "{% if message['role'] == 'system' %}{{ text }} "
-    "{% elif message['role'] == 'user' %}USER: {{ '<image>\n' * images }}{{ text }} ASSISTANT:"
-    "{% else %} {{ text }}{{ eos_token }}{% endif %}{% endfor %}"
-)
 # Any class of AutoModelForImageTextToText, and of AutoProcessor: what they have in common (a
 # forward, a tokenizer) is no type of transformers'.
 Vlm = Any
@@ -256,7 +246,7 @@ def recompute_activations(model: Vlm) -> None:
 
 
 def _chat_template(tokenizer: Any) -> str:
-    """The tokenizer's own if it shows images, else LLaVA's; `Encoder.note` tells which was left."""
+    """The tokenizer's own if it shows images, else LLaVA's; `ChatEncoder.note` tells which."""
     from jinja2 import TemplateError
 
     parts = [{"type": "image"}, {"type": "text", "text": "What is this?"}]

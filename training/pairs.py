@@ -22,9 +22,10 @@ from PIL import Image
 
 import mllmkd_kernels as mk
 from training.anatomy import image_token_id, positions
-from training.data.chat import encoder_for, first_difference
-from training.data.item import IGNORE, Item, ItemEncoder, Seen
+from training.data.chat import ChatEncoder
+from training.data.item import IGNORE, Item, Seen
 from training.data.records import IMAGE_MARK, DataError, Place, Sample
+from training.data.trial import first_difference
 from training.models import CheckpointError
 
 Level = Literal["ok", "note", "fault"]
@@ -261,7 +262,7 @@ class _View:
 
     @classmethod
     def of(cls, processor: Any, answer: str) -> _View:
-        encoder: ItemEncoder = encoder_for(processor)
+        encoder = ChatEncoder(processor)
         rng = np.random.default_rng(0)
         shapes = [(height, width, 3) for width, height in SHAPES.values()]
         images = [

@@ -27,7 +27,7 @@ from tests.training import tiny, tiny_pairs, tiny_processors
 from training import models
 from training.anatomy import image_token_id
 from training.config import ModelConfig, SourceConfig
-from training.data.chat import encoder_for
+from training.data.chat import ChatEncoder
 from training.data.encoding import Encoding
 from training.data.item import IGNORE
 from training.data.records import Place, Sample
@@ -176,7 +176,7 @@ def test_parts_keep_a_chat_template_that_shows_images_or_it_is_said(tmp_path, te
         assert "its tokenizer's chat template shows no images and is not used" in note
     else:
         assert processor.chat_template == template and note == ""
-    encoder = encoder_for(processor)
+    encoder = ChatEncoder(processor)
     asked = Sample(Place(tmp_path), ("",), (("<image>\nwhat is this", "a red square"),))
     item = encoder.item(asked, encoder.see([Image.new("RGB", (16, 16))]))
     processor.save_pretrained(tmp_path / "p")

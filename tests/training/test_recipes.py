@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from training.stages import STAGES
-from mllmkd_kernels.llava_kd import TERMS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mllmkd_kernels.llava_kd import TERMS
 from tests.training import tiny, tiny_pairs
 from training import settings
-from training.cli import main
 from training.anatomy import anatomy
+from training.cli import main
 from training.config import Config
 from training.loop import run
 from training.models import build_model

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
-from mllmkd_kernels.llava_kd import TERMS
 
+from mllmkd_kernels.llava_kd import TERMS
 from tests.training import tiny
 from tests.training.test_recipes import root as recipes_root
 from tests.training.test_recipes import shrunk

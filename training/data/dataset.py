@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset
 
 from training.bar import track
+from training.data.chat import ChatEncoder
 from training.data.encoding import Encoding
 from training.data.images import WHOLE_IMAGE
-from training.data.item import Item, ItemEncoder
+from training.data.item import Item
 from training.data.records import DataError, Sample, fault
 from training.data.sampler import ModalitySampler
 from training.data.sources import LlavaSource, Source
@@ -71,7 +72,7 @@ class SampleDataset(Dataset[Item]):
             )
 
     @property
-    def encoder(self) -> ItemEncoder:
+    def encoder(self) -> ChatEncoder:
         """The student's encoder."""
         return self.encoding.encoders[0]
 

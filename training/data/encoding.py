@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from training.data.chat import encoder_for
-from training.data.item import Item, ItemEncoder, Seen
+from training.data.chat import ChatEncoder
+from training.data.item import Item, Seen
 from training.data.records import Sample, fault, named
 from training.data.template import TemplateName
 
@@ -59,7 +59,7 @@ class Encoding:
             raise ValueError(f"image_cache_mb: got {image_cache_mb}, expected 0 or more")
         self.max_length = max_length
         both = [processor] if teacher is None else [processor, teacher]
-        self.encoders: list[ItemEncoder] = [encoder_for(one, template, system) for one in both]
+        self.encoders: list[ChatEncoder] = [ChatEncoder(one, template, system) for one in both]
         # for each encoder, by where the images come from and their names there
         self.cache: list[dict[Hashable, Seen]] = [{} for _ in both]
         self.cache_left = image_cache_mb << 20
@@ -94,7 +94,7 @@ class Encoding:
         """Raise what `item` would raise, without processing images where that can be avoided."""
         for encoder in self.encoders:
             seen = None
-            if not encoder.fixed_image_tokens:
+            if encoder.tokens_per_image is None:
                 seen = self._seen(encoder, sample, self._images(sample, images))
             with named(sample.place, "conversations", ENCODED):
                 length = encoder.length(sample, seen)
@@ -134,7 +134,7 @@ class Encoding:
             raise fault(sample.place, "image", got, "one image per place")
         return opened
 
-    def _seen(self, encoder: ItemEncoder, sample: Sample, images: Sequence[Image.Image]) -> Seen:
+    def _seen(self, encoder: ChatEncoder, sample: Sample, images: Sequence[Image.Image]) -> Seen:
         with named(sample.place, "image", PROCESSED, ", ".join(sample.images)):
             return encoder.see(images)
 

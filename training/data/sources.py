@@ -63,7 +63,7 @@ class LlavaSource:
     def __init__(self, path: str | Path, image_root: str | Path, weight: float = 1.0) -> None:
         self.path, self.image_root = Path(path), Path(image_root)
         self.name, self.weight = str(path), weight
-        self.identity = self.image_root.absolute()
+        self.identity: Hashable = self.image_root.absolute()
 
     def samples(self) -> Iterator[Sample | DataError]:
         """Every entry of the file."""
@@ -88,7 +88,7 @@ class MessagesSource:
     def __init__(self, rows: Any, config: SourceConfig, image_root: str | Path) -> None:
         self.rows, self.config, self.image_root = rows, config, Path(image_root)
         self.name, self.weight = str(config.path), config.weight
-        self.identity = (config, self.image_root.absolute())
+        self.identity: Hashable = (config, self.image_root.absolute())
         column = image_column(rows.column_names, config)
         # as Arrow keeps them: a row's images are decoded here, and others not at all
         stored = None if column is None else rows.select_columns([column]).with_format("arrow")

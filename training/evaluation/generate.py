@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig
 
+from training.data.controls import Controls
 from training.data.images import open_image
-from training.data.records import Place, fault, named
+from training.data.records import Place, fault, named, shown
 from training.models import load_vlm
 from training.settings import ConfigError
 
@@ -58,7 +59,7 @@ class Writer:
 
     def __init__(self, model: Any, processor: Any, max_new_tokens: int) -> None:
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
-        self.stops = stop_tokens(model, processor)
+        self.stops, self.controls = stop_tokens(model, processor), Controls(processor)
         pad = self.tokenizer.pad_token_id
         self.config = GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -127,11 +128,9 @@ class Writer:
 
     def _rendered(self, prompt: Prompt) -> str:
         """The prompt's text by the template, unless its own would be read as the template's."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        for token in (token.content for token in added if token.special):
-            if token in prompt.text:
-                got = f"{token!r} in {prompt.text!r}"
-                raise fault(prompt.place, "question", got, "text without the model's own tokens")
+        if found := self.controls.pattern.search(prompt.text):
+            got = f"{found.group()!r} in {shown(prompt.text)}"
+            raise fault(prompt.place, "question", got, "text without the model's own tokens")
         with named(prompt.place, "question", "words that the chat template takes"):
             prompt.text.encode()  # a tokenizer calls a lone surrogate a wrong type
             return rendered(self.processor, prompt)

@@ -21,11 +21,10 @@ from tests.training.tiny_processors import (
     UNENDED,
     qwen2_5_vl,
 )
-from training.data.chat import ChatEncoder, encoder_for
+from training.data.chat import ChatEncoder
 from training.data.collate import Collator
 from training.data.item import IGNORE, Item
 from training.data.records import DataError, Place, Sample
-from training.data.template import Encoder
 from training.models import CHAT_TEMPLATE
 from training.settings import ConfigError
 
@@ -143,7 +142,7 @@ TYPED = {
 @pytest.mark.parametrize("template", ["chat", "pretrain"])
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_a_text_that_spells_out_a_control_token_is_refused(name: str, template: Any) -> None:
-    one = encoder_for(PROCESSORS[name](), template)
+    one = ChatEncoder(PROCESSORS[name](), template)
     for text in TYPED[name]:
         for i, (system, *turn) in enumerate(((text, "q", "a"), ("s", text, "a"), ("s", "q", text))):
             asked = sample((turn[0], turn[1]), system=system, field="messages[{}].content", first=1)
@@ -222,8 +221,8 @@ def llava_with(template: str | None) -> Any:
 
 def test_a_llava_is_asked_with_its_own_chat_template() -> None:
     processor = llava_with(LLAVA_CHATML)
-    one: Any = encoder_for(processor)
-    assert isinstance(one, ChatEncoder)
+    one = ChatEncoder(processor)
+    assert not one.llava
     text = one.tokenizer.decode(one.item(TALK, one.see([RED, BLUE]))["input_ids"])
     assert text.startswith(
         "<|im_start|>system\nbe good<|im_end|>\n<|im_start|>user\n<image><image>"
@@ -232,15 +231,14 @@ def test_a_llava_is_asked_with_its_own_chat_template() -> None:
         f"{answer}<|im_end|>" for _, answer in TALK.turns
     ]
     with pytest.raises(ConfigError, match="for generation to stop at"):
-        encoder_for(llava_with(UNENDED.replace("ASSISTANT", "BOT")))
-    assert isinstance(encoder_for(PROCESSORS["smolvlm"]()), ChatEncoder)
+        ChatEncoder(llava_with(UNENDED.replace("ASSISTANT", "BOT")))
 
 
 @pytest.mark.parametrize("template", [None, LLAVA, CHAT_TEMPLATE, UNENDED])
 def test_one_that_asks_alike_keeps_llava_s_template(template: str | None) -> None:
     processor = llava_with(template)
-    one = encoder_for(processor)
-    assert isinstance(one, Encoder)
+    one = ChatEncoder(processor)
+    assert one.llava and one.tokens_per_image == 4
     assert ("of two questions" in one.note) == (template == UNENDED)
 
 

@@ -61,7 +61,7 @@ def test_every_orientation_is_turned_upright_once(kind: str, orientation: int) -
     assert np.array_equal(seen(value), UPRIGHT[orientation])
     turned = ("turned as EXIF says",) if orientation > 1 else ()
     assert conversions(opened(value)) == turned
-    again = as_seen(opened(value))  # what is upright stays so
+    again = np.asarray(as_seen(opened(value)))  # what is upright stays so
     assert np.array_equal(again, UPRIGHT[orientation])
 
 

@@ -312,7 +312,7 @@ def test_one_image_a_row_in_every_form(form: str, stream: bool, tmp_path: Path) 
     one = source(tmp_path / "one", stream=stream)
     items: Any = islice(StreamDataset([one], ".", Encoding(processor())), 2) if stream else None
     for item in items or [dataset(one)[i] for i in range(2)]:
-        assert torch.equal(item["pixel_values"], expected.pop(item["sample_id"]))
+        assert torch.equal(item["pixel_values"], expected.pop(item["sample_id"]))  # pyright: ignore
     assert not expected
 
 

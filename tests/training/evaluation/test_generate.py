@@ -186,7 +186,7 @@ def test_a_benchmark_goes_on_where_a_question_cannot_be_asked(root, tmp_path, ca
     (root / "images" / "bad.png").write_bytes(b"no picture")
     (tmp_path / "pope.json").write_text("\n".join(map(json.dumps, asked)))
     files = Files(tmp_path / "pope.json", root / "images")
-    more = {"max_new_tokens": 6, "batch_size": 3}
+    more: dict = {"max_new_tokens": 6, "batch_size": 3}
     found = run_benchmark(
         Options(str(root / "model"), "pope", files, tmp_path / "out", **more), load
     )
@@ -200,7 +200,7 @@ def test_a_benchmark_goes_on_where_a_question_cannot_be_asked(root, tmp_path, ca
         for out in ("out", "sound")
     )
     for i, message in (
-        (1, r"pope\.json \(id '1'\): field 'question': got '<image>' in 'say <image>"),
+        (1, r"pope\.json \(id '1'\): field 'question': got '<image>' in str 'say <image>"),
         (2, r"pope\.json \(id '2'\): field 'question': got .*surrogates not allowed"),
         (4, r"pope\.json \(id '4'\): field 'image\[0\]': got .*bad\.png: Unidentified"),
     ):
