@@ -173,7 +173,7 @@ def row_mask(name: str, batch: Batch, ignore_index: int = IGNORE_INDEX) -> Tenso
     if not kind:
         return mask
     chosen = [each == kind for each in entry(batch, "kind")]
-    return mask & torch.tensor(chosen, device=mask.device)[:, None]
+    return mask & torch.tensor(chosen, dtype=torch.bool, device=mask.device)[:, None]
 
 
 def select(name: str, batch: Batch, ignore_index: int = IGNORE_INDEX) -> tuple[Tensor, Tensor]:

@@ -216,4 +216,6 @@ class View:
         if name not in sizes:
             raise ValueError(f"{name} rows: not among the selected ones, {', '.join(names)}")
         start = sum(sizes[each] for each in names[: names.index(name)])
-        return torch.arange(start, start + sizes[name], device=self.teacher.hidden.device)
+        return torch.arange(
+            start, start + sizes[name], dtype=torch.int64, device=self.teacher.hidden.device
+        )
