@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mllmkd_kernels.llava_kd import TERMS
 
+from mllmkd_kernels.llava_kd import TERMS
 from tests.gloo import on_ranks
 from tests.training import tiny
 from tests.training.test_devices import (
