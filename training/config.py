@@ -285,10 +285,11 @@ def _stage_section(stage: Stage) -> type[StageConfig]:
     }
     loss = arguments_of(stage.objective, "Loss", _settings)
     fields["loss"] = _field(loss, "the loss: see the method's docstring")
+    student = Section
     if stage.student is not None:
         model = tuple(inspect.signature(stage.student).parameters)[:1]
         student = arguments_of(stage.student, "Student", given=model)
-        fields["student"] = _field(student, "what is made of the student before the stage")
+    fields["student"] = _field(student, "what is made of the student before the stage")
     return create_model(stage.name, __base__=StageConfig, **fields)
 
 
@@ -335,7 +336,7 @@ def stages_of(method: Any) -> tuple[Stage, ...]:
 def module_of(method: Any) -> Any:
     """The module of a method; its docstring has the equations."""
     known = _methods()
-    if method not in known:
+    if not isinstance(method, str) or method not in known:
         raise ConfigError(f"method: got {method!r}, expected one of {', '.join(known)}")
     return known[method]()
 

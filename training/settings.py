@@ -180,19 +180,21 @@ def _mapping(values: Any, where: str) -> Mapping[str, Any]:
 
 def _worded(cls: type[Section], fault: Any) -> str:
     """A fault of pydantic's in the words of this package."""
-    where, section, left = _found(cls, fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        nearest = _nearest(str(left[0]), list(section.model_fields))
-        return f"{_dotted((*where, *left))}: no such field; {nearest}"
+    where, owner, left = _found(cls, fault["loc"])
+    names = _names(owner)
+    if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{_dotted((*where, *left))}: no such field; {_nearest(str(left[0]), names)}"
     if fault["type"] == "value_error":  # raised by our own code, which may name the field
         name, colon, text = str(fault["ctx"]["error"]).partition(": ")
-        if colon and name in section.model_fields:
-            return f"{_dotted(where if where[-1:] == (name,) else (*where, name))}: {text}"
+        if colon and where[-1:] == (name,):
+            return f"{_dotted(where)}: {text}"
+        if colon and name in names:
+            return f"{_dotted((*where, name))}: {text}"
         return f"{_dotted(where) or 'configuration'}: {fault['ctx']['error']}"
     if fault["type"] == "model_type":
-        expected = f"a mapping of {', '.join(section.model_fields)}"
+        expected = f"a mapping of {', '.join(names)}"
     else:
-        expected = fault["msg"].removeprefix("Input should be ")
+        expected = fault["msg"].removeprefix("Input should be ").replace("valid array", "list")
     return f"{_dotted(where)}: got {fault['input']!r}, expected {expected}"
 
 
@@ -200,16 +202,29 @@ def _dotted(location: Sequence[Any]) -> str:
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).removeprefix(".")
 
 
-def _found(cls: type[Section], location: Location) -> tuple[Location, type[Section], Location]:
-    """A path as far as its names are fields, the section that the last of them is or stands in, and
-    the rest: a name that is no field, or the member of a union.
+def _found(cls: Any, location: Location) -> tuple[Location, Any, Location]:
+    """A path as far as its names are fields, the class whose field the last of them is or holds,
+    and the rest: a name that is no field. Which member of a union was meant is no part of it.
     """
+    where: list[int | str] = []
+    hint: Any = cls
     for place, part in enumerate(location):
-        if isinstance(part, str) and part not in cls.model_fields:
-            return location[:place], cls, location[place:]
-        if isinstance(part, str):
-            cls = section_in(cls.model_fields[part].annotation) or cls
-    return location, cls, ()
+        members = {getattr(m, "__name__", ""): m for m in typing.get_args(hint)}
+        if (member := members.get(part)) is not None:
+            cls = member if _names(member) else cls
+        elif isinstance(part, str) and part not in _names(cls):
+            return tuple(where), cls, location[place:]
+        else:
+            where.append(part)
+            if isinstance(part, str):
+                hint = cls.model_fields[part].annotation if hasattr(cls, "model_fields") else None
+                cls = section_in(hint) or cls
+    return tuple(where), cls, ()
+
+
+def _names(cls: Any) -> list[str]:
+    """Of the fields of a section, or of a dataclass that a function takes."""
+    return list(getattr(cls, "model_fields", None) or getattr(cls, "__dataclass_fields__", ()))
 
 
 def section_in(hint: Any) -> type[Section] | None:
@@ -281,7 +296,7 @@ def arguments_of(
         rest: takes what the function does as ``**rest``; another function, or a dataclass.
         given: parameters that are no fields; then the function is not called.
     """
-    fields = {key: field for key, field in _fields_of(function).items() if key not in given}
+    fields = _fields_of(function, given)
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values()):
         fields |= _fields_of(rest)
 
@@ -294,14 +309,15 @@ def arguments_of(
     return create_model(name, __base__=Section, __validators__={"try_it": check}, **fields)
 
 
-def _fields_of(function: Any) -> dict[str, Any]:
+def _fields_of(function: Any, given: Sequence[str] = ()) -> dict[str, Any]:
     """name -> (type, default and description) of each argument that has a default to be told."""
     inner = function.func if isinstance(function, functools.partial) else function
     hints, notes = typing.get_type_hints(inner), _documented(inner)
     return {
-        key: (hints[key], setting(... if p.default is p.empty else p.default, notes.get(key, "")))
+        key: (hints.get(key, Any), setting(... if p.default is p.empty else p.default, told))
         for key, p in inspect.signature(function).parameters.items()
-        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and key not in given
+        for told in [notes.get(key, "")]
     }
 
 

@@ -61,7 +61,12 @@ def objective(
 
 
 def supervised(ce: float = 1.0, **settings: Any) -> Objective:
-    """L_reg alone; no teacher."""
+    """L_reg alone; no teacher.
+
+    Args:
+        ce: weight of L_reg.
+        **settings: see `Settings`.
+    """
     return Objective(RowTerm("ce", ce, "response"), **settings)
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from training.shared_tower import image_features, share_tower
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -315,35 +314,3 @@ def test_load_state_names_what_differs(built, tower):
     message = str(caught.value)
     assert "checkpoint-5" in message and "surplus" in message and "layers.1" in message
     assert "shape" in message and "expected" in message
-
-
-def test_tower_is_shared_only_if_equal(built, tower, tmp_path):
-    student, _ = built
-    teacher, _ = build_model(tiny.model_config(tower, hidden=24), 1)
-    assert share_tower(student, teacher)
-    assert teacher.model.vision_tower is student.model.vision_tower
-    rounded, _ = build_model(tiny.model_config(tower, hidden=24), 1)
-    rounded.to(torch.bfloat16)
-    assert share_tower(student, rounded), "the student's tower, rounded"
-    assert rounded.model.vision_tower.dtype == torch.float32
-    other, _ = build_model(tiny.model_config(tiny.write_tower(tmp_path / "t2", seed=9)), 1)
-    assert not share_tower(student, other)
-    assert other.model.vision_tower is not student.model.vision_tower
-
-
-@pytest.mark.parametrize("layer", [-1, -2, [-2, -1]], ids=str)
-@pytest.mark.parametrize("strategy", ["full", "default"])
-def test_features_are_what_llava_projects(built, layer, strategy):
-    model, _ = built
-    model.config.vision_feature_layer = layer
-    model.config.vision_feature_select_strategy = strategy
-    pixels = torch.randn(3, 3, 16, 16)
-    features = image_features(model, pixels)
-    if isinstance(layer, list):  # a projector that takes both layers side by side
-        width = model.model.multi_modal_projector.linear_1.out_features
-        model.model.multi_modal_projector.linear_1 = torch.nn.Linear(features.shape[-1], width)
-    ours = model.model.multi_modal_projector(features)
-    theirs = model.get_image_features(
-        pixels, vision_feature_layer=layer, vision_feature_select_strategy=strategy
-    ).pooler_output
-    assert torch.equal(ours, torch.stack(list(theirs)))

@@ -49,7 +49,7 @@ def test_tiles_of_another_size():
     report = check_pair(*four, visual=True)
     level, text = found(report, "visual rows")
     assert level == "fault" and "square 20 and 45, wide 12 and 27, tall 12 and 27" in text
-    with pytest.raises(CheckpointError, match=r"set loss.visual and loss.relation to 0"):
+    with pytest.raises(CheckpointError, match=r"weigh the terms over visual rows with 0"):
         report.require()
     report = check_pair(*four, visual=False)
     report.require()

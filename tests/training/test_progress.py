@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -14,7 +13,6 @@ from PIL import Image
 from tests.training import tiny
 from training import settings
 from training.cli import main
-from training.config import TeacherCacheConfig
 from training.loop import run
 from training.models import save_model
 
@@ -26,10 +24,10 @@ def root(tmp_path_factory):
     """A run's data and models, its configuration with everything that counts, and questions."""
     root = tmp_path_factory.mktemp("progress")
     config = tiny.run_config(root, root / "out", stages=("dft",))
-    cached = TeacherCacheConfig(path=str(root / "rows"), batch_size=4)
-    data = dataclasses.replace(config.data, skip_bad=True)
-    stage = dataclasses.replace(config.dft, steps=2)
-    config = settings.changed(config, data=data, teacher_cache=cached, dft=stage)
+    cached = {"path": str(root / "rows"), "batch_size": 4}
+    config = settings.changed(
+        config, data={"skip_bad": True}, teacher_cache=cached, stage={"dft": {"steps": 2}}
+    )
     (root / "run.yaml").write_text(settings.dump(config))
     lines = [
         {"question_id": i, "image": "red.png", "text": "what colour is this ?", "label": "yes"}
@@ -79,9 +77,8 @@ def test_nothing_is_said_before_its_time(root, capfd):
 def test_slow_steps_tell_a_line_between_two_log_entries(root, tmp_path, monkeypatch):
     monkeypatch.setattr("training.progress.SECONDS_BETWEEN_LINES", 0.0)
     config = tiny.run_config(root, tmp_path / "out", stages=("pt",))
-    data = dataclasses.replace(config.data, held_out=None)
     said = []
-    run(settings.changed(config, data=data, log_steps=100), say=said.append)
+    run(settings.changed(config, data={"held_out": None}, log_steps=100), say=said.append)
     lines = [line for line in said if re.match(r"1-pt: step \d of 6, \d:\d\d:\d\d left", line)]
     assert len(lines) == 6 and "loss" in lines[-1]
 
@@ -93,7 +90,7 @@ def test_palette_pictures_warn_once_a_run_at_most(root, tmp_path):
         image = Image.open(file).quantize(4)
         image.save(file, transparency=bytes([0, 128, 255, 255]))
     config = tiny.run_config(root, tmp_path / "out", stages=("pt",))
-    data = dataclasses.replace(config.data, image_root=str(tmp_path))
+    data = {"image_root": str(tmp_path)}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run(settings.changed(config, data=data), say=lambda _: None)

@@ -17,7 +17,6 @@ import pytest
 
 from tests.training import killed
 from training import checkpoint, settings, trainer
-from training.config import Config
 from training.data.dataset import SampleDataset
 from training.interrupt import Interrupted
 from training.loop import run
@@ -99,8 +98,8 @@ def stop_at(step, config, monkeypatch):
 def test_a_signal_saves_at_the_end_of_the_step(root, answers, tmp_path, monkeypatch):
     """In step 4 of 5: not a checkpoint's step, inside a log entry, after one pass over the data."""
     config = killed.config(root, tmp_path / "out")
-    config = settings.build(Config, {"stages": ["dpt"], "data": {"held_out": None}}, base=config)
-    config = settings.build(Config, {"save_steps": 100}, base=config)
+    one = {"stages": ["dpt"], "data": {"held_out": None}, "save_steps": 100}
+    config = settings.changed(config, **one)
     before = signal.getsignal(signal.SIGTERM)
     stop_at(4, config, monkeypatch)
     assert signal.getsignal(signal.SIGTERM) is before
@@ -135,7 +134,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_message(root, answers, tmp_p
 def test_a_checkpoint_of_another_architecture_is_refused(root, tmp_path, monkeypatch):
     config = killed.config(root, tmp_path / "out")
     stop_at(3, config, monkeypatch)
-    wider = settings.build(type(config), {"model": {"hidden": 24}}, base=config)
+    wider = settings.changed(config, model={"hidden": 24})
     (tmp_path / "out" / "config.yaml").write_text(settings.dump(wider))
     with pytest.raises(ValueError, match=r"checkpoint-3.*another architecture.*expected"):
         run(wider, say=lambda _: None)

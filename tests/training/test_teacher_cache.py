@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from training.stages import STAGES, freeze
-from training.step import TERMS, DistillStep
-from training.teacher import OnlineTeacher, run_to_head
 
 import mllmkd_kernels as mk
+from mllmkd_kernels.batch import ask, run_to_head
 from tests.training import tiny
-from training import checkpoint
-from training.config import Config, TeacherCacheConfig
+from training import checkpoint, settings
+from training.anatomy import freeze
+from training.config import load
 from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.data.records import DataError
@@ -71,7 +70,7 @@ def a_pass(root, folder, data, *, dtype="fp32", teacher=None, **manifest):
     )
     return fill.Pass(
         folder=folder,
-        teacher=OnlineTeacher(model),
+        teacher=model,
         dataset=data,
         collator=Collator(tiny.processor()),
         manifest=store.Manifest(**fields | manifest),
@@ -93,7 +92,9 @@ def rows(root, data):
 
 
 def reading(path, **options):
-    return Config(teacher_cache=TeacherCacheConfig(path=str(path), **options))
+    loss = options.pop("loss", {})
+    cache = {"path": str(path), **options}
+    return settings.changed(load(), teacher_cache=cache, stage={"dft": {"loss": loss}})
 
 
 def student(root):
@@ -106,20 +107,16 @@ def student(root):
 def outcome(root, data, teacher, collator, batches=BATCHES, **weights):
     """Terms and gradients of some micro-batches of one optimiser step."""
     model = student(root)
-    freeze(model, STAGES["dft"])
-    step = DistillStep(model, teacher, mk.LlavaKDLoss(backend="eager", **weights))
-    counts = mk.RowCounts(31, 29, 7)  # any, so long as they are the same on both sides
+    freeze(model, "projector", "language")
+    objective = mk.methods.llava_kd.objective(**weights, backend="eager")
+    counts = {"response": 31, "visual": 29, "images": 7}  # any, but the same on both sides
     terms = []
     for chosen in batches:
-        out = step(counts=counts, **collator([data[i] for i in chosen]))
+        batch = collator([data[i] for i in chosen])
+        out = mk.distill_batch(objective, model.train(), teacher, batch, counts)
         out.loss.backward()
-        terms.append(torch.stack([getattr(out, term) for term in ("loss", *TERMS)]).detach())
+        terms.append(torch.stack([out.loss.detach(), *out.terms.values()]))
     return terms, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-class Alone(OnlineTeacher):
-    def share(self, student):
-        return False
 
 
 def online(root, data, teacher=None, **weights):
@@ -150,8 +147,7 @@ def test_fp32_rows_train_as_the_teacher_does(root, data, rows, weights):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_the_teacher_computes_in_is_stored_exactly(root, data, tmp_path, dtype):
-    """The same bits, where the teacher sees the same batches as in the pass, in its own tower: one
-    shared with an fp32 student is fp32 too."""
+    """The same bits, where the teacher sees the same batches as in the pass."""
     teacher: Any = load_vlm(root / "teacher", dtype=store.DTYPES[dtype])[0]
     rows = filled(root, tmp_path, data, teacher=teacher, dtype=dtype)
     same = ([0, 1, 2], [3], [4, 5, 6])
@@ -162,8 +158,7 @@ def test_what_the_teacher_computes_in_is_stored_exactly(root, data, tmp_path, dt
         use.CachedCollator(Collator(tiny.processor()), rows),
         same,
     )
-    alone = Alone(teacher)
-    expected, expected_gradients = outcome(root, data, alone, Collator(tiny.processor()), same)
+    expected, expected_gradients = outcome(root, data, teacher, Collator(tiny.processor()), same)
     assert all(torch.equal(a, b) for a, b in zip(terms, expected, strict=True))
     assert all(torch.equal(gradients[name], g) for name, g in expected_gradients.items())
 
@@ -173,17 +168,17 @@ def test_bf16_rows_of_an_fp32_teacher_are_within_their_rounding(root, data, tmp_
     exp(2e), and dKL/dlogits = q - p by exp(2e) - 1 in all; KL itself by 2e max |log p/q|, and e²
     more."""
     rows = filled(root, tmp_path, data, dtype="bf16")
-    teacher, model = load_model(root / "teacher")[0], student(root)
+    teacher, model = load_model(root / "teacher")[0].requires_grad_(False), student(root)
     collator = Collator(tiny.processor())
     plain: Any = collator([data[i] for i in (0, 1, 4)])
     batch = use.CachedCollator(collator, rows)([data[i] for i in (0, 1, 4)])
     with torch.no_grad():
-        head_t = OnlineTeacher(teacher)(plain)
+        head_t = ask(teacher, plain)
         head_s = run_to_head(model, plain)
     mask = plain["input_ids"] == model.config.image_token_id
     loss = mk.LlavaKDLoss(relation=0.0, backend="eager")
     outs, gradients = [], []
-    for head in (head_t, use.CachedTeacher(rows)(batch, None)):
+    for head in (head_t, use.CachedTeacher(rows)(batch)):
         hidden = head_s.hidden.clone().requires_grad_()
         one = dataclasses.replace(head_s, hidden=hidden, weight=head_s.weight.detach())
         outs.append(loss(one, head, plain["labels"], mask))
@@ -336,17 +331,18 @@ def test_other_data_and_processors_are_found_before_the_first_step(root, rows):
     with pytest.raises(DataError, match="sample 'c0' is not among the 14"):
         use.probe(rows, items(root, tiny.processor(), "pretrain"))
     words = tiny.build_processor([*tiny.WORDS, "more"], image_size=16, patch_size=8)
-    loss, config = mk.LlavaKDLoss(), reading(rows.folder.parent)
+    config = reading(rows.folder.parent)
     with pytest.raises(CheckpointError, match=r"another processor \(tokenizer: \w+ -> \w+\)"):
-        use.open_rows(config, "dft", loss, words)
+        use.open_rows(config, "dft", words)
     with pytest.raises(CheckpointError, match=r"dpt: no manifest.json there.*training cache"):
-        use.open_rows(config, "dpt", loss, tiny.processor())
-    with pytest.raises(ConfigError, match="unshifted"):
-        use.open_rows(config, "dft", mk.LlavaKDLoss(response_shift=False), tiny.processor())
+        use.open_rows(config, "dpt", tiny.processor())
+    unshifted = reading(rows.folder.parent, loss={"shift": False})
+    with pytest.raises(ConfigError, match="response_kl reads response:unshifted rows of the teach"):
+        use.open_rows(unshifted, "dft", tiny.processor())
     other = settings.changed(config, teacher=str(root / "tower"))
     with pytest.raises(ConfigError, match=r"teacher: got .*tower, but .*dft is of .*teacher; name"):
-        use.open_rows(other, "dft", loss, tiny.processor())
-    assert len(use.open_rows(config, "dft", loss, tiny.processor())) == 14
+        use.open_rows(other, "dft", tiny.processor())
+    assert len(use.open_rows(config, "dft", tiny.processor())) == 14
 
 
 def test_response_rows_alone(root, data, tmp_path):
@@ -355,10 +351,10 @@ def test_response_rows_alone(root, data, tmp_path):
     assert (tmp_path / "dft" / "shard-00000.safetensors").stat().st_size < 4000
     terms, _ = cached(root, data, rows, **weights)
     torch.testing.assert_close(terms, online(root, data, **weights)[0], rtol=1e-5, atol=1e-6)
-    with pytest.raises(
-        ConfigError, match=r"visual 1.0 and relation 0.0, but .* response rows alone"
-    ):
-        use.open_rows(reading(tmp_path), "dft", mk.LlavaKDLoss(relation=0.0), tiny.processor())
+    use.open_rows(reading(tmp_path, loss=weights), "dft", tiny.processor())
+    one = reading(tmp_path, loss={"relation": 0.0})
+    with pytest.raises(ConfigError, match=r"visual_kl reads visual rows .* holds response rows al"):
+        use.open_rows(one, "dft", tiny.processor())
 
 
 def test_damage_is_named(rows, tmp_path):

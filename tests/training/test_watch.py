@@ -11,14 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training.stages import STAGES, loss_of
-from training.step import DistillStep
 
 import mllmkd_kernels as mk
 from tests.training import tiny
 from training import settings
 from training.cli import main
-from training.config import Config, LossConfig
 from training.interrupt import Interrupted
 from training.journal import Journal
 from training.loop import run
@@ -35,7 +32,7 @@ BATCH, MICRO = 4, 2  # two micro-batches a step
 def config(tmp_path):
     base = tiny.run_config(tmp_path, tmp_path / "out", stages=("dft",))
     stage = {"steps": 4, "batch_size": BATCH, "micro_batch": MICRO, "warmup": 0.0}
-    return settings.build(Config, {"dft": stage, "data": {"held_out": None}}, base=base)
+    return settings.changed(base, stage={"dft": stage}, data={"held_out": None})
 
 
 def poison(monkeypatch, where, at, seen=None):
@@ -46,7 +43,7 @@ def poison(monkeypatch, where, at, seen=None):
         step = self.state.global_step + 1
         micro = len(self.watch._seen) + 1
         if seen is not None and micro == 1:
-            seen.append({k: v.clone() for k, v in self.step.student.state_dict().items()})
+            seen.append({k: v.clone() for k, v in self.student.state_dict().items()})
         if (step, micro) not in at:
             return original(self, model, inputs, *args, **kwargs)
         inputs["sample_ids"] = [f"s{step}.{micro}.{i}" for i in range(MICRO)]
@@ -55,11 +52,11 @@ def poison(monkeypatch, where, at, seen=None):
             return original(self, model, inputs, *args, **kwargs)
         if where == "gradient":
             loss = original(self, model, inputs, *args, **kwargs)
-            return loss + (self.step.student.lm_head.weight * 0).sum().clamp(min=0).sqrt()
+            return loss + (self.student.lm_head.weight * 0).sum().clamp(min=0).sqrt()
         if where == "teacher":
-            self.step.teacher.model.lm_head.weight.data[0, 0] = torch.nan
+            self.teacher.lm_head.weight.data[0, 0] = torch.nan
             return original(self, model, inputs, *args, **kwargs)
-        hook = self.step.student.model.language_model.register_forward_hook(put_nan)
+        hook = self.student.model.language_model.register_forward_hook(put_nan)
         loss = original(self, model, inputs, *args, **kwargs)
         hook.remove()
         return loss
@@ -90,12 +87,11 @@ def test_stop_names_the_batch_and_keeps_it(config, tmp_path, monkeypatch):
     assert bad["step"] == 3 and bad["why"][0] in text
     student, _ = load_model(folder / "checkpoint-2")
     teacher, _ = load_model(str(config.teacher))
-    step = DistillStep(student, teacher, loss_of(STAGES["dft"], LossConfig(backend="eager")))
     (batch,) = bad["batches"]
-    counts = mk.RowCounts(*bad["counts"])
-    assert not step(counts=counts, **batch).loss.isfinite()
+    again = (config.objective("dft"), student, teacher, batch, bad["counts"])
+    assert not mk.distill_batch(*again).loss.isfinite()
     batch["pixel_values"].nan_to_num_()
-    assert step(counts=counts, **batch).loss.isfinite()
+    assert mk.distill_batch(*again).loss.isfinite()
 
 
 @pytest.mark.parametrize("where", ["teacher", "gradient"])
@@ -163,9 +159,9 @@ def test_time_left_of_stage_and_run():
 
 def test_lines_where_there_is_no_terminal(tmp_path):
     lines = []
-    progress = Progress("2-sft", Place(2, 3), tmp_path, lines.append, terminal=False)
+    progress = Progress("2-sft", ("ce",), Place(2, 3), tmp_path, lines.append, terminal=False)
     args = SimpleNamespace(train_batch_size=2, gradient_accumulation_steps=2, world_size=1)
-    logs = {"loss": 1.5, "ce": 1.5, "relation": 0.0, "tokens_per_second": 1234.5, "peak_gib": 2.0}
+    logs = {"loss": 1.5, "ce": 1.5, "tokens_per_second": 1234.5, "peak_gib": 2.0}
     state = SimpleNamespace(
         global_step=0, max_steps=3, is_world_process_zero=True, log_history=[{"epoch": 1.0}]
     )

@@ -28,7 +28,7 @@ def config(root: Path, name: str, **data: Any) -> Config:
     """One SFT stage of five steps; the second pass over the data begins within it."""
     base = tiny.run_config(root, root / name, stages=("sft",))
     plan = {"conversations": None, "held_out": None, **data}
-    return settings.build(Config, {"data": plan, "sft": STAGE, "save_steps": 2}, base=base)
+    return settings.changed(base, data=plan, stage={"sft": STAGE}, save_steps=2)
 
 
 def losses(config: Config) -> list[float]:
@@ -89,7 +89,8 @@ def test_a_streamed_run_goes_on_as_it_was(root: Path, monkeypatch: Any) -> None:
     data = {"sources": [{"path": str(root / "rows.jsonl"), "stream": True}], "shuffle_buffer": 3}
     whole = losses(config(root, "stream", **data))
     assert stopped_then_continued(config(root, "stream-again", **data), monkeypatch) == whole
-    endless = settings.build(Config, {"sft": {"steps": None}}, base=config(root, "endless", **data))
+    endless = config(root, "endless", **data)
+    endless = settings.changed(endless, stage={"sft": {"steps": None}})
     with pytest.raises(settings.ConfigError, match="a streamed source has no epochs"):
         run(endless, say=lambda _: None)
 
@@ -113,6 +114,7 @@ class Short(IterableDataset[Any]):
 
     def __init__(self, data: Any, count: int) -> None:
         self.items, self.encoding = [data[i] for i in range(count)], data.encoding
+        self.entries = data.entries
 
     def __iter__(self) -> Iterator[Any]:
         items, self.items = self.items, []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import json
 from functools import cache
 from io import BytesIO
@@ -19,7 +18,7 @@ from PIL import Image
 
 from tests.training.llava_files import entry, paint, write
 from tests.training.tiny_processors import qwen2_5_vl
-from training.config import Config, DataConfig, SourceConfig
+from training.config import DataConfig, SourceConfig, load
 from training.data.chat import ChatEncoder
 from training.data.dataset import SampleDataset
 from training.data.encoding import Encoding
@@ -29,7 +28,7 @@ from training.data.messages import parse_messages
 from training.data.records import DataError, Place, Sample
 from training.data.sources import open_source, row_sample
 from training.data.stream import StreamDataset
-from training.settings import ConfigError, build, differences, dump, load
+from training.settings import ConfigError, changed, differences, dump
 
 PLACE = Place(Path("d"), "row 0")
 
@@ -413,12 +412,12 @@ def test_two_sources_never_share_an_image_by_its_name(tmp_path: Path) -> None:
             assert torch.equal(cached[i]["pixel_values"], plain[i]["pixel_values"])  # pyright: ignore
     for i in (0, 2, 4):
         assert not torch.equal(plain[i]["pixel_values"], plain[i + 1]["pixel_values"])  # pyright: ignore
-    same = dataset(sources[0], dataclasses.replace(sources[0], weight=2.0), image_cache_mb=64)
+    same = dataset(sources[0], changed(sources[0], weight=2.0), image_cache_mb=64)
     assert len([same[0], same[1]]) == 2 and len(same.encoding.cache[0]) == 1  # one root, one image
 
 
 def test_a_source_that_is_not_there_or_has_no_messages(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"s\[0\]: .*nowhere.parquet cannot be read"):
+    with pytest.raises(ConfigError, match=r"s\[0\].path: .*nowhere.parquet: no such"):
         dataset(source(tmp_path / "nowhere.parquet"))
     with pytest.raises(ConfigError, match="expected one named 'talk'"):
         dataset(source(saved / "saved", messages="talk"))
@@ -426,20 +425,20 @@ def test_a_source_that_is_not_there_or_has_no_messages(saved: Path, tmp_path: Pa
 
 def test_sources_are_settings(tmp_path: Path) -> None:
     given = {"data": {"sources": [{"path": "a.json"}, {"path": "b", "weight": 2}]}}
-    config = build(Config, given)
+    config = changed(load(), **given)
     assert config.data.sources == (source(Path("a.json")), source(Path("b"), weight=2.0))
     (tmp_path / "c.yaml").write_text(dump(config))
-    assert load(Config, tmp_path / "c.yaml") == config
+    assert load(tmp_path / "c.yaml") == config
     assert list(differences(config, config)) == []
     for value, message in (
-        ({"weight": 0}, r"data\.sources\[1\]\.weight: got 0, expected float > 0"),
+        ({"weight": 0}, r"data\.sources\[1\]\.weight: got 0, expected greater than 0"),
         ({"weigth": 1}, r"data\.sources\[1\]\.weigth: no such field; nearest is 'weight'"),
         (3, r"data\.sources\[1\]: got 3, expected a mapping"),
     ):
         with pytest.raises(ConfigError, match=message):
-            build(Config, {"data": {"sources": [{"path": "a"}, value]}})
-    with pytest.raises(ConfigError, match="expected list of SourceConfig"):
-        DataConfig(sources=3)  # pyright: ignore[reportArgumentType]
+            changed(load(), data={"sources": [{"path": "a"}, value]})
+    with pytest.raises(ConfigError, match=r"data\.sources: got 3, expected a list"):
+        changed(load(), data={"sources": 3})
 
 
 def test_labels_of_a_row_are_its_answer(saved: Path) -> None:
@@ -459,7 +458,7 @@ def test_a_run_names_its_data_once_and_streams_all_or_none(saved: Path) -> None:
     with pytest.raises(ConfigError, match=r"'x\.json' and 1 of data\.sources, expected one"):
         both = DataConfig(sources=(one,), conversations="x.json")
         open_data(both, processor(), "conversations", "chat")
-    streamed = dataclasses.replace(two, stream=True)
+    streamed = changed(two, stream=True)
     with pytest.raises(ConfigError, match=r"data\.sources\[0\]\.stream: got false"):
         open_data(DataConfig(sources=(one, streamed)), processor(), "conversations", "chat")
     alone = open_data(DataConfig(sources=(streamed,)), processor(), "conversations", "chat")

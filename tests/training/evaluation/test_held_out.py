@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from training.stages import STAGES, freeze, loss_of
-from training.step import DistillStep
 
+import mllmkd_kernels as mk
 from tests.training import tiny
-from training.config import LossConfig
+from training.anatomy import freeze
 from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.evaluation.held_out import Scores, answers, evaluate, generate_answer
@@ -24,11 +23,12 @@ def parts(tmp_path):
     model, processor = build_model(tiny.model_config(tiny.write_tower(tmp_path / "tower")), 0)
     data = LlavaDataset(root / "data.json", root, processor)
     collator = Collator(processor)
-    freeze(model, STAGES["sft"])
-    step = DistillStep(model, None, loss_of(STAGES["sft"], LossConfig(backend="eager")))
+    freeze(model, "projector", "language")
+    objective = mk.methods.llava_kd.supervised(backend="eager")
+    batch = collator([data[i] for i in range(len(data))])
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(12):
-        step(**collator([data[i] for i in range(len(data))])).loss.backward()
+        mk.distill_batch(objective, model.train(), None, batch).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
     return model.eval(), processor, data, collator
