@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from training.stages import STAGES, freeze
+from training.step import DistillStep
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -23,8 +25,6 @@ from transformers import (
 
 from benchmarks.problem import LOGIT_STD
 from benchmarks.shapes import DTYPES, Sizes, StepCase, Vlm
-from training.stages import STAGES, freeze
-from training.step import DistillStep
 
 #: Of the tokens, the last; the others are words.
 IMAGE_TOKEN = -1

@@ -11,6 +11,7 @@ from mllmkd_kernels.backends.cpu import release_workspace
 from mllmkd_kernels.batch import count_rows, counts_of, distill_batch, forward_through
 from mllmkd_kernels.distill import DistillOutput, fused_linear_distill
 from mllmkd_kernels.divergence import Divergence
+from mllmkd_kernels.explain import explain
 from mllmkd_kernels.heads import HeadInputs
 from mllmkd_kernels.hf_trainer import DistillMixin, sum_counts
 from mllmkd_kernels.llava_kd import LlavaKDLoss, LlavaKDOutput
@@ -18,7 +19,7 @@ from mllmkd_kernels.logprob import fused_linear_logprob
 from mllmkd_kernels.models import head_inputs
 from mllmkd_kernels.needs import Needs
 from mllmkd_kernels.objective import Losses, Objective, Term
-from mllmkd_kernels.plan import Plan, explain
+from mllmkd_kernels.plan import Plan
 from mllmkd_kernels.relation import fused_linear_relation, head_gram, relation_cosine
 from mllmkd_kernels.rows import RowCounts, image_seqlens, response_rows, visual_rows
 from mllmkd_kernels.sweep import RowTerm

@@ -137,7 +137,7 @@ def test_memory_is_what_the_plan_says(
 
     step()  # libraries take their own workspaces once
     found = step()
-    predicted = plan.explain(
+    predicted = mk.explain(
         n, VOCAB, d_s, d_t, train_head=train_head, dtype=torch.bfloat16, device="cuda",
         workspace_mb=workspace_mb,
     ).peak_bytes  # fmt: skip

@@ -1,6 +1,6 @@
-"""Which private methods of `transformers.Trainer` are ours to override, and does it still call them?
+"""Which private methods of `transformers.Trainer` do we override, and does it still call them?
 
-A new version that renames one, calls it with other arguments or no longer calls it fails here, by
+A new version that renames one, calls it otherwise or no longer calls it fails here, by
 the method's name, and not somewhere in a run.
 """
 

@@ -9,19 +9,16 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from training.data.item import IGNORE
 from training.data.records import IMAGE_MARK, DataError, Place, Sample
 
-if TYPE_CHECKING:
-    from training.data.chat import ChatEncoder
 
-
-def check_template(encoder: ChatEncoder) -> None:
-    """Compare an encoder's ids with the processor's own on a conversation with two images.
+def check_template(encoder: Any) -> None:
+    """Compare a `ChatEncoder`'s ids with the processor's own on a conversation with two images.
 
     Raises:
         ConfigError: they differ; the message shows where.
@@ -44,7 +41,7 @@ def check_template(encoder: ChatEncoder) -> None:
             ) from error
 
 
-def _compare(encoder: ChatEncoder, sample: Sample, images: list[Image.Image]) -> None:
+def _compare(encoder: Any, sample: Sample, images: list[Image.Image]) -> None:
     if encoder.template == "pretrain":
         return  # no conversation: nothing of it is rendered
     item: dict[str, Any] = dict(encoder.item(sample, encoder.see(images)))
@@ -75,7 +72,7 @@ def _compare(encoder: ChatEncoder, sample: Sample, images: list[Image.Image]) ->
             raise encoder.refusal(f"{text!r} marked as generation", "the answers, and only them")
 
 
-def _same(encoder: ChatEncoder, item: dict[str, Any], made: Any, length: int, what: str) -> None:
+def _same(encoder: Any, item: dict[str, Any], made: Any, length: int, what: str) -> None:
     """Refuse the template unless the first `length` tokens of the item are the processor's."""
     for name in ("input_ids", *encoder._extras):
         ours, theirs = item[name][:length].tolist(), made[name][0].tolist()

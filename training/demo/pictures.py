@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 
@@ -17,11 +17,9 @@ from matplotlib import pyplot as plt
 from mllmkd_kernels.llava_kd import TERMS
 from training.data.dataset import LlavaDataset
 from training.demo.folder import LlavaFolder
+from training.demo.trained import Run
 from training.evaluation.held_out import generate_answer
 from training.models import load_model
-
-if TYPE_CHECKING:
-    from training.demo.report import Run
 
 GRID = 12  # held-out questions shown
 LABELS = {

@@ -30,9 +30,10 @@ from training.demo.easy_vqa import write_easy_vqa
 from training.demo.folder import LlavaFolder
 from training.demo.garments import photo_arrays
 from training.demo.recipes import DemoConfig
-from training.demo.report import Report, Run, write_report
+from training.demo.report import Report, write_report
 from training.demo.scenes import write_scenes
 from training.demo.tower import photo_tower, question_tower, save_tower
+from training.demo.trained import Run
 from training.demo.words import build_processor
 from training.fingerprint import differences
 from training.lock import held

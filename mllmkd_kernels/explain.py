@@ -1,21 +1,73 @@
-"""And what does it cost in truth? A step on random tensors of given shapes, timed and weighed."""
+"""What will a call cost, why, and what does it cost in truth? The plan for given shapes; and a step
+on random tensors of these shapes, timed and weighed.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from mllmkd_kernels import hardware
 from mllmkd_kernels.distill import fused_linear_distill
-
-if TYPE_CHECKING:  # plan asks for this module, not the other way round
-    from mllmkd_kernels.plan import Plan, Shapes
+from mllmkd_kernels.plan import Plan, Shapes, distill_plan
 
 STEPS = 5
+
+
+def explain(
+    rows: int,
+    vocab: int,
+    d_s: int,
+    d_t: int = 0,
+    *,
+    train_hidden: bool = True,
+    train_head: bool = True,
+    dtype: torch.dtype = torch.float32,
+    divergence: str = "forward_kl",
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+    workspace_mb: float | None = None,
+    gpu: str | None = None,
+    measure: bool = False,
+) -> Plan:
+    """The plan of `fused_linear_distill` for these shapes; ``print(explain(...))`` says why.
+
+    Args:
+        rows, vocab, d_s, d_t: N, V and the hidden sizes of student and teacher (0: no teacher).
+        train_hidden, train_head: whether the student's hidden states and head require gradients.
+        dtype: of the head weights and hidden states.
+        divergence: its name.
+        device, backend, workspace_mb: as the call will have them. ``device="cuda"`` may be asked
+            about on a machine without a GPU: the prediction is then made for `gpu`.
+        gpu: "a100", "h100", "h200" or "b200"; default the GPU of `device`, else "h100".
+        measure: run the call on random tensors of these shapes on `device` and put what was
+            measured beside what was predicted.
+
+    Raises:
+        ValueError, RuntimeError: sizes that are not positive; a backend that is unknown or cannot
+            serve the device; an unknown GPU.
+    """
+    for name, value, least in (
+        ("rows", rows, 0),
+        ("vocab", vocab, 1),
+        ("d_s", d_s, 1),
+        ("d_t", d_t, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    device = torch.device(device)
+    shapes = Shapes(rows, vocab, d_s, d_t, train_hidden, train_head, dtype, divergence=divergence)
+    plan = distill_plan(
+        shapes, device, backend, workspace_mb, gpu=None if gpu is None else hardware.named(gpu)
+    )
+    if measure:
+        plan = replace(plan, measured=measured(shapes, device, plan, workspace_mb))
+    return plan
 
 
 def measured(s: Shapes, device: torch.device, plan: Plan, workspace_mb: float | None) -> str:
