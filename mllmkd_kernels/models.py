@@ -25,7 +25,6 @@ wait for the device).
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping
 from functools import cache
@@ -104,7 +103,8 @@ def head_inputs(model: nn.Module, **batch: Any) -> HeadInputs:
 def _with_replaced(model: nn.Module, path: str, replacement: nn.Module) -> Any:
     """Copy the modules along `path`, ending in `replacement`; all the rest is shared."""
     child, _, rest = path.partition(".")
-    shadow = copy.copy(model)
+    shadow: Any = object.__new__(type(model))  # as `copy.copy`, but for FSDP2's `__new__`
+    shadow.__setstate__(model.__getstate__())
     vars(shadow).pop("forward", None)  # put there by accelerate: bound to the real module
     shadow._modules = dict(model._modules)
     shadow._modules[child] = (
@@ -207,6 +207,8 @@ def _find_head(model: Any) -> tuple[nn.Linear, str]:
             f"model: the lm_head of {name} is a {kind}, expected a plain torch.nn.Linear (merge "
             "adapters into the head, and leave it unquantised)"
         )
+    if hasattr(head, "unshard"):  # a unit of FSDP2's, which would gather it when called
+        head.unshard()
     weight = head.weight
     whole = type(weight) in (Tensor, nn.Parameter) and weight.dim() == 2  # no DTensor, no ZeRO-3
     if not whole or weight.is_meta or not weight.is_floating_point():

@@ -95,8 +95,16 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 
 def freeze(model: nn.Module, *trained: str) -> list[str]:
-    """Let exactly the parameters of these roles require gradients; return their names."""
-    names = anatomy(model).parameters(*trained)
+    """Let exactly the parameters of these roles require gradients; return their names.
+
+    Raises:
+        ValueError: no parameter has one of the roles.
+    """
+    parts = anatomy(model)
+    if absent := [role for role in trained if role not in parts.roles.values()]:
+        known = ", ".join(dict.fromkeys(parts.roles.values()))
+        raise ValueError(f"trains: got {', '.join(absent)}, expected some of {known}")
+    names = parts.parameters(*trained)
     model.requires_grad_(False)
     for name in names:
         model.get_parameter(name).requires_grad_(True)

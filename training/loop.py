@@ -309,7 +309,7 @@ def _arguments(config: Config, options: StageConfig, steps: int, folder: Path) -
         data_seed=config.seed,
         bf16=config.precision == "bf16",
         use_cpu=not torch.accelerator.is_available(),
-        ddp_find_unused_parameters=False,  # all take part: `sharding.touch`
+        ddp_find_unused_parameters=False,  # all take part: `sharding.touched`
         dataloader_num_workers=config.data.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,

@@ -28,6 +28,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     create_model,
     field_validator,
     model_validator,
@@ -52,8 +53,8 @@ class Section(BaseModel):
 
     @field_validator("*", mode="after")
     @classmethod
-    def _expanded(cls, value: Any) -> Any:
-        return expanded(value) if isinstance(value, str) else value
+    def _expanded(cls, value: Any, info: ValidationInfo) -> Any:
+        return home(value, str(info.field_name)) if isinstance(value, str) else value
 
 
 S = TypeVar("S", bound=Section)

@@ -1,20 +1,25 @@
 """What is asked of a step whose weights or gradients are spread over processes?
 
 * **Every process does the same.** A process whose samples have no image would give the projector no
-  gradient while the others wait to sum theirs: DDP stops, FSDP2 and ZeRO sum the wrong numbers.
-  `touch` gives it a gradient of zero. So DDP need not search the graph for unused parameters.
+  gradient while the others wait to sum theirs: DDP stops, FSDP2 and ZeRO sum the wrong numbers. And
+  where the projector alone trains it would not go back through the language model, whose layers
+  FSDP2 gathers for that. `touched` gives the projector a gradient of zero, by way of the language
+  model. So DDP need not search the graph for unused parameters.
 * **The head is whole in the forward.** The losses read `lm_head.weight` where no module is called.
   FSDP2 gathers the weights of its root unit, the student, when that is called and keeps them to the
-  end of the backward pass: `units` leaves the head, the embeddings, the tower and the projector to
-  the root, and makes a unit of each layer of the language model. No process gathers a tower that
-  another does not run. ZeRO-3 is told to gather the head with the student; it gathers each module
-  of the tower when that runs, so there all processes need images (`same_modules`).
+  end of the backward pass: `units` leaves the tower and the projector to the root, and makes a unit
+  of each layer of the language model. No process gathers a tower that another does not run.
+  The head accelerate makes a unit of its own; `mllmkd_kernels.head_inputs` has it gathered. ZeRO-3
+  is told to gather it with the student; it gathers each module of the tower when that runs, so
+  there all processes need images (`same_modules`).
 * **Saved weights are whole.** They are gathered in the first process; all processes must ask.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -33,15 +38,23 @@ from training.settings import ConfigError
 _SHIPPED = "training/accelerate/fsdp2.yaml"
 
 
-def touch(student: nn.Module, projector: list[str]) -> torch.Tensor:
-    """0, with a gradient of zeros for each trained parameter of those names.
+@contextmanager
+def touched(student: Any, projector: list[str]) -> Iterator[None]:
+    """Inside, the student's embeddings have 0 added, with a gradient of zeros for each trained
+    parameter of those names.
 
-    To be called before the student runs: autograd goes back in the order of the forward pass, and
+    The 0 is made before the student runs: autograd goes back in the order of the forward pass, and
     so these gradients are ready last in every process, with an image or without. ZeRO sums
     gradients in the order in which they are ready.
     """
     parameters = [student.get_parameter(name) for name in projector]
-    return sum((p.sum() * 0.0 for p in parameters if p.requires_grad), torch.zeros(()))
+    zeros = [p.sum() * 0.0 for p in parameters if p.requires_grad]
+    embeddings = student.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda module, args, output: sum(zeros, output))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def units(student: nn.Module, parts: Anatomy) -> list[str]:
@@ -96,7 +109,7 @@ def _prepare_fsdp(plugin: Any, layers: list[str]) -> None:
 
 
 def _prepare_zero3(student: Any, parts: Anatomy) -> None:
-    """Have the head gathered with the student, and the projector, which `touch` reads."""
+    """Have the head gathered with the student, and the projector, which `touched` reads."""
     zero: Any = importlib.import_module("deepspeed").zero  # not everybody has it
     for name in parts.parameters("projector"):
         zero.register_external_parameter(student, student.get_parameter(name))

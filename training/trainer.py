@@ -90,6 +90,8 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         self.student = student
         self.parts = anatomy(student)  # walks every name, so not in each step
         self._projector = self.parts.parameters("projector")
+        tower = self.parts.parameters("vision")
+        self._still = not any(student.get_parameter(name).requires_grad for name in tower)
         sharding.prepare(self.accelerator, student, self.parts)
         folder = Path(args.output_dir or ".")
         if on_nan == "skip" and self.is_deepspeed_enabled:
@@ -152,10 +154,10 @@ class DistillTrainer(mk.DistillMixin, Trainer):
 
     def distill(self, student: Any, batch: Mapping[str, Any], counts: Any) -> Any:
         """The mixin's, with what is frozen in eval mode and a gradient for the whole projector."""
-        self.parts.still(student)
-        zero = sharding.touch(student, self._projector)  # before the student runs
-        output: Any = super().distill(student, batch, counts)
-        return output._replace(loss=output.loss + zero)
+        if self._still:
+            self.parts.still(student)
+        with sharding.touched(student, self._projector):
+            return super().distill(student, batch, counts)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The mixin's, seen before it runs by the forecast."""

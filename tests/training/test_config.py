@@ -102,7 +102,7 @@ FAULTS = [
     ("method=[llava-kd]", "method: got ['llava-kd'], expected one of llava-kd"),
     ("model={hidden: 10, heads: 4}", "model.hidden: got 10, expected a multiple of heads (4)"),
     ("out.folder=a", "out: got {'folder': 'a'}, expected a valid string"),
-    ("out=~nobody-here/x", "out: no home folder of '~nobody-here'"),
+    ("out=~nobody-here/x", "out: got '~nobody-here/x', expected a path: no home folder of"),
     ("seed", "--set 'seed': expected key=value"),
     ("=3", "--set '=3': expected key=value"),
     # what a method's functions refuse

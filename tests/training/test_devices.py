@@ -20,8 +20,6 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType
 from torch.distributed.tensor import DTensor
-from training.stages import STAGES, freeze, loss_of
-from training.step import TERMS, DistillStep
 from transformers import AutoModelForImageTextToText, TrainingArguments
 
 import training.loop
@@ -29,14 +27,15 @@ from tests.gloo import on_ranks
 from tests.tolerances import relative_error
 from tests.training import tiny
 from training import settings, sharding
-from training.anatomy import Anatomy
-from training.config import Config, LossConfig
+from training.anatomy import Anatomy, freeze
+from training.config import Config, load
 from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.loop import run
 from training.models import build_model, load_vlm
-from training.trainer import DistillTrainer, Stopper
+from training.trainer import DistillTrainer, Policies
 
+STAGES = load().table
 # Samples 4 and 9 have no image, 3, 8 and 13 two. Two processes take batches of two in turn.
 ORDERS = {
     "uneven": [4, 9, 0, 1, 3, 8, 2, 13],  # the first process starts with text alone
@@ -59,7 +58,7 @@ class Keeper(DistillTrainer):
 
     def _clip_grad_norm(self, model):
         self.kept = {}
-        for name, parameter in self.step.student.named_parameters():
+        for name, parameter in self.student.named_parameters():
             gradient = parameter.grad
             if isinstance(gradient, DTensor):
                 gradient = gradient.full_tensor()
@@ -77,12 +76,11 @@ def pretend_fsdp() -> None:
 def one_step(root: Path, out: Path, wrapper: str, stage: str, order: str, accumulate: int) -> Any:
     """Loss, terms and gradients of one optimiser step of eight samples."""
     os.environ["ACCELERATE_USE_FSDP"] = "false"
-    student, processor = build_model(tiny.model_config(root / "tower"), 0)
+    student, processor = build_model(tiny.model_config(root / "tower", layers=2), 0)
     student.lm_head.weight.data *= 4  # losses that differ from sample to sample
     teacher, _ = load_vlm(root / "teacher")
-    freeze(student, STAGES[stage])
-    loss = loss_of(STAGES[stage], LossConfig(backend="eager"))
-    teacher = teacher.double() if STAGES[stage].needs_teacher else None
+    freeze(student, *STAGES[stage].trains)
+    objective = STAGES[stage].objective(backend="eager")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     arguments = TrainingArguments(
         output_dir=str(out), max_steps=2, learning_rate=1e-2, use_cpu=True,
@@ -95,8 +93,10 @@ def one_step(root: Path, out: Path, wrapper: str, stage: str, order: str, accumu
         pretend_fsdp()
     data = LlavaDataset(root / "data.json", root, processor)
     trainer = Keeper(
-        DistillStep(student.double(), teacher, loss),  # pyright: ignore[reportArgumentType]
+        student.double(),  # pyright: ignore[reportArgumentType]
         arguments,
+        teacher=teacher.double() if objective.needs.teacher else None,  # pyright: ignore
+        objective=objective,
         processor=processor,
         dataset=torch.utils.data.Subset(data, ORDERS[order]),
         collator=Collator(processor),
@@ -130,13 +130,13 @@ def run_config(root: Path, out: Path, stages: tuple[str, ...] = ("dpt", "dft")) 
     """The samples of the second stage are uneven, some micro-batches without an image."""
     config = tiny.run_config(root, out, stages=stages)
     plan = {"steps": 4, "batch_size": 4, "micro_batch": 1}
-    return settings.build(Config, dict.fromkeys(stages, plan), base=config)
+    return settings.changed(config, stage=dict.fromkeys(stages, plan))
 
 
 def interrupted_run(config: Config, select: Callable[[], None]) -> Any:
     """The whole flow, stopped after the third step of the last stage and started again: what was
     said, the files of the checkpoint between, the loss curves. `select` chooses the wrapper."""
-    real_arguments, real_step_end = training.loop._arguments, Stopper.on_step_end
+    real_arguments, real_step_end = training.loop._arguments, Policies.on_step_end
 
     def arguments(*args: Any) -> TrainingArguments:
         os.environ["ACCELERATE_USE_FSDP"] = "false"
@@ -146,18 +146,18 @@ def interrupted_run(config: Config, select: Callable[[], None]) -> Any:
 
     last = f"{len(config.stages)}-{config.stages[-1]}"
 
-    def stop(self: Stopper, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def stop(self: Policies, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         real_step_end(self, args, state, control, **kwargs)
         if state.global_step == 3 and last in args.output_dir:
             raise KeyboardInterrupt
 
     training.loop._arguments = arguments
-    Stopper.on_step_end = stop
+    Policies.on_step_end = stop
     said = []
     with pytest.raises(KeyboardInterrupt):
         run(config, said.append)
     files = sorted(path.name for path in Path(config.out).glob(f"{last}/checkpoint-2/*"))
-    Stopper.on_step_end = real_step_end
+    Policies.on_step_end = real_step_end
     results = run(config, said.append)
     training.loop._arguments = real_arguments
     return said, files, [result.history for result in results]
@@ -186,7 +186,7 @@ def test_loss_and_gradients_are_those_of_one_process(ranks, root: Path, case: An
         for name in want:
             assert relative_error(got[name], want[name]) <= FP32_WEIGHTS, name
     for entry, its in zip(history[:2], ranks[0][case][1], strict=False):
-        for term in ("loss", "grad_norm", *TERMS):
+        for term in ("loss", "grad_norm", *STAGES[stage].objective().names):
             assert its[term] == pytest.approx(entry[term], rel=1e-6, abs=1e-9), term
 
 
@@ -202,11 +202,11 @@ def test_a_stopped_fsdp2_run_goes_on_and_leaves_ordinary_folders(ranks, root: Pa
 def check_run(root: Path, config: Config, said: list[str], curves: Any) -> None:
     """Curves and models of an interrupted run are those of one process."""
     assert any("resuming from checkpoint-2" in line for line in said)
-    alone = settings.build(Config, {"out": f"{config.out}-alone"}, base=config)
+    alone = settings.changed(config, out=f"{config.out}-alone")
     for result, curve in zip(run(alone, print), curves, strict=True):
         assert [entry["step"] for entry in curve] == [1, 2, 3, 4]
         for its, entry in zip(curve, result.history, strict=True):
-            for term in ("loss", "grad_norm", *TERMS):
+            for term in ("loss", "grad_norm", *config.objective(result.name).names):
                 # fp32 sums in another order, through Adam, which divides by their size
                 assert its[term] == pytest.approx(entry[term], rel=1e-3, abs=1e-4), term
         folder = Path(config.out) / result.model.parent.name

@@ -4,6 +4,7 @@ they are those of both models' own logits, for a tiny LLaVA and for every class 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ def root(tmp_path_factory):
     return folder
 
 
-def tiny_batch(root, *, images=True):
+def tiny_batch(root, *, images=True) -> Any:
     """Six samples: one or two images each and one without any, or those without alone."""
     processor = tiny.processor()
     data = LlavaDataset(root / "data.json", root, processor)
@@ -187,6 +188,18 @@ def test_what_the_other_stages_train(stage, language, root, tmp_path):
     student, teacher, batch = parts("tiny", root)
     output_of(stage, student, teacher, batch, tmp_path).loss.backward()
     check_trained(student, PROJECTORS["tiny"], language)
+
+
+def test_a_tower_that_trains_is_in_train_mode(root, tmp_path, monkeypatch):
+    whole = dataclasses.replace(STAGES["sft"], trains=("vision", "projector", "language"))
+    monkeypatch.setitem(STAGES, "whole", whole)
+    student, teacher, batch = parts("tiny", root)
+    output_of("whole", student, teacher, batch, tmp_path).loss.backward()
+    assert student.model.vision_tower.training
+    touched = {name for name, p in student.named_parameters() if p.grad is not None}
+    assert any(name.startswith(TOWERS) for name in touched)
+    with pytest.raises(ValueError, match="trains: got projektor, expected some of vision, pro"):
+        freeze(student, "projektor", "language")
 
 
 def test_text_alone(root, tmp_path):

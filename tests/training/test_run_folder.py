@@ -4,7 +4,6 @@ leaves nothing behind.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import multiprocessing
 import os
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tests.training import tiny
 from training import settings
 from training.cli import main
-from training.config import SourceConfig, TeacherCacheConfig
+from training.config import SourceConfig
 from training.journal import WriteError
 from training.lock import held
 from training.loop import run
@@ -147,11 +146,8 @@ def test_files_of_a_source_are_known_too(tmp_path):
     turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "red"}]
     rows = tmp_path / "rows"
     datasets.Dataset.from_list([{"messages": turns}] * 4).save_to_disk(rows)
-    sources = (
-        SourceConfig(path=str(tmp_path / "data.json")),
-        SourceConfig(path=str(rows)),
-    )
-    data = dataclasses.replace(config.data, conversations=None, sources=sources, held_out=None)
+    sources = [{"path": str(tmp_path / "data.json")}, {"path": str(rows)}]
+    data = {"conversations": None, "held_out": None, "sources": sources}
     config = settings.changed(config, data=data)
     killed(config, 3)
     shutil.rmtree(rows)
@@ -165,7 +161,7 @@ def test_another_cache_under_the_same_path_is_named(begun, tmp_path):
     shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "out")
     config = tiny.run_config(tmp_path, tmp_path / "out", stages=("dpt",))
-    cached = TeacherCacheConfig(path=str(tmp_path / "rows"), batch_size=4)
+    cached = {"path": str(tmp_path / "rows"), "batch_size": 4}
     config = settings.changed(config, teacher_cache=cached)
     command.make(config, say=quiet)
     run(config, say=quiet)
@@ -212,7 +208,7 @@ def other(tmp_path):
 def test_a_second_process_is_told_whose_the_folder_is(what, other, tmp_path, capsys):
     config = tiny.run_config(tmp_path, tmp_path / "out", stages=("dpt",))
     if what == "cache":
-        cached = TeacherCacheConfig(path=str(tmp_path / "out"))
+        cached = {"path": str(tmp_path / "out")}
         config = settings.changed(config, out=str(tmp_path / "run"), teacher_cache=cached)
     (tmp_path / "run.yaml").write_text(settings.dump(config))
     typed = [what, "--config", str(tmp_path / "run.yaml")]
@@ -240,7 +236,7 @@ FAILURES = {
     "a model that is not there": {"model": {"vision": "/nothing/there"}},
     "data that are not there": {"data": {"captions": "/nothing/there.json"}},
     "no teacher": {"teacher": None},
-    "a batch that does not divide": {"dpt": {"batch_size": 4, "micro_batch": 3}},
+    "a batch that does not divide": {"stage": {"dpt": {"batch_size": 4, "micro_batch": 3}}},
     "samples too long": {"data": {"max_length": 2}},
 }
 
@@ -248,7 +244,7 @@ FAILURES = {
 @pytest.mark.parametrize("why", FAILURES)
 def test_a_first_try_that_fails_leaves_nothing(why, tmp_path):
     config = tiny.run_config(tmp_path, tmp_path / "new" / "out", stages=("dpt",))
-    failing = settings.build(type(config), FAILURES[why], base=config)
+    failing = settings.changed(config, **FAILURES[why])
     with pytest.raises(ValueError):
         run(failing, say=quiet)
     assert not (tmp_path / "new").exists()
@@ -326,8 +322,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
 def test_a_disk_that_fills_while_logging_is_named(tmp_path):
     """No file may be larger than 8 KiB, which the log is after some 20 entries."""
     config = tiny.run_config(tmp_path, tmp_path / "out", stages=("pt",))
-    stage = dataclasses.replace(config.pt, steps=100)
-    config = settings.changed(config, pt=stage, save_steps=1000)
+    config = settings.changed(config, stage={"pt": {"steps": 100}}, save_steps=1000)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
     try:
