@@ -6,6 +6,7 @@ chosen, losses are computed and their gradients leave. `mllmkd_kernels.reference
 definitions.
 """
 
+from mllmkd_kernels.backends.cpu import release_workspace
 from mllmkd_kernels.batch import count_rows, distill_batch, forward_through
 from mllmkd_kernels.distill import DistillOutput, fused_linear_distill
 from mllmkd_kernels.divergence import Divergence
@@ -47,6 +48,7 @@ __all__ = [
     "head_inputs",
     "image_seqlens",
     "relation_cosine",
+    "release_workspace",
     "response_rows",
     "sum_counts",
     "visual_rows",

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    cli,
     memory,
     methods,
     peers,
@@ -78,6 +79,17 @@ def test_every_section_has_a_figure_for_every_method(run: Path) -> None:
         assert {1, row["case"]["batch"]} <= set(peaks)
         fitting = [batch for batch, peak in peaks.items() if peak <= budget]
         assert row["largest_batch"] == max(fitting, default=0)
+
+
+def test_runs_are_written_into_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = {**{key: [] for key in record.REQUIRED}, "only": [], "suite": "cpu", "rounds": 5}
+    monkeypatch.chdir(tmp_path)
+    assert cli._folder(full).absolute().is_relative_to(tmp_path)
+    monkeypatch.chdir(ROOT)
+    assert cli._folder(full).samefile(record.RESULTS)
+    assert cli._folder({**full, "rounds": 1}) == Path("runs", "benchmarks")
 
 
 @pytest.mark.slow
