@@ -7,6 +7,7 @@ benchmarks, make a softmax that is nearly flat and flatter every method's accura
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,11 @@ from torch import Tensor
 from benchmarks.shapes import DTYPES, Case
 
 LOGIT_STD = 2.5
+
+#: Computes the loss of a problem.
+Forward = Callable[[], Tensor]
+#: One forward and backward: leaves gradients in the problem; the floor has no loss to return.
+Run = Callable[[], Tensor | None]
 
 
 @dataclass
@@ -27,6 +33,10 @@ class Problem:
     ht: Tensor | None  # (N, D_t); None for "ce"
     wt: Tensor | None  # (V_t, D_t)
     labels: Tensor  # (N,) int64
+
+    def __post_init__(self) -> None:
+        self.hs.requires_grad_(True)
+        self.ws.requires_grad_(self.case.train_head)
 
     @property
     def ends(self) -> Tensor:
@@ -44,11 +54,16 @@ class Problem:
         """As ``zero_grad(set_to_none=True)`` between steps."""
         self.hs.grad = self.ws.grad = None
 
-    def as_leaves(self) -> Problem:
-        """Mark what gets a gradient."""
-        self.hs.requires_grad_(True)
-        self.ws.requires_grad_(self.case.train_head)
-        return self
+
+def with_backward(forward: Forward) -> Run:
+    """What a trainer does with a loss; returns it detached."""
+
+    def run() -> Tensor:
+        loss = forward()
+        loss.backward()
+        return loss.detach()
+
+    return run
 
 
 def make(case: Case, seed: int = 0, device: str = "cpu") -> Problem:
@@ -60,7 +75,7 @@ def make(case: Case, seed: int = 0, device: str = "cpu") -> Problem:
     if case.loss != "ce":
         ht, wt = _hidden(rows, case.d_t, dtype, rng), _head(case.vocab_t, case.d_t, dtype, rng)
     labels = torch.randint(case.vocab, (rows,), generator=rng, device=device)
-    return Problem(case, hs, ws, ht, wt, labels).as_leaves()
+    return Problem(case, hs, ws, ht, wt, labels)
 
 
 def make_near(case: Case, epsilon: float, seed: int = 0, device: str = "cpu") -> Problem:
@@ -72,12 +87,11 @@ def make_near(case: Case, epsilon: float, seed: int = 0, device: str = "cpu") ->
         )
     rng = torch.Generator(device).manual_seed(seed)
     dtype = DTYPES[case.dtype]
-    h = torch.randn(case.rows, case.d_s, generator=rng, device=device)
-    noise = torch.randn(case.rows, case.d_s, generator=rng, device=device)
+    h, noise = (_hidden(case.rows, case.d_s, torch.float32, rng) for _ in range(2))
     ws = _head(case.vocab_s, case.d_s, dtype, rng)
     ht = (h + epsilon * noise).to(dtype)
     labels = torch.randint(case.vocab, (case.rows,), generator=rng, device=device)
-    return Problem(case, h.to(dtype), ws, ht, ws.detach(), labels).as_leaves()
+    return Problem(case, h.to(dtype), ws, ht, ws.detach(), labels)
 
 
 def _hidden(rows: int, d: int, dtype: torch.dtype, rng: torch.Generator) -> Tensor:

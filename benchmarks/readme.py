@@ -6,6 +6,7 @@ no figure in the README is typed by hand, and a test notices one that is.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from benchmarks.methods import EAGER
 from benchmarks.record import load
 from benchmarks.report import machine_line
 from benchmarks.shapes import PROMISED, Case, headline, step_case
-from benchmarks.tables import Table, markdown, mebibytes, seconds, times
+from benchmarks.tables import STEP, Body, Table, ladder, lines, markdown, mebibytes, seconds, times
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -57,11 +58,9 @@ def rewritten(text: str, new_block: str) -> str:
 
 
 def _headline_table(record: dict[str, Any]) -> Table:
-    speed = _headline_rows(record["speed"])
-    memory = _headline_rows(record["memory"])
-    labels = dict.fromkeys(label for _, label in speed)
+    speed, memory = _headline_rows(record["speed"]), _headline_rows(record["memory"])
     rows = []
-    for label in labels:
+    for label in dict.fromkeys(label for _, label in speed):
         cells: list[str] = []
         for dtype in PROMISED:
             fast, small = speed.get((dtype, label), {}), memory.get((dtype, label), {})
@@ -76,7 +75,7 @@ def _headline_table(record: dict[str, Any]) -> Table:
             ]
         rows.append((label, *cells))
     heads = ("time", "over floor", "faster", "memory")
-    return Table("", "", ("", *(f"{d} {h}" for d in PROMISED for h in heads)), rows)
+    return _table((f"{dtype} {head}" for dtype in PROMISED for head in heads), rows)
 
 
 def _headline_rows(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -86,16 +85,7 @@ def _headline_rows(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str
 
 def _ladder_table(record: dict[str, Any]) -> Table:
     rows = [row for row in record["accuracy"] if row["case"]["dtype"] == "bf16"]
-    epsilons = sorted({row["epsilon"] for row in rows}, reverse=True)
-    body = []
-    for label in dict.fromkeys(row["label"] for row in rows):
-        mine = {row["epsilon"]: row for row in rows if row["label"] == label}
-        cells = (
-            f"{mine[e]['gradient']:.2%}" if "gradient" in mine[e] else mine[e]["status"]
-            for e in epsilons
-        )
-        body.append((label, *cells))
-    return Table("", "", ("", *(f"ε = {e:g}" for e in epsilons)), body)
+    return _table(*ladder(rows, lambda row: f"{row['gradient']:.2%}"))
 
 
 def _step_note(rows: list[dict[str, Any]]) -> str:
@@ -111,22 +101,12 @@ def _step_note(rows: list[dict[str, Any]]) -> str:
 
 
 def _step_table(rows: list[dict[str, Any]]) -> Table:
-    body = []
-    for row in rows:
-        name = f"{row['case']['stage'].upper()}, {row['label']}"
-        if row["status"] != "ok":
-            body.append((name, row["status"], "", "", ""))
-            continue
-        body.append(
-            (
-                name,
-                f"{row['tokens_per_s']:,.0f}",
-                times(row["times_eager"]),
-                mebibytes(row["extra_bytes"]),
-                f"{row['largest_batch']:,}",
-            )
-        )
-    return Table("", "", ("", "tokens/s", "faster", "memory", "largest batch"), body)
+    named = [r | {"label": f"{r['case']['stage'].upper()}, {r['label']}"} for r in rows]
+    return _table(("memory" if head == "peak" else head for head in STEP), lines(named, STEP))
+
+
+def _table(heads: Iterable[str], rows: Body) -> Table:
+    return Table("", "", ("", *heads), rows)
 
 
 def _relation_lines(record: dict[str, Any]) -> str:

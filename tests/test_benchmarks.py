@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 from dataclasses import asdict, replace
@@ -24,11 +25,11 @@ from benchmarks import (
     step,
     targets,
     truth,
-    vetting,
     vlm,
 )
 from benchmarks.cli import ROOT, main
 from benchmarks.problem import Problem, make, make_near
+from benchmarks.session import Session
 from benchmarks.shapes import DTYPES, SUITES, Case, StepCase, headline, with_vocab
 from mllmkd_kernels import reference
 
@@ -182,7 +183,7 @@ def test_truth_is_the_reference_in_fp64(loss: str, train_head: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_plain_pytorch_and_ours_compute_the_same_loss(loss: str, dtype: str) -> None:
     case = replace(CASE, loss=loss, dtype=dtype)
-    verdicts = vetting.Vetting().verdicts([methods.EAGER, *methods.OURS], case)
+    verdicts = Session(TINY).verdicts([methods.EAGER, *methods.OURS], case)
     for key, verdict in verdicts.items():
         assert verdict.status in ("ok", "missing"), (key, verdict.reason)
     assert verdicts["torch-eager"].status == verdicts["mk-eager"].status == "ok"
@@ -209,7 +210,7 @@ def test_a_method_that_is_wrong_fails_or_is_missing_becomes_a_row(
     def out_of_memory() -> None:
         raise RuntimeError("no memory left")
 
-    peer = replace(peers.PEERS[0], module="no_such_module")
+    peer = peers.Peer("x", "x", methods.ALL, (peers.Call("x", "no_such_module", "f"),))
     unusable = (
         _broken(None, "half-gradient"),
         _broken(out_of_memory, "raises"),
@@ -217,8 +218,7 @@ def test_a_method_that_is_wrong_fails_or_is_missing_becomes_a_row(
         _broken(None, "absent", peer.missing()),
     )
     monkeypatch.setattr(methods, "METHODS", (methods.EAGER, *unusable))
-    suite = replace(TINY, speed=(CASE,))
-    rows = {r["method"]: r for r in speed.measure(suite, (), 1, vetting.Vetting(), lambda _: None)}
+    rows = {row["method"]: row for row in speed.measure(Session(TINY, rounds=1), CASE)}
     assert rows["torch-eager"]["status"] == "ok"
     assert rows["half-gradient"]["status"] == "wrong"
     assert "gradient off by" in rows["half-gradient"]["reason"]
@@ -282,7 +282,7 @@ def test_naive_and_our_losses_train_alike(stage: str) -> None:
         4 if stage == "dpt" else len(list(_student(case).parameters())) - _frozen(case)
     )
     # Another loss is told apart.
-    trainings["mk-eager"]._module.loss.relation = 0.4
+    trainings["mk-eager"].loss.relation = 0.4
     step._compare(case, rows, trainings)
     assert [row["status"] for row in rows] == ["ok", "wrong"]
     assert "off plain PyTorch's" in rows[1]["reason"]
@@ -311,8 +311,8 @@ def test_a_step_moves_what_is_trained_and_nothing_else() -> None:
 
 
 def test_without_transformers_a_step_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "_found", lambda package: package != "transformers")
-    rows = step.measure(TINY, (), 1, lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", {"safetensors": True}.get)
+    rows = step.measure(Session(TINY), TINY.step[0])
     assert len(rows) == 2 and {row["status"] for row in rows} == {"missing"}
     assert rows[0]["reason"] == "needs transformers"
 
@@ -337,7 +337,7 @@ def _record(**changes: Any) -> dict[str, Any]:
             memory_rows.append(same | {"extra_bytes": figures["extra"] if ours else 300})
             ladder = {"case": case | {"loss": "kl"}, "epsilon": 0.1, "contract": 1e-3}
             accuracy_rows.append(same | ladder | {"gradient": figures["share"] * 1e-3})
-    return record.new(replace(TINY, name="cpu"), 5) | {
+    return record.new(Session(replace(TINY, name="cpu"))) | {
         "speed": speed_rows, "memory": memory_rows, "accuracy": accuracy_rows,
         "judged_method": "mk-eager", "judged": "ours", "targets": [],
     }  # fmt: skip
@@ -444,7 +444,7 @@ def test_steps_are_in_the_readme_and_the_report_if_they_were_measured(tmp_path: 
 def test_memory_is_drawn_against_what_was_swept(tmp_path: Path) -> None:
     base = replace(headline("bf16"), rows=256)
     cases = [replace(base, rows=n) for n in (128, 256, 512)]
-    cases += [with_vocab(base, v) for v in (16384, 2**17)]
+    cases += with_vocab(base, 16384, 2**17)
     cases.append(replace(base, train_head=False))
     rows = [
         {"case": asdict(case), "method": "mk-cpu", "label": "ours", "extra_bytes": case.rows * 1e6,
@@ -455,7 +455,7 @@ def test_memory_is_drawn_against_what_was_swept(tmp_path: Path) -> None:
     sizes = {axis: [plots._AXES[axis](Case(**r["case"])) for r in f] for axis, f in found.items()}
     assert sizes == {"rows N": [128, 256, 512], "vocabulary V": [256 * 256, 16384, 2**17]}
     assert plots.memory_against_size({"memory": rows[:1]}) is None
-    assert [p.name for p in plots.draw({"memory": rows}, tmp_path)] == ["memory_against_size.png"]
+    assert list(plots.draw({"memory": rows}, tmp_path)) == ["memory_against_size.png"]
 
 
 @pytest.mark.parametrize(
