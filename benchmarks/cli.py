@@ -85,9 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     console = Console()
     try:
-        if args.command == "readme":
-            return _readme(args, console)
-        return _measure(args, console)
+        return (_readme if args.command == "readme" else _measure)(args, console)
     except ValueError as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2
@@ -99,12 +97,9 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
     methods.select("ce+kl", args.only)  # an unknown key is an error before anything is measured
     run = record.new(session)
     console.print(report.machine_line(run), highlight=False, markup=False)
-    if run["machine"]["load_at_start"] > 0.5 * run["machine"]["cores"]:
-        console.print(
-            f"The machine is busy (load {run['machine']['load_at_start']}): ratios, taken within a "
-            "round, survive that better than seconds do.",
-            style="yellow",
-        )
+    if (load := run["machine"]["load_at_start"]) > 0.5 * run["machine"]["cores"]:
+        busy = f"The machine is busy (load {load}): ratios, taken within a round, survive that "
+        console.print(busy + "better than seconds do.", style="yellow")
     parts = SECTIONS if args.command == "all" else (args.command,)
     run |= _sections(parts, session, console)
     judged = methods.ours_by_default(suite.device)
@@ -165,9 +160,7 @@ def _sections(parts: Iterable[str], session: Session, console: Console) -> dict[
 def _readme(args: argparse.Namespace, console: Console) -> int:
     path = args.json or record.newest(record.RESULTS)
     if path is None:
-        raise ValueError(
-            "readme: no full run in benchmarks/results yet; python -m benchmarks all makes one"
-        )
+        raise ValueError("readme: no full run yet in benchmarks/results: python -m benchmarks all")
     text = args.readme.read_text(encoding="utf-8")
     fresh = readme.rewritten(text, readme.block(path.resolve(), ROOT))
     if args.check:

@@ -18,10 +18,10 @@ import mllmkd_kernels as mk
 
 def facts(device: str = "cpu") -> dict[str, Any]:
     """Processor, memory, versions and commit of this run; the GPU where one is measured."""
-    gpu = _gpu() if device == "cuda" else {}
-    return gpu | {
+    here = hasattr(os, "sched_getaffinity")  # cores that this process may use
+    return (_gpu() if device == "cuda" else {}) | {
         "cpu": _cpu_model(),
-        "cores": _cores(),
+        "cores": len(os.sched_getaffinity(0)) if here else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "vector_units": torch.backends.cpu.get_cpu_capability(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -61,19 +61,12 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _cores() -> int:
-    """Cores this process may use, where the system can say."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _commit() -> str | None:
     """Short hash, "+changes" where tracked files differ from it; None outside a checkout."""
 
     def git(*args: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(
-            ("git", *args), cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        call = ("git", "-C", str(Path(__file__).parent), *args)
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")

@@ -4,16 +4,13 @@ Each figure comes from a fresh child process, because a used heap hides what an 
 Children are forked from a server that has imported everything and done nothing: importing PyTorch
 anew for each would be half of a run, and no thread pool exists yet when they are forked. A child
 builds the inputs, warms up on a tiny problem (thread pools and vendor libraries allocate once,
-whatever the size), returns free memory to the system, resets the kernel's high-water mark of
-resident memory and runs one forward and backward. Then
+whatever the size), returns free memory to the system, and runs one forward and backward. Then
 
-    extra = VmHWM after − VmRSS before − bytes of the gradients that the step returns,
+    extra = VmHWM after − VmRSS before − bytes of the gradients that the step returns.
 
-the peak over what every method must hold at the end. The kernel keeps the high-water mark
-(``VmHWM``, reset through ``/proc/self/clear_refs``) at every page fault, so nothing is sampled and
-no peak is missed. Linux only; elsewhere a row says so.
-
-On a GPU the allocator keeps its own high-water mark, so no child is needed:
+The kernel keeps the high-water mark of resident memory (``VmHWM``, reset before through
+``/proc/self/clear_refs``) at every page fault, so nothing is sampled and no peak is missed. Linux
+only; elsewhere a row says so. On a GPU the allocator keeps its own, so no child is needed:
 
     extra = max_memory_allocated − memory_allocated before − bytes of the gradients.
 """
@@ -77,16 +74,12 @@ def predicted(method: Method, case: Case, device: str = "cpu") -> int | None:
 def _extra(key: str, case: Case, device: str) -> Figures:
     """Bytes that one step needs beyond inputs and gradients."""
     method = BY_KEY[key]
-    method.build(make(_small(case), device=device))()  # libraries take their workspaces once
+    small = replace(case, rows=min(case.rows, 16), vocab_s=512, vocab_t=512)
+    method.build(make(small, device=device))()  # libraries take their workspaces once
     problem = make(case, device=device)
     rise = peak_rise(method.build(problem), device)
     gradients = [t.grad for t in (problem.hs, problem.ws) if t.grad is not None]
     return {"extra_bytes": rise - sum(gradient.nbytes for gradient in gradients)}
-
-
-def _small(case: Case) -> Case:
-    """Few rows and tokens, the same kind of work."""
-    return replace(case, rows=min(case.rows, 16), vocab_s=512, vocab_t=512)
 
 
 def peak_rise(run: Callable[[], object], device: str = "cpu") -> int:
@@ -118,23 +111,19 @@ def apart(device: str, function: Callable[..., Figures], *arguments: Any) -> Fig
     GPU, whose allocator knows what was there before, in this one.
     """
     if device == "cuda":
-        found = _attempt(function, *arguments)
+        found = _attempt(torch.get_num_threads(), function, *arguments)
         gc.collect()
         torch.cuda.empty_cache()
         return found
     with ProcessPoolExecutor(1, mp_context=_context()) as pool:
         try:
-            return pool.submit(_child, torch.get_num_threads(), function, *arguments).result()
+            return pool.submit(_attempt, torch.get_num_threads(), function, *arguments).result()
         except BrokenProcessPool:
             return {"status": "failed", "reason": "the child process was killed: out of memory?"}
 
 
-def _child(threads: int, function: Callable[..., Figures], *arguments: Any) -> Figures:
+def _attempt(threads: int, function: Callable[..., Figures], *arguments: Any) -> Figures:
     torch.set_num_threads(threads)
-    return _attempt(function, *arguments)
-
-
-def _attempt(function: Callable[..., Figures], *arguments: Any) -> Figures:
     try:
         return function(*arguments)
     except (Exception, SystemExit) as error:  # other people's code: whatever it raises is a row

@@ -39,22 +39,16 @@ class Method:
         label: name in tables and plots.
         losses: which of `shapes.LOSSES` it computes.
         build: prepares a problem and returns one forward and backward.
-        missing: why it cannot run here, "" if it can.
+        why_not: why it cannot run on a device, "" if it can.
         version: of the project it comes from.
-        unfit: why it cannot serve a device, "" if it can.
     """
 
     key: str
     label: str
     losses: frozenset[str]
     build: Callable[[Problem], Run]
-    missing: Callable[[], str] = lambda: ""
+    why_not: Callable[[torch.device], str] = lambda device: ""
     version: Callable[[], str] = lambda: f"torch {torch.__version__}"
-    unfit: Callable[[torch.device], str] = lambda device: ""
-
-    def why_not(self, device: torch.device) -> str:
-        """Why it cannot run on `device`, "" if it can."""
-        return self.unfit(device) or self.missing()  # an import may take seconds
 
     def row(self, case: Case | StepCase) -> dict[str, Any]:
         """What each of its figures begins with in a record."""
@@ -64,16 +58,13 @@ class Method:
         }  # fmt: skip
 
 
-# --- ours --------------------------------------------------------------------------------------
-
-
 def _ours(backend: str, workspace_mb: float | None = None) -> Method:
     def build(problem: Problem) -> Run:
         if problem.case.loss == "relation":
             return with_backward(_our_relation(problem, backend))
         return with_backward(_our_distill(problem, backend, workspace_mb))
 
-    def unfit(device: torch.device) -> str:
+    def why_not(device: torch.device) -> str:
         try:
             choose.choose_backend(backend, device)
         except (RuntimeError, ValueError) as error:
@@ -85,7 +76,7 @@ def _ours(backend: str, workspace_mb: float | None = None) -> Method:
         key, label = f"{key}-{workspace_mb:g}mb", f"{label}, {workspace_mb:g} MiB of workspace"
         losses = ROWWISE  # the relation has no workspace
     version = f"mllmkd_kernels {mk.__version__}"
-    return Method(key, label, losses, build, version=lambda: version, unfit=unfit)
+    return Method(key, label, losses, build, why_not, lambda: version)
 
 
 def _our_distill(problem: Problem, backend: str, workspace_mb: float | None) -> Forward:
@@ -111,9 +102,6 @@ def _our_relation(problem: Problem, backend: str) -> Forward:
     )  # fmt: skip
 
 
-# --- plain PyTorch -----------------------------------------------------------------------------
-
-
 def _eager(problem: Problem) -> Run:
     """What trainers do, one operator after another."""
     return with_backward(partial(naive.loss_of, problem))
@@ -131,9 +119,6 @@ def _compiled(problem: Problem) -> Run:
         run()
     problem.forget_gradients()
     return run
-
-
-# --- the floor ---------------------------------------------------------------------------------
 
 
 def _floor(problem: Problem) -> Run:
@@ -176,9 +161,7 @@ _BY_DEVICE = {
 
 
 def _peer(peer: peers.Peer) -> Method:
-    return Method(
-        peer.key, peer.label, peer.losses, peer.build, peer.missing, peer.version, peer.unfit
-    )
+    return Method(peer.key, peer.label, peer.losses, peer.build, peer.why_not, peer.version)
 
 
 METHODS = (FLOOR, EAGER, COMPILED, *OURS, TIGHT, *(_peer(peer) for peer in peers.PEERS))

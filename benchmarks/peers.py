@@ -1,10 +1,10 @@
 """What do other projects have? Their functions, called as their documentation says, if installed.
 
-``pip install -e '.[peers]'`` brings them (``peers-cuda``: quack); one that is missing, or
-that cannot run on the device, is a row that says so. Each is asked for exactly the loss of the
-case: both weights 1, no temperature, a mean over rows. Where a project offers a more accurate and a
-faster way at the same price, its more accurate one is called. No other project than Liger has one
-call for cross-entropy and divergence, so there two calls and a sum are what a trainer would write.
+``pip install -e '.[peers]'`` brings them (``peers-cuda``: quack); one that is missing, or that
+cannot run on the device, is a row that says so. Each is asked for exactly the loss of the case:
+both weights 1, no temperature, a mean over rows; a more accurate way rather than a faster one, if
+its project offers both. None but Liger has one call for cross-entropy and divergence, so two calls
+and a sum are what a trainer would write.
 
 All of them want one vocabulary. Where the heads differ in rows, both are cut to the shared columns
 before a peer sees them, as its users would have to do: uncut, most give a wrong number and some
@@ -83,6 +83,10 @@ class Peer:
         """Its distributions."""
         return tuple(dict.fromkeys(call.package for call in self.calls))
 
+    def why_not(self, device: torch.device) -> str:
+        """Why it cannot run on `device`, "" if it can."""
+        return self.unfit(device) or self.missing()  # an import may take seconds
+
     def missing(self) -> str:
         """Why it cannot be called, "" if it can."""
         if self.refused:
@@ -92,13 +96,13 @@ class Peer:
         return next(filter(None, reasons), "")
 
     def unfit(self, device: torch.device) -> str:
-        """Why it cannot run on `device`, "" if it can."""
+        """Why it is not for `device`, "" if it is."""
         if device.type not in self.devices:
             return f"needs {' or '.join(sorted(self.devices))}, got {device.type}"
-        if device.type == "cuda" and self.capability > (0, 0):
-            found = torch.cuda.get_device_capability(device)
-            if found < self.capability:
-                least, has = (".".join(map(str, pair)) for pair in (self.capability, found))
+        if device.type == "cuda":
+            pairs = self.capability, torch.cuda.get_device_capability(device)
+            if pairs[0] > pairs[1]:
+                least, has = (".".join(map(str, pair)) for pair in pairs)
                 return f"needs compute capability {least}, this GPU has {has}"
         return ""
 
@@ -146,9 +150,6 @@ def _teacher(problem: Problem) -> tuple[Tensor, Tensor]:
     return ht, wt[: problem.case.vocab]
 
 
-# --- divergences -------------------------------------------------------------------------------
-
-
 def _liger(function: Any, problem: Problem) -> Forward:
     """Token chunks of 1,024, ``torch.func`` per chunk. Compiled on a GPU, which is its default;
     not on a CPU, where each new shape compiles for 5 to 40 s and runs no faster.
@@ -182,17 +183,9 @@ def _fla(function: Any, problem: Problem) -> Forward:
 def _trl(function: Any, problem: Problem) -> Forward:
     """Vocabulary tiles; a divergence for each row, so the mean is taken here."""
     ht, wt = _teacher(problem)
-    beta, temperature = 0.0, 1.0
-
-    def forward() -> Tensor:
-        head = _head(problem)
-        rows, _ = function.apply(problem.hs, head, None, ht, wt, None, beta, temperature)
-        return rows.mean()
-
-    return forward
-
-
-# --- cross-entropies ---------------------------------------------------------------------------
+    how = (0.0, 1.0)  # beta and temperature
+    apply = function.apply
+    return lambda: apply(problem.hs, _head(problem), None, ht, wt, None, *how)[0].mean()
 
 
 def _liger_ce(function: Any, problem: Problem) -> Forward:
@@ -216,13 +209,9 @@ def _quack(function: Any, problem: Problem) -> Forward:
 
 def _torch_chunked(function: Any, problem: Problem) -> Forward:
     """PyTorch's own chunked cross-entropy of a linear layer."""
-    options = function()
-    return lambda: F.linear_cross_entropy(
-        problem.hs, _head(problem), problem.labels, options=options
-    )
+    call = functools.partial(F.linear_cross_entropy, options=function())
+    return lambda: call(problem.hs, _head(problem), problem.labels)
 
-
-# --- the list ----------------------------------------------------------------------------------
 
 _LIGER, _LIGER_KERNELS = "liger_kernel.chunked_loss", "liger_kernel.transformers"
 LIGER = Call("liger-kernel", _LIGER, "LigerFusedLinearJSDLoss", _liger)

@@ -5,6 +5,7 @@ the accuracy ladder, and whole training steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,13 @@ _PALETTE = (
     "#e6ab02", "#b15928", "#fb9a99", "#33a02c",
 )  # fmt: skip
 _MARKS = "osD^vP*<>hXpd"
-COLOURS = {method.key: _PALETTE[i % len(_PALETTE)] for i, method in enumerate(METHODS)}
-MARKERS = {method.key: _MARKS[i % len(_MARKS)] for i, method in enumerate(METHODS)}
+STYLES = {
+    method.key: {"color": _PALETTE[i % len(_PALETTE)], "marker": _MARKS[i % len(_MARKS)]}
+    for i, method in enumerate(METHODS)
+}
+_V = {"vocab_s": 0, "vocab_t": 0}
+#: What is swept in a memory panel: the property of a case, and the fields it depends on.
+AXES = {"rows N": ("all_rows", {"rows": 0}), "vocabulary V": ("vocab", _V)}
 
 
 def time_over_floor(record: dict[str, Any]) -> Figure | None:
@@ -40,15 +46,14 @@ def time_over_floor(record: dict[str, Any]) -> Figure | None:
     if not rows:
         return None
     cases = list(dict.fromkeys(Case(**row["case"]) for row in rows))
-    figure, axes = plt.subplots(
-        figsize=(9, 1.6 + 0.17 * len(rows) + 0.2 * len(cases)), layout="constrained"
-    )
+    size = (9, 1.6 + 0.17 * len(rows) + 0.2 * len(cases))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     place, middles = 0.0, []
     for case in cases:
         mine = [row for row in rows if Case(**row["case"]) == case]
         for n, row in enumerate(mine):
-            value, key = row["over_floor"], row["method"]
-            axes.barh(place + n, value - 1, 0.85, left=1, color=COLOURS[key], label=row["label"])
+            value, colour = row["over_floor"], STYLES[row["method"]]["color"]
+            axes.barh(place + n, value - 1, 0.85, left=1, color=colour, label=row["label"])
             beside = {"xytext": (3 if value >= 1 else -3, 0), "textcoords": "offset points"}
             axes.annotate(f"{value:.2f}", (value, place + n), va="center", fontsize=7,
                           ha="left" if value >= 1 else "right", **beside)  # fmt: skip
@@ -71,7 +76,7 @@ def time_over_floor(record: dict[str, Any]) -> Figure | None:
 def memory_against_size(record: dict[str, Any]) -> Figure | None:
     """Lines, log-log: extra memory against N and against V, predictions dotted."""
     rows = [r for r in record.get("memory", []) if r.get("extra_bytes") is not None]
-    sweeps = [(axis, swept) for axis in _AXES if (swept := _most_swept(rows, axis))]
+    sweeps = [(axis, swept) for axis in AXES if (swept := _most_swept(rows, axis))]
     if not sweeps:
         return None
     figure, panels = _panels(len(sweeps), 5.4)
@@ -82,9 +87,7 @@ def memory_against_size(record: dict[str, Any]) -> Figure | None:
 
 
 def _memory_panel(axes: Axes, axis: str, swept: list[dict[str, Any]]) -> None:
-    def size(row: dict[str, Any]) -> int:
-        return _AXES[axis](Case(**row["case"]))
-
+    size = partial(_size, axis=axis)
     for style, mine in _by_method(swept):
         mine = sorted(mine, key=size)
         sizes = [size(row) for row in mine]
@@ -142,7 +145,7 @@ def training_step(record: dict[str, Any]) -> Figure | None:
         for n, (style, mine) in enumerate(methods):
             found = {row["case"]["stage"]: value(row) or 0 for row in mine}
             places = [i + n * width for i, stage in enumerate(stages) if stage in found]
-            look = {"color": style["color"], "label": style["label"]}
+            look = {key: style[key] for key in ("color", "label")}
             bars = axes.bar(places, found.values(), width * 0.92, **look)
             axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=8)
         middle = 0.4 - width / 2
@@ -160,12 +163,9 @@ def training_step(record: dict[str, Any]) -> Figure | None:
     return figure
 
 
-#: What is swept, and how a case says it.
-_AXES: dict[str, Callable[[Case], int]] = {
-    "rows N": lambda case: case.all_rows,
-    "vocabulary V": lambda case: case.vocab,
-}
-_FREE = {"rows N": {"rows": 0}, "vocabulary V": {"vocab_s": 0, "vocab_t": 0}}
+def _size(row: dict[str, Any], axis: str) -> int:
+    """What a case has of that which is swept."""
+    return getattr(Case(**row["case"]), AXES[axis][0])
 
 
 def _most_swept(rows: list[dict[str, Any]], axis: str) -> list[dict[str, Any]]:
@@ -174,27 +174,22 @@ def _most_swept(rows: list[dict[str, Any]], axis: str) -> list[dict[str, Any]]:
     """
     groups: dict[Case, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(Case(**(row["case"] | _FREE[axis])), []).append(row)
-
-    def sizes(group: list[dict[str, Any]]) -> set[int]:
-        return {_AXES[axis](Case(**row["case"])) for row in group}
-
-    sweeps = [group for group in groups.values() if len(sizes(group)) > 1]
-    return max(sweeps, key=lambda g: (len(sizes(g)), max(sizes(g))), default=[])
+        groups.setdefault(Case(**(row["case"] | AXES[axis][1])), []).append(row)
+    sizes = [({_size(row, axis) for row in group}, group) for group in groups.values()]
+    found, rows = max(sizes, key=lambda s: (len(s[0]), max(s[0])), default=(set(), []))
+    return rows if len(found) > 1 else []
 
 
 def _by_method(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """How each method is drawn, and its rows."""
     for key, label in dict.fromkeys((row["method"], row["label"]) for row in rows):
-        style = {"color": COLOURS[key], "marker": MARKERS[key], "label": label}
-        yield style, [row for row in rows if row["method"] == key]
+        yield STYLES[key] | {"label": label}, [row for row in rows if row["method"] == key]
 
 
 def _panels(count: int, width: float) -> tuple[Figure, Sequence[Axes]]:
     """Side by side."""
-    figure, panels = plt.subplots(
-        1, count, figsize=(width * count, 4.4), squeeze=False, layout="constrained"
-    )
+    size = (width * count, 4.4)
+    figure, panels = plt.subplots(1, count, figsize=size, squeeze=False, layout="constrained")
     return figure, panels[0]
 
 
@@ -219,8 +214,8 @@ def _legend(figure: Figure, panels: Iterable[Axes], columns: int) -> None:
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         found = dict(zip(labels, handles, strict=True)) | found
-    where = {"loc": "outside lower center", "ncols": columns, "fontsize": 8}
-    figure.legend(list(found.values()), list(found), **where)
+    where = "outside lower center"
+    figure.legend(list(found.values()), list(found), loc=where, ncols=columns, fontsize=8)
 
 
 def _finish(axes: Axes, title: str, x: str = "", y: str = "") -> None:

@@ -81,10 +81,8 @@ def make(case: Case, seed: int = 0, device: str = "cpu") -> Problem:
 def make_near(case: Case, epsilon: float, seed: int = 0, device: str = "cpu") -> Problem:
     """A rung of the ladder: both models share a head, ``h_t = h_s + ε·noise``."""
     if case.d_s != case.d_t or case.vocab_s != case.vocab_t:
-        raise ValueError(
-            f"case: a ladder compares equal shapes, got D {case.d_s} and {case.d_t}, "
-            f"V {case.vocab_s} and {case.vocab_t}"
-        )
+        found = f"D {case.d_s} and {case.d_t}, V {case.vocab_s} and {case.vocab_t}"
+        raise ValueError(f"case: a ladder compares equal shapes, got {found}")
     rng = torch.Generator(device).manual_seed(seed)
     dtype = DTYPES[case.dtype]
     h, noise = (_hidden(case.rows, case.d_s, torch.float32, rng) for _ in range(2))

@@ -48,14 +48,12 @@ def machine_line(record: dict[str, Any]) -> str:
     m = record["machine"]
     missing = [name for name, version in m["peers"].items() if version is None]
     peers = [f"{name} {version}" for name, version in m["peers"].items() if version]
-    gpu = ""
-    if "gpu" in m:
-        gpu = f"{m['gpu']} ({m['gpu_memory_gib']} GiB), CUDA {m['cuda']}, Triton {m['triton']}; "
-    text = (
-        f"{gpu}{m['cpu']}, {m['cores']} cores ({m['vector_units']}), {m['memory_gib']} GiB, "
-        f"{m['threads']} threads, {m['system']}; Python {m['python']}, torch {m['torch']}, "
-        f"mllmkd_kernels {m['mllmkd_kernels']} at {m['commit'] or 'no commit'}"
+    gpu = "{gpu} ({gpu_memory_gib} GiB), CUDA {cuda}, Triton {triton}; " if "gpu" in m else ""
+    text = gpu + (
+        "{cpu}, {cores} cores ({vector_units}), {memory_gib} GiB, {threads} threads, {system}; "
+        "Python {python}, torch {torch}, mllmkd_kernels {mllmkd_kernels} at {commit}"
     )
+    text = text.format(**m | {"commit": m["commit"] or "no commit"})
     if peers:
         text += f"; {', '.join(peers)}"
     if missing:

@@ -240,14 +240,10 @@ _REAL = Vlm(
 _TOY = Vlm("toy pair", Sizes(32, 2, 2), Sizes(16, 2, 2), Sizes(16, 2, 2), 512, 32, 8, "fp32")
 
 
-def _stages(
-    models: Vlm, text: int, answer: int, batch: int, budget_mib: int
-) -> tuple[StepCase, ...]:
-    """Both stages: captions, all of it answer, and conversations."""
-    return (
-        StepCase(models, "dpt", text // 2, text // 2, batch, budget_mib),
-        StepCase(models, "dft", text, answer, batch, budget_mib),
-    )
+def _stages(dft: StepCase) -> tuple[StepCase, ...]:
+    """Both stages: captions, half as long and all of it answer, and conversations."""
+    half = dft.text // 2
+    return replace(dft, stage="dpt", text=half, answer=half), dft
 
 
 def _cpu_suite() -> Suite:
@@ -255,10 +251,7 @@ def _cpu_suite() -> Suite:
     # A quarter of the headline's rows where the ratio is wanted, not the seconds.
     few = case("headline", 256, "bf16")
     frozen = replace(few, train_head=False)
-    real = (
-        case("qwen2.5-3b-0.5b", 128, "bf16"),
-        case("qwen2-7b-0.5b", 128, "bf16", train_head=False),
-    )
+    real = case("qwen2.5-3b-0.5b", 128, "bf16"), case("qwen2-7b-0.5b", 128, "bf16", False)
     # A quarter of the vocabulary: for all of it torch's chunked cross-entropy needs 16 s a round.
     cross_entropy = with_vocab(replace(few, loss="ce"), 16384)
     one = case("headline", 729, "bf16", train_head=False, loss="relation")
@@ -271,14 +264,14 @@ def _cpu_suite() -> Suite:
         memory=(*big, *sweep, frozen, *relation),
         accuracy=_LADDERS,
         every_backend=cross_entropy,
-        step=_stages(_SMALL, 64, 40, 4, 192),
+        step=_stages(StepCase(_SMALL, "dft", 64, 40, 4, 192)),
     )
 
 
 def _gpu_suite() -> Suite:
     # The targets on a GPU are about these two, and about the relation of 8 images.
     trained = case("qwen1.5-4b-0.5b", 8192, "bf16")
-    frozen = replace(trained, train_head=False)
+    both = (trained, replace(trained, train_head=False))
     middle = replace(trained, rows=4096)
     sweep = (replace(trained, rows=1024), middle, *with_vocab(middle, 32000, 65536))
     other = (
@@ -287,7 +280,7 @@ def _gpu_suite() -> Suite:
         *(replace(trained, loss=loss) for loss in ("ce", "kl")),
         *(replace(trained, rows=1024, dtype=dtype) for dtype in ("fp32", "fp16")),
     )
-    relation = replace(frozen, rows=729, loss="relation", images=8)
+    relation = replace(both[1], rows=729, loss="relation", images=8)
     sizes = (
         *(replace(relation, rows=rows) for rows in (256, 1024)),
         *(replace(relation, images=images) for images in (1, 16)),
@@ -296,39 +289,31 @@ def _gpu_suite() -> Suite:
     return Suite(
         "gpu",
         "one large GPU, minutes",
-        speed=(
-            trained,
-            frozen,
-            *sweep,
-            *other,
-            relation,
-            replace(relation, train_head=True),
-            *sizes,
-        ),
-        memory=(*sweep, trained, frozen, relation, *sizes),
+        speed=(*both, *sweep, *other, relation, replace(relation, train_head=True), *sizes),
+        memory=(*sweep, *both, relation, *sizes),
         accuracy=(*_LADDERS, Ladder(wide)),
-        every_backend=(trained, frozen),
+        every_backend=both,
         rounds=10,
         device="cuda",
-        step=_stages(_REAL, 256, 128, 4, 16384),
+        step=_stages(StepCase(_REAL, "dft", 256, 128, 4, 16384)),
     )
 
 
 def _quick_suite() -> Suite:
     small = Case("quick", 128, 512, 256, 16384, 16384)
-    cases = tuple(replace(small, dtype=dtype) for dtype in PROMISED)
-    # Few rows: most processors have no fp16 arithmetic, and emulate it.
-    cases += (replace(small, dtype="fp16", rows=16),)
-    relation = (replace(small, dtype="bf16", loss="relation"),)
+    middle = replace(small, dtype="bf16")
+    # Few rows of fp16: most processors have no arithmetic for it, and emulate it.
+    few = replace(small, dtype="fp16", rows=16)
+    cases = (small, middle, few, replace(middle, loss="relation"))
     (ladder,) = with_vocab(replace(_LADDER, dtype="bf16"), 8000)
     return Suite(
         "quick",
         "about a minute: that everything runs; too small for the promises",
-        speed=cases + relation,
-        memory=(cases[1], replace(cases[1], rows=512), *with_vocab(cases[1], 65536)),
+        speed=cases,
+        memory=(middle, replace(middle, rows=512), *with_vocab(middle, 65536)),
         accuracy=(Ladder(ladder, (0.3, 0.03)),),
-        every_backend=cases + relation,
-        step=_stages(_SMALL, 64, 40, 1, 256)[:1],
+        every_backend=cases,
+        step=_stages(StepCase(_SMALL, "dft", 64, 40, 1, 256))[:1],
     )
 
 
@@ -345,9 +330,8 @@ def _tiny_suite() -> Suite:
         accuracy=(Ladder(ladder, (0.3, 0.03)), Ladder(replace(ladder, dtype="bf16"), (0.3, 0.03))),
         every_backend=cases,
         rounds=2,
-        step=_stages(_TOY, 8, 4, 2, 2)[:1],
+        step=_stages(StepCase(_TOY, "dft", 8, 4, 2, 2))[:1],
     )
 
 
-_SUITES = (_cpu_suite(), _gpu_suite(), _quick_suite(), _tiny_suite())
-SUITES = {suite.name: suite for suite in _SUITES}
+SUITES = {s.name: s for s in (_cpu_suite(), _gpu_suite(), _quick_suite(), _tiny_suite())}

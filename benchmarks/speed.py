@@ -24,8 +24,7 @@ from benchmarks.session import Session, Verdict, said
 from benchmarks.shapes import Case
 
 Step = Callable[[], object]
-#: key → seconds of every round.
-Seconds = Mapping[str, list[float]]
+Seconds = Mapping[str, list[float]]  # of every round, by key
 
 
 def measure(session: Session, case: Case) -> list[dict[str, Any]]:
@@ -35,12 +34,9 @@ def measure(session: Session, case: Case) -> list[dict[str, Any]]:
     methods = session.methods(case)
     verdicts = dict(session.verdicts(methods, case))
     problem = make(case, device=session.suite.device)
-    fit = {
-        method.key: partial(method.build, problem)
-        for method in methods
-        if verdicts[method.key].status == "ok"
-    }
-    seconds, failed = interleaved(session, case.title, fit, problem.forget_gradients)
+    fit = [method for method in methods if verdicts[method.key].status == "ok"]
+    builds = {method.key: partial(method.build, problem) for method in fit}
+    seconds, failed = interleaved(session, case.title, builds, problem.forget_gradients)
     verdicts |= {key: Verdict("failed", reason) for key, reason in failed.items()}
     rows = []
     for method in methods:

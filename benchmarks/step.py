@@ -1,9 +1,9 @@
 """How much faster, and how much smaller, is a whole training step?
 
 One optimiser step of LLaVA-KD's distilled stages with models of a real class (`vlm`): the frozen
-teacher and the student forward, losses, backward, AdamW. Only the losses differ:
-plain PyTorch on whole logits, as a trainer writes them (`naive`), or `mk.LlavaKDLoss`. The
-student's layers are checkpointed, as the published scripts have it.
+teacher and the student forward, losses, backward, AdamW. Only the losses differ: plain PyTorch on
+whole logits, as a trainer writes them (`naive`), or `mk.LlavaKDLoss`. The student's layers are
+checkpointed, as the published scripts have it.
 
 * **Same loss.** Before anything is timed, loss and gradients of every trained parameter are
   compared on one sample with the same weights.
@@ -11,11 +11,8 @@ student's layers are checkpointed, as the published scripts have it.
   Tokens are those of the sequence, visual rows included.
 * **Peak** beyond weights and optimiser state, so gradients count, as in `memory`: on a CPU the
   kernel's high-water mark of a child process of its own, on a GPU the allocator's.
-* **Largest batch** within a stated budget for that peak: measured at one sample and at the timed
-  batch; the line through the two latest measurements proposes the next batch to measure, until one
-  fits and one larger (beyond 20, by a twentieth) does not, or is not expected to by the line. On a
-  GPU a step that runs out of memory does not fit. So the answer is a batch that was run, not an
-  extrapolation.
+* **Largest batch** within a stated budget for that peak: one that was run (`largest`), not an
+  extrapolation. On a GPU a step that runs out of memory does not fit.
 """
 
 from __future__ import annotations
@@ -41,6 +38,8 @@ from benchmarks.speed import interleaved, spread
 
 Rows = list[dict[str, Any]]
 
+NEEDED = ("transformers", "safetensors")
+
 #: Both compute the same, so a larger relative difference of the loss or of the gradients of all
 #: trained parameters means that they do not. In bf16 the rounding of the logits' gradient passes
 #: through every layer; a missing term or factor is a matter of 0.3 or more.
@@ -57,8 +56,11 @@ def measure(session: Session, case: StepCase) -> Rows:
     device = session.suite.device
     both = (EAGER, methods.ours_by_default(device))
     only = session.only or [method.key for method in both]
-    rows = [method.row(case) | _usable() for method in both if method.key in only]
-    if rows and rows[0]["status"] == "ok":
+    lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    status = {"status": "missing" if lacking else "ok"}
+    status["reason"] = f"needs {', '.join(lacking)}" if lacking else ""
+    rows = [method.row(case) | status for method in both if method.key in only]
+    if rows and not lacking:
         _time(session, case, rows)
         for row in _fit(rows):
             session.tell(f"{case.title}: largest batch, {row['label']}")
@@ -72,14 +74,6 @@ def _fit(rows: Rows) -> Rows:
     return [row for row in rows if row["status"] == "ok"]
 
 
-def _usable() -> dict[str, str]:
-    wanted = ("transformers", "safetensors")
-    lacking = [name for name in wanted if importlib.util.find_spec(name) is None]
-    if lacking:
-        return {"status": "missing", "reason": f"needs {', '.join(lacking)}"}
-    return {"status": "ok", "reason": ""}
-
-
 def _training(case: StepCase, key: str, device: str) -> Any:
     """The case's training with the losses of a method."""
     from benchmarks.vlm import Training  # needs transformers
@@ -89,13 +83,10 @@ def _training(case: StepCase, key: str, device: str) -> Any:
 
 
 def _forget_models() -> None:
-    from benchmarks.vlm import pair
+    from benchmarks.vlm import pair  # needs transformers
 
     pair.cache_clear()
     gc.collect()
-
-
-# --- time ----------------------------------------------------------------------------------------
 
 
 def _time(session: Session, case: StepCase, rows: Rows) -> None:
@@ -105,10 +96,8 @@ def _time(session: Session, case: StepCase, rows: Rows) -> None:
     _compare(case, rows, trainings)
     one = next(iter(trainings.values()))  # all train the same parameters
     inputs = one.batch(case.batch)
-    steps = {
-        row["method"]: lambda t=trainings[row["method"]]: partial(t.step, inputs)
-        for row in _fit(rows)
-    }
+    keys = [row["method"] for row in _fit(rows)]
+    steps = {key: partial(partial, trainings[key].step, inputs) for key in keys}
     seconds, failed = interleaved(session, case.title, steps, one.forget)
     for row in _fit(rows):
         if row["method"] in failed:
@@ -126,18 +115,12 @@ def _compare(case: StepCase, rows: Rows, trainings: dict[str, Any]) -> None:
         loss = training.gradients(training.batch(1))
         gradient = torch.cat([p.grad.flatten() for p in training.trained])
         training.forget()
-        if first is None:
-            first = loss, gradient
+        first = first or (loss, gradient)
         off = [truth.relative(*pair) for pair in zip((loss, gradient), first, strict=True)]
         row |= {"loss": float(loss), "loss_off": off[0], "gradient_off": off[1]}
         if not all(o <= most for o, most in zip(off, AGREE[case.models.dtype], strict=True)):
-            row |= {
-                "status": "wrong",
-                "reason": f"loss {off[0]:.1e} and gradient {off[1]:.1e} off plain PyTorch's",
-            }
-
-
-# --- memory --------------------------------------------------------------------------------------
+            reason = f"loss {off[0]:.1e} and gradient {off[1]:.1e} off plain PyTorch's"
+            row |= {"status": "wrong", "reason": reason}
 
 
 def _peaks(case: StepCase, key: str, device: str) -> dict[str, Any]:
@@ -165,11 +148,8 @@ def _peaks(case: StepCase, key: str, device: str) -> dict[str, Any]:
     first = (1, case.batch) if case.batch > 1 else (1, 2)
     batch, peaks = largest(peak, case.budget_mib * 2**20, first)
     measured = {n: int(found) for n, found in peaks.items() if found < math.inf}
-    return {
-        "extra_bytes": measured.get(case.batch),
-        "peaks": [[n, measured[n]] for n in sorted(measured)],
-        "largest_batch": batch,
-    }
+    extra, pairs = measured.get(case.batch), [[n, measured[n]] for n in sorted(measured)]
+    return {"extra_bytes": extra, "peaks": pairs, "largest_batch": batch}
 
 
 def largest(
@@ -179,12 +159,9 @@ def largest(
 
     The two batches of `first` are measured, then what the line through the two latest proposes,
     between the largest that fits and the smallest that does not, until these are neighbours (or
-    within a twentieth) or the line expects them to be; or `TRIES` is used up, then it is the
-    largest that was seen to fit.
+    within a twentieth) or the line expects them to be; or until `TRIES` are used up.
     """
-    peaks: dict[int, float] = {}
-    for batch in first:
-        peaks[batch] = peak(batch)
+    peaks = {batch: peak(batch) for batch in first}
     a, b = first
     for turn in range(TRIES):
         fits = max((n for n, found in peaks.items() if found <= budget), default=0)

@@ -7,7 +7,7 @@ and backward, student head trained) and for what ``backend="auto"`` chooses on t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from benchmarks.methods import EAGER
@@ -21,30 +21,20 @@ TIMES_EAGER = {"fp32": 1.35, "bf16": 1.8}
 MEMORY_SHARE = 1 / 3
 
 
-@dataclass(frozen=True)
-class Target:
-    """One promise.
+Target = dict[str, Any]
 
-    Attributes:
-        promise: in words.
-        found: the figure in words.
-        holds: None where this run did not measure it.
+
+def judge(record: dict[str, Any], method: str) -> list[Target]:
+    """Every promise, judged for the method key `method`: the promise in words, the figure in words,
+    and whether it holds, None where this run did not measure it.
     """
-
-    promise: str
-    found: str
-    holds: bool | None
-
-
-def judge(record: dict[str, Any], method: str) -> list[dict[str, Any]]:
-    """Every promise, judged for the method key `method`, as dictionaries for the record."""
     found = []
     for dtype in PROMISED:
         found += _speed(record.get("speed", []), method, dtype)
         found.append(_memory(record.get("memory", []), method, dtype))
     for dtype in PROMISED:
         found.append(_accuracy(record.get("accuracy", []), method, dtype))
-    return [asdict(target) for target in found]
+    return found
 
 
 def _speed(rows: list[dict[str, Any]], method: str, dtype: str) -> list[Target]:
@@ -97,5 +87,5 @@ def _target(
     promise: str, value: float | None, words: str, holds: Callable[[float], bool]
 ) -> Target:
     if value is None:
-        return Target(promise, "not measured", None)
-    return Target(promise, words.format(value), holds(value))
+        return {"promise": promise, "found": "not measured", "holds": None}
+    return {"promise": promise, "found": words.format(value), "holds": holds(value)}

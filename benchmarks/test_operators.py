@@ -14,6 +14,7 @@ tests/test_guards.py). For whole problems, peers and memory there is ``python -m
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,11 +30,8 @@ from mllmkd_kernels import choose
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 #: Of two images; large enough on a GPU to be about the kernels rather than their launch.
-CASE = (
-    Case("operators", 1024, 2048, 896, 65536, 65536, "bf16", images=2)
-    if ON_GPU
-    else Case("operators", 64, 384, 256, 8192, 8192, images=2)
-)
+SIZES = (1024, 2048, 896, 65536, 65536, "bf16") if ON_GPU else (64, 384, 256, 8192, 8192)
+CASE = Case("operators", *SIZES, images=2)
 BACKENDS = [name for name in choose.BACKENDS if not BY_KEY[f"mk-{name}"].why_not(DEVICE)]
 
 
@@ -73,9 +71,9 @@ def time(request: pytest.FixtureRequest, benchmark: Any, problem: Problem) -> An
 
 def test_fused_linear_distill(time: Any, problem: Problem, backend: str) -> None:
     """CE and forward KL of all rows, the head trained."""
-    p, how = problem, {"ce_weight": 1 / CASE.all_rows, "kd_weight": 1 / CASE.all_rows}
-    inputs = p.hs, p.ws, p.ht, p.wt, p.labels
-    time(lambda: mk.fused_linear_distill(*inputs, **how, backend=backend).loss)
+    p, mean = problem, 1 / CASE.all_rows
+    call = partial(mk.fused_linear_distill, ce_weight=mean, kd_weight=mean, backend=backend)
+    time(lambda: call(p.hs, p.ws, p.ht, p.wt, p.labels).loss)
 
 
 def test_fused_linear_logprob(time: Any, problem: Problem, backend: str) -> None:
@@ -111,7 +109,7 @@ def test_llava_kd_loss(time: Any, problem: Problem, backend: str) -> None:
     mask[:, : length // 2] = True
     teacher = mk.HeadInputs(ht.view(images, length, -1), wt)
     loss = mk.LlavaKDLoss(backend=backend)
-    how = {
+    how: dict[str, Any] = {
         "num_items_in_batch": mk.RowCounts(images * length // 4, images * length // 2, images),
         "image_lens": [length // 2] * images,
     }

@@ -62,14 +62,12 @@ def truth(problem: Problem) -> Truth:
             z_s, z_t, problem.labels, ce_weight=0.0 if case.loss == "kl" else mean, kd_weight=mean
         )
     (dz,) = torch.autograd.grad(loss, z_s)
-    hs = hs.double()
-    dh = torch.zeros_like(hs)
-    for columns, part in zip(dz.split(_SLICE, 1), ws[:vocab].split(_SLICE), strict=True):
-        dh += columns @ part.double()
+    slices = zip(dz.split(_SLICE, 1), ws[:vocab].split(_SLICE), strict=True)
+    dh = torch.stack([columns @ part.double() for columns, part in slices]).sum(0)
     dw = None
     if case.train_head:
         dw = torch.zeros(ws.shape, dtype=torch.float64, device=ws.device)
-        torch.mm(dz.mT, hs, out=dw[:vocab])
+        torch.mm(dz.mT, hs.double(), out=dw[:vocab])
     return Truth(loss.detach(), dh, dw)
 
 
@@ -106,13 +104,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return float((off / norm).sqrt())
 
 
-def _logits(
-    h: Tensor,  # (N, D)
-    w: Tensor,  # (≥V, D)
-    vocab: int,
-) -> Tensor:
-    h = h.double()
-    z = torch.empty(h.shape[0], vocab, dtype=torch.float64, device=h.device)
-    for columns, part in zip(z.split(_SLICE, 1), w[:vocab].split(_SLICE), strict=True):
-        torch.mm(h, part.double().mT, out=columns)
-    return z
+def _logits(h: Tensor, w: Tensor, vocab: int) -> Tensor:
+    """(N, V) in fp64, of h (N, D) and w (≥V, D)."""
+    slices = w[:vocab].split(_SLICE)
+    return torch.cat([reference.logits(h.double(), part.double()) for part in slices], dim=1)

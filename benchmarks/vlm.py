@@ -9,6 +9,7 @@ those of a language model, because an error does.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def pair(
     (new or student.gradient_checkpointing_enable)({"use_reentrant": False})
     student.train()
     teacher.model.vision_tower = student.model.vision_tower
-    return student, teacher.eval()
+    return student, teacher.requires_grad_(False).eval()
 
 
 def _model(models: Vlm, sizes: Sizes) -> LlavaForConditionalGeneration:
@@ -75,12 +76,9 @@ def _model(models: Vlm, sizes: Sizes) -> LlavaForConditionalGeneration:
     return model
 
 
-def _sizes(sizes: Sizes) -> dict[str, int]:
-    return {
-        "hidden_size": sizes.hidden,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads,
-    }
+def _sizes(sizes: Sizes) -> dict[str, Any]:
+    depth = {"num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads}
+    return {"hidden_size": sizes.hidden} | depth
 
 
 class Training:
@@ -106,10 +104,8 @@ class Training:
         labels[:, -case.answer :] = ids[:, -case.answer :]
         images = (samples, 3, models.image, models.image)
         pixels = torch.randn(images, generator=rng, device=device).to(DTYPES[models.dtype])
-        mask = torch.ones_like(ids)
-        return {
-            "input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": pixels
-        }  # fmt: skip
+        text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        return text | {"pixel_values": pixels}
 
     def gradients(self, inputs: dict[str, Tensor]) -> Tensor:
         """The loss; gradients are left in ``trained``."""

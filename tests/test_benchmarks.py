@@ -201,7 +201,7 @@ def _broken(run: methods.Run | None, key: str, missing: str = "") -> methods.Met
 
         return run or half
 
-    return methods.Method(key, key, frozenset({"ce+kl"}), build, lambda: missing)
+    return methods.Method(key, key, frozenset({"ce+kl"}), build, lambda _: missing)
 
 
 def test_a_method_that_is_wrong_fails_or_is_missing_becomes_a_row(
@@ -451,8 +451,8 @@ def test_memory_is_drawn_against_what_was_swept(tmp_path: Path) -> None:
          "predicted_bytes": None}
         for case in cases
     ]  # fmt: skip
-    found = {axis: plots._most_swept(rows, axis) for axis in plots._AXES}
-    sizes = {axis: [plots._AXES[axis](Case(**r["case"])) for r in f] for axis, f in found.items()}
+    found = {axis: plots._most_swept(rows, axis) for axis in plots.AXES}
+    sizes = {axis: [plots._size(row, axis) for row in f] for axis, f in found.items()}
     assert sizes == {"rows N": [128, 256, 512], "vocabulary V": [256 * 256, 16384, 2**17]}
     assert plots.memory_against_size({"memory": rows[:1]}) is None
     assert list(plots.draw({"memory": rows}, tmp_path)) == ["memory_against_size.png"]

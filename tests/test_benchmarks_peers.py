@@ -62,7 +62,7 @@ def test_every_peer_is_a_method_with_all_it_says() -> None:
         assert peer.losses and peer.losses <= set(LOSSES)
         assert (method.label, method.losses) == (peer.label, peer.losses)
         assert all(package in method.version() for package in peer.packages)
-        assert method.why_not(CPU) == peer.unfit(CPU) or peer.missing()
+        assert method.why_not(CPU) == (peer.unfit(CPU) or peer.missing())
 
 
 def test_versions_name_every_distribution_once() -> None:
