@@ -24,12 +24,11 @@ from transformers import (
 import mllmkd_kernels as mk
 from benchmarks.problem import LOGIT_STD
 from benchmarks.shapes import DTYPES, Sizes, StepCase, Vlm
-from training.anatomy import Role, anatomy
 
 #: Of the tokens, the last; the others are words.
 IMAGE_TOKEN = -1
-#: What a stage trains.
-TRAINED: dict[str, tuple[Role, ...]] = {"dpt": ("projector",), "dft": ("projector", "language")}
+#: What a stage trains, parts of ``model.model``; the head is the language model's embedding.
+TRAINED = {"dpt": ("multi_modal_projector",), "dft": ("multi_modal_projector", "language_model")}
 
 
 @functools.lru_cache(maxsize=1)  # both stages of a pair train the same models
@@ -89,8 +88,8 @@ class Training:
         self._case, self._device = case, device
         self._student, self._teacher = pair(case.models, device)
         self._student.requires_grad_(False)
-        names = anatomy(self._student).parameters(*TRAINED[case.stage])
-        self.trained = [self._student.get_parameter(name).requires_grad_(True) for name in names]
+        parts = [self._student.model.get_submodule(name) for name in TRAINED[case.stage]]
+        self.trained = [p.requires_grad_(True) for part in parts for p in part.parameters()]
         self._optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
 
     def batch(self, samples: int) -> dict[str, Tensor]:
