@@ -155,13 +155,10 @@ def _liger(function: Any, problem: Problem) -> Forward:
     not on a CPU, where each new shape compiles for 5 to 40 s and runs no faster.
     """
     loss = function(
-        weight_hard_loss=0.0 if problem.case.loss == "kl" else 1.0,
-        weight_soft_loss=1.0,
+        weight_hard_loss=0.0 if problem.case.loss == "kl" else 1.0, weight_soft_loss=1.0,
         beta=0.0,  # forward KL in Liger's convention
-        temperature=1.0,
-        compiled=problem.hs.is_cuda,
-        chunk_size=1024,
-    )
+        temperature=1.0, compiled=problem.hs.is_cuda, chunk_size=1024,
+    )  # fmt: skip
     ht, wt = _teacher(problem)
     return lambda: loss(problem.hs, _head(problem), ht, wt, problem.labels)
 

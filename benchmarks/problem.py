@@ -17,10 +17,8 @@ from benchmarks.shapes import DTYPES, Case
 
 LOGIT_STD = 2.5
 
-#: Computes the loss of a problem.
-Forward = Callable[[], Tensor]
-#: One forward and backward: leaves gradients in the problem; the floor has no loss to return.
-Run = Callable[[], Tensor | None]
+Forward = Callable[[], Tensor]  # the loss of a problem
+Run = Callable[[], Tensor | None]  # and its backward: gradients are left; the floor has no loss
 
 
 @dataclass

@@ -49,27 +49,19 @@ def pair(
 
 def _model(models: Vlm, sizes: Sizes) -> LlavaForConditionalGeneration:
     tower = SiglipVisionConfig(
-        **_sizes(models.tower),
-        intermediate_size=4 * models.tower.hidden,
-        image_size=models.image,
-        patch_size=models.patch,
-        vision_use_head=False,
-    )
+        **_sizes(models.tower), intermediate_size=4 * models.tower.hidden,
+        image_size=models.image, patch_size=models.patch, vision_use_head=False,
+    )  # fmt: skip
     language = Qwen2Config(
-        **_sizes(sizes),
-        vocab_size=models.vocab,
+        **_sizes(sizes), num_key_value_heads=sizes.heads,
+        vocab_size=models.vocab, tie_word_embeddings=True,
         intermediate_size=-(-8 * sizes.hidden // 96) * 32,  # 8/3 D, up to a multiple of 32
-        num_key_value_heads=sizes.heads,
-        tie_word_embeddings=True,
-    )
+    )  # fmt: skip
     config = LlavaConfig(
-        vision_config=tower,
-        text_config=language,
-        image_token_index=models.vocab + IMAGE_TOKEN,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="full",
+        vision_config=tower, vision_feature_layer=-2, vision_feature_select_strategy="full",
+        text_config=language, image_token_index=models.vocab + IMAGE_TOKEN,
         tie_word_embeddings=True,
-    )
+    )  # fmt: skip
     model = AutoModelForImageTextToText.from_config(config, dtype=DTYPES[models.dtype])
     torch.nn.init.normal_(model.lm_head.weight, std=LOGIT_STD / sizes.hidden**0.5)
     return model
