@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform
+import re
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,10 @@ OURS = methods.ours_by_default()
 CASE = Case("test", rows=7, d_t=9, d_s=5, vocab_t=41, vocab_s=37)
 
 
+def _raises() -> dict[str, Any]:
+    raise RuntimeError("first line\nsecond line: /somewhere/of/theirs.py")
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The JSON of `all` on the tiny suite: every sub-command once, children included."""
@@ -56,13 +63,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_every_section_has_a_figure_for_every_method(run: Path) -> None:
     found = record.load(run)
-    for section, methods_there in (
-        ("speed", {"floor", "torch-eager", OURS.key}),
-        ("memory", {"torch-eager", OURS.key}),
-        ("accuracy", {"torch-eager", OURS.key}),
-        ("step", {"torch-eager", OURS.key}),
-    ):
-        assert {row["method"] for row in found[section]} == methods_there
+    for section in record.SECTIONS:
+        floor = {"floor"} if section == "speed" else set()
+        assert {row["method"] for row in found[section]} == {"torch-eager", OURS.key} | floor
         assert {row["status"] for row in found[section]} == {"ok"}, section
     for row in found["speed"]:
         assert len(row["seconds"]) == TINY.rounds
@@ -122,11 +125,8 @@ def test_ratios_are_formed_within_a_round() -> None:
     assert row["median_s"] == 3.0
     assert row["over_floor"] == 2.0
     assert row["times_eager"] == 2.0
-
-
-def test_a_method_without_floor_has_no_ratio() -> None:
-    row = speed.figures(CASE, [1.0, 2.0], {"mine": [1.0, 2.0]})
-    assert row["over_floor"] is None and row["times_eager"] is None
+    alone = speed.figures(CASE, seconds["mine"], {"mine": seconds["mine"]})
+    assert alone["over_floor"] is None and alone["times_eager"] is None
 
 
 def test_floor_flops_of_the_headline_are_the_four_products() -> None:
@@ -151,17 +151,12 @@ def test_peak_rise_sees_memory_that_is_already_free_again() -> None:
 @pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
 def test_truth_is_the_reference_in_fp64(loss: str, train_head: bool) -> None:
     problem = make(replace(CASE, loss=loss, train_head=train_head))
-    h, w = problem.hs.detach().double(), problem.ws.detach().double()
-    h.requires_grad_(True)
-    w.requires_grad_(True)
-    vocab = problem.case.vocab
-    z_s = reference.logits(h, w, vocab_size=vocab)
-    z_t = None
+    h, w = (x.detach().double().requires_grad_(True) for x in (problem.hs, problem.ws))
+    z_s, z_t = reference.logits(h, w, vocab_size=problem.case.vocab), None
     if loss != "ce":
-        ht, wt = problem.teacher()
-        z_t = reference.logits(ht.double(), wt.double(), vocab_size=vocab)
-    if loss == "relation":
-        assert z_t is not None
+        ht, wt = (x.double() for x in problem.teacher())
+        z_t = reference.logits(ht, wt, vocab_size=problem.case.vocab)
+    if loss == "relation" and z_t is not None:
         expected = reference.relation_cosine(z_s, z_t, torch.tensor([0, 7]))
     else:
         _, ce, kd = reference.linear_distill(
@@ -207,13 +202,10 @@ def _broken(run: methods.Run | None, key: str, missing: str = "") -> methods.Met
 def test_a_method_that_is_wrong_fails_or_is_missing_becomes_a_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def out_of_memory() -> None:
-        raise RuntimeError("no memory left")
-
     peer = peers.Peer("x", "x", methods.ALL, (peers.Call("x", "no_such_module", "f"),))
     unusable = (
         _broken(None, "half-gradient"),
-        _broken(out_of_memory, "raises"),
+        _broken(_raises, "raises"),
         _broken(lambda: None, "returns-nothing"),
         _broken(None, "absent", peer.missing()),
     )
@@ -222,9 +214,8 @@ def test_a_method_that_is_wrong_fails_or_is_missing_becomes_a_row(
     assert rows["torch-eager"]["status"] == "ok"
     assert rows["half-gradient"]["status"] == "wrong"
     assert "gradient off by" in rows["half-gradient"]["reason"]
-    assert (rows["raises"]["status"], rows["raises"]["reason"]) == (
-        "failed", "RuntimeError: no memory left",
-    )  # fmt: skip
+    assert rows["raises"]["status"] == "failed"
+    assert rows["raises"]["reason"] == "RuntimeError: first line"
     assert rows["returns-nothing"]["status"] == "failed"
     assert rows["absent"]["status"] == "missing" and "no_such_module" in rows["absent"]["reason"]
     assert all("median_s" not in rows[method.key] for method in unusable)
@@ -277,10 +268,11 @@ def test_naive_and_our_losses_train_alike(stage: str) -> None:
     step._compare(case, rows, trainings)
     assert [row["status"] for row in rows] == ["ok", "ok"]
     assert rows[0]["loss"] > 0 and rows[1]["gradient_off"] > 0  # compared with another's
-    trained = len(trainings["mk-eager"].trained)
-    assert trained == (
-        4 if stage == "dpt" else len(list(_student(case).parameters())) - _frozen(case)
-    )
+    student, _ = vlm.pair(case.models, "cpu")
+    frozen = {id(p) for p in student.model.vision_tower.parameters()}
+    free = {id(p) for p in student.parameters()} - frozen
+    trained = {id(p) for p in trainings["mk-eager"].trained}
+    assert (trained < free and len(trained) == 4) if stage == "dpt" else trained == free
     # Another loss is told apart.
     trainings["mk-eager"].loss.relation = 0.4
     step._compare(case, rows, trainings)
@@ -288,13 +280,24 @@ def test_naive_and_our_losses_train_alike(stage: str) -> None:
     assert "off plain PyTorch's" in rows[1]["reason"]
 
 
-def _student(case: StepCase) -> Any:
-    return vlm.pair(case.models, "cpu")[0]
+def test_a_step_that_raises_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, rows = (
+        TINY.step[0],
+        [{"method": key, "status": "ok"} for key in ("torch-eager", "mk-eager")],
+    )
+    build = step._training
 
+    def broken(case: StepCase, key: str, device: str) -> Any:
+        training = build(case, key, device)
+        if key == "mk-eager":
+            training.step = lambda inputs: _raises()
+        return training
 
-def _frozen(case: StepCase) -> int:
-    """The tower's parameters."""
-    return len(list(_student(case).model.vision_tower.parameters()))
+    monkeypatch.setattr(step, "_training", broken)
+    step._time(Session(TINY, rounds=1), case, rows)
+    assert rows[0]["tokens_per_s"] > 0 and "seconds" not in rows[1]
+    assert (rows[1]["status"], rows[1]["reason"]) == ("failed", "RuntimeError: first line")
+    vlm.pair.cache_clear()  # its weights have moved
 
 
 def test_a_step_moves_what_is_trained_and_nothing_else() -> None:
@@ -315,6 +318,18 @@ def test_without_transformers_a_step_is_missing(monkeypatch: pytest.MonkeyPatch)
     rows = step.measure(Session(TINY), TINY.step[0])
     assert len(rows) == 2 and {row["status"] for row in rows} == {"missing"}
     assert rows[0]["reason"] == "needs transformers"
+
+
+@pytest.mark.slow
+def test_whatever_ends_a_child_is_a_row() -> None:
+    def raised(function: Any, *arguments: Any) -> str:
+        found = memory.apart("cpu", function, *arguments)
+        assert found.pop("status") == "failed"
+        return found["reason"]
+
+    assert raised(_raises) == "RuntimeError: first line"
+    assert raised(os._exit, 1).startswith("the child process was killed")
+    assert raised(sys.exit, "no driver") == "SystemExit: no driver"
 
 
 # --- promises ------------------------------------------------------------------------------------
@@ -379,12 +394,8 @@ def test_only_whole_runs_are_published_and_the_newest_by_its_own_date(tmp_path: 
     for date in ("2026-03-01T00:00:00Z", "2026-01-01T00:00:00Z"):  # the older is written last
         record.save(whole | {"date": date}, tmp_path)
     part = {name: value for name, value in whole.items() if name != "memory"}
-    for other in (
-        part,
-        whole | {"suite": "quick"},
-        whole | {"only": ["floor"]},
-        whole | {"rounds": 4},
-    ):
+    changes = ({"suite": "quick"}, {"only": ["floor"]}, {"rounds": 4})
+    for other in (part, *(whole | change for change in changes)):
         record.save(other | {"date": "2026-09-01T00:00:00Z"}, tmp_path)
     newest = record.newest(tmp_path)
     assert newest is not None and newest.name.endswith("2026-03-01.json")
@@ -479,6 +490,11 @@ def test_the_readme_of_this_repository_is_current() -> None:
 # --- the command line ----------------------------------------------------------------------------
 
 
+def test_the_benchmarks_need_the_package_alone() -> None:
+    for path in Path(cli.__file__).parent.glob("*.py"):
+        assert "training" not in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M)
+
+
 def test_an_unknown_method_is_refused_before_anything_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -498,15 +514,8 @@ def test_help_names_every_command_and_method(capsys: pytest.CaptureFixture[str])
         main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for word in (
-        "speed",
-        "memory",
-        "accuracy",
-        "step",
-        "all",
-        "readme",
-        *(m.key for m in methods.METHODS),
-    ):
+    assert tuple(cli.SECTIONS) == record.SECTIONS
+    for word in (*cli.SECTIONS, "all", "readme", *methods.BY_KEY):
         assert word in text
 
 

@@ -129,24 +129,19 @@ def test_a_refused_peer_says_why_and_is_never_imported(monkeypatch: pytest.Monke
         peer.build(make(CASE))
 
 
-def _exits() -> Tensor:
-    raise SystemExit("no driver")
+def _raises(error: BaseException) -> Any:
+    raise error
 
 
-def _raises() -> Tensor:
-    raise RuntimeError("first line\nsecond line: /somewhere/of/theirs.py")
-
-
-def _cannot_prepare(function: Any, problem: Problem) -> peers.Forward:
-    raise TypeError("their signature changed")
+_THEIRS = RuntimeError("first line\nsecond line: /somewhere/of/theirs.py")
 
 
 @pytest.mark.parametrize(
     ("prepare", "reason"),
     [
-        (_cannot_prepare, "TypeError: their signature changed"),
-        (lambda _, problem: _raises, "RuntimeError: first line"),
-        (lambda _, problem: _exits, "SystemExit: no driver"),
+        (lambda *_: _raises(TypeError("their signature")), "TypeError: their signature"),
+        (lambda *_: lambda: _raises(_THEIRS), "RuntimeError: first line"),
+        (lambda *_: lambda: _raises(SystemExit("no driver")), "SystemExit: no driver"),
         (lambda _, p: lambda: p.hs.detach().sum(), "RuntimeError: element 0 of tensors"),
     ],
     ids=["build", "run", "exit", "no gradient"],
@@ -162,28 +157,10 @@ def test_a_failure_leaves_no_gradient_to_the_next_method() -> None:
 
     def half_way(*_: Any) -> peers.Forward:
         problem.hs.grad = torch.ones_like(problem.hs)
-        return _raises
+        return lambda: _raises(_THEIRS)
 
     session.vet(methods._peer(_peer(_call(half_way))), problem, truth.truth(problem))
     assert problem.hs.grad is None
-
-
-def _fails_at_full_size(where: str, error: BaseException) -> Any:
-    """Right on the few rows that are checked."""
-
-    def prepare(function: Any, problem: Problem) -> peers.Forward:
-        full = problem.case.rows > session.CHECK_ROWS
-        if full and where == "build":
-            raise error
-
-        def loss() -> Tensor:
-            if full and where == "run":
-                raise error
-            return naive.loss_of(problem)
-
-        return loss
-
-    return prepare
 
 
 @pytest.mark.parametrize("where", ["build", "run"])
@@ -195,7 +172,12 @@ def _fails_at_full_size(where: str, error: BaseException) -> Any:
 def test_a_peer_that_fails_at_full_size_is_a_row_too(
     where: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peer = _peer(_call(_fails_at_full_size(where, error)))
+    def prepare(_: Any, problem: Problem) -> peers.Forward:
+        if problem.case.rows <= session.CHECK_ROWS:  # right on the few rows that are checked
+            return lambda: naive.loss_of(problem)
+        return _raises(error) if where == "build" else lambda: _raises(error)
+
+    peer = _peer(_call(prepare))
     monkeypatch.setattr(methods, "METHODS", (methods.EAGER, methods._peer(peer)))
     case = replace(CASE, rows=session.CHECK_ROWS + 1)
     rows = {r["method"]: r for r in speed.measure(Session(SUITES["tiny"], rounds=1), case)}
