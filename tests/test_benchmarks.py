@@ -43,7 +43,7 @@ OURS = methods.ours_by_default()
 CASE = Case("test", rows=7, d_t=9, d_s=5, vocab_t=41, vocab_s=37)
 
 
-def _raises() -> dict[str, Any]:
+def _raises(*_: Any) -> Any:
     raise RuntimeError("first line\nsecond line: /somewhere/of/theirs.py")
 
 
@@ -258,12 +258,14 @@ def test_a_peak_that_does_not_grow_ends_the_search() -> None:
     assert found == max(peaks) and len(peaks) == 2 + step.TRIES
 
 
+def _compared() -> list[dict[str, Any]]:
+    return [{"method": key, "status": "ok"} for key in ("torch-eager", "mk-eager")]
+
+
 @pytest.mark.parametrize("stage", ["dpt", "dft"])
 def test_naive_and_our_losses_train_alike(stage: str) -> None:
     case = replace(TINY.step[0], stage=stage)
-    rows: list[dict[str, Any]] = [
-        {"method": key, "status": "ok"} for key in ("torch-eager", "mk-eager")
-    ]
+    rows = _compared()
     trainings = {row["method"]: step._training(case, row["method"], "cpu") for row in rows}
     step._compare(case, rows, trainings)
     assert [row["status"] for row in rows] == ["ok", "ok"]
@@ -281,16 +283,12 @@ def test_naive_and_our_losses_train_alike(stage: str) -> None:
 
 
 def test_a_step_that_raises_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, rows = (
-        TINY.step[0],
-        [{"method": key, "status": "ok"} for key in ("torch-eager", "mk-eager")],
-    )
-    build = step._training
+    case, rows, build = TINY.step[0], _compared(), step._training
 
     def broken(case: StepCase, key: str, device: str) -> Any:
         training = build(case, key, device)
         if key == "mk-eager":
-            training.step = lambda inputs: _raises()
+            training.step = _raises
         return training
 
     monkeypatch.setattr(step, "_training", broken)
