@@ -39,8 +39,10 @@ help: ## print this list
 
 install: $(EXT_STAMP) ## create .venv, install everything, build the C++ extension
 
+# A process a core, which computes with one thread: two that wait for each other are slower. A worker
+# that is done takes over half of what another has left. Not more than 8: each holds its own PyTorch.
 test: install ## run every test that a machine without a GPU can run (ARGS=... goes to pytest)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(DEPS_STAMP) ## check style and types: ruff, clang-format, pyright
 	$(BIN)/ruff check .

@@ -3,8 +3,7 @@
 ``pip install -e '.[peers]'`` brings them (``peers-cuda``: quack); one that is missing, or that
 cannot run on the device, is a row that says so. Each is asked for exactly the loss of the case:
 both weights 1, no temperature, a mean over rows; a more accurate way rather than a faster one, if
-its project offers both. None but Liger has one call for cross-entropy and divergence, so two calls
-and a sum are what a trainer would write.
+its project offers both. None but Liger has one call for both terms: two calls and a sum, then.
 
 All of them want one vocabulary. Where the heads differ in rows, both are cut to the shared columns
 before a peer sees them, as its users would have to do: uncut, most give a wrong number and some

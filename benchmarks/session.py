@@ -53,8 +53,7 @@ class Session:
 
     def methods(self, case: Case) -> list[Method]:
         """Those that a case is measured with."""
-        every = case in self.suite.every_backend
-        return select(case.loss, self.only, every, self.suite.device)
+        return select(case.loss, self.only, case in self.suite.every_backend, self.suite.device)
 
     def verdicts(self, methods: Sequence[Method], case: Case) -> dict[str, Verdict]:
         """key → verdict for this shape and dtype, whatever its rows: a sweep over N asks the same

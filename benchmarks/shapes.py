@@ -223,6 +223,11 @@ def headline(dtype: str) -> Case:
     return case("headline", 1024, dtype)
 
 
+def fallback(dtype: str) -> Case:
+    """The shape that the promises of the backend without a compiler are about: the fewest rows."""
+    return with_vocab(case("headline", 128, dtype), 16384)[0]
+
+
 # Small on purpose (rows and hidden size do not change a relative error, the vocabulary does), and
 # the sizes of the published comparison of rounding schemes, so that its figures can be compared.
 _LADDER = Case("ladder", 64, 256, 256, 32000, 32000, loss="kl")
@@ -254,16 +259,17 @@ def _cpu_suite() -> Suite:
     real = case("qwen2.5-3b-0.5b", 128, "bf16"), case("qwen2-7b-0.5b", 128, "bf16", False)
     # A quarter of the vocabulary: for all of it torch's chunked cross-entropy needs 16 s a round.
     cross_entropy = with_vocab(replace(few, loss="ce"), 16384)
+    others = (*cross_entropy, *(fallback(dtype) for dtype in PROMISED))
     one = case("headline", 729, "bf16", train_head=False, loss="relation")
     relation = (one, replace(one, train_head=True))
     sweep = *(replace(few, rows=rows) for rows in (128, 256, 512)), *with_vocab(few, 16384, 2**17)
     return Suite(
         "cpu",
         "two CPU cores, minutes",
-        speed=(*big, frozen, *real, *cross_entropy, *relation, replace(one, rows=256, images=3)),
+        speed=(*big, frozen, *real, *others, *relation, replace(one, rows=256, images=3)),
         memory=(*big, *sweep, frozen, *relation),
         accuracy=_LADDERS,
-        every_backend=cross_entropy,
+        every_backend=(*others, few),
         step=_stages(StepCase(_SMALL, "dft", 64, 40, 4, 192)),
     )
 

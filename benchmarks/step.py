@@ -48,8 +48,6 @@ AGREE = {"fp32": (1e-5, 1e-3), "bf16": (1e-2, 1e-1)}
 #: At most so many measurements for a largest batch beyond the first two.
 TRIES = 10
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
-
 
 def measure(session: Session, case: StepCase) -> Rows:
     """One row per method: plain PyTorch and what is chosen for the device."""
@@ -131,7 +129,7 @@ def _peaks(case: StepCase, key: str, device: str) -> dict[str, Any]:
     after batch, and nothing that a step needs is there before it.
     """
     if device == "cpu":
-        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 2**20)
+        ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # M_MMAP_THRESHOLD of malloc.h
     training = _training(case, key, device)
     training.step(training.batch(1))  # optimiser state, Gram matrices of frozen heads, thread pools
 

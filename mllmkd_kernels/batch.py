@@ -175,7 +175,8 @@ def count_rows(
     Returns:
         int64 tensors on the device of the batches, the number of images may be an int.
     """
-    response, visual, images = torch.tensor(0), torch.tensor(0), 0
+    response, visual = torch.zeros(2, dtype=torch.int64, device="cpu")
+    images = 0
     for batch in batches:
         mask = image_mask(batch, image_token)
         following = next_tokens(_entry(batch, "labels"), ignore_index)

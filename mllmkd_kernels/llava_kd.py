@@ -334,7 +334,7 @@ class _Rows(NamedTuple):
                 "teacher.hidden: its rows are selected already, so teacher_labels, "
                 "teacher_image_mask and response_shift=False cannot select others"
             )
-        index = torch.arange(m + k, device=hidden.device)
+        index = torch.arange(m + k, dtype=torch.int64, device=hidden.device)
         return self._replace(response=index[:m], visual=index[m:])
 
     def check_against(self, teacher: _Rows) -> None:

@@ -7,6 +7,7 @@ the library has no such product (CPU), operands are widened, a slice of the voca
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,10 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Rows of a head that are widened at a time: 8,192 × D 4,096 is 128 MiB in fp32.
+#: Rows of a head that are gone through at a time: 8,192 × D 4,096 is 128 MiB in fp32.
 VOCAB_SLICE = 8192
 
+#: The same where it is for a single product: 2,048 × D 2,048 is 16 MiB, which stays in the cache
+#: and which malloc keeps for the next slice.
+WIDENED_ROWS = 2048
 _HALVES = (torch.bfloat16, torch.float16)
+
+
+def strip_bytes(device: torch.device) -> int:
+    """How much of a block of logits PyTorch's operators go through at a time, between the products.
+
+    On a CPU the tensors that come and go for each of their dozens of passes then stay in the cache
+    and are not fresh memory, whose first touch costs more than a pass. Elsewhere a launch must have
+    enough to do.
+    """
+    return (2 if device.type == "cpu" else 64) * 2**20
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -26,37 +40,66 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def head_gradient_dtype(weight: Tensor) -> torch.dtype:
-    """Dtype of a dW that is yet to be scaled by the incoming gradient: the weight's, but fp32 for
-    fp16, whose smallest number a loss scale has not lifted it above yet.
-    """
-    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
-
-
 def chunks(n: int, size: int) -> Iterator[slice]:
     """[0, n) in slices of `size`, the last one shorter."""
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
 
 
+_mkldnn: Any = torch.backends.mkldnn  # its stubs lack `matmul`
+
+#: Settings that may round inside a product, and how each does not; `_ROUND` are the values that do.
+_SETTINGS = (
+    (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+    (_mkldnn.matmul, "fp32_precision", "ieee"),
+    (torch.backends.cuda.matmul, "allow_fp16_accumulation", False),
+)
+_ROUND = ("tf32", "bf16", True)
+
+
+class _Exact:
+    """No setting rounds while any thread is inside. They belong to the process (PyTorch has them
+    for no single product), so the first thread changes them and the last puts the caller's back:
+    were each to restore what it found, the second would find, and leave behind, what the first set.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.threads, self.before = threading.Lock(), 0, []
+
+    def enter(self) -> None:
+        with self.lock:
+            self.threads += 1
+            if self.threads > 1:
+                return
+            self.before = [(x, n, getattr(x, n)) for x, n, _ in _SETTINGS]
+            for (x, name, was), (_, _, exact) in zip(self.before, _SETTINGS, strict=True):
+                if was in _ROUND:
+                    setattr(x, name, exact)
+
+    def leave(self) -> None:
+        with self.lock:
+            self.threads -= 1
+            if self.threads:
+                return
+            for x, name, was in self.before:
+                if was in _ROUND:
+                    setattr(x, name, was)
+
+
+_exact = _Exact()
+
+
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """fp32 products in fp32, whatever ``torch.set_float32_matmul_precision`` says: TF32, or bf16 on
-    some processors, would round the logits. The caller's settings come back.
+    """fp32 products in fp32, and 16-bit ones summed in fp32, whatever
+    ``torch.set_float32_matmul_precision`` and its like say: TF32, or bf16 on some processors, would
+    round the logits. The caller's settings come back.
     """
-    mkldnn: Any = torch.backends.mkldnn  # its stubs lack `matmul`
-    libraries = torch.backends.cuda.matmul, mkldnn.matmul
-    before = [library.fp32_precision for library in libraries]
-    changed = [
-        (x, was) for x, was in zip(libraries, before, strict=True) if was in ("tf32", "bf16")
-    ]
-    for library, _ in changed:
-        library.fp32_precision = "ieee"
+    _exact.enter()
     try:
         yield
     finally:
-        for library, was in changed:
-            library.fp32_precision = was
+        _exact.leave()
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -65,7 +108,7 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
         return
     a = a.to(out.dtype)
-    for columns in chunks(b.shape[1], VOCAB_SLICE):
+    for columns in chunks(b.shape[1], WIDENED_ROWS):
         torch.mm(a, b[:, columns].to(out.dtype), out=out[:, columns])
 
 
@@ -78,7 +121,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         for rows in chunks(a.shape[0], VOCAB_SLICE):
             out[rows].addmm_(a[rows].to(out.dtype), b)
     else:
-        for k in chunks(b.shape[0], VOCAB_SLICE):
+        for k in chunks(b.shape[0], WIDENED_ROWS):
             out.addmm_(a[:, k].to(out.dtype), b[k].to(out.dtype))
 
 
@@ -124,49 +167,62 @@ def _gemm_widens(a: Tensor, b: Tensor, out: Tensor) -> bool:
 
 class Gradients:
     """The accumulators of the wanted gradients of one head; `add` folds in the dz block of some
-    rows, `result` gives dh (N, D) and db (V,) in the accumulation dtype, dw (V, D) in
-    `head_gradient_dtype`, and an empty tensor for what was not wanted.
+    rows, `result` gives dh (N, D), dw (V, D) and db (V,) in the accumulation dtype, and an empty
+    tensor for what was not wanted.
+
+    `at_once` promises that a single `add` brings all rows and the whole vocabulary: dw is then
+    written once, and there is nothing to accumulate.
     """
 
     def __init__(
-        self, h: Tensor, w: Tensor, acc: torch.dtype, dh: bool, dw: bool, db: bool
+        self,
+        h: Tensor,
+        w: Tensor,
+        acc: torch.dtype,
+        dh: bool,
+        dw: bool,
+        db: bool,
+        at_once: bool = False,
     ) -> None:
-        self.h, self.w, self.acc = h, w, acc
+        self.h, self.w, self.acc, self.at_once = h, w, acc, at_once
 
-        def zeros(wanted: bool, *shape: int) -> Tensor | None:
-            return torch.zeros(shape, dtype=acc, device=h.device) if wanted else None
+        def zeros(wanted: bool, *shape: int, dtype: torch.dtype = acc) -> Tensor | None:
+            return torch.zeros(shape, dtype=dtype, device=h.device) if wanted else None
 
-        self.dh, self.dw, self.db = zeros(dh, *h.shape), zeros(dw, *w.shape), zeros(db, w.shape[0])
+        self.dh, self.db = zeros(dh, *h.shape), zeros(db, w.shape[0])
+        self.dw = None
+        if at_once and dw:
+            self.dw = torch.empty(w.shape, dtype=acc, device=h.device)
+        else:
+            self.dw = zeros(dw, *w.shape)
         self.wanted = dh or dw or db
 
     def add(
         self, rows: slice, dz: Tensor, columns: slice | None = None, dead: Tensor | None = None
     ) -> None:
         """Fold in dz (rows, columns), fp32 or the 16-bit dtype of h and w; by default the columns
-        are the first `dz.shape[1]` of the vocabulary. `dead` marks rows of zero weight: they may
-        hold NaN, and 0 · NaN is NaN.
+        are the first `dz.shape[1]` of the vocabulary. `dead` marks rows of zero weight, whose dz is
+        0: their h may hold NaN, and 0 · NaN is NaN.
         """
         first = 0 if columns is None else columns.start
         tokens = slice(first, first + dz.shape[1])
         h = self.h[rows]
         if dead is not None:
-            h, dz = h.masked_fill(dead[:, None], 0), dz.masked_fill_(dead[:, None], 0)
+            h = h.masked_fill(dead[:, None], 0)
         if self.dh is not None:
             add_product(self.dh[rows], dz, self.w[tokens])
-        if self.dw is not None:
+        if self.dw is not None and self.at_once:
+            product(dz.mT, h, self.dw[tokens])
+            self.dw[tokens.stop :].zero_()
+        elif self.dw is not None:
             add_product(self.dw[tokens], dz.mT, h)
         if self.db is not None:
             self.db[tokens] += dz.sum(0, dtype=self.acc)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """(dh, dw, db)."""
-        dw_dtype = head_gradient_dtype(self.w)
 
-        def none(dtype: torch.dtype) -> Tensor:  # a new one each time: outputs may not alias
-            return torch.empty(0, dtype=dtype, device=self.h.device)
+        def made(x: Tensor | None) -> Tensor:  # a new one each time: outputs may not alias
+            return torch.empty(0, dtype=self.acc, device=self.h.device) if x is None else x
 
-        return (
-            none(self.acc) if self.dh is None else self.dh,
-            none(dw_dtype) if self.dw is None else self.dw.to(dw_dtype),
-            none(self.acc) if self.db is None else self.db,
-        )
+        return made(self.dh), made(self.dw), made(self.db)
