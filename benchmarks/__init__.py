@@ -1,11 +1,12 @@
 """Does it hold on *your* machine? Time, memory and accuracy, side by side, from one command.
 
 Read the files in this order and you follow a figure from its shape to the README:
-`shapes` (what is measured) → `problem` (its tensors) → `methods` (who computes it) → `truth` (is
-the answer right?) → `speed`, `memory`, `accuracy` (the figures) → `targets` (which promises hold) →
-`record` (JSON) → `tables`, `plots`, `report`, `readme` (what a person reads); `cli` runs them.
-Whole training steps have models instead of tensors: `vlm` → `naive` → `step`. `test_operators` is
-for pytest-benchmark: one small benchmark an operator, to compare two commits with.
+`shapes` (what is measured) → `problem` (its tensors) → `methods`, with `naive` and `peers` (who
+computes it) → `truth` (is the answer right?) → `session` (so who is measured) → `speed`, `memory`,
+`accuracy` (the figures) → `targets` (which promises hold) → `machine`, `record` (JSON) → `tables`,
+`plots`, `report`, `readme` (what a person reads); `cli` runs them. Whole training steps have models
+instead of tensors: `vlm` → `step`. `test_operators` is for pytest-benchmark: one small benchmark an
+operator, to compare two commits with.
 
 Left out: several GPUs and `torch.compile`d baselines.
 """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import accuracy, memory, methods, readme, record, report, speed, step, targets
+from benchmarks.session import Session
 from benchmarks.shapes import SUITES, Suite
-from benchmarks.vetting import Vetting
 
 ROOT = Path(__file__).parent.parent
+
+#: What measures a section, case by case, and what it says of itself.
+SECTIONS: dict[str, tuple[Any, str]] = {
+    "speed": (speed, "time of forward and backward, interleaved, over floor and against eager"),
+    "memory": (memory, "peak memory beyond inputs and gradients, each in a fresh process"),
+    "accuracy": (accuracy, "loss and gradient error as the student converges"),
+    "step": (step, "whole training steps: tokens a second, peak memory, largest batch"),
+}
 
 DESCRIPTION = """\
 Measures the losses of mllmkd_kernels against plain PyTorch, the matrix products alone and other
@@ -44,15 +53,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in (
-        ("speed", "time of forward and backward, interleaved, over floor and against eager"),
-        ("memory", "peak memory beyond inputs and gradients, each in a fresh process"),
-        ("accuracy", "loss and gradient error as the student converges"),
-        ("step", "whole training steps: tokens a second, peak memory, largest batch"),
-        ("all", "speed, memory, accuracy and step"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        _measuring_options(command)
+    texts = {name: text for name, (_, text) in SECTIONS.items()}
+    for name, text in (texts | {"all": "speed, memory, accuracy and step"}).items():
+        _measuring_options(commands.add_parser(name, help=text, description=text))
     text = "rewrite the generated block of README.md from the newest full run"
     command = commands.add_parser("readme", help=text, description=text)
     command.add_argument("--json", type=Path, help="the record to use instead of the newest")
@@ -64,22 +67,13 @@ def parser() -> argparse.ArgumentParser:
 def _measuring_options(command: argparse.ArgumentParser) -> None:
     """What all commands that measure have in common."""
     suites = "; ".join(f"{suite.name}: {suite.note}" for suite in SUITES.values())
-    command.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu"
-    )
-    command.add_argument(
-        "--suite", choices=tuple(SUITES), help=f"default: that of the device; {suites}"
-    )
-    command.add_argument(
-        "--quick", action="store_const", const="quick", dest="suite", help="same as --suite quick"
-    )
-    command.add_argument(
-        "--only", type=_keys, default=(), metavar="METHOD,...", help="measure only these methods"
-    )
-    command.add_argument(
-        "--rounds", type=_positive, metavar="N", help="rounds after warm-up; the suite has its own"
-    )
-    command.add_argument(
+    add = command.add_argument
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
+    add("--suite", choices=tuple(SUITES), help=f"default: that of the device; {suites}")
+    add("--quick", action="store_const", const="quick", dest="suite", help="same as --suite quick")
+    add("--only", type=_keys, default=(), metavar="METHOD,...", help="measure only these methods")
+    add("--rounds", type=_positive, metavar="N", help="rounds after warm-up; the suite has its own")
+    add(
         "--out", type=Path, metavar="DIR",
         help="folder of the JSON and the report; by itself a full run of suite cpu or gpu, made in "
         "the checkout, goes to benchmarks/results, any other to ./runs/benchmarks",
@@ -91,9 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     console = Console()
     try:
-        if args.command == "readme":
-            return _readme(args, console)
-        return _measure(args, console)
+        return (_readme if args.command == "readme" else _measure)(args, console)
     except ValueError as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2
@@ -101,27 +93,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def _measure(args: argparse.Namespace, console: Console) -> int:
     suite = _suite(args.suite, args.device)
-    parts = record.SECTIONS if args.command == "all" else (args.command,)
-    rounds = args.rounds or suite.rounds
-    methods.select(
-        "ce+kl", args.only, device=suite.device
-    )  # an unknown key is an error before anything is measured
-    run = record.new(suite, rounds, args.only)
+    session = Session(suite, args.only, args.rounds or suite.rounds)
+    methods.select("ce+kl", args.only)  # an unknown key is an error before anything is measured
+    run = record.new(session)
     console.print(report.machine_line(run), highlight=False, markup=False)
-    if run["machine"]["load_at_start"] > 0.5 * run["machine"]["cores"]:
-        console.print(
-            f"The machine is busy (load {run['machine']['load_at_start']}): ratios, taken within a "
-            "round, survive that better than seconds do.",
-            style="yellow",
-        )
-    run |= _sections(parts, suite, args.only, rounds, console)
+    if (load := run["machine"]["load_at_start"]) > 0.5 * run["machine"]["cores"]:
+        busy = f"The machine is busy (load {load}): ratios, taken within a round, survive that "
+        console.print(busy + "better than seconds do.", style="yellow")
+    parts = SECTIONS if args.command == "all" else (args.command,)
+    run |= _sections(parts, session, console)
     judged = methods.ours_by_default(suite.device)
     run["judged_method"], run["judged"] = judged.key, judged.label
     run["targets"] = targets.judge(run, judged.key)
     report.show(run, console)
     path = record.save(run, args.out or _folder(run))
     page = report.write(run, path.with_suffix(""))
-    console.print(f"\nwritten: {_short(path)}\n         {_short(page)}", highlight=False)
+    written = "\n         ".join(map(os.path.relpath, (path, page)))
+    console.print(f"\nwritten: {written}", highlight=False)
     return 0
 
 
@@ -146,34 +134,22 @@ def _folder(run: dict[str, Any]) -> Path:
     return record.RESULTS if published else Path("runs", "benchmarks")
 
 
-def _sections(
-    parts: tuple[str, ...], suite: Suite, only: tuple[str, ...], rounds: int, console: Console
-) -> dict[str, Any]:
-    """The figures of every part, under one progress bar."""
-    steps = {
-        "speed": speed.steps(suite, only, rounds),
-        "memory": memory.steps(suite, only),
-        "accuracy": accuracy.steps(suite, only),
-        "step": step.steps(suite, only, rounds),
-    }
-    vetting = Vetting(suite.device)
+def _sections(parts: Iterable[str], session: Session, console: Console) -> dict[str, Any]:
+    """The figures of every part, under one progress bar: a step of it is a case."""
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    cases = {part: getattr(session.suite, part) for part in parts}
+    found: dict[str, Any] = {}
     with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
-        task = progress.add_task("", total=sum(steps[part] for part in parts))
-
-        def tick(what: str) -> None:
-            progress.update(task, advance=1, description=what)
-
-        measure: dict[str, Callable[[], list[dict[str, Any]]]] = {
-            "speed": lambda: speed.measure(suite, only, rounds, vetting, tick),
-            "memory": lambda: memory.measure(suite, only, vetting, tick),
-            "accuracy": lambda: accuracy.measure(suite, only, tick),
-            "step": lambda: step.measure(suite, only, rounds, tick),
-        }
-        found: dict[str, Any] = {}
+        task = progress.add_task("", total=sum(map(len, cases.values())))
+        session.tell = lambda what: progress.update(task, description=what)
         try:
-            for part in (part for part in measure if part in parts):
-                found[part] = measure[part]()
+            for part in parts:
+                rows = []
+                for case in cases[part]:
+                    rows += SECTIONS[part][0].measure(session, case)
+                    gc.collect()  # the inputs of one case leave before those of the next come
+                    progress.advance(task)
+                found[part] = rows
         except KeyboardInterrupt:  # Ctrl-C, or a time limit: whole sections are worth keeping
             console.print(f"interrupted; measured: {', '.join(found) or 'nothing'}", style="yellow")
             if not found:
@@ -184,9 +160,7 @@ def _sections(
 def _readme(args: argparse.Namespace, console: Console) -> int:
     path = args.json or record.newest(record.RESULTS)
     if path is None:
-        raise ValueError(
-            "readme: no full run in benchmarks/results yet; python -m benchmarks all makes one"
-        )
+        raise ValueError("readme: no full run yet in benchmarks/results: python -m benchmarks all")
     text = args.readme.read_text(encoding="utf-8")
     fresh = readme.rewritten(text, readme.block(path.resolve(), ROOT))
     if args.check:
@@ -206,7 +180,3 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
     return int(text)
-
-
-def _short(path: Path) -> str:
-    return os.path.relpath(path)

@@ -1,17 +1,16 @@
 """How much memory does a step need beyond its inputs and gradients? Measured by the kernel.
 
 Each figure comes from a fresh child process, because a used heap hides what an allocation costs.
-The child builds the inputs, warms up on a tiny problem (thread pools and vendor libraries allocate
-once, whatever the size), returns free memory to the system, resets the kernel's high-water mark of
-resident memory and runs one forward and backward. Then
+Children are forked from a server that has imported everything and done nothing: importing PyTorch
+anew for each would be half of a run, and no thread pool exists yet when they are forked. A child
+builds the inputs, warms up on a tiny problem (thread pools and vendor libraries allocate once,
+whatever the size), returns free memory to the system, and runs one forward and backward. Then
 
-    extra = VmHWM after − VmRSS before − bytes of the gradients that the step returns,
+    extra = VmHWM after − VmRSS before − bytes of the gradients that the step returns.
 
-the peak over what every method must hold at the end. The kernel keeps the high-water mark
-(``VmHWM``, reset through ``/proc/self/clear_refs``) at every page fault, so nothing is sampled and
-no peak is missed. Linux only; elsewhere a row says so.
-
-On a GPU the allocator keeps its own high-water mark, so no child is needed:
+The kernel keeps the high-water mark of resident memory (``VmHWM``, reset before through
+``/proc/self/clear_refs``) at every page fault, so nothing is sampled and no peak is missed. Linux
+only; elsewhere a row says so. On a GPU the allocator keeps its own, so no child is needed:
 
     extra = max_memory_allocated − memory_allocated before − bytes of the gradients.
 """
@@ -20,45 +19,42 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import multiprocessing
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import mllmkd_kernels as mk
-from benchmarks.child import in_child
-from benchmarks.methods import FLOOR, METHODS, Method, select
+from benchmarks.methods import BY_KEY, FLOOR, Method
 from benchmarks.problem import make
-from benchmarks.shapes import DTYPES, Case, Suite
-from benchmarks.vetting import Vetting
+from benchmarks.session import Session, said
+from benchmarks.shapes import DTYPES, Case
+
+Figures = dict[str, Any]
 
 
-def steps(suite: Suite, only: tuple[str, ...]) -> int:
-    """How often `measure` will call `tick`."""
-    return sum(len(_methods(suite, case, only)) for case in suite.memory)
-
-
-def measure(
-    suite: Suite, only: tuple[str, ...], vetting: Vetting, tick: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """One row per case and method; `tick` is called with a description at every step."""
+def measure(session: Session, case: Case) -> list[Figures]:
+    """One row per method."""
+    device = session.suite.device
+    # The floor computes no loss: its memory means nothing.
+    methods = [method for method in session.methods(case) if method.key != FLOOR.key]
+    verdicts = session.verdicts(methods, case)
     rows = []
-    for case in suite.memory:
-        methods = _methods(suite, case, only)
-        verdicts = vetting.verdicts(methods, case)
-        gc.collect()
-        weigh = _on_gpu if suite.device == "cuda" else _on_cpu
-        for method in methods:
-            tick(f"{case.title}: {method.label}")
-            verdict = verdicts[method.key]
-            row = {
-                "case": asdict(case), "method": method.key, "label": method.label,
-                "version": method.version(), "status": verdict.status, "reason": verdict.reason,
-                "predicted_bytes": predicted(method, case, suite.device),
-            }  # fmt: skip
-            rows.append(row | (weigh(method, case) if verdict.status == "ok" else {}))
+    for method in methods:
+        session.tell(f"{case.title}: {method.label}")
+        verdict = verdicts[method.key]
+        row = method.row(case) | {
+            "status": verdict.status, "reason": verdict.reason,
+            "predicted_bytes": predicted(method, case, device),
+        }  # fmt: skip
+        found = apart(device, _extra, method.key, case, device) if verdict.status == "ok" else {}
+        rows.append(row | found)
     return rows
 
 
@@ -75,60 +71,27 @@ def predicted(method: Method, case: Case, device: str = "cpu") -> int | None:
     ).peak_bytes  # fmt: skip
 
 
-def _methods(suite: Suite, case: Case, only: tuple[str, ...]) -> list[Method]:
-    """The floor computes no loss: its memory means nothing."""
-    return [
-        method
-        for method in select(case.loss, only, case in suite.every_backend, suite.device)
-        if method.key != FLOOR.key
-    ]
+def _extra(key: str, case: Case, device: str) -> Figures:
+    """Bytes that one step needs beyond inputs and gradients."""
+    method = BY_KEY[key]
+    small = replace(case, rows=min(case.rows, 16), vocab_s=512, vocab_t=512)
+    method.build(make(small, device=device))()  # libraries take their workspaces once
+    problem = make(case, device=device)
+    rise = peak_rise(method.build(problem), device)
+    gradients = [t.grad for t in (problem.hs, problem.ws) if t.grad is not None]
+    return {"extra_bytes": rise - sum(gradient.nbytes for gradient in gradients)}
 
 
-def _on_gpu(method: Method, case: Case) -> dict[str, Any]:
-    """``extra_bytes``, or a status and reason where the step failed."""
-    try:
-        method.build(make(_small(case), device="cuda"))()  # libraries take their workspaces once
-        problem = make(case, device="cuda")
-        run = method.build(problem)
-        gc.collect()
+def peak_rise(run: Callable[[], object], device: str = "cpu") -> int:
+    """How far the memory in use, of this process or of a GPU, rises above its present level."""
+    gc.collect()
+    if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         torch.cuda.synchronize()
-        rise = torch.cuda.max_memory_allocated() - before
-        gradients = [t.grad for t in (problem.hs, problem.ws) if t.grad is not None]
-        return {"extra_bytes": rise - sum(gradient.nbytes for gradient in gradients)}
-    except Exception as error:  # other people's code: whatever it raises becomes a row
-        line = str(error).splitlines()[0] if str(error) else ""
-        return {"status": "failed", "reason": f"{type(error).__name__}: {line}"}
-    finally:
-        problem = run = None
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def _on_cpu(method: Method, case: Case) -> dict[str, Any]:
-    return in_child(_child, method.key, case, torch.get_num_threads())
-
-
-def _child(key: str, case: Case, threads: int) -> dict[str, Any]:
-    """Runs in the child: bytes that one step needs beyond inputs and gradients."""
-    torch.set_num_threads(threads)
-    method = next(method for method in METHODS if method.key == key)
-    warm_up = make(_small(case))
-    method.build(warm_up)()
-    del warm_up
-    problem = make(case)
-    run = method.build(problem)
-    rise = peak_rise(run)
-    gradients = [t.grad for t in (problem.hs, problem.ws) if t.grad is not None]
-    return {"extra_bytes": rise - sum(gradient.nbytes for gradient in gradients)}
-
-
-def peak_rise(run: Callable[[], object]) -> int:
-    """How far the resident memory of this process rises above its present level during `run`."""
-    gc.collect()
+        return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # free heap would absorb allocations unseen
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
     before = _status_bytes("VmRSS")
@@ -136,13 +99,41 @@ def peak_rise(run: Callable[[], object]) -> int:
     return _status_bytes("VmHWM") - before
 
 
-def _small(case: Case) -> Case:
-    """Few rows and tokens, the same kind of work."""
-    return replace(case, rows=min(case.rows, 16), vocab_s=512, vocab_t=512)
-
-
 def _status_bytes(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"memory: /proc/self/status has no {field}")
+
+
+def apart(device: str, function: Callable[..., Figures], *arguments: Any) -> Figures:
+    """What `function` returns, a status and a reason where it raised: in a fresh process, or on a
+    GPU, whose allocator knows what was there before, in this one.
+    """
+    if device == "cuda":
+        found = _attempt(torch.get_num_threads(), function, *arguments)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return found
+    with ProcessPoolExecutor(1, mp_context=_context()) as pool:
+        try:
+            return pool.submit(_attempt, torch.get_num_threads(), function, *arguments).result()
+        except BrokenProcessPool:
+            return {"status": "failed", "reason": "the child process was killed: out of memory?"}
+
+
+def _attempt(threads: int, function: Callable[..., Figures], *arguments: Any) -> Figures:
+    torch.set_num_threads(threads)
+    try:
+        return function(*arguments)
+    except (Exception, SystemExit) as error:  # other people's code: whatever it raises is a row
+        return {"status": "failed", "reason": said(error)}
+
+
+@lru_cache(maxsize=1)
+def _context() -> Any:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.memory", "benchmarks.step"])
+    return context

@@ -9,27 +9,25 @@ same loss, a mean over the N rows:
     ce, kl     one of the two
     relation   1 − cos(R_s, R_t), R = Z Zᵀ, one image
 
-"floor" is not a method but the yardstick: the matrix products alone. Methods of other projects are
-in `peers`.
+"floor" is not a method but the yardstick: the matrix products alone. What plain PyTorch computes is
+in `naive`, methods of other projects are in `peers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import mllmkd_kernels as mk
-from benchmarks import peers
-from benchmarks.problem import Problem
-from benchmarks.shapes import Case
+from benchmarks import naive, peers
+from benchmarks.problem import Forward, Problem, Run, with_backward
+from benchmarks.shapes import Case, StepCase
 from mllmkd_kernels import choose
-
-Run = Callable[[], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -41,105 +39,72 @@ class Method:
         label: name in tables and plots.
         losses: which of `shapes.LOSSES` it computes.
         build: prepares a problem and returns one forward and backward.
-        missing: why it cannot run here, "" if it can.
+        why_not: why it cannot run on a device, "" if it can.
         version: of the project it comes from.
-        unfit: why it cannot serve a device, "" if it can.
     """
 
     key: str
     label: str
     losses: frozenset[str]
     build: Callable[[Problem], Run]
-    missing: Callable[[], str] = lambda: ""
+    why_not: Callable[[torch.device], str] = lambda device: ""
     version: Callable[[], str] = lambda: f"torch {torch.__version__}"
-    unfit: Callable[[torch.device], str] = lambda device: ""
 
-    def why_not(self, device: torch.device) -> str:
-        """Why it cannot run on `device`, "" if it can."""
-        return self.unfit(device) or self.missing()  # an import may take seconds
-
-
-# --- ours --------------------------------------------------------------------------------------
+    def row(self, case: Case | StepCase) -> dict[str, Any]:
+        """What each of its figures begins with in a record."""
+        return {
+            "case": asdict(case), "method": self.key, "label": self.label,
+            "version": self.version(),
+        }  # fmt: skip
 
 
 def _ours(backend: str, workspace_mb: float | None = None) -> Method:
     def build(problem: Problem) -> Run:
         if problem.case.loss == "relation":
-            forward = _our_relation(problem, backend)
-        else:
-            forward = _our_distill(problem, backend, workspace_mb)
+            return with_backward(_our_relation(problem, backend))
+        return with_backward(_our_distill(problem, backend, workspace_mb))
 
-        def run() -> Tensor:
-            value = forward()
-            value.backward()
-            return value.detach()
-
-        return run
-
-    def unfit(device: torch.device) -> str:
+    def why_not(device: torch.device) -> str:
         try:
             choose.choose_backend(backend, device)
         except (RuntimeError, ValueError) as error:
             return str(error)
         return ""
 
-    losses = {"ce+kl", "ce", "kl", "relation"}
-    budget = "" if workspace_mb is None else f"-{workspace_mb:g}mb"
-    return Method(
-        f"mk-{backend}{budget}",
-        f"mllmkd_kernels, {backend} backend"
-        + (f", {workspace_mb:g} MiB of workspace" if budget else ""),
-        frozenset(losses - {"relation"} if budget else losses),  # the relation has no workspace
-        build,
-        version=lambda: f"mllmkd_kernels {mk.__version__}",
-        unfit=unfit,
-    )
+    key, label, losses = f"mk-{backend}", f"mllmkd_kernels, {backend} backend", ALL
+    if workspace_mb is not None:
+        key, label = f"{key}-{workspace_mb:g}mb", f"{label}, {workspace_mb:g} MiB of workspace"
+        losses = ROWWISE  # the relation has no workspace
+    version = f"mllmkd_kernels {mk.__version__}"
+    return Method(key, label, losses, build, why_not, lambda: version)
 
 
-def _our_distill(
-    problem: Problem, backend: str, workspace_mb: float | None
-) -> Callable[[], Tensor]:
+def _our_distill(problem: Problem, backend: str, workspace_mb: float | None) -> Forward:
     mean = 1 / problem.case.rows
-    loss = problem.case.loss
-
-    def forward() -> Tensor:
-        return mk.fused_linear_distill(
-            problem.hs, problem.ws, problem.ht, problem.wt, problem.labels,
-            ce_weight=0.0 if loss == "kl" else mean, kd_weight=mean, backend=backend,
-            workspace_mb=workspace_mb,
-        ).loss  # fmt: skip
-
-    return forward
+    ce_weight = 0.0 if problem.case.loss == "kl" else mean
+    return lambda: (
+        mk.fused_linear_distill(
+            problem.hs, problem.ws, problem.ht, problem.wt, problem.labels, ce_weight=ce_weight,
+            kd_weight=mean, backend=backend, workspace_mb=workspace_mb,
+        ).loss
+    )  # fmt: skip
 
 
-def _our_relation(problem: Problem, backend: str) -> Callable[[], Tensor]:
+def _our_relation(problem: Problem, backend: str) -> Forward:
     ht, wt = problem.teacher()
     vocab, ends = problem.case.vocab, problem.ends
     gram_t = mk.head_gram(wt, vocab_size=vocab)
     frozen = not problem.case.train_head
     gram_s = mk.head_gram(problem.ws, vocab_size=vocab) if frozen else None
-
-    def forward() -> Tensor:
-        return mk.fused_linear_relation(
-            problem.hs, problem.ws, ht, wt, ends,
-            student_gram=gram_s, teacher_gram=gram_t, backend=backend,
-        )  # fmt: skip
-
-    return forward
-
-
-# --- plain PyTorch, whole logits ---------------------------------------------------------------
+    return lambda: mk.fused_linear_relation(
+        problem.hs, problem.ws, ht, wt, ends,
+        student_gram=gram_s, teacher_gram=gram_t, backend=backend,
+    )  # fmt: skip
 
 
 def _eager(problem: Problem) -> Run:
     """What trainers do, one operator after another."""
-
-    def run() -> Tensor:
-        loss = _whole_logits(problem)
-        loss.backward()
-        return loss.detach()
-
-    return run
+    return with_backward(partial(naive.loss_of, problem))
 
 
 def _compiled(problem: Problem) -> Run:
@@ -148,47 +113,12 @@ def _compiled(problem: Problem) -> Run:
     """
     # The default, 8 versions of a function, is less than a suite has shapes. All that compile gain.
     torch._dynamo.config.recompile_limit = 64
-    forward = torch.compile(_whole_logits, fullgraph=True, dynamic=False)
-
-    def run() -> Tensor:
-        loss = forward(problem)
-        loss.backward()
-        return loss.detach()
-
+    forward = torch.compile(naive.loss_of, fullgraph=True, dynamic=False)
+    run = with_backward(partial(forward, problem))
     with suppress(torch.OutOfMemoryError):  # raised again where it is measured, and a row there
         run()
     problem.forget_gradients()
     return run
-
-
-def _whole_logits(problem: Problem) -> Tensor:
-    """Logits in the model's dtype, widened by ``.float()``, autograd for the rest."""
-    vocab, labels = problem.case.vocab, problem.labels
-
-    def logits(h: Tensor, w: Tensor) -> Tensor:
-        return F.linear(h, w)[:, :vocab].float()
-
-    z_s = logits(problem.hs, problem.ws)
-    if problem.case.loss == "ce":
-        return F.cross_entropy(z_s, labels)
-    with torch.no_grad():
-        z_t = logits(*problem.teacher())
-    if problem.case.loss == "relation":
-        return _relation_of(z_s, z_t, problem.case)
-    kl = F.kl_div(z_s.log_softmax(-1), z_t.softmax(-1), reduction="batchmean")
-    return kl if problem.case.loss == "kl" else F.cross_entropy(z_s, labels) + kl
-
-
-def _relation_of(z_s: Tensor, z_t: Tensor, case: Case) -> Tensor:
-    """Image by image: 1 − cos of the two relation matrices, averaged."""
-    losses = []
-    for s, t in zip(z_s.split(case.rows), z_t.split(case.rows), strict=True):
-        r_s, r_t = s @ s.mT, t @ t.mT
-        losses.append(1 - F.cosine_similarity(r_s.flatten(), r_t.flatten(), dim=0))
-    return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
-
-
-# --- the floor ---------------------------------------------------------------------------------
 
 
 def _floor(problem: Problem) -> Run:
@@ -215,16 +145,11 @@ def _floor(problem: Problem) -> Run:
     return run
 
 
-FLOOR = Method("floor", "matrix products alone (floor)", frozenset({"ce+kl", "ce", "kl"}), _floor)
-EAGER = Method(
-    "torch-eager",
-    "PyTorch, whole logits",
-    frozenset({"ce+kl", "ce", "kl", "relation"}),
-    _eager,
-)
-COMPILED = Method(
-    "torch-compile", "PyTorch, torch.compile", frozenset({"ce+kl", "ce", "kl"}), _compiled
-)
+ROWWISE = frozenset({"ce+kl", "ce", "kl"})
+ALL = ROWWISE | {"relation"}
+FLOOR = Method("floor", "matrix products alone (floor)", ROWWISE, _floor)
+EAGER = Method("torch-eager", "PyTorch, whole logits", ALL, _eager)
+COMPILED = Method("torch-compile", "PyTorch, torch.compile", ROWWISE, _compiled)
 OURS = tuple(_ours(backend) for backend in reversed(choose.BACKENDS))
 #: The same within a tenth of the memory, for GPUs: it must still work.
 TIGHT = _ours("auto", 64)
@@ -236,18 +161,16 @@ _BY_DEVICE = {
 
 
 def _peer(peer: peers.Peer) -> Method:
-    return Method(
-        peer.key, peer.label, peer.losses, peer.build, peer.missing, peer.version, peer.unfit
-    )
+    return Method(peer.key, peer.label, peer.losses, peer.build, peer.why_not, peer.version)
 
 
 METHODS = (FLOOR, EAGER, COMPILED, *OURS, TIGHT, *(_peer(peer) for peer in peers.PEERS))
+BY_KEY = {method.key: method for method in METHODS}
 
 
 def ours_by_default(device: str = "cpu") -> Method:
     """What ``backend="auto"`` means on `device`: the method the promises are about."""
-    chosen, _ = choose.choose_backend("auto", torch.device(device))
-    return next(method for method in OURS if method.key == f"mk-{chosen}")
+    return BY_KEY[f"mk-{choose.choose_backend('auto', torch.device(device))[0]}"]
 
 
 def select(

@@ -1,9 +1,8 @@
-"""What does a trainer write without this package? LLaVA-KD's four terms over whole logits.
+"""What does a trainer write without this package? The losses over whole logits.
 
-The heads run over *every* position, as `forward` of a Hugging Face model does, the result is
-widened by ``.float()``, rows are picked by masks and autograd does the rest: the published code's
-computation in the paper's form (one cosine an image, relation weight 0.5), written anew. It takes
-the place of `mk.LlavaKDLoss`, so that a step with it differs in nothing but the losses.
+Heads run over *every* row, the result is widened by ``.float()``, autograd does the rest. For a
+training step that is the published code of LLaVA-KD in the paper's form (one cosine an image,
+relation weight 0.5), written anew, with rows picked by masks.
 """
 
 from __future__ import annotations
@@ -15,10 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mllmkd_kernels as mk
+from benchmarks.problem import Problem
+
+
+def loss_of(problem: Problem) -> Tensor:
+    """The loss of a case."""
+    case, labels = problem.case, problem.labels
+    z_s = _logits(problem.hs, problem.ws, case.vocab)
+    if case.loss == "ce":
+        return F.cross_entropy(z_s, labels)
+    with torch.no_grad():
+        z_t = _logits(*problem.teacher(), case.vocab)
+    if case.loss == "relation":
+        return _relation(z_s, z_t, [case.rows] * case.images)
+    kl = _kl(z_s, z_t)
+    return kl if case.loss == "kl" else F.cross_entropy(z_s, labels) + kl
 
 
 class WholeLogitsLoss(mk.LlavaKDLoss):
-    """`mk.LlavaKDLoss` with forward KL, through logits of shape (B, T, V)."""
+    """`mk.LlavaKDLoss` with forward KL, through logits of shape (B, T, V). It takes the other's
+    place, so that a step with it differs in nothing but the losses.
+    """
 
     def forward(
         self,
@@ -31,32 +47,34 @@ class WholeLogitsLoss(mk.LlavaKDLoss):
         **_: Any,
     ) -> mk.LlavaKDOutput:
         """The loss of one batch whose samples have an image each."""
-        assert teacher is not None and image_mask is not None and image_lens is not None
-        z_s = F.linear(student.hidden, student.weight).float()
+        assert teacher is not None and image_mask is not None
+        z_s = _logits(student.hidden, student.weight)
         with torch.no_grad():
-            z_t = F.linear(teacher.hidden, teacher.weight).float()
+            z_t = _logits(teacher.hidden, teacher.weight)
         following = labels[:, 1:]
         answered = following != self.ignore_index
-        ce = F.cross_entropy(
-            z_s[:, :-1].flatten(0, 1), following.flatten(), ignore_index=self.ignore_index
-        )
+        ce = F.cross_entropy(z_s[:, :-1].flatten(0, 1), following.flatten())
         response = _kl(z_s[:, :-1][answered], z_t[:, :-1][answered])
         v_s, v_t = z_s[image_mask], z_t[image_mask]
-        visual = _kl(v_s, v_t)
-        rows = image_lens.tolist()
-        relation = torch.stack(
-            [_relation(s, t) for s, t in zip(v_s.split(rows), v_t.split(rows), strict=True)]
-        ).mean()
-        terms = (ce, response, visual, relation)
+        terms = (ce, response, _kl(v_s, v_t), _relation(v_s, v_t, image_lens.tolist()))
         weights = (self.ce, self.response, self.visual, self.relation)
-        loss = sum((w * term for w, term in zip(weights, terms, strict=True)), ce.new_zeros(()))
+        loss = torch.stack([w * term for w, term in zip(weights, terms, strict=True)]).sum()
         return mk.LlavaKDOutput(loss, *(term.detach() for term in terms))
+
+
+def _logits(h: Tensor, w: Tensor, vocab: int | None = None) -> Tensor:
+    """In the model's dtype, then widened."""
+    return F.linear(h, w)[..., :vocab].float()
 
 
 def _kl(z_s: Tensor, z_t: Tensor) -> Tensor:
     return F.kl_div(z_s.log_softmax(-1), z_t.softmax(-1), reduction="batchmean")
 
 
-def _relation(z_s: Tensor, z_t: Tensor) -> Tensor:
-    r_s, r_t = z_s @ z_s.mT, z_t @ z_t.mT
-    return 1 - F.cosine_similarity(r_s.flatten(), r_t.flatten(), dim=0)
+def _relation(z_s: Tensor, z_t: Tensor, rows: list[int]) -> Tensor:
+    """Image by image: 1 − cos of the two relation matrices, averaged."""
+    losses = []
+    for s, t in zip(z_s.split(rows), z_t.split(rows), strict=True):
+        r_s, r_t = s @ s.mT, t @ t.mT
+        losses.append(1 - F.cosine_similarity(r_s.flatten(), r_t.flatten(), dim=0))
+    return torch.stack(losses).mean()

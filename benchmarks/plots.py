@@ -4,7 +4,8 @@ the accuracy ladder, and whole training steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +28,13 @@ _PALETTE = (
     "#e6ab02", "#b15928", "#fb9a99", "#33a02c",
 )  # fmt: skip
 _MARKS = "osD^vP*<>hXpd"
-COLOURS = {method.key: _PALETTE[i % len(_PALETTE)] for i, method in enumerate(METHODS)}
-MARKERS = {method.key: _MARKS[i % len(_MARKS)] for i, method in enumerate(METHODS)}
-
-
-def draw(record: dict[str, Any], folder: Path) -> list[Path]:
-    """Write the figures that the record has data for into `folder`; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    drawings: dict[str, Callable[[dict[str, Any]], Figure | None]] = {
-        "time_over_floor": time_over_floor,
-        "memory_against_size": memory_against_size,
-        "accuracy_ladder": accuracy_ladder,
-        "training_step": training_step,
-    }
-    paths = []
-    for name, drawing in drawings.items():
-        figure = drawing(record)
-        if figure is not None:
-            path = folder / f"{name}.png"
-            figure.savefig(path, dpi=150, bbox_inches="tight")
-            plt.close(figure)
-            paths.append(path)
-    return paths
+STYLES = {
+    method.key: {"color": _PALETTE[i % len(_PALETTE)], "marker": _MARKS[i % len(_MARKS)]}
+    for i, method in enumerate(METHODS)
+}
+_V = {"vocab_s": 0, "vocab_t": 0}
+#: What is swept in a memory panel: the property of a case, and the fields it depends on.
+AXES = {"rows N": ("all_rows", {"rows": 0}), "vocabulary V": ("vocab", _V)}
 
 
 def time_over_floor(record: dict[str, Any]) -> Figure | None:
@@ -60,15 +46,14 @@ def time_over_floor(record: dict[str, Any]) -> Figure | None:
     if not rows:
         return None
     cases = list(dict.fromkeys(Case(**row["case"]) for row in rows))
-    figure, axes = plt.subplots(
-        figsize=(9, 1.6 + 0.17 * len(rows) + 0.2 * len(cases)), layout="constrained"
-    )
+    size = (9, 1.6 + 0.17 * len(rows) + 0.2 * len(cases))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     place, middles = 0.0, []
     for case in cases:
         mine = [row for row in rows if Case(**row["case"]) == case]
         for n, row in enumerate(mine):
-            value, key = row["over_floor"], row["method"]
-            axes.barh(place + n, value - 1, 0.85, left=1, color=COLOURS[key], label=row["label"])
+            value, colour = row["over_floor"], STYLES[row["method"]]["color"]
+            axes.barh(place + n, value - 1, 0.85, left=1, color=colour, label=row["label"])
             beside = {"xytext": (3 if value >= 1 else -3, 0), "textcoords": "offset points"}
             axes.annotate(f"{value:.2f}", (value, place + n), va="center", fontsize=7,
                           ha="left" if value >= 1 else "right", **beside)  # fmt: skip
@@ -78,15 +63,12 @@ def time_over_floor(record: dict[str, Any]) -> Figure | None:
     axes.set_xscale("log")
     axes.margins(x=0.1, y=0.02)
     low, high = axes.get_xlim()
-    ticks = [t for t in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= t <= high]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
+    _ticks(axes, [t for t in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= t <= high])
     axes.set_yticks(middles, [_label(case) for case in cases], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("time / time of the matrix products alone")
-    axes.set_title("One step's loss, forward and backward", fontsize=10)
+    title = "One step's loss, forward and backward"
+    _finish(axes, title, "time / time of the matrix products alone")
     _legend(figure, [axes], columns=3)
-    _plain(axes)
     axes.grid(False, axis="y")
     return figure
 
@@ -94,43 +76,33 @@ def time_over_floor(record: dict[str, Any]) -> Figure | None:
 def memory_against_size(record: dict[str, Any]) -> Figure | None:
     """Lines, log-log: extra memory against N and against V, predictions dotted."""
     rows = [r for r in record.get("memory", []) if r.get("extra_bytes") is not None]
-    sweeps = [(axis, swept) for axis in _AXES if (swept := _most_swept(rows, axis))]
+    sweeps = [(axis, swept) for axis in AXES if (swept := _most_swept(rows, axis))]
     if not sweeps:
         return None
-    figure, panels = plt.subplots(
-        1, len(sweeps), figsize=(5.4 * len(sweeps), 4.4), squeeze=False, layout="constrained"
-    )
-    for axes, (axis, swept) in zip(panels[0], sweeps, strict=True):
+    figure, panels = _panels(len(sweeps), 5.4)
+    for axes, (axis, swept) in zip(panels, sweeps, strict=True):
         _memory_panel(axes, axis, swept)
-    _legend(figure, panels[0], columns=3)
+    _legend(figure, panels, columns=3)
     return figure
 
 
 def _memory_panel(axes: Axes, axis: str, swept: list[dict[str, Any]]) -> None:
-    def size(row: dict[str, Any]) -> int:
-        return _AXES[axis](Case(**row["case"]))
-
-    for key, label in dict.fromkeys((row["method"], row["label"]) for row in swept):
-        mine = sorted((r for r in swept if r["method"] == key), key=size)
+    size = partial(_size, axis=axis)
+    for style, mine in _by_method(swept):
+        mine = sorted(mine, key=size)
         sizes = [size(row) for row in mine]
-        axes.plot(sizes, [row["extra_bytes"] / 2**20 for row in mine], color=COLOURS[key],
-                  marker=MARKERS[key], label=label)  # fmt: skip
+        axes.plot(sizes, [row["extra_bytes"] / 2**20 for row in mine], **style)
         if all(row["predicted_bytes"] is not None for row in mine):
-            axes.plot(
-                sizes, [row["predicted_bytes"] / 2**20 for row in mine], ":", color=COLOURS[key]
-            )
+            predicted = [row["predicted_bytes"] / 2**20 for row in mine]
+            axes.plot(sizes, predicted, ":", color=style["color"])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    ticks = sorted({size(row) for row in swept})
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
+    _ticks(axes, sorted({size(row) for row in swept}), ",")
     case = Case(**swept[0]["case"])
     fixed = f"V {case.vocab:,}" if axis == "rows N" else f"N {case.all_rows:,}"
-    axes.set_xlabel(axis)
-    axes.set_ylabel("MiB beyond inputs and gradients")
-    axes.set_title(f"Peak memory, {case.dtype}, {fixed} (dotted: explain())", fontsize=10)
-    _plain(axes)
+    title = f"Peak memory, {case.dtype}, {fixed} (dotted: explain())"
+    _finish(axes, title, axis, "MiB beyond inputs and gradients")
 
 
 def accuracy_ladder(record: dict[str, Any]) -> Figure | None:
@@ -139,25 +111,18 @@ def accuracy_ladder(record: dict[str, Any]) -> Figure | None:
     dtypes = [d for d in DTYPES if any(row["case"]["dtype"] == d for row in rows)]
     if not dtypes:
         return None
-    figure, panels = plt.subplots(
-        1, len(dtypes), figsize=(5.2 * len(dtypes), 4.4), squeeze=False, layout="constrained"
-    )
-    for axes, dtype in zip(panels[0], dtypes, strict=True):
+    figure, panels = _panels(len(dtypes), 5.2)
+    for axes, dtype in zip(panels, dtypes, strict=True):
         here = [row for row in rows if row["case"]["dtype"] == dtype]
-        for key, label in dict.fromkeys((row["method"], row["label"]) for row in here):
-            mine = [row for row in here if row["method"] == key]
-            axes.loglog([r["epsilon"] for r in mine], [r["gradient"] for r in mine], 
-                        color=COLOURS[key], marker=MARKERS[key], label=label)  # fmt: skip
+        for style, mine in _by_method(here):
+            axes.loglog([r["epsilon"] for r in mine], [r["gradient"] for r in mine], **style)
         limits = sorted({(row["epsilon"], row["contract"]) for row in here})
         axes.loglog(*zip(*limits, strict=True), "k--", linewidth=1, label="contract")
         axes.invert_xaxis()
-        axes.set_xticks([e for e, _ in limits], [f"{e:g}" for e, _ in limits])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_title(f"{dtype} inputs", fontsize=10)
-        axes.set_xlabel("ε: teacher = student + ε·noise (towards convergence →)")
-        axes.set_ylabel("relative error of the gradient")
-        _plain(axes)
-    _legend(figure, panels[0], columns=3)
+        _ticks(axes, [e for e, _ in limits])
+        noise = "ε: teacher = student + ε·noise (towards convergence →)"
+        _finish(axes, f"{dtype} inputs", noise, "relative error of the gradient")
+    _legend(figure, panels, columns=3)
     return figure
 
 
@@ -167,7 +132,7 @@ def training_step(record: dict[str, Any]) -> Figure | None:
     if not rows:
         return None
     stages = list(dict.fromkeys(row["case"]["stage"] for row in rows))
-    methods = list(dict.fromkeys((row["method"], row["label"]) for row in rows))
+    methods = list(_by_method(rows))
     case = step_case(rows[0]["case"])
     panels_of: tuple[tuple[str, Callable[[dict[str, Any]], float | None]], ...] = (
         (f"tokens a second, batch {case.batch}", lambda row: row["tokens_per_s"]),
@@ -177,17 +142,17 @@ def training_step(record: dict[str, Any]) -> Figure | None:
     figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.6), layout="constrained")
     width = 0.8 / len(methods)
     for axes, (title, value) in zip(panels, panels_of, strict=True):
-        for n, (key, label) in enumerate(methods):
-            mine = {row["case"]["stage"]: value(row) or 0 for row in rows if row["method"] == key}
-            places = [i + n * width for i, stage in enumerate(stages) if stage in mine]
-            bars = axes.bar(places, mine.values(), width * 0.92, color=COLOURS[key], label=label)
+        for n, (style, mine) in enumerate(methods):
+            found = {row["case"]["stage"]: value(row) or 0 for row in mine}
+            places = [i + n * width for i, stage in enumerate(stages) if stage in found]
+            look = {key: style[key] for key in ("color", "label")}
+            bars = axes.bar(places, found.values(), width * 0.92, **look)
             axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=8)
         middle = 0.4 - width / 2
         axes.set_xticks([i + middle for i in range(len(stages))], [s.upper() for s in stages])
-        axes.set_title(title, fontsize=10)
         axes.margins(y=0.12)
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        _plain(axes)
+        _finish(axes, title)
         axes.grid(False, axis="x")
     m = case.models
     figure.suptitle(
@@ -198,12 +163,9 @@ def training_step(record: dict[str, Any]) -> Figure | None:
     return figure
 
 
-#: What is swept, and how a case says it.
-_AXES: dict[str, Callable[[Case], int]] = {
-    "rows N": lambda case: case.all_rows,
-    "vocabulary V": lambda case: case.vocab,
-}
-_FREE = {"rows N": {"rows": 0}, "vocabulary V": {"vocab_s": 0, "vocab_t": 0}}
+def _size(row: dict[str, Any], axis: str) -> int:
+    """What a case has of that which is swept."""
+    return getattr(Case(**row["case"]), AXES[axis][0])
 
 
 def _most_swept(rows: list[dict[str, Any]], axis: str) -> list[dict[str, Any]]:
@@ -212,13 +174,29 @@ def _most_swept(rows: list[dict[str, Any]], axis: str) -> list[dict[str, Any]]:
     """
     groups: dict[Case, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(Case(**(row["case"] | _FREE[axis])), []).append(row)
+        groups.setdefault(Case(**(row["case"] | AXES[axis][1])), []).append(row)
+    sizes = [({_size(row, axis) for row in group}, group) for group in groups.values()]
+    found, rows = max(sizes, key=lambda s: (len(s[0]), max(s[0])), default=(set(), []))
+    return rows if len(found) > 1 else []
 
-    def sizes(group: list[dict[str, Any]]) -> set[int]:
-        return {_AXES[axis](Case(**row["case"])) for row in group}
 
-    sweeps = [group for group in groups.values() if len(sizes(group)) > 1]
-    return max(sweeps, key=lambda g: (len(sizes(g)), max(sizes(g))), default=[])
+def _by_method(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """How each method is drawn, and its rows."""
+    for key, label in dict.fromkeys((row["method"], row["label"]) for row in rows):
+        yield STYLES[key] | {"label": label}, [row for row in rows if row["method"] == key]
+
+
+def _panels(count: int, width: float) -> tuple[Figure, Sequence[Axes]]:
+    """Side by side."""
+    size = (width * count, 4.4)
+    figure, panels = plt.subplots(1, count, figsize=size, squeeze=False, layout="constrained")
+    return figure, panels[0]
+
+
+def _ticks(axes: Axes, places: Sequence[float], form: str = "g") -> None:
+    """Of a logarithmic axis: at what was measured, and nowhere else."""
+    axes.set_xticks(places, [f"{place:{form}}" for place in places])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _label(case: Case) -> str:
@@ -236,12 +214,37 @@ def _legend(figure: Figure, panels: Iterable[Axes], columns: int) -> None:
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         found = dict(zip(labels, handles, strict=True)) | found
-    figure.legend(
-        list(found.values()), list(found), loc="outside lower center", ncols=columns, fontsize=8
-    )
+    where = "outside lower center"
+    figure.legend(list(found.values()), list(found), loc=where, ncols=columns, fontsize=8)
 
 
-def _plain(axes: Axes) -> None:
+def _finish(axes: Axes, title: str, x: str = "", y: str = "") -> None:
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     axes.grid(True, which="major", alpha=0.25)
+
+
+#: Name of a file, what draws it, and what it shows.
+FIGURES: dict[str, tuple[Callable[[dict[str, Any]], Figure | None], str]] = {
+    "time_over_floor": (time_over_floor, "Time over the matrix products alone."),
+    "memory_against_size": (memory_against_size, "Peak memory beyond inputs and gradients."),
+    "accuracy_ladder": (accuracy_ladder, "Relative gradient error as the student converges."),
+    "training_step": (
+        training_step, "Whole training steps: tokens a second, peak memory, largest batch.",
+    ),
+}  # fmt: skip
+
+
+def draw(record: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Write the figures that the record has data for into `folder`; file name → caption."""
+    folder.mkdir(parents=True, exist_ok=True)
+    captions = {}
+    for name, (drawing, caption) in FIGURES.items():
+        if figure := drawing(record):
+            figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+            plt.close(figure)
+            captions[f"{name}.png"] = caption
+    return captions

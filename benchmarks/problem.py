@@ -7,6 +7,7 @@ benchmarks, make a softmax that is nearly flat and flatter every method's accura
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from benchmarks.shapes import DTYPES, Case
 
 LOGIT_STD = 2.5
+
+Forward = Callable[[], Tensor]  # the loss of a problem
+Run = Callable[[], Tensor | None]  # and its backward: gradients are left; the floor has no loss
 
 
 @dataclass
@@ -27,6 +31,10 @@ class Problem:
     ht: Tensor | None  # (N, D_t); None for "ce"
     wt: Tensor | None  # (V_t, D_t)
     labels: Tensor  # (N,) int64
+
+    def __post_init__(self) -> None:
+        self.hs.requires_grad_(True)
+        self.ws.requires_grad_(self.case.train_head)
 
     @property
     def ends(self) -> Tensor:
@@ -44,11 +52,16 @@ class Problem:
         """As ``zero_grad(set_to_none=True)`` between steps."""
         self.hs.grad = self.ws.grad = None
 
-    def as_leaves(self) -> Problem:
-        """Mark what gets a gradient."""
-        self.hs.requires_grad_(True)
-        self.ws.requires_grad_(self.case.train_head)
-        return self
+
+def with_backward(forward: Forward) -> Run:
+    """What a trainer does with a loss; returns it detached."""
+
+    def run() -> Tensor:
+        loss = forward()
+        loss.backward()
+        return loss.detach()
+
+    return run
 
 
 def make(case: Case, seed: int = 0, device: str = "cpu") -> Problem:
@@ -60,24 +73,21 @@ def make(case: Case, seed: int = 0, device: str = "cpu") -> Problem:
     if case.loss != "ce":
         ht, wt = _hidden(rows, case.d_t, dtype, rng), _head(case.vocab_t, case.d_t, dtype, rng)
     labels = torch.randint(case.vocab, (rows,), generator=rng, device=device)
-    return Problem(case, hs, ws, ht, wt, labels).as_leaves()
+    return Problem(case, hs, ws, ht, wt, labels)
 
 
 def make_near(case: Case, epsilon: float, seed: int = 0, device: str = "cpu") -> Problem:
     """A rung of the ladder: both models share a head, ``h_t = h_s + ε·noise``."""
     if case.d_s != case.d_t or case.vocab_s != case.vocab_t:
-        raise ValueError(
-            f"case: a ladder compares equal shapes, got D {case.d_s} and {case.d_t}, "
-            f"V {case.vocab_s} and {case.vocab_t}"
-        )
+        found = f"D {case.d_s} and {case.d_t}, V {case.vocab_s} and {case.vocab_t}"
+        raise ValueError(f"case: a ladder compares equal shapes, got {found}")
     rng = torch.Generator(device).manual_seed(seed)
     dtype = DTYPES[case.dtype]
-    h = torch.randn(case.rows, case.d_s, generator=rng, device=device)
-    noise = torch.randn(case.rows, case.d_s, generator=rng, device=device)
+    h, noise = (_hidden(case.rows, case.d_s, torch.float32, rng) for _ in range(2))
     ws = _head(case.vocab_s, case.d_s, dtype, rng)
     ht = (h + epsilon * noise).to(dtype)
     labels = torch.randint(case.vocab, (case.rows,), generator=rng, device=device)
-    return Problem(case, h.to(dtype), ws, ht, ws.detach(), labels).as_leaves()
+    return Problem(case, h.to(dtype), ws, ht, ws.detach(), labels)
 
 
 def _hidden(rows: int, d: int, dtype: torch.dtype, rng: torch.Generator) -> Tensor:

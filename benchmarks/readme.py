@@ -6,6 +6,7 @@ no figure in the README is typed by hand, and a test notices one that is.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,18 @@ from benchmarks.methods import EAGER
 from benchmarks.record import load
 from benchmarks.report import machine_line
 from benchmarks.shapes import PROMISED, Case, headline, step_case
-from benchmarks.tables import Table, markdown, mebibytes, seconds, times
+from benchmarks.tables import (
+    STEP,
+    Body,
+    Row,
+    Table,
+    ladder,
+    lines,
+    markdown,
+    mebibytes,
+    seconds,
+    times,
+)
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -30,16 +42,15 @@ def block(path: Path, root: Path) -> str:
         "The teacher is the student plus noise ε; relative error of the gradient, bf16 inputs:",
         markdown(_ladder_table(record)),
     ]
-    if relation := _relation_lines(record):
+    if relation := "\n".join(_relation_lines(record)):
         parts.append(relation)
     if record.get("step"):
         parts += [_step_note(record["step"]), markdown(_step_table(record["step"]))]
     folder = path.with_suffix("")
     name = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.name
     if (folder / "accuracy_ladder.png").exists():
-        parts.append(
-            f"![Relative gradient error as the student converges]({name}/accuracy_ladder.png)"
-        )
+        title = "Relative gradient error as the student converges"
+        parts.append(f"![{title}]({name}/accuracy_ladder.png)")
     parts.append(f"{machine_line(record)} [Everything that was measured]({name}/report.md).")
     return "\n\n".join(parts)
 
@@ -57,14 +68,13 @@ def rewritten(text: str, new_block: str) -> str:
 
 
 def _headline_table(record: dict[str, Any]) -> Table:
-    speed = _headline_rows(record["speed"])
-    memory = _headline_rows(record["memory"])
-    labels = dict.fromkeys(label for _, label in speed)
-    rows = []
-    for label in labels:
+    speed, memory = _by_case_and_label(record["speed"]), _by_case_and_label(record["memory"])
+    promised = [headline(dtype) for dtype in PROMISED]
+    body: Body = []
+    for label in dict.fromkeys(label for case, label in speed if case in promised):
         cells: list[str] = []
-        for dtype in PROMISED:
-            fast, small = speed.get((dtype, label), {}), memory.get((dtype, label), {})
+        for case in promised:
+            fast, small = speed.get((case, label), {}), memory.get((case, label), {})
             if fast.get("status", "ok") != "ok":
                 cells += [fast["status"], "", "", ""]
                 continue
@@ -74,31 +84,21 @@ def _headline_table(record: dict[str, Any]) -> Table:
                 times(fast.get("times_eager")),
                 mebibytes(small.get("extra_bytes")),
             ]
-        rows.append((label, *cells))
+        body.append((label, *cells))
     heads = ("time", "over floor", "faster", "memory")
-    return Table("", "", ("", *(f"{d} {h}" for d in PROMISED for h in heads)), rows)
+    return _table((f"{dtype} {head}" for dtype in PROMISED for head in heads), body)
 
 
-def _headline_rows(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
-    cases = {headline(dtype): dtype for dtype in PROMISED}
-    return {(cases[c], r["label"]): r for r in rows if (c := Case(**r["case"])) in cases}
+def _by_case_and_label(rows: list[Row]) -> dict[tuple[Case, str], Row]:
+    return {(Case(**row["case"]), row["label"]): row for row in rows}
 
 
 def _ladder_table(record: dict[str, Any]) -> Table:
     rows = [row for row in record["accuracy"] if row["case"]["dtype"] == "bf16"]
-    epsilons = sorted({row["epsilon"] for row in rows}, reverse=True)
-    body = []
-    for label in dict.fromkeys(row["label"] for row in rows):
-        mine = {row["epsilon"]: row for row in rows if row["label"] == label}
-        cells = (
-            f"{mine[e]['gradient']:.2%}" if "gradient" in mine[e] else mine[e]["status"]
-            for e in epsilons
-        )
-        body.append((label, *cells))
-    return Table("", "", ("", *(f"ε = {e:g}" for e in epsilons)), body)
+    return _table(*ladder(rows, lambda row: f"{row['gradient']:.2%}"))
 
 
-def _step_note(rows: list[dict[str, Any]]) -> str:
+def _step_note(rows: list[Row]) -> str:
     case = step_case(rows[0]["case"])
     m = case.models
     return (
@@ -110,42 +110,27 @@ def _step_note(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _step_table(rows: list[dict[str, Any]]) -> Table:
-    body = []
-    for row in rows:
-        name = f"{row['case']['stage'].upper()}, {row['label']}"
-        if row["status"] != "ok":
-            body.append((name, row["status"], "", "", ""))
-            continue
-        body.append(
-            (
-                name,
-                f"{row['tokens_per_s']:,.0f}",
-                times(row["times_eager"]),
-                mebibytes(row["extra_bytes"]),
-                f"{row['largest_batch']:,}",
-            )
-        )
-    return Table("", "", ("", "tokens/s", "faster", "memory", "largest batch"), body)
+def _step_table(rows: list[Row]) -> Table:
+    named = [r | {"label": f"{r['case']['stage'].upper()}, {r['label']}"} for r in rows]
+    return _table(("memory" if head == "peak" else head for head in STEP), lines(named, STEP))
 
 
-def _relation_lines(record: dict[str, Any]) -> str:
+def _table(heads: Iterable[str], rows: Body) -> Table:
+    return Table("", "", ("", *heads), rows)
+
+
+def _relation_lines(record: dict[str, Any]) -> Iterator[str]:
     """Our default backend against whole logits, a sentence a case."""
-    ours = record["judged_method"]
-    memory = {(r["method"], Case(**r["case"])): r.get("extra_bytes") for r in record["memory"]}
-    lines = []
-    for row in record["speed"]:
-        case = Case(**row["case"])
-        if case.loss != "relation" or row["method"] != ours or row["status"] != "ok":
+    memory = _by_case_and_label(record["memory"])
+    for (case, label), row in _by_case_and_label(record["speed"]).items():
+        if case.loss != "relation" or label != record["judged"] or row["status"] != "ok":
             continue
         head = "trained" if case.train_head else "frozen"
         images = "one image" if case.images == 1 else f"each of {case.images} images"
-        text = (
+        ours, eager = (memory.get((case, of), {}).get("extra_bytes") for of in (label, EAGER.label))
+        extra = f", {mebibytes(ours)} extra instead of {mebibytes(eager)}"
+        yield (
             f"- Relation loss of {case.rows} rows of {images}, {case.dtype}, head {head}: "
             f"{times(row['times_eager'])} faster than through the logits"
+            f"{'' if None in (ours, eager) else extra}."
         )
-        extra = memory.get((ours, case)), memory.get((EAGER.key, case))
-        if None not in extra:
-            text += f", {mebibytes(extra[0])} extra instead of {mebibytes(extra[1])}"
-        lines.append(f"{text}.")
-    return "\n".join(lines)

@@ -1,26 +1,15 @@
-"""What was measured, where, with which versions? One JSON file a run.
-
-A figure without its machine is worth nothing and one without its commit cannot be repeated, so both
-are in the file. Names of people, hosts and folders are not.
-"""
+"""What was measured, where, with which versions? One JSON file a run."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
-import subprocess
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import mllmkd_kernels as mk
-from benchmarks import peers
-from benchmarks.shapes import Suite
+from benchmarks import machine, peers
+from benchmarks.session import Session
 
 #: Changes when a reader of older files would misread newer ones.
 SCHEMA = 1
@@ -32,34 +21,15 @@ SECTIONS = ("speed", "memory", "accuracy", "step")
 REQUIRED = ("speed", "memory", "accuracy")
 
 
-def machine(device: str = "cpu") -> dict[str, Any]:
-    """Processor, memory, versions and commit of this run; the GPU where one is measured."""
-    gpu = _gpu() if device == "cuda" else {}
-    return gpu | {
-        "cpu": _cpu_model(),
-        "cores": _cores(),
-        "threads": torch.get_num_threads(),
-        "vector_units": torch.backends.cpu.get_cpu_capability(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "load_at_start": round(os.getloadavg()[0], 2),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "mllmkd_kernels": mk.__version__,
-        "peers": peers.versions(),
-        "commit": _commit(),
-    }
-
-
-def new(suite: Suite, rounds: int, only: tuple[str, ...] = ()) -> dict[str, Any]:
+def new(session: Session) -> dict[str, Any]:
     """A record without figures yet."""
     return {
         "schema": SCHEMA,
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "suite": suite.name,
-        "rounds": rounds,
-        "only": list(only),
-        "machine": machine(suite.device),
+        "suite": session.suite.name,
+        "rounds": session.rounds,
+        "only": list(session.only),
+        "machine": machine.facts(session.suite.device) | {"peers": peers.versions()},
     }
 
 
@@ -100,8 +70,8 @@ def load(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name}: not JSON: {error}") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        found = record.get("schema") if isinstance(record, dict) else None
+    found = record.get("schema") if isinstance(record, dict) else None
+    if found != SCHEMA:
         raise ValueError(f"{path.name}: expected schema {SCHEMA}, got {found}")
     return record
 
@@ -113,55 +83,3 @@ def newest(folder: Path) -> Path | None:
     found = [(load(path), path) for path in sorted(folder.glob("*.json"))]
     fit = [(r["date"], path) for r, path in found if publishable(r) and r["suite"] == "cpu"]
     return max(fit)[1] if fit else None
-
-
-def _gpu() -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "gpu": properties.name,
-        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
-        "capability": f"{properties.major}.{properties.minor}",
-        "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    """Cores this process may use, where the system can say."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """Short hash, "+changes" where tracked files differ from it; None outside a checkout."""
-
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ("git", *args), cwd=Path(__file__).parent, capture_output=True, text=True
-            )
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    head = git("rev-parse", "--short=10", "HEAD")
-    if head is None:
-        return None
-    return head + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -12,13 +12,6 @@ from rich.table import Table as RichTable
 from benchmarks import plots
 from benchmarks.tables import markdown, tables
 
-CAPTIONS = {
-    "time_over_floor": "Time over the matrix products alone.",
-    "memory_against_size": "Peak memory beyond inputs and gradients.",
-    "accuracy_ladder": "Relative gradient error as the student converges.",
-    "training_step": "Whole training steps: tokens a second, peak memory, largest batch.",
-}
-
 
 def show(record: dict[str, Any], console: Console) -> None:
     """Print every table and every promise."""
@@ -32,18 +25,17 @@ def show(record: dict[str, Any], console: Console) -> None:
             drawn.add_row(*map(escape, row))
         console.print(drawn)
     console.print(f"\n[bold]Promises[/bold], for {escape(record['judged'])}")
-    for target in record["targets"]:
-        mark = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "[dim]  – [/dim]"}
-        line = escape(f"{target['promise']}: {target['found']}")
-        console.print(f"  {mark[target['holds']]}  {line}", highlight=False)
+    marks = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "[dim]  – [/dim]"}
+    for mark, text in _promises(record, marks):
+        console.print(f"  {mark}  {escape(text)}", highlight=False)
 
 
 def write(record: dict[str, Any], folder: Path) -> Path:
     """Write ``report.md`` and its figures into `folder`; returns the page's path."""
-    figures = plots.draw(record, folder)
-    parts = ["# Benchmark report", machine_line(record), *_promises(record)]
-    for figure in figures:
-        parts += [f"![{CAPTIONS[figure.stem]}]({figure.name})"]
+    parts = ["# Benchmark report", machine_line(record), f"Promises, for {record['judged']}:"]
+    promises = _promises(record, {True: "pass", False: "**fail**", None: "–"})
+    parts.append("\n".join(f"- {mark}: {text}" for mark, text in promises))
+    parts += [f"![{text}]({name})" for name, text in plots.draw(record, folder).items()]
     for table in tables(record):
         parts += [f"## {table.title}", table.note, markdown(table)]
     page = folder / "report.md"
@@ -56,14 +48,12 @@ def machine_line(record: dict[str, Any]) -> str:
     m = record["machine"]
     missing = [name for name, version in m["peers"].items() if version is None]
     peers = [f"{name} {version}" for name, version in m["peers"].items() if version]
-    gpu = ""
-    if "gpu" in m:
-        gpu = f"{m['gpu']} ({m['gpu_memory_gib']} GiB), CUDA {m['cuda']}, Triton {m['triton']}; "
-    text = (
-        f"{gpu}{m['cpu']}, {m['cores']} cores ({m['vector_units']}), {m['memory_gib']} GiB, "
-        f"{m['threads']} threads, {m['system']}; Python {m['python']}, torch {m['torch']}, "
-        f"mllmkd_kernels {m['mllmkd_kernels']} at {m['commit'] or 'no commit'}"
+    gpu = "{gpu} ({gpu_memory_gib} GiB), CUDA {cuda}, Triton {triton}; " if "gpu" in m else ""
+    text = gpu + (
+        "{cpu}, {cores} cores ({vector_units}), {memory_gib} GiB, {threads} threads, {system}; "
+        "Python {python}, torch {torch}, mllmkd_kernels {mllmkd_kernels} at {commit}"
     )
+    text = text.format(**m | {"commit": m["commit"] or "no commit"})
     if peers:
         text += f"; {', '.join(peers)}"
     if missing:
@@ -71,10 +61,6 @@ def machine_line(record: dict[str, Any]) -> str:
     return f"{text}. Measured {record['date'][:10]}, {record['rounds']} rounds."
 
 
-def _promises(record: dict[str, Any]) -> list[str]:
-    mark = {True: "pass", False: "**fail**", None: "–"}
-    lines = [
-        f"- {mark[target['holds']]}: {target['promise']}: {target['found']}"
-        for target in record["targets"]
-    ]
-    return [f"Promises, for {record['judged']}:", "\n".join(lines)]
+def _promises(record: dict[str, Any], marks: dict[bool | None, str]) -> list[tuple[str, str]]:
+    """Whether each holds, and what was found."""
+    return [(marks[t["holds"]], f"{t['promise']}: {t['found']}") for t in record["targets"]]

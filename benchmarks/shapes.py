@@ -21,29 +21,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROMISED = ("fp32", "bf16")
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A published teacher and student: hidden sizes, rows of both heads, visual rows per image."""
-
-    d_t: int
-    d_s: int
-    vocab_t: int
-    vocab_s: int
-    image_rows: int
-    note: str
-
-
-#: Vocabularies that differ are the point of some pairs: the tail of the larger head is padding.
+#: Published teachers and students: Dt, Ds, and rows of both heads, Vt, Vs. Vocabularies that differ
+#: are the point of some: the tail of the larger head is padding.
 PAIRS = {
-    "qwen1.5-4b-0.5b": Pair(2560, 1024, 151936, 151936, 728, "LLaVA-KD-1B, the paper's main pair"),
-    "qwen1.5-4b-1.8b": Pair(2560, 2048, 151936, 151936, 728, "LLaVA-KD-2B"),
-    "qwen2.5-3b-0.5b": Pair(2048, 896, 151936, 151936, 728, "LLaVA-KD's released scripts"),
-    "qwen2.5-7b-1.5b": Pair(3584, 1536, 152064, 151936, 728, "vocabularies differ"),
-    "qwen2-7b-0.5b": Pair(3584, 896, 152064, 151936, 576, "LLaVA-MoD; vocabularies differ"),
-    "llava1.5-13b-1.4b": Pair(5120, 2048, 32000, 32000, 576, "LLaVADI: a small vocabulary"),
+    "qwen1.5-4b-0.5b": (2560, 1024, 151936, 151936),  # LLaVA-KD-1B, the paper's main pair
+    "qwen1.5-4b-1.8b": (2560, 2048, 151936, 151936),  # LLaVA-KD-2B
+    "qwen2.5-3b-0.5b": (2048, 896, 151936, 151936),  # LLaVA-KD's released scripts
+    "qwen2.5-7b-1.5b": (3584, 1536, 152064, 151936),
+    "qwen2-7b-0.5b": (3584, 896, 152064, 151936),  # LLaVA-MoD
+    "llava1.5-13b-1.4b": (5120, 2048, 32000, 32000),  # LLaVADI: a small vocabulary
     # Not a published pair: Qwen2.5-3B -> 0.5B with a vocabulary that leaves eager PyTorch room on a
     # laptop. The project's promises are stated for it, with 1,024 rows.
-    "headline": Pair(2048, 896, 65536, 65536, 729, "Qwen2.5-3B → 0.5B, V cut to 65,536"),
+    "headline": (2048, 896, 65536, 65536),
 }
 
 
@@ -118,17 +107,12 @@ class Case:
 
 def case(pair: str, rows: int, dtype: str, train_head: bool = True, loss: str = "ce+kl") -> Case:
     """The case of a named pair."""
-    p = PAIRS[pair]
-    return Case(pair, rows, p.d_t, p.d_s, p.vocab_t, p.vocab_s, dtype, train_head, loss)
+    return Case(pair, rows, *PAIRS[pair], dtype, train_head, loss)
 
 
-def with_vocab(case: Case, vocab: int) -> Case:
-    """The case with another vocabulary, the same in both models."""
-    return replace(case, vocab_t=vocab, vocab_s=vocab)
-
-
-def _vocabularies(case: Case, *vocabs: int) -> tuple[Case, ...]:
-    return tuple(with_vocab(case, vocab) for vocab in vocabs)
+def with_vocab(case: Case, *vocabs: int) -> tuple[Case, ...]:
+    """The case with other vocabularies, the same in both models."""
+    return tuple(replace(case, vocab_t=vocab, vocab_s=vocab) for vocab in vocabs)
 
 
 @dataclass(frozen=True)
@@ -241,24 +225,13 @@ def headline(dtype: str) -> Case:
 
 def fallback(dtype: str) -> Case:
     """The shape that the promises of the backend without a compiler are about: the fewest rows."""
-    return with_vocab(case("headline", 128, dtype), 16384)
-
-
-def gpu_headline(train_head: bool) -> Case:
-    """The shape that the targets on a GPU are about."""
-    return case("qwen1.5-4b-0.5b", 8192, "bf16", train_head)
-
-
-def gpu_relation() -> Case:
-    """The relation loss of the targets on a GPU: 8 images, both heads frozen."""
-    one = case("qwen1.5-4b-0.5b", 729, "bf16", train_head=False, loss="relation")
-    return replace(one, images=8)
+    return with_vocab(case("headline", 128, dtype), 16384)[0]
 
 
 # Small on purpose (rows and hidden size do not change a relative error, the vocabulary does), and
 # the sizes of the published comparison of rounding schemes, so that its figures can be compared.
 _LADDER = Case("ladder", 64, 256, 256, 32000, 32000, loss="kl")
-
+_LADDERS = tuple(Ladder(replace(_LADDER, dtype=dtype)) for dtype in PROMISED)
 
 # Small models with a large vocabulary: on two cores a step takes a second, and its losses matter.
 _SMALL = Vlm(
@@ -272,102 +245,81 @@ _REAL = Vlm(
 _TOY = Vlm("toy pair", Sizes(32, 2, 2), Sizes(16, 2, 2), Sizes(16, 2, 2), 512, 32, 8, "fp32")
 
 
-def _stages(
-    models: Vlm, text: int, answer: int, batch: int, budget_mib: int
-) -> tuple[StepCase, ...]:
-    """Both stages: captions, all of it answer, and conversations."""
-    return (
-        StepCase(models, "dpt", text // 2, text // 2, batch, budget_mib),
-        StepCase(models, "dft", text, answer, batch, budget_mib),
-    )
+def _stages(dft: StepCase) -> tuple[StepCase, ...]:
+    """Both stages: captions, half as long and all of it answer, and conversations."""
+    half = dft.text // 2
+    return replace(dft, stage="dpt", text=half, answer=half), dft
 
 
 def _cpu_suite() -> Suite:
     big = tuple(headline(dtype) for dtype in PROMISED)
     # A quarter of the headline's rows where the ratio is wanted, not the seconds.
-    frozen = (case("headline", 256, "bf16", train_head=False),)
-    real = (
-        case("qwen2.5-3b-0.5b", 128, "bf16"),
-        case("qwen2-7b-0.5b", 128, "bf16", train_head=False),
-    )
-    # A quarter of the vocabulary: for all of it torch's chunked cross-entropy needs 16 s a round.
-    cross_entropy = (with_vocab(case("headline", 256, "bf16", loss="ce"), 16384),)
-    fallbacks = tuple(fallback(dtype) for dtype in PROMISED)
-    relation = tuple(
-        case("headline", 729, "bf16", trained, "relation") for trained in (False, True)
-    )
-    fewer = replace(relation[0], rows=256)
     few = case("headline", 256, "bf16")
-    sweep = (
-        *(replace(few, rows=rows) for rows in (128, 256, 512)),
-        *_vocabularies(few, 16384, 2**17),
-    )
+    frozen = replace(few, train_head=False)
+    real = case("qwen2.5-3b-0.5b", 128, "bf16"), case("qwen2-7b-0.5b", 128, "bf16", False)
+    # A quarter of the vocabulary: for all of it torch's chunked cross-entropy needs 16 s a round.
+    cross_entropy = with_vocab(replace(few, loss="ce"), 16384)
+    others = (*cross_entropy, *(fallback(dtype) for dtype in PROMISED))
+    one = case("headline", 729, "bf16", train_head=False, loss="relation")
+    relation = (one, replace(one, train_head=True))
+    sweep = *(replace(few, rows=rows) for rows in (128, 256, 512)), *with_vocab(few, 16384, 2**17)
     return Suite(
         "cpu",
         "two CPU cores, minutes",
-        speed=(
-            *big,
-            *frozen,
-            *real,
-            *cross_entropy,
-            *fallbacks,
-            *relation,
-            replace(fewer, images=3),
-        ),
-        memory=big + sweep + frozen + relation,
-        accuracy=tuple(Ladder(replace(_LADDER, dtype=dtype)) for dtype in PROMISED),
-        every_backend=(*cross_entropy, *fallbacks, few),
-        step=_stages(_SMALL, 64, 40, 4, 192),
+        speed=(*big, frozen, *real, *others, *relation, replace(one, rows=256, images=3)),
+        memory=(*big, *sweep, frozen, *relation),
+        accuracy=_LADDERS,
+        every_backend=(*others, few),
+        step=_stages(StepCase(_SMALL, "dft", 64, 40, 4, 192)),
     )
 
 
 def _gpu_suite() -> Suite:
-    trained, frozen = gpu_headline(True), gpu_headline(False)
+    # The targets on a GPU are about these two, and about the relation of 8 images.
+    trained = case("qwen1.5-4b-0.5b", 8192, "bf16")
+    both = (trained, replace(trained, train_head=False))
     middle = replace(trained, rows=4096)
-    sweep = (replace(trained, rows=1024), middle, *_vocabularies(middle, 32000, 65536))
+    sweep = (replace(trained, rows=1024), middle, *with_vocab(middle, 32000, 65536))
     other = (
         case("qwen2.5-7b-1.5b", 4096, "bf16"),
         case("llava1.5-13b-1.4b", 4096, "bf16"),
-        replace(trained, loss="ce"),
-        replace(trained, loss="kl"),
+        *(replace(trained, loss=loss) for loss in ("ce", "kl")),
         *(replace(trained, rows=1024, dtype=dtype) for dtype in ("fp32", "fp16")),
     )
-    relation = gpu_relation()
-    relations = (
-        relation,
-        replace(relation, train_head=True),
+    relation = replace(both[1], rows=729, loss="relation", images=8)
+    sizes = (
         *(replace(relation, rows=rows) for rows in (256, 1024)),
         *(replace(relation, images=images) for images in (1, 16)),
     )
-    wide = replace(_LADDER, vocab_t=151936, vocab_s=151936, d_t=1024, d_s=1024, dtype="bf16")
+    (wide,) = with_vocab(replace(_LADDER, d_t=1024, d_s=1024, dtype="bf16"), 151936)
     return Suite(
         "gpu",
         "one large GPU, minutes",
-        speed=(trained, frozen, *sweep, *other, *relations),
-        memory=(*sweep, trained, frozen, *relations[:1], *relations[2:]),
-        accuracy=(*(Ladder(replace(_LADDER, dtype=dtype)) for dtype in PROMISED), Ladder(wide)),
-        every_backend=(trained, frozen),
+        speed=(*both, *sweep, *other, relation, replace(relation, train_head=True), *sizes),
+        memory=(*sweep, *both, relation, *sizes),
+        accuracy=(*_LADDERS, Ladder(wide)),
+        every_backend=both,
         rounds=10,
         device="cuda",
-        step=_stages(_REAL, 256, 128, 4, 16384),
+        step=_stages(StepCase(_REAL, "dft", 256, 128, 4, 16384)),
     )
 
 
 def _quick_suite() -> Suite:
     small = Case("quick", 128, 512, 256, 16384, 16384)
-    cases = tuple(replace(small, dtype=dtype) for dtype in PROMISED)
-    # Few rows: most processors have no fp16 arithmetic, and emulate it.
-    cases += (replace(small, dtype="fp16", rows=16),)
-    relation = (replace(small, dtype="bf16", loss="relation"),)
-    ladder = replace(_LADDER, vocab_t=8000, vocab_s=8000, dtype="bf16")
+    middle = replace(small, dtype="bf16")
+    # Few rows of fp16: most processors have no arithmetic for it, and emulate it.
+    few = replace(small, dtype="fp16", rows=16)
+    cases = (small, middle, few, replace(middle, loss="relation"))
+    (ladder,) = with_vocab(replace(_LADDER, dtype="bf16"), 8000)
     return Suite(
         "quick",
         "about a minute: that everything runs; too small for the promises",
-        speed=cases + relation,
-        memory=(cases[1], replace(cases[1], rows=512), with_vocab(cases[1], 65536)),
+        speed=cases,
+        memory=(middle, replace(middle, rows=512), *with_vocab(middle, 65536)),
         accuracy=(Ladder(ladder, (0.3, 0.03)),),
-        every_backend=cases + relation,
-        step=_stages(_SMALL, 64, 40, 1, 256)[:1],
+        every_backend=cases,
+        step=_stages(StepCase(_SMALL, "dft", 64, 40, 1, 256))[:1],
     )
 
 
@@ -384,10 +336,8 @@ def _tiny_suite() -> Suite:
         accuracy=(Ladder(ladder, (0.3, 0.03)), Ladder(replace(ladder, dtype="bf16"), (0.3, 0.03))),
         every_backend=cases,
         rounds=2,
-        step=_stages(_TOY, 8, 4, 2, 2)[:1],
+        step=_stages(StepCase(_TOY, "dft", 8, 4, 2, 2))[:1],
     )
 
 
-SUITES = {
-    suite.name: suite for suite in (_cpu_suite(), _gpu_suite(), _quick_suite(), _tiny_suite())
-}
+SUITES = {s.name: s for s in (_cpu_suite(), _gpu_suite(), _quick_suite(), _tiny_suite())}

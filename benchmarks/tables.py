@@ -5,12 +5,17 @@ One function a section turns a record into `Table`s; how a table is drawn is the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from benchmarks.shapes import Case, step_case
+
+Row = dict[str, Any]
+#: Heads of columns, and what a row has there.
+Columns = Mapping[str, Callable[[Row], str]]
+Body = list[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Table:
     title: str
     note: str
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Body
 
 
 def tables(record: dict[str, Any]) -> Iterator[Table]:
@@ -41,6 +46,30 @@ def markdown(table: Table) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def lines(rows: Iterable[Row], columns: Columns) -> Body:
+    """Label and cells of every row; one without figures says why in the first cell."""
+    body = []
+    for row in rows:
+        if row["status"] == "ok":
+            cells = [cell(row) for cell in columns.values()]
+        else:
+            cells = [_trouble(row), *[""] * (len(columns) - 1)]
+        body.append((row["label"], *cells))
+    return body
+
+
+def ladder(rows: list[Row], cell: Callable[[Row], str]) -> tuple[tuple[str, ...], Body]:
+    """Column heads and lines of errors: methods down, ε across and falling."""
+    epsilons = sorted({row["epsilon"] for row in rows}, reverse=True)
+    body = []
+    for label in dict.fromkeys(row["label"] for row in rows):
+        mine = {row["epsilon"]: row for row in rows if row["label"] == label}
+        rungs = (mine.get(epsilon, {"status": "–"}) for epsilon in epsilons)
+        cells = (cell(rung) if rung["status"] == "ok" else rung["status"] for rung in rungs)
+        body.append((label, *cells))
+    return tuple(f"ε = {e:g}" for e in epsilons), body
+
+
 def seconds(value: float) -> str:
     """About three digits, in ms below a second."""
     if value >= 0.9995:
@@ -58,45 +87,51 @@ def times(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}x"
 
 
-def _by_case(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+_TIME: Columns = {
+    "time": lambda row: seconds(row["median_s"]),
+    "min – max": lambda row: f"{seconds(row['min_s'])} – {seconds(row['max_s'])}",
+}
+#: Of a whole training step, beyond its time.
+STEP: Columns = {
+    "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
+    "faster": lambda row: times(row["times_eager"]),
+    "peak": lambda row: mebibytes(row["extra_bytes"]),
+    "largest batch": lambda row: f"{row['largest_batch']:,}",
+}
+
+
+def _by_case(rows: list[Row]) -> Iterator[list[Row]]:
     for _, group in groupby(rows, key=lambda row: row["case"]):
         yield list(group)
 
 
-def _speed(rows: list[dict[str, Any]]) -> Table:
+def _speed(rows: list[Row]) -> Table:
     case = Case(**rows[0]["case"])
-    body = []
-    for row in rows:
-        if row["status"] != "ok":
-            body.append((row["label"], _trouble(row), *[""] * 6))
-            continue
+
+    def worst(row: Row) -> str:
         errors = row["errors"]
-        worst = "–" if errors is None else f"{max(errors['dh'], errors['dw'] or 0):.1e}"
-        body.append(
-            (
-                row["label"],
-                seconds(row["median_s"]),
-                f"{seconds(row['min_s'])} – {seconds(row['max_s'])}",
-                times(row["over_floor"]),
-                times(row["times_eager"]),
-                f"{row['gflops']:,.0f}",
-                f"{case.input_bytes / row['median_s'] / 1e9:.2f}",
-                worst,
-            )
-        )
+        return "–" if errors is None else f"{max(errors['dh'], errors['dw'] or 0):.1e}"
+
+    columns: Columns = {
+        **_TIME,
+        "over floor": lambda row: times(row["over_floor"]),
+        "faster than PyTorch": lambda row: times(row["times_eager"]),
+        "GFLOP/s": lambda row: f"{row['gflops']:,.0f}",
+        "inputs GB/s": lambda row: f"{case.input_bytes / row['median_s'] / 1e9:.2f}",
+        "gradient error": worst,
+    }
     return Table(
         case.title,
         f"{case.floor_flops / 1e9:,.0f} GFLOP at least through the logits, "
         f"{mebibytes(case.input_bytes)} of inputs, {mebibytes(case.gradient_bytes)} of gradients. "
         f"Medians of {_rounds(rows)} interleaved rounds.",
-        ("method", "time", "min – max", "over floor", "faster than PyTorch", "GFLOP/s",
-         "inputs GB/s", "gradient error"),
-        body,
-    )  # fmt: skip
+        ("method", *columns),
+        lines(rows, columns),
+    )
 
 
-def _memory(rows: list[dict[str, Any]]) -> Table:
-    body: list[tuple[str, ...]] = []
+def _memory(rows: list[Row]) -> Table:
+    body: Body = []
     for group in _by_case(rows):
         title = Case(**group[0]["case"]).title
         for row in group:
@@ -111,72 +146,41 @@ def _memory(rows: list[dict[str, Any]]) -> Table:
     )
 
 
-def _accuracy(rows: list[dict[str, Any]]) -> Table:
-    """Methods down, ε across: relative error of the gradient, and of the value in brackets."""
-    epsilons = sorted({row["epsilon"] for row in rows}, reverse=True)
-    contract = {row["epsilon"]: row["contract"] for row in rows}
-    body = [("contract", *(f"{contract[e]:.1e}" for e in epsilons))]
-    for label in dict.fromkeys(row["label"] for row in rows):
-        mine = {row["epsilon"]: row for row in rows if row["label"] == label}
-        body.append((label, *(_rung(mine.get(e)) for e in epsilons)))
-    case = Case(**rows[0]["case"])
+def _accuracy(rows: list[Row]) -> Table:
+    """Relative error of the gradient, and of the value in brackets."""
+    heads, body = ladder(rows, lambda row: f"{row['gradient']:.1e} ({row['loss']:.0e})")
+    contract = sorted({(row["epsilon"], row["contract"]) for row in rows}, reverse=True)
     return Table(
-        f"Gradient error near convergence, {case.dtype}",
+        f"Gradient error near convergence, {rows[0]['case']['dtype']}",
         "Teacher = student + ε·noise, forward KL; relative to fp64 on the same inputs; "
         "error of the loss in brackets.",
-        ("method", *(f"ε = {e:g}" for e in epsilons)),
-        body,
+        ("method", *heads),
+        [("contract", *(f"{limit:.1e}" for _, limit in contract)), *body],
     )
 
 
-def _step(rows: list[dict[str, Any]]) -> Table:
+def _step(rows: list[Row]) -> Table:
     case = step_case(rows[0]["case"])
-    body = []
-    for row in rows:
-        if row["status"] != "ok":
-            body.append((row["label"], _trouble(row), *[""] * 5))
-            continue
-        body.append(
-            (
-                row["label"],
-                seconds(row["median_s"]),
-                f"{seconds(row['min_s'])} – {seconds(row['max_s'])}",
-                f"{row['tokens_per_s']:,.0f}",
-                times(row["times_eager"]),
-                mebibytes(row["extra_bytes"]),
-                f"{row['largest_batch']:,}",
-            )
-        )
-    models = case.models
-    off = {
-        field: max(row.get(field, 0.0) for row in rows) for field in ("loss_off", "gradient_off")
-    }
+    teacher, student = case.models.teacher, case.models.student
+    off = [max(row.get(key, 0.0) for row in rows) for key in ("loss_off", "gradient_off")]
+    columns = {**_TIME, **STEP}
     return Table(
         case.title,
-        f"Teacher ({models.teacher.layers} layers of {models.teacher.hidden:,}) and student "
-        f"({models.student.layers} of {models.student.hidden:,}) forward, losses, backward, AdamW; "
+        f"Teacher ({teacher.layers} layers of {teacher.hidden:,}) and student "
+        f"({student.layers} of {student.hidden:,}) forward, losses, backward, AdamW; "
         f"batch of {case.batch}, medians of {_rounds(rows)} interleaved rounds. Peak beyond "
         f"weights and optimiser state; the largest batch that was run with a peak within "
-        f"{case.budget_mib:,} MiB. Losses agree to {off['loss_off']:.0e}, gradients to "
-        f"{off['gradient_off']:.0e}.",
-        ("losses", "time", "min – max", "tokens/s", "faster", "peak", "largest batch"),
-        body,
-    )  # fmt: skip
+        f"{case.budget_mib:,} MiB. Losses agree to {off[0]:.0e}, gradients to {off[1]:.0e}.",
+        ("losses", *columns),
+        lines(rows, columns),
+    )
 
 
-def _rung(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "–"
-    if row["status"] != "ok":
-        return row["status"]
-    return f"{row['gradient']:.1e} ({row['loss']:.0e})"
-
-
-def _rounds(rows: list[dict[str, Any]]) -> int:
+def _rounds(rows: list[Row]) -> int:
     return max((len(row["seconds"]) for row in rows if "seconds" in row), default=0)
 
 
-def _trouble(row: dict[str, Any]) -> str:
+def _trouble(row: Row) -> str:
     """One cell: a table's bars and line breaks are not for other people's error messages."""
     reason = " ".join(row["reason"].split()).replace("|", "/")
     return f"{row['status']}: {reason[:120]}"

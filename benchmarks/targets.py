@@ -7,8 +7,8 @@ also for the eager backend, which a machine without a compiler gets, at `shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from benchmarks.methods import EAGER
@@ -24,23 +24,13 @@ FALLBACK = 0.9
 MEMORY_SHARE = 1 / 3
 
 
-@dataclass(frozen=True)
-class Target:
-    """One promise.
+Target = dict[str, Any]
 
-    Attributes:
-        promise: in words.
-        found: the figure in words.
-        holds: None where this run did not measure it.
+
+def judge(record: dict[str, Any], method: str) -> list[Target]:
+    """Every promise, judged for the method key `method`: the promise in words, the figure in words,
+    and whether it holds, None where this run did not measure it.
     """
-
-    promise: str
-    found: str
-    holds: bool | None
-
-
-def judge(record: dict[str, Any], method: str) -> list[dict[str, Any]]:
-    """Every promise, judged for the method key `method`, as dictionaries for the record."""
     found = []
     for dtype in PROMISED:
         found += _speed(record.get("speed", []), method, dtype)
@@ -48,11 +38,11 @@ def judge(record: dict[str, Any], method: str) -> list[dict[str, Any]]:
         found.append(_fallback(record.get("speed", []), dtype))
     for dtype in PROMISED:
         found.append(_accuracy(record.get("accuracy", []), method, dtype))
-    return [asdict(target) for target in found]
+    return found
 
 
 def _speed(rows: list[dict[str, Any]], method: str, dtype: str) -> list[Target]:
-    row = _headline(rows, method, dtype)
+    row = _row(rows, method, headline(dtype))
     least = TIMES_EAGER[dtype]
     return [
         _target(
@@ -75,8 +65,8 @@ def _fallback(rows: list[dict[str, Any]], dtype: str) -> Target:
 
 
 def _memory(rows: list[dict[str, Any]], method: str, dtype: str) -> Target:
-    mine = _headline(rows, method, dtype).get("extra_bytes")
-    eager = _headline(rows, EAGER.key, dtype).get("extra_bytes")
+    mine = _row(rows, method, headline(dtype)).get("extra_bytes")
+    eager = _row(rows, EAGER.key, headline(dtype)).get("extra_bytes")
     return _target(
         f"{dtype}: extra memory at most 1/3 of eager PyTorch's",
         mine / eager if mine is not None and eager else None,
@@ -94,14 +84,9 @@ def _accuracy(rows: list[dict[str, Any]], method: str, dtype: str) -> Target:
     )  # fmt: skip
 
 
-def _worst(shares: Iterable[float]) -> float | None:
+def _worst(shares: list[float]) -> float | None:
     """The largest, NaN if any is (a rung without a figure fails), None of nothing."""
-    shares = list(shares)
     return max(shares, key=lambda x: (x != x, x)) if shares else None
-
-
-def _headline(rows: list[dict[str, Any]], method: str, dtype: str) -> dict[str, Any]:
-    return _row(rows, method, headline(dtype))
 
 
 def _row(rows: list[dict[str, Any]], method: str, case: Case) -> dict[str, Any]:
@@ -112,5 +97,5 @@ def _target(
     promise: str, value: float | None, words: str, holds: Callable[[float], bool]
 ) -> Target:
     if value is None:
-        return Target(promise, "not measured", None)
-    return Target(promise, words.format(value), holds(value))
+        return {"promise": promise, "found": "not measured", "holds": None}
+    return {"promise": promise, "found": words.format(value), "holds": holds(value)}

@@ -14,7 +14,7 @@ tests/test_guards.py). For whole problems, peers and memory there is ``python -m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,31 +22,17 @@ import torch
 from torch import Tensor
 
 import mllmkd_kernels as mk
-from benchmarks.problem import Problem, make
+from benchmarks.methods import BY_KEY
+from benchmarks.problem import Forward, Problem, make
 from benchmarks.shapes import Case
 from mllmkd_kernels import choose
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-#: Large enough on a GPU to be about the kernels rather than their launch.
-CASE = (
-    Case("operators", 2048, 2048, 896, 65536, 65536, "bf16")
-    if ON_GPU
-    else Case("operators", 128, 384, 256, 8192, 8192)
-)
-IMAGES = 2
-
-
-def _usable(backend: str) -> bool:
-    try:
-        choose.choose_backend(backend, DEVICE)
-    except (RuntimeError, ValueError):
-        return False
-    return True
-
-
-BACKENDS = [backend for backend in choose.BACKENDS if _usable(backend)]
-Forward = Callable[[], Tensor]
+CASE = Case("operators", 64, 384, 256, 8192, 8192, images=2)
+if ON_GPU:  # about the kernels rather than their launch
+    CASE = Case("operators", 1024, 2048, 896, 65536, 65536, "bf16", images=2)
+BACKENDS = [name for name in choose.BACKENDS if not BY_KEY[f"mk-{name}"].why_not(DEVICE)]
 
 
 @pytest.fixture(scope="module")
@@ -83,20 +69,11 @@ def time(request: pytest.FixtureRequest, benchmark: Any, problem: Problem) -> An
     return timed
 
 
-def _ends() -> Tensor:
-    return torch.arange(IMAGES + 1, dtype=torch.int32, device=DEVICE) * (CASE.rows // IMAGES)
-
-
 def test_fused_linear_distill(time: Any, problem: Problem, backend: str) -> None:
     """CE and forward KL of all rows, the head trained."""
-    mean, p = 1 / CASE.rows, problem
-    time(
-        lambda: (
-            mk.fused_linear_distill(
-                p.hs, p.ws, p.ht, p.wt, p.labels, ce_weight=mean, kd_weight=mean, backend=backend
-            ).loss
-        )
-    )
+    p, mean = problem, 1 / CASE.all_rows
+    call = partial(mk.fused_linear_distill, ce_weight=mean, kd_weight=mean, backend=backend)
+    time(lambda: call(p.hs, p.ws, p.ht, p.wt, p.labels).loss)
 
 
 def test_fused_linear_logprob(time: Any, problem: Problem, backend: str) -> None:
@@ -107,19 +84,15 @@ def test_fused_linear_logprob(time: Any, problem: Problem, backend: str) -> None
 
 def test_relation_cosine(time: Any, problem: Problem, backend: str) -> None:
     """Of the hidden states themselves."""
-    ends, (ht, _) = _ends(), problem.teacher()
-    time(lambda: mk.relation_cosine(problem.hs, ht, ends, backend=backend))
+    inputs = problem.hs, problem.teacher()[0], problem.ends
+    time(lambda: mk.relation_cosine(*inputs, backend=backend))
 
 
 def test_fused_linear_relation(time: Any, problem: Problem, backend: str) -> None:
     """The head trained: its Gram is made every time, the teacher's once."""
-    p, ends, (ht, wt) = problem, _ends(), problem.teacher()
-    gram = mk.head_gram(wt)
-    time(
-        lambda: mk.fused_linear_relation(
-            p.hs, p.ws, ht, wt, ends, teacher_gram=gram, backend=backend
-        )
-    )
+    inputs = problem.hs, problem.ws, *problem.teacher(), problem.ends
+    gram = mk.head_gram(problem.teacher()[1])
+    time(lambda: mk.fused_linear_relation(*inputs, teacher_gram=gram, backend=backend))
 
 
 def test_head_gram(time: Any, problem: Problem) -> None:
@@ -129,18 +102,20 @@ def test_head_gram(time: Any, problem: Problem) -> None:
 
 def test_llava_kd_loss(time: Any, problem: Problem, backend: str) -> None:
     """All four terms: a sample's first half is its image, the last quarter its answer."""
-    p, (ht, wt) = problem, problem.teacher()
-    shape, length = (IMAGES, CASE.rows // IMAGES), CASE.rows // IMAGES
-    labels = p.labels.view(shape).clone()
+    p, (ht, wt), images, length = problem, problem.teacher(), CASE.images, CASE.rows
+    labels = p.labels.view(images, length).clone()
     labels[:, : 3 * length // 4] = -100
-    mask = torch.zeros(shape, dtype=torch.bool, device=DEVICE)
+    mask = torch.zeros_like(labels, dtype=torch.bool)
     mask[:, : length // 2] = True
-    teacher = mk.HeadInputs(ht.view(*shape, -1), wt)
+    teacher = mk.HeadInputs(ht.view(images, length, -1), wt)
     loss = mk.LlavaKDLoss(backend=backend)
-    counts = mk.RowCounts(IMAGES * length // 4, IMAGES * length // 2, IMAGES)
-    time(
-        lambda: loss(
-            mk.HeadInputs(p.hs.view(*shape, -1), p.ws), teacher, labels, mask,
-            num_items_in_batch=counts, image_lens=[length // 2] * IMAGES,
-        ).loss
-    )  # fmt: skip
+    how: dict[str, Any] = {
+        "num_items_in_batch": mk.RowCounts(images * length // 4, images * length // 2, images),
+        "image_lens": [length // 2] * images,
+    }
+
+    def forward() -> Tensor:
+        student = mk.HeadInputs(p.hs.view(images, length, -1), p.ws)
+        return loss(student, teacher, labels, mask, **how).loss
+
+    time(forward)

@@ -51,28 +51,23 @@ class Errors:
 def truth(problem: Problem) -> Truth:
     """The fp64 answer to `problem`. Holds N·V fp64 logits: for a few rows only."""
     case, vocab = problem.case, problem.case.vocab
-    hs, ws = problem.hs.detach().double(), problem.ws.detach()
+    hs, ws = problem.hs.detach(), problem.ws.detach()
     z_s = _logits(hs, ws, vocab).requires_grad_(True)
-    z_t = None
-    if case.loss != "ce":
-        ht, wt = problem.teacher()
-        z_t = _logits(ht.double(), wt, vocab)
-    if case.loss == "relation":
-        assert z_t is not None
+    z_t = None if problem.ht is None else _logits(*problem.teacher(), vocab)
+    if case.loss == "relation" and z_t is not None:
         loss = reference.relation_cosine(z_s, z_t, problem.ends)
     else:
-        mean = 1 / problem.case.rows
+        mean = 1 / case.rows
         loss, _, _ = reference.linear_distill(
             z_s, z_t, problem.labels, ce_weight=0.0 if case.loss == "kl" else mean, kd_weight=mean
         )
     (dz,) = torch.autograd.grad(loss, z_s)
-    dh = torch.zeros_like(hs)
-    for columns, part in zip(dz.split(_SLICE, 1), ws[:vocab].split(_SLICE), strict=True):
-        dh += columns @ part.double()
+    slices = zip(dz.split(_SLICE, 1), ws[:vocab].split(_SLICE), strict=True)
+    dh = torch.stack([columns @ part.double() for columns, part in slices]).sum(0)
     dw = None
     if case.train_head:
         dw = torch.zeros(ws.shape, dtype=torch.float64, device=ws.device)
-        torch.mm(dz.mT, hs, out=dw[:vocab])
+        torch.mm(dz.mT, hs.double(), out=dw[:vocab])
     return Truth(loss.detach(), dh, dw)
 
 
@@ -84,15 +79,11 @@ def errors(method: Method, problem: Problem, expected: Truth) -> Errors:
     """
     problem.forget_gradients()
     loss = method.build(problem)()
-    surprise = (problem.ws.grad is None) != (expected.dw is None)
-    if loss is None or problem.hs.grad is None or surprise:
+    dh, dw = problem.hs.grad, problem.ws.grad
+    if loss is None or dh is None or (dw is None) != (expected.dw is None):
         raise RuntimeError(f"{method.label}: a loss or a gradient is missing, or one too many")
-    dw = None
-    if expected.dw is not None and problem.ws.grad is not None:
-        dw = relative(problem.ws.grad, expected.dw)
-    result = Errors(relative(loss, expected.loss), relative(problem.hs.grad, expected.dh), dw)
-    problem.forget_gradients()
-    return result
+    off = None if dw is None or expected.dw is None else relative(dw, expected.dw)
+    return Errors(relative(loss, expected.loss), relative(dh, expected.dh), off)
 
 
 def verdict(found: Errors, dtype: str) -> str:
@@ -113,12 +104,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return float((off / norm).sqrt())
 
 
-def _logits(
-    h: Tensor,  # (N, D) fp64
-    w: Tensor,  # (≥V, D)
-    vocab: int,
-) -> Tensor:
-    z = torch.empty(h.shape[0], vocab, dtype=torch.float64, device=h.device)
-    for columns, part in zip(z.split(_SLICE, 1), w[:vocab].split(_SLICE), strict=True):
-        torch.mm(h, part.double().mT, out=columns)
-    return z
+def _logits(h: Tensor, w: Tensor, vocab: int) -> Tensor:
+    """(N, V) in fp64, of h (N, D) and w (≥V, D)."""
+    slices = w[:vocab].split(_SLICE)
+    return torch.cat([reference.logits(h.double(), part.double()) for part in slices], dim=1)

@@ -9,27 +9,26 @@ those of a language model, because an error does.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from training.stages import STAGES, freeze
-from training.step import DistillStep
 from transformers import (
+    AutoModelForImageTextToText,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2Config,
     SiglipVisionConfig,
 )
 
+import mllmkd_kernels as mk
 from benchmarks.problem import LOGIT_STD
 from benchmarks.shapes import DTYPES, Sizes, StepCase, Vlm
 
 #: Of the tokens, the last; the others are words.
 IMAGE_TOKEN = -1
-
-Step = Callable[[], Tensor]
+#: What a stage trains, parts of ``model.model``; the head is the language model's embedding.
+TRAINED = {"dpt": ("multi_modal_projector",), "dft": ("multi_modal_projector", "language_model")}
 
 
 @functools.lru_cache(maxsize=1)  # both stages of a pair train the same models
@@ -37,87 +36,71 @@ def pair(
     models: Vlm, device: str
 ) -> tuple[LlavaForConditionalGeneration, LlavaForConditionalGeneration]:
     """Student and teacher, in train mode with checkpointed layers and in eval mode."""
-    before = torch.get_default_dtype()
     torch.manual_seed(0)
-    torch.set_default_dtype(DTYPES[models.dtype])
-    try:
-        with torch.device(device):
-            student, teacher = _model(models, models.student), _model(models, models.teacher)
-    finally:
-        torch.set_default_dtype(before)
-    teacher.model.vision_tower.load_state_dict(student.model.vision_tower.state_dict())
+    with torch.device(device):
+        student, teacher = _model(models, models.student), _model(models, models.teacher)
     # the new name for what transformers before 5.23 calls gradient_checkpointing_enable
     new = getattr(student, "activation_checkpointing_enable", None)
     (new or student.gradient_checkpointing_enable)({"use_reentrant": False})
-    return student.train(), teacher.eval()
+    student.train()
+    teacher.model.vision_tower = student.model.vision_tower
+    return student, teacher.requires_grad_(False).eval()
 
 
 def _model(models: Vlm, sizes: Sizes) -> LlavaForConditionalGeneration:
     tower = SiglipVisionConfig(
-        hidden_size=models.tower.hidden,
-        intermediate_size=4 * models.tower.hidden,
-        num_hidden_layers=models.tower.layers,
-        num_attention_heads=models.tower.heads,
-        image_size=models.image,
-        patch_size=models.patch,
-        vision_use_head=False,
-    )
+        **_sizes(models.tower), intermediate_size=4 * models.tower.hidden,
+        image_size=models.image, patch_size=models.patch, vision_use_head=False,
+    )  # fmt: skip
     language = Qwen2Config(
-        vocab_size=models.vocab,
-        hidden_size=sizes.hidden,
+        **_sizes(sizes), num_key_value_heads=sizes.heads,
+        vocab_size=models.vocab, tie_word_embeddings=True,
         intermediate_size=-(-8 * sizes.hidden // 96) * 32,  # 8/3 D, up to a multiple of 32
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.heads,
-        tie_word_embeddings=True,
-    )
+    )  # fmt: skip
     config = LlavaConfig(
-        vision_config=tower,
-        text_config=language,
-        image_token_index=models.vocab + IMAGE_TOKEN,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="full",
+        vision_config=tower, vision_feature_layer=-2, vision_feature_select_strategy="full",
+        text_config=language, image_token_index=models.vocab + IMAGE_TOKEN,
         tie_word_embeddings=True,
-    )
-    model = LlavaForConditionalGeneration(config)
+    )  # fmt: skip
+    model = AutoModelForImageTextToText.from_config(config, dtype=DTYPES[models.dtype])
     torch.nn.init.normal_(model.lm_head.weight, std=LOGIT_STD / sizes.hidden**0.5)
     return model
 
 
-def batch(case: StepCase, samples: int, device: str) -> dict[str, Tensor]:
-    """`samples` samples of an image, a question and an answer; in DPT all text is answer."""
-    models = case.models
-    rng = torch.Generator(device).manual_seed(1)
-    ids = torch.randint(3, models.vocab - 1, (samples, case.tokens), generator=rng, device=device)
-    ids[:, : models.image_rows] = models.vocab + IMAGE_TOKEN
-    labels = torch.full_like(ids, -100)
-    labels[:, -case.answer :] = ids[:, -case.answer :]
-    shape = (samples, 3, models.image, models.image)
-    pixels = torch.randn(shape, generator=rng, device=device).to(DTYPES[models.dtype])
-    return {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels,
-        "pixel_values": pixels,
-    }  # fmt: skip
+def _sizes(sizes: Sizes) -> dict[str, Any]:
+    depth = {"num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads}
+    return {"hidden_size": sizes.hidden} | depth
 
 
 class Training:
     """A stage's training with one loss: `gradients` of a batch, whole optimiser `step`s."""
 
-    def __init__(self, case: StepCase, loss: Any, device: str) -> None:
-        student, teacher = pair(case.models, device)
+    def __init__(self, case: StepCase, loss: mk.LlavaKDLoss, device: str) -> None:
+        self.loss = loss
         self._case, self._device = case, device
-        freeze(student, STAGES[case.stage])
-        self._module = DistillStep(student, teacher, loss).train()
-        self.trained = [p for p in student.parameters() if p.requires_grad]
+        self._student, self._teacher = pair(case.models, device)
+        self._student.requires_grad_(False)
+        parts = [self._student.model.get_submodule(name) for name in TRAINED[case.stage]]
+        self.trained = [p.requires_grad_(True) for part in parts for p in part.parameters()]
         self._optimizer = torch.optim.AdamW(self.trained, lr=1e-5)
 
     def batch(self, samples: int) -> dict[str, Tensor]:
-        """A batch of the case's kind."""
-        return batch(self._case, samples, self._device)
+        """Samples of an image, a question and an answer; in DPT all text is answer."""
+        case, models, device = self._case, self._case.models, self._device
+        rng = torch.Generator(device).manual_seed(1)
+        shape = (samples, case.tokens)
+        ids = torch.randint(3, models.vocab - 1, shape, generator=rng, device=device)
+        ids[:, : models.image_rows] = models.vocab + IMAGE_TOKEN
+        labels = torch.full_like(ids, -100)
+        labels[:, -case.answer :] = ids[:, -case.answer :]
+        images = (samples, 3, models.image, models.image)
+        pixels = torch.randn(images, generator=rng, device=device).to(DTYPES[models.dtype])
+        text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        return text | {"pixel_values": pixels}
 
     def gradients(self, inputs: dict[str, Tensor]) -> Tensor:
         """The loss; gradients are left in ``trained``."""
-        loss = self._module(**inputs).loss
+        loss = mk.distill_batch(self.loss, self._student, self._teacher, inputs).loss
         loss.backward()
         return loss.detach()
 

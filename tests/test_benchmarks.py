@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import platform
+import re
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +28,11 @@ from benchmarks import (
     step,
     targets,
     truth,
-    vetting,
     vlm,
 )
 from benchmarks.cli import ROOT, main
 from benchmarks.problem import Problem, make, make_near
+from benchmarks.session import Session
 from benchmarks.shapes import DTYPES, SUITES, Case, StepCase, fallback, headline, with_vocab
 from mllmkd_kernels import reference
 
@@ -37,6 +41,10 @@ TINY = SUITES["tiny"]
 OURS = methods.ours_by_default()
 #: Vocabularies that differ, and no size a multiple of another.
 CASE = Case("test", rows=7, d_t=9, d_s=5, vocab_t=41, vocab_s=37)
+
+
+def _raises(*_: Any) -> Any:
+    raise RuntimeError("first line\nsecond line: /somewhere/of/theirs.py")
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +63,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_every_section_has_a_figure_for_every_method(run: Path) -> None:
     found = record.load(run)
-    for section, methods_there in (
-        ("speed", {"floor", "torch-eager", OURS.key}),
-        ("memory", {"torch-eager", OURS.key}),
-        ("accuracy", {"torch-eager", OURS.key}),
-        ("step", {"torch-eager", OURS.key}),
-    ):
-        assert {row["method"] for row in found[section]} == methods_there
+    for section in record.SECTIONS:
+        floor = {"floor"} if section == "speed" else set()
+        assert {row["method"] for row in found[section]} == {"torch-eager", OURS.key} | floor
         assert {row["status"] for row in found[section]} == {"ok"}, section
     for row in found["speed"]:
         assert len(row["seconds"]) == TINY.rounds
@@ -121,11 +125,8 @@ def test_ratios_are_formed_within_a_round() -> None:
     assert row["median_s"] == 3.0
     assert row["over_floor"] == 2.0
     assert row["times_eager"] == 2.0
-
-
-def test_a_method_without_floor_has_no_ratio() -> None:
-    row = speed.figures(CASE, [1.0, 2.0], {"mine": [1.0, 2.0]})
-    assert row["over_floor"] is None and row["times_eager"] is None
+    alone = speed.figures(CASE, seconds["mine"], {"mine": seconds["mine"]})
+    assert alone["over_floor"] is None and alone["times_eager"] is None
 
 
 def test_floor_flops_of_the_headline_are_the_four_products() -> None:
@@ -150,17 +151,12 @@ def test_peak_rise_sees_memory_that_is_already_free_again() -> None:
 @pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
 def test_truth_is_the_reference_in_fp64(loss: str, train_head: bool) -> None:
     problem = make(replace(CASE, loss=loss, train_head=train_head))
-    h, w = problem.hs.detach().double(), problem.ws.detach().double()
-    h.requires_grad_(True)
-    w.requires_grad_(True)
-    vocab = problem.case.vocab
-    z_s = reference.logits(h, w, vocab_size=vocab)
-    z_t = None
+    h, w = (x.detach().double().requires_grad_(True) for x in (problem.hs, problem.ws))
+    z_s, z_t = reference.logits(h, w, vocab_size=problem.case.vocab), None
     if loss != "ce":
-        ht, wt = problem.teacher()
-        z_t = reference.logits(ht.double(), wt.double(), vocab_size=vocab)
-    if loss == "relation":
-        assert z_t is not None
+        ht, wt = (x.double() for x in problem.teacher())
+        z_t = reference.logits(ht, wt, vocab_size=problem.case.vocab)
+    if loss == "relation" and z_t is not None:
         expected = reference.relation_cosine(z_s, z_t, torch.tensor([0, 7]))
     else:
         _, ce, kd = reference.linear_distill(
@@ -182,7 +178,7 @@ def test_truth_is_the_reference_in_fp64(loss: str, train_head: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_plain_pytorch_and_ours_compute_the_same_loss(loss: str, dtype: str) -> None:
     case = replace(CASE, loss=loss, dtype=dtype)
-    verdicts = vetting.Vetting().verdicts([methods.EAGER, *methods.OURS], case)
+    verdicts = Session(TINY).verdicts([methods.EAGER, *methods.OURS], case)
     for key, verdict in verdicts.items():
         assert verdict.status in ("ok", "missing"), (key, verdict.reason)
     assert verdicts["torch-eager"].status == verdicts["mk-eager"].status == "ok"
@@ -200,31 +196,26 @@ def _broken(run: methods.Run | None, key: str, missing: str = "") -> methods.Met
 
         return run or half
 
-    return methods.Method(key, key, frozenset({"ce+kl"}), build, lambda: missing)
+    return methods.Method(key, key, frozenset({"ce+kl"}), build, lambda _: missing)
 
 
 def test_a_method_that_is_wrong_fails_or_is_missing_becomes_a_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def out_of_memory() -> None:
-        raise RuntimeError("no memory left")
-
-    peer = replace(peers.PEERS[0], module="no_such_module")
+    peer = peers.Peer("x", "x", methods.ALL, (peers.Call("x", "no_such_module", "f"),))
     unusable = (
         _broken(None, "half-gradient"),
-        _broken(out_of_memory, "raises"),
+        _broken(_raises, "raises"),
         _broken(lambda: None, "returns-nothing"),
         _broken(None, "absent", peer.missing()),
     )
     monkeypatch.setattr(methods, "METHODS", (methods.EAGER, *unusable))
-    suite = replace(TINY, speed=(CASE,))
-    rows = {r["method"]: r for r in speed.measure(suite, (), 1, vetting.Vetting(), lambda _: None)}
+    rows = {row["method"]: row for row in speed.measure(Session(TINY, rounds=1), CASE)}
     assert rows["torch-eager"]["status"] == "ok"
     assert rows["half-gradient"]["status"] == "wrong"
     assert "gradient off by" in rows["half-gradient"]["reason"]
-    assert (rows["raises"]["status"], rows["raises"]["reason"]) == (
-        "failed", "RuntimeError: no memory left",
-    )  # fmt: skip
+    assert rows["raises"]["status"] == "failed"
+    assert rows["raises"]["reason"] == "RuntimeError: first line"
     assert rows["returns-nothing"]["status"] == "failed"
     assert rows["absent"]["status"] == "missing" and "no_such_module" in rows["absent"]["reason"]
     assert all("median_s" not in rows[method.key] for method in unusable)
@@ -267,34 +258,44 @@ def test_a_peak_that_does_not_grow_ends_the_search() -> None:
     assert found == max(peaks) and len(peaks) == 2 + step.TRIES
 
 
+def _compared() -> list[dict[str, Any]]:
+    return [{"method": key, "status": "ok"} for key in ("torch-eager", "mk-eager")]
+
+
 @pytest.mark.parametrize("stage", ["dpt", "dft"])
 def test_naive_and_our_losses_train_alike(stage: str) -> None:
     case = replace(TINY.step[0], stage=stage)
-    rows: list[dict[str, Any]] = [
-        {"method": key, "status": "ok"} for key in ("torch-eager", "mk-eager")
-    ]
+    rows = _compared()
     trainings = {row["method"]: step._training(case, row["method"], "cpu") for row in rows}
     step._compare(case, rows, trainings)
     assert [row["status"] for row in rows] == ["ok", "ok"]
     assert rows[0]["loss"] > 0 and rows[1]["gradient_off"] > 0  # compared with another's
-    trained = len(trainings["mk-eager"].trained)
-    assert trained == (
-        4 if stage == "dpt" else len(list(_student(case).parameters())) - _frozen(case)
-    )
+    student, _ = vlm.pair(case.models, "cpu")
+    frozen = {id(p) for p in student.model.vision_tower.parameters()}
+    free = {id(p) for p in student.parameters()} - frozen
+    trained = {id(p) for p in trainings["mk-eager"].trained}
+    assert (trained < free and len(trained) == 4) if stage == "dpt" else trained == free
     # Another loss is told apart.
-    trainings["mk-eager"]._module.loss.relation = 0.4
+    trainings["mk-eager"].loss.relation = 0.4
     step._compare(case, rows, trainings)
     assert [row["status"] for row in rows] == ["ok", "wrong"]
     assert "off plain PyTorch's" in rows[1]["reason"]
 
 
-def _student(case: StepCase) -> Any:
-    return vlm.pair(case.models, "cpu")[0]
+def test_a_step_that_raises_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, rows, build = TINY.step[0], _compared(), step._training
 
+    def broken(case: StepCase, key: str, device: str) -> Any:
+        training = build(case, key, device)
+        if key == "mk-eager":
+            training.step = _raises
+        return training
 
-def _frozen(case: StepCase) -> int:
-    """The tower's parameters."""
-    return len(list(_student(case).model.vision_tower.parameters()))
+    monkeypatch.setattr(step, "_training", broken)
+    step._time(Session(TINY, rounds=1), case, rows)
+    assert rows[0]["tokens_per_s"] > 0 and "seconds" not in rows[1]
+    assert (rows[1]["status"], rows[1]["reason"]) == ("failed", "RuntimeError: first line")
+    vlm.pair.cache_clear()  # its weights have moved
 
 
 def test_a_step_moves_what_is_trained_and_nothing_else() -> None:
@@ -311,10 +312,22 @@ def test_a_step_moves_what_is_trained_and_nothing_else() -> None:
 
 
 def test_without_transformers_a_step_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "_found", lambda package: package != "transformers")
-    rows = step.measure(TINY, (), 1, lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", {"safetensors": True}.get)
+    rows = step.measure(Session(TINY), TINY.step[0])
     assert len(rows) == 2 and {row["status"] for row in rows} == {"missing"}
     assert rows[0]["reason"] == "needs transformers"
+
+
+@pytest.mark.slow
+def test_whatever_ends_a_child_is_a_row() -> None:
+    def raised(function: Any, *arguments: Any) -> str:
+        found = memory.apart("cpu", function, *arguments)
+        assert found.pop("status") == "failed"
+        return found["reason"]
+
+    assert raised(_raises) == "RuntimeError: first line"
+    assert raised(os._exit, 1).startswith("the child process was killed")
+    assert raised(sys.exit, "no driver") == "SystemExit: no driver"
 
 
 # --- promises ------------------------------------------------------------------------------------
@@ -351,7 +364,7 @@ def _record(**changes: Any) -> dict[str, Any]:
             memory_rows.append(same | {"extra_bytes": figures["extra"] if ours else 300})
             ladder = {"case": case | {"loss": "kl"}, "epsilon": 0.1, "contract": 1e-3}
             accuracy_rows.append(same | ladder | {"gradient": figures["share"] * 1e-3})
-    return record.new(replace(TINY, name="cpu"), 5) | {
+    return record.new(Session(replace(TINY, name="cpu"))) | {
         "speed": speed_rows, "memory": memory_rows, "accuracy": accuracy_rows,
         "judged_method": "mk-eager", "judged": "ours", "targets": [],
     }  # fmt: skip
@@ -394,12 +407,8 @@ def test_only_whole_runs_are_published_and_the_newest_by_its_own_date(tmp_path: 
     for date in ("2026-03-01T00:00:00Z", "2026-01-01T00:00:00Z"):  # the older is written last
         record.save(whole | {"date": date}, tmp_path)
     part = {name: value for name, value in whole.items() if name != "memory"}
-    for other in (
-        part,
-        whole | {"suite": "quick"},
-        whole | {"only": ["floor"]},
-        whole | {"rounds": 4},
-    ):
+    changes = ({"suite": "quick"}, {"only": ["floor"]}, {"rounds": 4})
+    for other in (part, *(whole | change for change in changes)):
         record.save(other | {"date": "2026-09-01T00:00:00Z"}, tmp_path)
     newest = record.newest(tmp_path)
     assert newest is not None and newest.name.endswith("2026-03-01.json")
@@ -459,18 +468,18 @@ def test_steps_are_in_the_readme_and_the_report_if_they_were_measured(tmp_path: 
 def test_memory_is_drawn_against_what_was_swept(tmp_path: Path) -> None:
     base = replace(headline("bf16"), rows=256)
     cases = [replace(base, rows=n) for n in (128, 256, 512)]
-    cases += [with_vocab(base, v) for v in (16384, 2**17)]
+    cases += with_vocab(base, 16384, 2**17)
     cases.append(replace(base, train_head=False))
     rows = [
         {"case": asdict(case), "method": "mk-cpu", "label": "ours", "extra_bytes": case.rows * 1e6,
          "predicted_bytes": None}
         for case in cases
     ]  # fmt: skip
-    found = {axis: plots._most_swept(rows, axis) for axis in plots._AXES}
-    sizes = {axis: [plots._AXES[axis](Case(**r["case"])) for r in f] for axis, f in found.items()}
+    found = {axis: plots._most_swept(rows, axis) for axis in plots.AXES}
+    sizes = {axis: [plots._size(row, axis) for row in f] for axis, f in found.items()}
     assert sizes == {"rows N": [128, 256, 512], "vocabulary V": [256 * 256, 16384, 2**17]}
     assert plots.memory_against_size({"memory": rows[:1]}) is None
-    assert [p.name for p in plots.draw({"memory": rows}, tmp_path)] == ["memory_against_size.png"]
+    assert list(plots.draw({"memory": rows}, tmp_path)) == ["memory_against_size.png"]
 
 
 @pytest.mark.parametrize(
@@ -494,6 +503,11 @@ def test_the_readme_of_this_repository_is_current() -> None:
 # --- the command line ----------------------------------------------------------------------------
 
 
+def test_the_benchmarks_need_the_package_alone() -> None:
+    for path in Path(cli.__file__).parent.glob("*.py"):
+        assert "training" not in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M)
+
+
 def test_an_unknown_method_is_refused_before_anything_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -513,15 +527,8 @@ def test_help_names_every_command_and_method(capsys: pytest.CaptureFixture[str])
         main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for word in (
-        "speed",
-        "memory",
-        "accuracy",
-        "step",
-        "all",
-        "readme",
-        *(m.key for m in methods.METHODS),
-    ):
+    assert tuple(cli.SECTIONS) == record.SECTIONS
+    for word in (*cli.SECTIONS, "all", "readme", *methods.BY_KEY):
         assert word in text
 
 

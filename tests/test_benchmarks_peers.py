@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import methods, peers, speed, truth, vetting
+from benchmarks import methods, naive, peers, session, speed, truth
 from benchmarks.problem import Problem, make
+from benchmarks.session import Session
 from benchmarks.shapes import LOSSES, SUITES, Case
 
 CPU = torch.device("cpu")
@@ -34,17 +35,21 @@ def _method(peer: peers.Peer) -> methods.Method:
     return next(method for method in methods.METHODS if method.key == peer.key)
 
 
-def _peer(**changes: Any) -> peers.Peer:
-    """A peer that is always there, with changes."""
-    whole = replace(
-        PEERS["torch-chunked"], key="stand-in", module="torch.nn", function="Linear",
-        losses=frozenset({"ce+kl"}), forward=lambda problem: lambda: methods._whole_logits(problem),
-    )  # fmt: skip
-    return replace(whole, **changes)
+def _right(_: Any, problem: Problem) -> peers.Forward:
+    return lambda: naive.loss_of(problem)
 
 
-def _vetted(peer: peers.Peer, case: Case = CASE) -> vetting.Verdict:
-    return vetting.Vetting().verdicts([methods._peer(peer)], case)[peer.key]
+def _call(prepare: Any = _right, module: str = "torch.nn", function: str = "Linear") -> peers.Call:
+    """One that is always there, with changes."""
+    return peers.Call("torch", module, function, prepare)
+
+
+def _peer(*calls: peers.Call, **changes: Any) -> peers.Peer:
+    return peers.Peer("stand-in", "stand-in", frozenset({"ce+kl"}), calls, **changes)
+
+
+def _vetted(peer: peers.Peer, case: Case = CASE) -> session.Verdict:
+    return Session(SUITES["tiny"]).verdicts([methods._peer(peer)], case)[peer.key]
 
 
 # --- the list ------------------------------------------------------------------------------------
@@ -57,7 +62,7 @@ def test_every_peer_is_a_method_with_all_it_says() -> None:
         assert peer.losses and peer.losses <= set(LOSSES)
         assert (method.label, method.losses) == (peer.label, peer.losses)
         assert all(package in method.version() for package in peer.packages)
-        assert method.why_not(CPU) == peer.unfit(CPU) or peer.missing()
+        assert method.why_not(CPU) == (peer.unfit(CPU) or peer.missing())
 
 
 def test_versions_name_every_distribution_once() -> None:
@@ -88,19 +93,19 @@ def test_whatever_happens_at_import_is_a_reason(
     name = f"odd_{next(iter(request.node.callspec.indices.values()))}"
     (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    found = _peer(module=name, function="function").missing()
+    found = _peer(_call(module=name, function="function")).missing()
     assert found.startswith(reason) and bool(found) == bool(reason)
 
 
 def test_a_module_that_is_not_there_is_not_installed() -> None:
-    assert _peer(module="no_such.module").missing().startswith("not installed: ")
-    both = _peer(also=("no_such.other", "f"))
-    assert both.missing().startswith("not installed: ")
-    assert _peer(packages=("no-such",)).version() == "no-such, not installed"
+    absent = peers.Call("no-such", "no_such.module", "f")
+    assert _peer(absent).missing().startswith("not installed: ")
+    assert _peer(_call(), absent).missing().startswith("not installed: ")
+    assert _peer(absent).version() == "no-such, not installed"
 
 
 def test_a_peer_for_another_device_is_not_even_imported() -> None:
-    peer = _peer(devices=peers.CUDA_ONLY, module="no_such_module_either")
+    peer = _peer(_call(module="no_such_module_either"), devices=peers.CUDA_ONLY)
     assert methods._peer(peer).why_not(CPU) == "needs cuda, got cpu"
 
 
@@ -114,40 +119,35 @@ def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_refused_peer_says_why_and_is_never_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     peer = PEERS["unsloth"]
-    monkeypatch.setattr(peers, "_version", lambda package: None)
+    monkeypatch.setattr(peers, "version", lambda package: None)
     assert peer.missing() == "not installed: unsloth_zoo"
-    monkeypatch.setattr(peers, "_version", lambda package: "1.0")
+    monkeypatch.setattr(peers, "version", lambda package: "1.0")
     assert peer.missing().startswith("not run: ")
     assert _vetted(peer, replace(CASE, loss="kl")).status == "missing"
-    assert peer.module not in sys.modules
+    assert peer.calls[0].module not in sys.modules
     with pytest.raises(RuntimeError, match="refused"):
         peer.build(make(CASE))
 
 
-def _exits() -> Tensor:
-    raise SystemExit("no driver")
+def _raises(error: BaseException) -> Any:
+    raise error
 
 
-def _raises() -> Tensor:
-    raise RuntimeError("first line\nsecond line: /somewhere/of/theirs.py")
-
-
-def _cannot_prepare(problem: Problem) -> peers.Forward:
-    raise TypeError("their signature changed")
+_THEIRS = RuntimeError("first line\nsecond line: /somewhere/of/theirs.py")
 
 
 @pytest.mark.parametrize(
-    ("forward", "reason"),
+    ("prepare", "reason"),
     [
-        (_cannot_prepare, "TypeError: their signature changed"),
-        (lambda problem: _raises, "RuntimeError: first line"),
-        (lambda problem: _exits, "SystemExit: no driver"),
-        (lambda problem: lambda: problem.hs.detach().sum(), "RuntimeError: element 0 of tensors"),
+        (lambda *_: _raises(TypeError("their signature")), "TypeError: their signature"),
+        (lambda *_: lambda: _raises(_THEIRS), "RuntimeError: first line"),
+        (lambda *_: lambda: _raises(SystemExit("no driver")), "SystemExit: no driver"),
+        (lambda _, p: lambda: p.hs.detach().sum(), "RuntimeError: element 0 of tensors"),
     ],
     ids=["build", "run", "exit", "no gradient"],
 )
-def test_whatever_a_peer_raises_is_a_row(forward: Any, reason: str) -> None:
-    verdict = _vetted(_peer(forward=forward))
+def test_whatever_a_peer_raises_is_a_row(prepare: Any, reason: str) -> None:
+    verdict = _vetted(_peer(_call(prepare)))
     assert verdict.status == "failed" and verdict.reason.startswith(reason)
     assert "somewhere" not in verdict.reason
 
@@ -155,30 +155,12 @@ def test_whatever_a_peer_raises_is_a_row(forward: Any, reason: str) -> None:
 def test_a_failure_leaves_no_gradient_to_the_next_method() -> None:
     problem = make(CASE)
 
-    def half_way(_: Problem) -> peers.Forward:
+    def half_way(*_: Any) -> peers.Forward:
         problem.hs.grad = torch.ones_like(problem.hs)
-        return _raises
+        return lambda: _raises(_THEIRS)
 
-    vetting._verdict(methods._peer(_peer(forward=half_way)), problem, truth.truth(problem))
+    session.vet(methods._peer(_peer(_call(half_way))), problem, truth.truth(problem))
     assert problem.hs.grad is None
-
-
-def _fails_at_full_size(where: str, error: BaseException) -> Any:
-    """Right on the few rows that are checked."""
-
-    def forward(problem: Problem) -> peers.Forward:
-        full = problem.case.rows > vetting.CHECK_ROWS
-        if full and where == "build":
-            raise error
-
-        def loss() -> Tensor:
-            if full and where == "run":
-                raise error
-            return methods._whole_logits(problem)
-
-        return loss
-
-    return forward
 
 
 @pytest.mark.parametrize("where", ["build", "run"])
@@ -190,10 +172,15 @@ def _fails_at_full_size(where: str, error: BaseException) -> Any:
 def test_a_peer_that_fails_at_full_size_is_a_row_too(
     where: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peer = _peer(forward=_fails_at_full_size(where, error))
+    def prepare(_: Any, problem: Problem) -> peers.Forward:
+        if problem.case.rows <= session.CHECK_ROWS:  # right on the few rows that are checked
+            return lambda: naive.loss_of(problem)
+        return _raises(error) if where == "build" else lambda: _raises(error)
+
+    peer = _peer(_call(prepare))
     monkeypatch.setattr(methods, "METHODS", (methods.EAGER, methods._peer(peer)))
-    suite = replace(SUITES["tiny"], speed=(replace(CASE, rows=vetting.CHECK_ROWS + 1),))
-    rows = {r["method"]: r for r in speed.measure(suite, (), 1, vetting.Vetting(), lambda _: None)}
+    case = replace(CASE, rows=session.CHECK_ROWS + 1)
+    rows = {r["method"]: r for r in speed.measure(Session(SUITES["tiny"], rounds=1), case)}
     assert rows["torch-eager"]["median_s"] > 0
     assert rows[peer.key]["status"] == "failed" and str(error) in rows[peer.key]["reason"]
     assert "median_s" not in rows[peer.key]
@@ -203,7 +190,7 @@ def test_a_peer_that_fails_at_full_size_is_a_row_too(
 
 
 def _off_by(share: float) -> peers.Peer:
-    return _peer(forward=lambda problem: lambda: (1 + share) * methods._whole_logits(problem))
+    return _peer(_call(lambda _, problem: lambda: (1 + share) * naive.loss_of(problem)))
 
 
 @pytest.mark.parametrize(

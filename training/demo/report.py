@@ -12,21 +12,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
 
-import mllmkd_kernels as mk
+from benchmarks.machine import facts
 from mllmkd_kernels.llava_kd import TERMS
 from training import settings
 from training.demo import pictures
@@ -103,35 +99,14 @@ def judge(rows: dict[str, list[dict[str, float]]]) -> str:
 
 def machine() -> dict[str, str]:
     """Where the figures were measured."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.startswith("model name"):
-            cpu = line.split(":", 1)[1].strip()
-            break
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    here = facts()
     return {
-        "processor": f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
-        "memory": f"{memory:.0f} GiB",
-        "versions": f"mllmkd_kernels {mk.__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, Python {platform.python_version()}",
-        "commit": _commit(),
+        "processor": f"{here['cpu']}, {here['cores']} cores, {here['threads']} threads used",
+        "memory": f"{here['memory_gib']:.0f} GiB",
+        "versions": f"mllmkd_kernels {here['mllmkd_kernels']}, torch {here['torch']}, "
+        f"transformers {transformers.__version__}, Python {here['python']}",
+        "commit": here["commit"] or "not a git checkout",
     }
-
-
-def _commit() -> str:
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
-    try:
-        name = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "not a git checkout"
-    return name.stdout.strip()[:12] + (" with uncommitted changes" if dirty.stdout.strip() else "")
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> tuple[list[str], list[list[str]]]:

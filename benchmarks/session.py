@@ -1,4 +1,4 @@
-"""May this method be measured? It can run here, and its loss and gradients are right.
+"""What has every section at hand? The suite, its methods, and which of them may be measured.
 
 A figure for a wrong answer is worse than none, so every method first computes a few rows of the
 same problem and is compared with fp64. One that cannot run, fails or is wrong becomes a row that
@@ -7,13 +7,13 @@ says so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from benchmarks import truth
-from benchmarks.methods import FLOOR, Method
+from benchmarks.methods import FLOOR, Method, select
 from benchmarks.problem import Problem, make
-from benchmarks.shapes import Case
+from benchmarks.shapes import Case, Suite
 
 #: Rows that are checked: enough for a relation matrix, few enough for fp64 logits.
 CHECK_ROWS = 32
@@ -34,28 +34,44 @@ class Verdict:
     errors: truth.Errors | None = None
 
 
-class Vetting:
-    """Verdicts, remembered: a sweep over N asks the same question of the same heads again."""
+@dataclass
+class Session:
+    """One run of the benchmarks.
 
-    def __init__(self, device: str = "cpu") -> None:
-        self._device = device
-        self._verdicts: dict[tuple[str, Case], Verdict] = {}
+    Attributes:
+        suite: what is measured, and where.
+        only: keys of the methods that were asked for; none: all that are made for the device.
+        rounds: after one of warm-up.
+        tell: called with what is measured now.
+    """
+
+    suite: Suite
+    only: tuple[str, ...] = ()
+    rounds: int = 5
+    tell: Callable[[str], None] = lambda what: None
+    _verdicts: dict[tuple[str, Case], Verdict] = field(default_factory=dict)
+
+    def methods(self, case: Case) -> list[Method]:
+        """Those that a case is measured with."""
+        return select(case.loss, self.only, case in self.suite.every_backend, self.suite.device)
 
     def verdicts(self, methods: Sequence[Method], case: Case) -> dict[str, Verdict]:
-        """key → verdict for this shape and dtype, whatever its rows."""
+        """key → verdict for this shape and dtype, whatever its rows: a sweep over N asks the same
+        question of the same heads again, and gets the answer that it has.
+        """
         kind = replace(case, rows=0)
         ask = [method for method in methods if (method.key, kind) not in self._verdicts]
         if ask:
-            few = make(replace(case, rows=min(CHECK_ROWS, case.rows)), device=self._device)
+            few = make(replace(case, rows=min(CHECK_ROWS, case.rows)), device=self.suite.device)
             expected = truth.truth(few)
             for method in ask:
-                self._verdicts[method.key, kind] = _verdict(method, few, expected)
+                self._verdicts[method.key, kind] = vet(method, few, expected)
         return {method.key: self._verdicts[method.key, kind] for method in methods}
 
 
-def _verdict(method: Method, problem: Problem, expected: truth.Truth) -> Verdict:
-    reason = method.why_not(problem.hs.device)
-    if reason:
+def vet(method: Method, problem: Problem, expected: truth.Truth) -> Verdict:
+    """The verdict on one run."""
+    if reason := method.why_not(problem.hs.device):
         return Verdict("missing", reason)
     if method.key == FLOOR.key:
         return Verdict("ok")  # matrix products without a loss: there is nothing to be right about
