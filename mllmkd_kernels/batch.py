@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from mllmkd_kernels import rows
 from mllmkd_kernels.heads import HeadInputs
 from mllmkd_kernels.llava_kd import LlavaKDLoss
 from mllmkd_kernels.models import head_inputs
+from mllmkd_kernels.needs import Needs
 from mllmkd_kernels.objective import Objective
 from mllmkd_kernels.rows import IGNORE_INDEX, Batch, Counts, RowCounts, entry
 
@@ -75,16 +77,17 @@ def distill_batch(
             f"teacher: its image token is {theirs}, the student's {ours}; expected a 'teacher' "
             "entry in the batch, made by the teacher's own processor"
         )
-    s, t = _run(student, batch), None
+    s, t = _run(student, batch, loss.needs), None
     if teacher is not None:
         with torch.no_grad(), _in_eval(teacher):
-            t = _run(teacher, batch.get("teacher") or batch)
+            needs = replace(loss.needs, router=False)
+            t = _run(teacher, batch.get("teacher") or batch, needs)
     tokens = {"image_token": ours, "teacher_image_token": theirs}
     return batch_loss(loss, s, t, batch, **tokens, counts=counts)
 
 
-def _run(model: nn.Module, batch: Batch) -> HeadInputs:
-    return head_inputs(model, **{k: v for k, v in batch.items() if k not in BESIDES})
+def _run(model: nn.Module, batch: Batch, needs: Needs) -> HeadInputs:
+    return head_inputs(model, needs, **{k: v for k, v in batch.items() if k not in BESIDES})
 
 
 @contextmanager

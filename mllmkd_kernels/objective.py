@@ -134,7 +134,7 @@ class Objective(nn.Module):
     ) -> View:
         """What the terms see of a micro-batch."""
         self.check_teacher(teacher)
-        return View(student, teacher, batch, counts, self.settings, self.needs.rows)
+        return View(student, teacher, batch, counts, self.settings, self.needs)
 
     def check_teacher(self, teacher: object) -> None:
         """`ValueError` where there is none and a term compares with one."""

@@ -130,7 +130,9 @@ def _visual(batch: Batch, ignore_index: int) -> Tensor:
 
 def _valid(batch: Batch, ignore_index: int) -> Tensor:
     mask = batch.get("attention_mask")
-    return torch.ones_like(entry(batch, "labels")).bool() if mask is None else mask.bool()
+    if mask is None:
+        return torch.ones_like(entry(batch, "labels"), dtype=torch.bool)
+    return mask.bool()
 
 
 #: name -> (a batch, ignore_index) -> (B, T) bool
@@ -173,7 +175,7 @@ def row_mask(name: str, batch: Batch, ignore_index: int = IGNORE_INDEX) -> Tenso
     if not kind:
         return mask
     chosen = [each == kind for each in entry(batch, "kind")]
-    return mask & torch.tensor(chosen, device=mask.device)[:, None]
+    return mask & torch.tensor(chosen, dtype=torch.bool, device=mask.device)[:, None]
 
 
 def select(name: str, batch: Batch, ignore_index: int = IGNORE_INDEX) -> tuple[Tensor, Tensor]:
