@@ -343,6 +343,10 @@ def test_faults_of_an_objective() -> None:
     for weight in (-1.0, float("nan")):
         with pytest.raises(ValueError, match=f"kl: expected a weight >= 0, got {weight}"):
             Objective(RowTerm("kl", weight, "valid", "jsd"))
+    for weight in ("1", None):
+        got = f"kl: expected a weight >= 0, got {type(weight).__name__}"
+        with pytest.raises(TypeError, match=got):
+            Objective(RowTerm("kl", weight, "valid", "jsd"))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"terms: got \['a', 'a'\], expected unlike names"):
         Objective(RowTerm("a", 1.0, "valid", "jsd"), RowTerm("a", 1.0, "response"))
     with pytest.raises(ValueError, match="rows: got 'steps'"):
