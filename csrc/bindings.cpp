@@ -32,7 +32,7 @@ TORCH_LIBRARY(mllmkd_cpu, m) {
       "float cap, int vocab, int ignore_index, bool want_dh, bool want_dw, bool want_db, int "
       "chunk_rows) "
       "-> (Tensor dh, Tensor dw, Tensor db)");
-  m.def("scaled(Tensor x, Tensor factor) -> Tensor");
+  m.def("scaled(Tensor x, Tensor factor, ScalarType dtype) -> Tensor");
   m.def("relation_stats(Tensor hs, Tensor ks, Tensor ht, Tensor kt, Tensor cu_seqlens) -> Tensor");
   m.def(
       "relation_grad(Tensor hs, Tensor ks, Tensor ht, Tensor kt, Tensor cu_seqlens, Tensor coef) "

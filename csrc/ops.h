@@ -45,9 +45,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> logprob_grad(
     const at::Tensor& labels, const at::Tensor& lse, double temperature, double cap, int64_t vocab,
     int64_t ignore_index, bool want_dh, bool want_dw, bool want_db, int64_t chunk_rows);
 
-// x · factor (0-dim) as torch.mul has it, in memory kept from the last step: a head's gradient is
-// new every step, and the page faults of fresh memory cost more than the product.
-at::Tensor scaled(const at::Tensor& x, const at::Tensor& factor);
+// x · factor (fp32 or fp64, factor 0-dim) rounded once to `dtype`, in memory kept from the last
+// step: a head's gradient is new every step, and the page faults of fresh memory cost more than the
+// product.
+at::Tensor scaled(const at::Tensor& x, const at::Tensor& factor, at::ScalarType dtype);
 
 // (images, 3) fp64: <R_s,R_s>, <R_t,R_t>, <R_s,R_t> with R = K Hᵀ of each image's rows.
 at::Tensor relation_stats(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from numbers import Real
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,16 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def floating(name: str, x: Tensor, ndim: int) -> None:
-    """`x` is a floating tensor of `ndim` dimensions."""
+    """`x` is a floating tensor of `ndim` dimensions, dense and whole."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if hasattr(x, "full_tensor"):
+        raise TypeError(
+            f"{name}: expected a whole tensor, got a {type(x).__name__}, of which each rank has a "
+            "part; pass its `full_tensor()`, or heads cut by rows to `vocab_parallel_distill`"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {x.layout}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.ndim != ndim:
@@ -37,13 +45,28 @@ def head(who: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"but {who}hidden has size {hidden.shape[1]}"
         )
     same_device(f"{who}weight", weight, f"{who}hidden", hidden)
-    if bias is not None:
-        floating(f"{who}bias", bias, 1)
-        if bias.shape[0] != weight.shape[0]:
-            raise ValueError(
-                f"{who}bias: got {bias.shape[0]} entries for a head of {weight.shape[0]} tokens"
-            )
-        same_device(f"{who}bias", bias, f"{who}hidden", hidden)
+    head_bias(f"{who}bias", bias, f"{who}weight", weight)
+
+
+def head_bias(name: str, bias: Tensor | None, weight_name: str, weight: Tensor) -> None:
+    """None, or (V,) beside a weight (V, D)."""
+    if bias is None:
+        return
+    floating(name, bias, 1)
+    if bias.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"{name}: got {bias.shape[0]} entries for a head of {weight.shape[0]} tokens"
+        )
+    same_device(name, bias, weight_name, weight)
+
+
+def in_memory(name: str, x: Tensor) -> None:
+    """`x` has numbers, and so what lies on its device."""
+    if x.is_meta:
+        raise ValueError(
+            f"{name}: is on meta, where tensors have a shape and no numbers; load the model, or "
+            "keep it out of offloading"
+        )
 
 
 def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -75,6 +98,7 @@ def vocabulary(vocab_size: int | None, *sizes: int) -> int:
     least = min(sizes)
     if vocab_size is None:
         vocab_size = least
+    integer("vocab_size", vocab_size)
     if not 1 <= vocab_size <= least:
         raise ValueError(
             f"vocab_size: got {vocab_size}, expected 1 to {least} (heads of {sizes} tokens)"
@@ -82,29 +106,44 @@ def vocabulary(vocab_size: int | None, *sizes: int) -> int:
     return vocab_size
 
 
+def integer(name: str, value: Any) -> int:
+    """A whole number, of Python or NumPy."""
+    if not isinstance(value, Integral | torch.SymInt):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    return value  # pyright: ignore[reportReturnType]
+
+
+def positive(name: str, value: Any, expected: str = "a positive number") -> float:
+    """A number, of Python or NumPy, between 0 and infinity, both excluded."""
+    if not isinstance(value, Real | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+    return float(value)
+
+
 def temperature(value: float) -> float:
     """A positive number."""
-    if not value > 0:
-        raise ValueError(f"temperature: expected a positive number, got {value}")
-    return float(value)
+    return positive("temperature", value)
+
+
+def backend(value: str) -> str:
+    """A name; whether there is such a backend, and it can be had, `choose` knows."""
+    if not isinstance(value, str):
+        raise TypeError(f"backend: expected a name, got {type(value).__name__}")
+    return value
 
 
 def softcap(name: str, value: float | None) -> float:
     """None (no soft-cap, encoded 0.0) or a positive number."""
-    if value is None:
-        return 0.0
-    if not value > 0:
-        raise ValueError(f"{name}: expected None or a positive number, got {value}")
-    return float(value)
+    return 0.0 if value is None else positive(name, value, "None or a positive number")
 
 
 def workspace(value: float | None) -> float:
     """A positive budget in MiB, or None for the default (encoded -1.0)."""
     if value is None:
         return -1.0
-    if not value > 0:
-        raise ValueError(f"workspace_mb: expected None or a positive number of MiB, got {value}")
-    return float(value)
+    return positive("workspace_mb", value, "None or a positive number of MiB")
 
 
 def row_weight(name: str, value: float | Tensor, rows: int, like: Tensor) -> Tensor | None:
@@ -116,9 +155,11 @@ def row_weight(name: str, value: float | Tensor, rows: int, like: Tensor) -> Ten
             raise ValueError(
                 f"{name}: expected a number or shape ({rows},), got {tuple(value.shape)}"
             )
+        if value.is_complex():
+            raise TypeError(f"{name}: expected real numbers, got {value.dtype}")
         same_device(name, value, "hidden", like)
         return value
-    if not isinstance(value, int | float):
+    if not isinstance(value, Real | torch.SymFloat | torch.SymInt):
         raise TypeError(
             f"{name}: expected a number or a tensor of shape ({rows},), got {type(value).__name__}"
         )

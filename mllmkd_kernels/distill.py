@@ -85,7 +85,8 @@ def fused_linear_distill(
 
     ``L = Σ_n ce_weight[n]·CE_n + kd_weight[n]·D_n``. The weights carry the normalisation: for a
     mean over the valid tokens of a whole optimiser step pass ``1 / number_of_them``. Rows whose
-    weight is 0 contribute exactly 0.
+    weight is 0 contribute exactly 0. Tensors may lie in memory as they like; one that is not
+    contiguous is copied for the call, even a head.
 
     Args:
         student_hidden, student_weight: last hidden states (after the final norm) and
@@ -155,8 +156,8 @@ def fused_linear_distill(
         table.name, table.param, temperature,
         checks.softcap("student_softcap", student_softcap),
         checks.softcap("teacher_softcap", teacher_softcap),
-        vocab, ignore_index, *wants(hs, ws, bs),
-        backend, checks.workspace(workspace_mb), diagnostics,
+        vocab, checks.integer("ignore_index", ignore_index), *wants(hs, ws, bs),
+        checks.backend(backend), checks.workspace(workspace_mb), diagnostics,
     )  # fmt: skip
     shown = found.detach().unbind()[: 1 if ht is None else 3] if diagnostics else ()
     return DistillOutput(loss, ce.detach(), kd.detach(), *shown)
@@ -181,4 +182,5 @@ def check_heads(
         checks.head("teacher_", ht, wt, bt)
         checks.same_rows("teacher_hidden", ht.shape[0], "student_hidden", hs.shape[0])
         checks.same_device("teacher_hidden", ht, "student_hidden", hs)
+    checks.in_memory("student_hidden", hs)
     return hs.shape[0]

@@ -75,7 +75,7 @@ def relation(
     comes back empty.
     """
     acc = products.accumulation_dtype(hs, gs, ht, gt)
-    hs_acc, ht_acc = hs.to(acc).contiguous(), ht.to(acc).contiguous()
+    hs_acc, ht_acc = hs.to(acc), ht.to(acc)
     ks = hs_acc if gs is None else _product(hs, gs.to(acc), hs)
     kt = ht_acc if gt is None else _product(ht, gt.to(acc), ht)
     stats = backend.relation_stats(hs_acc, ks, ht_acc, kt, cu_seqlens)

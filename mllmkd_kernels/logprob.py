@@ -41,12 +41,14 @@ def fused_linear_logprob(
         TypeError, ValueError, IndexError, RuntimeError: as in `fused_linear_distill`.
     """
     checks.head("", hidden, weight, bias)
+    checks.in_memory("hidden", hidden)
     checks.labels("labels", labels, hidden.shape[0], hidden)
     vocab = checks.vocabulary(vocab_size, weight.shape[0])
     h, w, b = autocast(hidden, weight, bias)
     assert h is not None and w is not None
     logp, _ = ops.linear_logprob(
         h, w, b, labels, checks.temperature(temperature), checks.softcap("softcap", softcap),
-        vocab, ignore_index, *wants(h, w, b), backend, checks.workspace(workspace_mb),
+        vocab, checks.integer("ignore_index", ignore_index), *wants(h, w, b),
+        checks.backend(backend), checks.workspace(workspace_mb),
     )  # fmt: skip
     return logp

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -44,20 +46,38 @@ def _module(backend: str, *operands: Tensor | None) -> ModuleType:
     return _named(plan.choose_backend(backend, device, dtypes)[0])
 
 
+def contiguous(*arguments: Any) -> tuple[Any, ...]:
+    """Tensors among the arguments laid out as their shapes say; one that is not is copied, even a
+    head, for this call alone.
+    """
+    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in arguments)
+
+
+@contextmanager
+def computing(device: torch.device) -> Iterator[None]:
+    """Around all that computes. Triton launches on the current device, which need not be that of
+    the tensors. Autocast ends here: public functions cast their arguments as it would, and from
+    then on products are fp32, or the logits would be rounded to 16 bits after all. For the same
+    reason TF32 ends here.
+    """
+    here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with here, torch.autocast(device.type, enabled=False), products.full_fp32():
+        yield
+
+
 def _operator(name: str) -> Any:
-    """Register an operator. Autocast ends here: public functions cast their arguments as it would,
-    and from then on products are fp32, or the logits would be rounded to 16 bits after all. For the
-    same reason TF32 ends here.
+    """Register an operator: it runs inside `computing`, and its tensors come contiguous, since
+    kernels read them by pointer.
     """
 
     def register(f: Any) -> Any:
         @functools.wraps(f)
-        def exactly(*arguments: Any) -> Any:
-            device = next(x.device.type for x in arguments if isinstance(x, Tensor))
-            with torch.autocast(device, enabled=False), products.full_fp32():
-                return f(*arguments)
+        def run(*arguments: Any) -> Any:
+            device = next(x.device for x in arguments if isinstance(x, Tensor))
+            with computing(device):
+                return f(*contiguous(*arguments))
 
-        return torch.library.custom_op(f"{_NAMESPACE}::{name}", mutates_args=())(exactly)
+        return torch.library.custom_op(f"{_NAMESPACE}::{name}", mutates_args=())(run)
 
     return register
 
@@ -78,23 +98,20 @@ def _no_double_backward(op: Any) -> None:
 
 
 @_operator("scale_gradient")
-def scale_gradient(saved: Tensor, grad: Tensor, like: Tensor) -> Tensor:
-    """saved · grad, a new tensor in the dtype of `like`: the last step of every backward here."""
-    if saved.dtype.itemsize >= 4:
-        grad = grad.to(saved.dtype)
-    elif saved.device.type != "cpu":  # there a product with a 0-dim fp32 factor is fp32 inside
-        out = torch.empty_like(saved)
-        for rows in products.chunks(saved.shape[0], products.VOCAB_SLICE):
-            out[rows] = saved[rows].float() * grad.float()
-        return out
-    if saved.device.type == "cpu" and cpu.available() and saved.is_contiguous():
-        return cpu.scaled(saved, grad).to(like.dtype)
-    return (saved * grad).to(like.dtype)
+def scale_gradient(saved: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """saved · grad, a new tensor rounded once, to `dtype`: the last step of every backward here."""
+    grad = grad.to(saved.dtype)
+    if saved.device.type == "cpu" and cpu.available():
+        return cpu.scaled(saved, grad, dtype)
+    out = torch.empty_like(saved, dtype=dtype)
+    for rows in products.chunks(saved.shape[0], products.VOCAB_SLICE):
+        torch.mul(saved[rows], grad, out=out[rows])
+    return out
 
 
 @scale_gradient.register_fake
-def _(saved, grad, like):
-    return torch.empty_like(saved, dtype=like.dtype)
+def _(saved, grad, dtype):
+    return torch.empty_like(saved, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 _no_double_backward(scale_gradient)
@@ -108,18 +125,18 @@ def _gradients_formed_in_forward(op: Any, arguments: int, gradient_of: dict[int,
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)  # an unused output must not cost a V x D tensor of zeros
-        gradients = (output[o] for o in gradient_of.values())
-        ctx.save_for_backward(*(inputs[i] for i in gradient_of), *gradients)
+        ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in gradient_of]
+        ctx.save_for_backward(*(output[o] for o in gradient_of.values()))
 
     def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
         if any(g is not None for g in others):
             raise RuntimeError("mllmkd_kernels: only the loss is differentiable, not its terms")
         grads: list[Tensor | None] = [None] * arguments
         if grad is not None:
-            likes = ctx.saved_tensors[: len(gradient_of)]
-            gradients = ctx.saved_tensors[len(gradient_of) :]
-            for i, like, gradient in zip(gradient_of, likes, gradients, strict=True):
-                grads[i] = scale_gradient(gradient, grad, like) if ctx.needs_input_grad[i] else None
+            # read once: checkpointing unpacks saved tensors at every look, and allows one
+            for i, saved, dtype in zip(gradient_of, ctx.saved_tensors, ctx.dtypes, strict=True):
+                if ctx.needs_input_grad[i]:
+                    grads[i] = scale_gradient(saved, grad, dtype)
         return tuple(grads)
 
     op.register_autograd(backward, setup_context=setup_context)
@@ -185,7 +202,7 @@ def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, t
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     rows = hs.new_empty(hs.shape[0], dtype=acc)
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
-    dw = ws.new_empty(ws.shape if want_dw else (0,), dtype=products.head_gradient_dtype(ws))
+    dw = ws.new_empty(ws.shape if want_dw else (0,), dtype=acc)
     db = hs.new_empty(ws.shape[0] if want_db else 0, dtype=acc)
     found = hs.new_empty((3, hs.shape[0]) if want_diagnostics else 0, dtype=acc)
     return hs.new_empty((), dtype=acc), rows, torch.empty_like(rows), dh, dw, db, found
@@ -257,10 +274,10 @@ def linear_logprob_backward(
     module = _module(backend, h, w, b)
     chunk = _logprob_chunk(h, vocab, lse.dtype, module, workspace_mb)
     dh, dw, db = module.logprob_grad(
-        grad.to(lse.dtype).contiguous(), h, w, b, labels, lse,
+        grad.to(lse.dtype), h, w, b, labels, lse,
         temperature, cap, vocab, ignore_index, want_dh, want_dw, want_db, chunk,
     )  # fmt: skip
-    return dh.to(h.dtype), dw.to(w.dtype), db if b is None else db.to(b.dtype)
+    return dh.to(h.dtype), dw, db if b is None else db.to(b.dtype)
 
 
 @linear_logprob_backward.register_fake
@@ -318,7 +335,7 @@ def head_gram_backward(
 
 @head_gram_backward.register_fake
 def _(dg, w, b, vocab):
-    return torch.empty_like(w), w.new_empty(0) if b is None else torch.empty_like(b)
+    return w.new_empty(w.shape), w.new_empty(0) if b is None else b.new_empty(b.shape)
 
 
 def _gram_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -393,7 +410,7 @@ def _(hs, ws, bs, ht, wt, bt, cu_seqlens, cap_s, cap_t, vocab, want_dh, want_dw,
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
     db = hs.new_empty(ws.shape[0] if want_db else 0, dtype=acc)
-    dw = ws.new_empty(ws.shape if want_dw else (0,), dtype=products.head_gradient_dtype(ws))
+    dw = ws.new_empty(ws.shape if want_dw else (0,), dtype=acc)
     return hs.new_empty((), dtype=acc), dh, dw, db
 
 

@@ -6,8 +6,8 @@ so few that the weights are read more often than the products cost: a chunk belo
 turns two matrix products into a copy of the heads.
 
 *stream* holds no logits: it multiplies the heads once for the statistics of every row and once more
-for the gradients, a slice of the vocabulary at a time. It costs more FLOPs and writes dW once,
-without an fp32 copy of the head. On a GPU the cheaper one by the model below is taken.
+for the gradients, a slice of the vocabulary at a time. It costs more FLOPs and writes dW once. On a
+GPU the cheaper one by the model below is taken.
 """
 
 from __future__ import annotations
@@ -59,12 +59,14 @@ class Plan:
             of `chunk_vocab` columns at a time).
         chunk_rows: C, the rows whose logits exist at the same time; all of them for "stream".
         chunk_vocab: the columns that exist at the same time; all of them for "chunk".
-        workspace_bytes: the logits of one chunk and the fp32 accumulator of dW (which "cpu" counts
-            among what is saved: it rounds in place); for "stream" the
-            gradient of one slice of the vocabulary.
-        saved_bytes: unscaled gradients, kept from forward until backward has scaled them.
-        peak_bytes: the most that exists at once beyond the returned gradients. The C++ kernels keep
-            their workspace for the next call, so there the two add up.
+        workspace_bytes: the logits of one chunk; for "stream" the gradient of one slice of the
+            vocabulary.
+        saved_bytes: unscaled gradients in fp32, summed in forward and kept until backward has
+            scaled them: they are rounded once, then.
+        returned_bytes: the gradients, in the dtypes of what they are for.
+        peak_bytes: the most that exists at once beyond the returned gradients: in forward, where
+            those saved will make room for them, or in backward. The C++ kernels keep their
+            workspace for the next call, so there it exists in backward too.
         flops: matrix products of forward and backward together.
         floor_flops: the least any exact method needs.
         seconds: predicted time of forward and backward; None where there is no model (CPU).
@@ -79,6 +81,7 @@ class Plan:
     chunk_vocab: int
     workspace_bytes: int
     saved_bytes: int
+    returned_bytes: int
     flops: int
     floor_flops: int
     seconds: float | None = None
@@ -89,8 +92,9 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """See the attributes of the class."""
+        forward = self.workspace_bytes + self.saved_bytes - self.returned_bytes
         kept = self.workspace_bytes if self.backend == "cpu" else 0
-        return max(self.workspace_bytes, kept + self.saved_bytes)
+        return max(forward, kept + self.saved_bytes)
 
     def __str__(self) -> str:
         size = (
@@ -213,14 +217,10 @@ def _wanted(s: Shapes) -> str:
     return f"gradients wanted: {', '.join(names) or 'none'}"
 
 
-def _head_bytes(s: Shapes) -> int:
-    """Of an entry of the saved dW."""
-    return 4 if s.dtype == torch.float16 else s.dtype.itemsize
-
-
-def _saved_bytes(s: Shapes, element: int) -> int:
-    dh, dw = s.rows * s.d_s * element * s.want_dh, s.vocab * s.d_s * _head_bytes(s) * s.want_dw
-    return dh + dw
+def _gradient_bytes(s: Shapes, element: int) -> tuple[int, int]:
+    """Of dh and dw as they are saved, `element` bytes an entry, and as they are returned."""
+    entries = (s.rows * s.want_dh + s.vocab * s.want_dw) * s.d_s
+    return entries * element, entries * s.dtype.itemsize
 
 
 def _host_plan(s: Shapes, name: str, why: str, workspace_mb: float | None) -> Plan:
@@ -229,15 +229,9 @@ def _host_plan(s: Shapes, name: str, why: str, workspace_mb: float | None) -> Pl
     if name == "eager":
         blocks = EAGER_BLOCKS if s.d_t else EAGER_BLOCKS_CE
     c = chunk_rows(name, s.rows, s.vocab, blocks, element, workspace_mb)
-    workspace, saved = blocks * c * s.vocab * element, _saved_bytes(s, element)
-    if s.want_dw and s.dtype.itemsize < 4 and (name == "eager" or c < s.rows):
-        accumulator = s.vocab * s.d_s * element  # dW is rounded once, at the end
-        if name == "eager":
-            workspace += accumulator
-        else:  # in place: the rounded dW lies in what it was summed in
-            saved += accumulator - s.vocab * s.d_s * _head_bytes(s)
     return Plan(
-        name, "chunk", c, s.vocab, workspace, saved, s.floor_flops, s.floor_flops,
+        name, "chunk", c, s.vocab, blocks * c * s.vocab * element, *_gradient_bytes(s, element),
+        s.floor_flops, s.floor_flops,
         reasons=(
             why,
             f"{blocks} logit blocks of {c} x {s.vocab} x {element} bytes fit the workspace budget",
@@ -284,10 +278,9 @@ def _chunk_on_gpu(s: Shapes, name: str, gpu: hardware.Gpu, workspace_mb: float |
     moved = reads * blocks * block + gradient_block * (s.gradients > 0)
     seconds = chunks * (once + moved / gpu.bandwidth)
     workspace = blocks * block + _masked_rows(s, operand)
-    workspace += accumulator * (s.want_dw and s.dtype.itemsize < 4)
     return Plan(
-        name, "chunk", c, s.vocab, workspace, _saved_bytes(s, 4), s.floor_flops, s.floor_flops,
-        seconds, s.floor_flops / rate,
+        name, "chunk", c, s.vocab, workspace, *_gradient_bytes(s, 4), s.floor_flops,
+        s.floor_flops, seconds, s.floor_flops / rate,
         reasons=(
             f"{blocks} logit blocks of {c} x {s.vocab} x 4 bytes fit the workspace budget",
             _wanted(s),
@@ -310,7 +303,7 @@ def _stream_on_gpu(s: Shapes, gpu: hardware.Gpu, workspace_mb: float | None) -> 
     seconds = s.sweeps * logits / (rate * STREAM_EFFICIENCY) + folded / rate + moved / gpu.bandwidth
     workspace = s.rows * columns * dz * (s.gradients > 0) + _masked_rows(s, operand)
     return Plan(
-        "triton", "stream", s.rows, columns, workspace, _saved_bytes(s, 4),
+        "triton", "stream", s.rows, columns, workspace, *_gradient_bytes(s, 4),
         s.sweeps * logits + folded, s.floor_flops, seconds, s.floor_flops / rate,
         reasons=(
             f"a gradient slice of {s.rows} x {columns} x {dz} bytes fits the workspace budget",

@@ -48,8 +48,9 @@ def relation_cosine(
     checks.floating("student", student, 2)
     checks.floating("teacher", teacher, 2)
     cu = _images(student, teacher, cu_seqlens, "student", "teacher")
-    want_dh, teacher = wants(student)[0], teacher.detach()
-    return ops.relation(student, None, teacher, None, cu, want_dh, False, backend, joint)[0]
+    want = wants(student)[0], False
+    chosen = checks.backend(backend)
+    return ops.relation(student, None, teacher.detach(), None, cu, *want, chosen, joint)[0]
 
 
 def head_gram(
@@ -70,12 +71,8 @@ def head_gram(
         TypeError, ValueError: as `fused_linear_distill`.
     """
     checks.floating("weight", weight, 2)
-    if bias is not None:
-        checks.floating("bias", bias, 1)
-        if bias.shape[0] != weight.shape[0]:
-            raise ValueError(
-                f"bias: got {bias.shape[0]} entries for a head of {weight.shape[0]} tokens"
-            )
+    checks.head_bias("bias", bias, "weight", weight)
+    checks.in_memory("weight", weight)
     return ops.head_gram(weight, bias, checks.vocabulary(vocab_size, weight.shape[0]))
 
 
@@ -192,7 +189,8 @@ class Pair(NamedTuple):
         gt = gram(self.wt, self.bt) if teacher_gram is None else teacher_gram
         hs, ht = _with_ones(self.hs, self.bs), _with_ones(self.ht, self.bt)
         want = wants(hs, gs)
-        return ops.relation(hs, gs, ht, gt.detach(), self.cu, *want, backend, joint)[0]
+        chosen = checks.backend(backend)
+        return ops.relation(hs, gs, ht, gt.detach(), self.cu, *want, chosen, joint)[0]
 
 
 def _check_gram(who: str, gram: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
@@ -229,8 +227,12 @@ def _packed(
             f"cu_seqlens: {name_s} of shape {tuple(student.shape)} is already B images; pass None"
         )
     images, rows, _ = student.shape
-    ends = torch.arange(images + 1, dtype=torch.int32, device=student.device) * rows
-    return student.flatten(0, 1), teacher.flatten(0, 1), ends.to(torch.int32)
+    return student.flatten(0, 1), teacher.flatten(0, 1), _even(images, rows, student.device)
+
+
+def _even(images: int, rows: int, device: torch.device) -> Tensor:
+    """The prefix sum of images of `rows` rows each, made where it is read: no copy, no wait."""
+    return torch.arange(images + 1, dtype=torch.int32, device=device) * rows
 
 
 def _images(
@@ -239,7 +241,8 @@ def _images(
     """The prefix sum of rows per image, one image by default, checked against both models' rows."""
     checks.same_rows(name_t, teacher.shape[0], name_s, student.shape[0])
     checks.same_device(name_t, teacher, name_s, student)
+    checks.in_memory(name_s, student)
     if cu is None:
-        return torch.tensor([0, student.shape[0]], dtype=torch.int32)
+        return _even(1, student.shape[0], student.device)
     checks.cu_seqlens("cu_seqlens", cu, student.shape[0])
     return cu

@@ -187,11 +187,15 @@ def _with_dtype(prepare: Callable, dtype: torch.dtype) -> Callable:
 
 def _normal(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     rng = torch.Generator(device).manual_seed(len(shape))
-    return torch.randn(shape, generator=rng, device=device).mul_(shape[-1] ** -0.25).to(dtype)
+    return (
+        torch.randn(shape, generator=rng, dtype=torch.float32, device=device)
+        .mul_(shape[-1] ** -0.25)
+        .to(dtype)
+    )
 
 
 def _labels(s: Sizes, device: torch.device) -> Tensor:
-    return torch.arange(s.rows, device=device) * 7 % s.vocab
+    return torch.arange(s.rows, dtype=torch.int64, device=device) * 7 % s.vocab
 
 
 def _distill(
@@ -204,7 +208,7 @@ def _distill(
 
     hs, ws = (_normal(device, n, s.d_s, dtype=dtype) for n in (s.rows, s.vocab))
     ht, wt = (_normal(device, n, s.d_t, dtype=dtype) for n in (s.rows, s.vocab))
-    weight = torch.full((s.rows,), 1 / s.rows, device=device)
+    weight = torch.full((s.rows,), 1 / s.rows, dtype=torch.float32, device=device)
     stream = algorithm == "stream"
     function = triton.distill_stream if stream else triton.distill_rows
 

@@ -96,18 +96,17 @@ def vocab_parallel_distill(
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     blocks = plan.EAGER_BLOCKS_CE if ht is None else plan.EAGER_BLOCKS
     budget = None if workspace_mb is None else checks.workspace(workspace_mb)
+    labels = labels if ce_rows is not None else None
+    ce_rows, kd_rows = (None if w is None else w.to(acc) for w in (ce_rows, kd_rows))
     call = sharded.Call(
-        ht, wt, bt,
-        labels if ce_rows is not None else None,
-        None if ce_rows is None else ce_rows.to(acc),
-        None if kd_rows is None else kd_rows.to(acc),
+        *ops.contiguous(ht, wt, bt, labels, ce_rows, kd_rows),
         Divergence.of(divergence), checks.temperature(temperature),
         checks.softcap("student_softcap", student_softcap),
         checks.softcap("teacher_softcap", teacher_softcap),
-        held, ignore_index,
+        held, checks.integer("ignore_index", ignore_index),
         plan.chunk_rows("eager", rows, held.widest, blocks, acc.itemsize, budget), group,
     )  # fmt: skip
-    loss, ce, kd = _Distill.apply(hs, ws, bs, call, wants(hs, ws, bs))
+    loss, ce, kd = _Distill.apply(*ops.contiguous(hs, ws, bs), call, wants(hs, ws, bs))
     return DistillOutput(loss, ce, kd)
 
 
@@ -143,11 +142,11 @@ def vocab_parallel_relation(
         TypeError, ValueError: as `fused_linear_relation` and `vocab_parallel_distill`. A
             soft-capped head has no Gram and cannot be cut here.
     """
-    held = _held(held, student_weight, teacher_weight, vocab_size, group)
     pair = relation.Pair.of(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
         cu_seqlens,
     )  # fmt: skip
+    held = _held(held, student_weight, teacher_weight, vocab_size, group)
 
     def gram(weight: Tensor, bias: Tensor | None) -> Tensor:
         return vocab_parallel_gram(weight, bias, held=held, group=group)
@@ -185,9 +184,10 @@ class _Distill(torch.autograd.Function):
         call: sharded.Call,
         want: tuple[bool, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(hs.device.type, enabled=False), products.full_fp32():
+        with ops.computing(hs.device):
             loss, ce, kd, *gradients = sharded.distill_rows(hs, ws, bs, call, *want)
-        ctx.save_for_backward(hs, ws, bs, *gradients)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hs, ws, bs)]
+        ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(ce, kd)
         ctx.set_materialize_grads(False)
         return loss, ce, kd
@@ -195,10 +195,10 @@ class _Distill(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, *_ = grad_outputs
-        likes, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        wanted = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
         scaled = [
-            ops.scale_gradient(gradient, grad, like) if needed and grad is not None else None
-            for gradient, like, needed in zip(gradients, likes, ctx.needs_input_grad, strict=False)
+            ops.scale_gradient(saved, grad, dtype) if needed and grad is not None else None
+            for saved, dtype, needed in wanted
         ]
         return *scaled, None, None
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import mllmkd_kernels as mk
 from mllmkd_kernels.backends import cpu
@@ -74,6 +80,10 @@ BAD_DISTILL: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"vocab_size": 0}, ValueError, "vocab_size: got 0, expected 1 to 7"),
     ({"backend": "gpu"}, ValueError, "backend: got 'gpu', expected one of 'auto', 'eager', 'cpu'"),
     ({"workspace_mb": 0}, ValueError, "workspace_mb: expected None or a positive number of MiB"),
+    ({"ce_weight": torch.ones(N, dtype=torch.complex64)}, TypeError,
+     "ce_weight: expected real numbers, got torch.complex64"),
+    ({"student_weight": torch.eye(V_S, D_S).to_sparse()}, TypeError,
+     "student_weight: expected a dense tensor, got one of layout torch.sparse_coo"),
 ]  # fmt: skip
 
 
@@ -85,6 +95,96 @@ def id_of(value: Any) -> str | None:
 def test_distill(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         mk.fused_linear_distill(**{**good(), **change})
+
+
+#: Numbers by name, and what each expects.
+NUMBERS = {
+    "temperature": "a positive number", "student_softcap": "None or a positive number",
+    "teacher_softcap": "None or a positive number", "ce_weight": "a number or a tensor",
+    "kd_weight": "a number or a tensor", "workspace_mb": "None or a positive number of MiB",
+    "vocab_size": "an integer", "ignore_index": "an integer", "backend": "a name",
+}  # fmt: skip
+
+
+#: Of those, what may be None, a tensor (of N numbers) or a str.
+OPTIONAL = ("student_softcap", "teacher_softcap", "workspace_mb", "vocab_size")
+NOT_NUMBERS = (
+    [(name, [1.0]) for name in NUMBERS]
+    + [(name, None) for name in NUMBERS if name not in OPTIONAL]
+    + [(name, "0.5") for name in NUMBERS if name != "backend"]
+    + [(name, torch.ones(())) for name in NUMBERS if name not in ("ce_weight", "kd_weight")]
+)
+
+
+@pytest.mark.parametrize(("name", "value"), NOT_NUMBERS, ids=lambda x: repr(x)[:12])
+def test_what_is_no_number_is_named(name: str, value: Any) -> None:
+    """Not even a tensor of one entry will do: its gradient would be dropped, and nobody may look at
+    its value.
+    """
+    message = f"{name}: expected {NUMBERS[name]}.* got {type(value).__name__}"
+    with pytest.raises(TypeError, match=message):
+        mk.fused_linear_distill(**{**good(), name: value})
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 0.0, -1.0])
+@pytest.mark.parametrize("name", ["temperature", "student_softcap", "workspace_mb"])
+def test_a_number_out_of_range_is_refused_by_every_function(name: str, value: float) -> None:
+    x = good()
+    student, head = x["student_hidden"], x["student_weight"]
+    teacher = x["teacher_hidden"], x["teacher_weight"]
+    losses: list[Callable[..., Any]] = [
+        lambda **o: mk.fused_linear_distill(student, head, *teacher, **o),
+        lambda **o: mk.fused_linear_distill(student, head, **o),
+    ]
+    if name != "student_softcap":
+        losses.append(lambda **o: mk.fused_linear_logprob(student, head, x["labels"], **o))
+    if name == "student_softcap":
+        losses.append(lambda **o: mk.fused_linear_relation(student, head, *teacher, **o))
+    for loss in losses:
+        with pytest.raises(ValueError, match=f"{name}: expected .*positive number.* got {value}"):
+            loss(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "number", [2, 2.0, np.float32(2), np.float64(2), np.int64(2)], ids=lambda n: type(n).__name__
+)
+def test_numbers_of_numpy_are_numbers(number: Any) -> None:
+    x, names = good(), ("temperature", "student_softcap", "kd_weight")
+    got, want = (
+        mk.fused_linear_distill(**{**x, **dict.fromkeys(names, n)}).loss for n in (number, 2.0)
+    )
+    assert torch.equal(got, want)
+
+
+def test_tensors_without_numbers_are_refused() -> None:
+    """All on meta: an offloaded model, or one that was not loaded."""
+    x: dict[str, Any] = {k: v.to(META) if isinstance(v, Tensor) else v for k, v in good().items()}
+    hidden, head, labels = x["student_hidden"], x["student_weight"], x["labels"]
+    teacher = x["teacher_hidden"], x["teacher_weight"]
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        ("student_hidden", lambda: mk.fused_linear_distill(**x)),
+        ("hidden", lambda: mk.fused_linear_logprob(hidden, head, labels)),
+        ("student_hidden", lambda: mk.fused_linear_relation(hidden, head, *teacher)),
+        ("student", lambda: mk.relation_cosine(hidden, teacher[0])),
+        ("weight", lambda: mk.head_gram(head)),
+    ]
+    for name, call in calls:
+        with pytest.raises(ValueError, match=f"^{name}: is on meta, .* no numbers"):
+            call()
+
+
+def test_a_head_that_is_a_part_of_one_is_refused(tmp_path: Path) -> None:
+    """A DTensor, as FSDP2 and tensor parallelism leave it."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        head = distribute_tensor(torch.randn(V_S, D_S), mesh, [Shard(0)])
+        with pytest.raises(TypeError, match=r"^student_weight: expected a whole .* got a DTensor"):
+            mk.fused_linear_distill(**{**good(), "student_weight": head})
+        with pytest.raises(TypeError, match=r"^weight: expected a whole tensor, got a DTensor"):
+            mk.head_gram(head)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_good_input_is_good() -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -172,3 +176,33 @@ def test_results_are_handed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("OUT", str(out))
     command._hand_out(since=0)
     assert {path.name for path in out.iterdir()} == {"run.json", "report.md"}
+
+
+#: Compiles the row kernel with an fp32 dz, in the place of the logits, and prints its PTX.
+_ROW_KERNEL = """
+import torch
+from mllmkd_kernels.backends.triton.rows import row_losses
+from tests.gpu import pretended
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="cuda")
+
+with pretended.gpu(90, lambda compiled, constants: print(compiled.asm["ptx"])):
+    row_losses(empty(8, {vocab}), None, None, None, empty(8, dtype=torch.int64), empty(8), None,
+               empty(8), empty(8), "forward_kl", 0.0, 1.0, 0.0, 0.0, -100, torch.float32)
+"""
+
+
+@pytest.mark.parametrize("vocab", [1000, 20_000], ids=["whole row", "long row"])
+def test_no_warp_overwrites_a_label_that_another_has_yet_to_read(vocab: int) -> None:
+    """Between the load of the label's logit, for the CE that is stored first, and any other store
+    stands a barrier. The interpreter has one thread and sees no race.
+    """
+    command = [sys.executable, "-W", "ignore", "-c", _ROW_KERNEL.format(vocab=vocab)]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    steps = re.findall(r"ld\.global|st\.global|bar\.sync", done.stdout)
+    before = steps[: steps.index("st.global")]
+    assert before[-2:] == ["ld.global", "bar.sync"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import ops
@@ -113,6 +115,25 @@ def test_a_second_backward_gives_the_same_bits(name: str, backend: str) -> None:
         assert (a is None) == (c is None)
         if a is not None and b is not None and c is not None:
             assert torch.equal(a, c) and torch.equal(b, a / 2)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpointed_loss_has_the_same_gradients(
+    name: str, reentrant: bool, backend: str
+) -> None:
+    """Checkpointing computes saved tensors again where they are looked at, and lets nobody look
+    twice.
+    """
+    t = heads(torch.float32)
+    f, leaves = callers(backend)[name], [t["hs"], t["ws"], t["bs"]]
+    want = torch.autograd.grad(f(**t), leaves, allow_unused=True)
+    loss = checkpoint(f, *t.values(), use_reentrant=reentrant)
+    loss.backward()
+    assert all(
+        a is None if b is None else torch.equal(a, b)
+        for a, b in zip((x.grad for x in leaves), want, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -243,8 +264,7 @@ def operator_calls(backend: str, dtype: torch.dtype, grad: bool) -> dict[str, tu
         "relation": (ops.relation, (t["hs"], g_s, t["ht"], g_t, CU, grad, grad, backend, False)),
         "relation_softcapped": (ops.relation_softcapped, (
             *t.values(), CU, 2.0, 3.0, V_S, grad, grad, grad, True)),
-        "scale_gradient": (ops.scale_gradient, (torch.randn(3, 2), torch.tensor(0.5),
-                                                torch.empty(3, 2, dtype=dtype))),
+        "scale_gradient": (ops.scale_gradient, (torch.randn(3, 2), torch.tensor(0.5), dtype)),
     }  # fmt: skip
 
 
@@ -280,6 +300,37 @@ def test_fakes_of_unwanted_gradients_are_empty(wanted: int, backend: str) -> Non
         torch.library.opcheck(op, arguments, test_utils=["test_schema", "test_faketensor"])
         gradients = op(*arguments)[3:6] if name == "linear_distill" else op(*arguments)[-3:]
         assert [bool(g.numel()) for g in gradients] == flags
+
+
+def test_every_operator_computes_on_the_device_of_its_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Triton launches on the current GPU. No machine here has two, so the guard is asked."""
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def guard(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+        entered.append(torch.device("cpu"))
+
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    other = torch.device("cuda", 1)
+    with ops.computing(other):
+        assert entered == [other]
+    assert entered == [other, torch.device("cpu")]
+
+    inside: list[torch.device] = []
+
+    @contextmanager
+    def computing(device: torch.device) -> Iterator[None]:
+        inside.append(device)
+        yield
+
+    monkeypatch.setattr(ops, "computing", computing)
+    for op, arguments in operator_calls("eager", torch.float32, False).values():
+        op(*arguments)
+    assert len(inside) == len(OPERATORS)
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])

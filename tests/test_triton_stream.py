@@ -140,8 +140,7 @@ def test_problems(name: str, divergence: str, device: torch.device) -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_divergences(divergence: str, dtype: torch.dtype, device: torch.device) -> None:
     got = check_all(make("ragged", dtype), divergence, device)
-    assert got.dw.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-    assert got.dh.dtype == torch.float32 and got.loss.dtype == torch.float32
+    assert got.dw.dtype == got.dh.dtype == got.loss.dtype == torch.float32
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "skew_reverse_kl"])
@@ -249,11 +248,11 @@ def test_the_same_bits_twice(dtype: torch.dtype, device: torch.device) -> None:
 
 
 @pytest.mark.usefixtures("wide_tiles")
-def test_mixed_dtypes_and_strides(device: torch.device) -> None:
-    """Operands of unequal dtypes are multiplied in fp32; transposed ones are copied first."""
+def test_mixed_dtypes(device: torch.device) -> None:
+    """Operands of unequal dtypes are multiplied in fp32."""
     p = small(torch.bfloat16)
     p = replace(p, hs=p.hs.float(), wt=p.wt.half())
-    got = stream_of(p, "jsd", device, ws=p.ws.T.contiguous().T)
+    got = stream_of(p, "jsd", device)
     want, plain = expected(p, "jsd"), naive(p, "jsd")
     check(got.loss, want.loss, "value", plain.loss)
     check(got.dh, want.dh, "gradient", plain.dh)

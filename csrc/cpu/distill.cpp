@@ -44,7 +44,7 @@ class Distill {
         stats_s_(tiles_, chunk, static_cast<T>(1 / o.temperature), true, o.diagnostics),
         stats_t_(tiles_, chunk, static_cast<T>(1 / o.temperature), false, o.diagnostics),
         rows_(chunk),
-        gradients_(hs, ws, o.vocab, chunk, many, o.wanted),
+        gradients_(hs, ws, o.vocab, chunk, many, o.wanted, c10::CppTypeToScalarType<T>::value),
         mean_(chunk),
         values_(tiles_, chunk * sizeof(T)),
         slopes_(tiles_, chunk * sizeof(T)),
@@ -233,12 +233,13 @@ Result run(
     const Optional& wt, const Optional& bt, const Optional& labels, const Optional& ce_weight,
     const Optional& kd_weight, const Options& o, int64_t chunk_rows, const Optional& diagnostics) {
   const int64_t rows = hs.size(0);
+  const at::Tensor label =
+      labels ? checked_labels(*labels, rows, o.vocab, o.ignore_index) : at::Tensor();
   const auto real = c10::CppTypeToScalarType<T>::value;
   const Chunks chunks(rows, chunk_rows, kernels<T>().panel);
   const T* ce_w = weights<T>(ce_weight, rows, "ce_weight");
   const T* kd_w = weights<T>(kd_weight, rows, "kd_weight");
   T* diagnostics_out = diagnostics_of<T>(diagnostics, rows);
-  const at::Tensor label = labels ? labels->contiguous() : at::Tensor();
   at::Tensor loss = at::zeros({}, real), ce = at::zeros({rows}, real), kd = at::zeros({rows}, real);
   T* ce_out = ce.mutable_data_ptr<T>();
   T* kd_out = kd.mutable_data_ptr<T>();
@@ -280,7 +281,6 @@ Result distill_rows(
       ht ? ht->size(0) : 0);
   TORCH_CHECK_VALUE(
       temperature > 0, "temperature: got ", temperature, ", expected a positive number");
-  if (labels) check_labels(*labels, hs.size(0), vocab, ignore_index);
   const Options o{
       divergence_of(divergence),
       param,

@@ -4,7 +4,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/mul.h>
 
 #include <algorithm>
 #include <cstring>
@@ -14,15 +13,16 @@
 namespace mllmkd {
 namespace {
 
-// n numbers of `src` in `dtype` at `dst`, which may be `src` itself; the only rounding of dW.
+// factor times n numbers of `src` in `dtype` at `dst`, which may be `src` itself; the only rounding
+// of dW.
 template <class T>
-void round_rows(const T* src, int64_t n, at::ScalarType dtype, void* dst) {
+void round_rows(const T* src, T factor, int64_t n, at::ScalarType dtype, void* dst) {
   constexpr int64_t block = 512;
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, dtype, "dw", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, "gradient", [&] {
     scalar_t rounded[block];
     for (int64_t i = 0; i < n; i += block) {
       const int64_t count = std::min(block, n - i);
-      for (int64_t j = 0; j < count; ++j) rounded[j] = static_cast<scalar_t>(src[i + j]);
+      for (int64_t j = 0; j < count; ++j) rounded[j] = static_cast<scalar_t>(src[i + j] * factor);
       std::memcpy(static_cast<scalar_t*>(dst) + i, rounded, count * sizeof(scalar_t));
     }
   });
@@ -51,7 +51,7 @@ std::vector<int64_t> shape_if(bool wanted, std::vector<int64_t> shape) {
 template <class T>
 Gradients<T>::Gradients(
     const at::Tensor& hidden, const at::Tensor& weight, int64_t vocab, int64_t chunk,
-    bool many_chunks, Wanted wanted)
+    bool many_chunks, Wanted wanted, at::ScalarType dw_dtype)
     : hidden_(hidden, "hidden"),
       weight_(weight, "weight"),
       kernels_(kernels<T>()),
@@ -69,17 +69,15 @@ Gradients<T>::Gradients(
                 left_row = product_.stride * bytes;
   dh = at::zeros(shape_if(wanted.dh, {hidden.size(0), features_}), real);
   db = at::zeros(shape_if(wanted.db, {weight.size(0)}), real);
-  // not fp16: an incoming gradient (a loss scale) has yet to lift dW above its smallest number
-  const auto stored = weight.scalar_type() == at::kHalf ? real : weight.scalar_type();
   const auto shape = shape_if(wanted.dw, {weight.size(0), features_});
-  in_place_ = wanted.dw && many_chunks && stored != real;
+  in_place_ = wanted.dw && many_chunks && dw_dtype != real;
   if (in_place_) {
     // summed in T; at the end the rounded numbers take the first half of the same memory
     const at::Tensor sum = kept_tensor(shape, real);
     sum_ = sum.mutable_data_ptr<T>();
-    dw = at::from_blob(sum_, shape, [sum](void*) {}, at::TensorOptions(stored));
+    dw = at::from_blob(sum_, shape, [sum](void*) {}, at::TensorOptions(dw_dtype));
   } else {
-    dw = kept_tensor(shape, stored);
+    dw = kept_tensor(shape, dw_dtype);
   }
   if (!wanted.any()) return;
   g_ = Buffer(threads, kTile * panel * sizeof(T));
@@ -88,12 +86,12 @@ Gradients<T>::Gradients(
     right_h_ = Buffer(blocks * feature_panels_, product_.depth * panel * bytes);
     left_v_ = Buffer(threads, kTile * left_row);
     edge_ = Buffer(threads, kTile * panel * sizeof(T));
-    if (stored == real) {
+    if (dw_dtype == real) {
       sum_ = dw.mutable_data_ptr<T>();
     } else if (!in_place_) {
       dw_tile_ = Buffer(threads, kTile * features_ * sizeof(T));
     }
-    rounds_ = stored != real;
+    rounds_ = dw_dtype != real;
   }
   if (wanted.dh) {
     right_w_ = Buffer(threads, (kTile + 1) * panel * bytes);
@@ -167,7 +165,8 @@ void Gradients<T>::multiply_dw(int64_t v, int m, int64_t panel, int64_t panels, 
   const bool complete = last_ && (panel + panels) * kernels_.panel >= rows_;
   if (!complete || !rounds_) return;
   char* place = static_cast<char*>(dw.mutable_data_ptr()) + v * features_ * dw.element_size();
-  round_rows(out, m * features_, dw.scalar_type(), in_place_ ? static_cast<void*>(out) : place);
+  round_rows(
+      out, T(1), m * features_, dw.scalar_type(), in_place_ ? static_cast<void*>(out) : place);
 }
 
 // One panel of columns of dW. The last may be narrower than a panel: then by way of a buffer.
@@ -227,9 +226,18 @@ void Gradients<T>::finish_chunk() {
 template class Gradients<float>;
 template class Gradients<double>;
 
-at::Tensor scaled(const at::Tensor& x, const at::Tensor& factor) {
-  at::Tensor out = kept_tensor(x.sizes(), x.scalar_type());
-  return at::mul_out(out, x, factor);
+at::Tensor scaled(const at::Tensor& x, const at::Tensor& factor, at::ScalarType dtype) {
+  at::Tensor out = kept_tensor(x.sizes(), dtype);
+  const at::Tensor dense = x.contiguous();
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "scaled", [&] {
+    const scalar_t* from = dense.const_data_ptr<scalar_t>();
+    const scalar_t by = factor.item<scalar_t>();
+    char* to = static_cast<char*>(out.mutable_data_ptr());
+    at::parallel_for(0, x.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
+      round_rows(from + begin, by, end - begin, dtype, to + begin * out.element_size());
+    });
+  });
+  return out;
 }
 
 }  // namespace mllmkd

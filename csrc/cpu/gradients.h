@@ -12,15 +12,16 @@ struct Wanted {
 };
 
 // dW rows belong to one tile, so to one thread. dH is a sum over tiles: every thread has its own,
-// added in thread order at the end of a chunk. Both are sums in T, rounded once to the dtype of
-// what they are for.
+// added in thread order at the end of a chunk. Both are sums in T; a dW that nobody scales any more
+// is rounded once, to the weight's dtype.
 template <class T>
 class Gradients {
  public:
   // `many_chunks`: rows of dW are sums over chunks. Without, each chunk writes its own rows of dW.
+  // `dw_dtype`: T's or the weight's.
   Gradients(
       const at::Tensor& hidden, const at::Tensor& weight, int64_t vocab, int64_t chunk,
-      bool many_chunks, Wanted wanted);
+      bool many_chunks, Wanted wanted, at::ScalarType dw_dtype);
 
   // Starts a chunk of rows [row, row + rows). Rows with live[c] false have no part in dW, NaN or
   // not.
@@ -37,7 +38,7 @@ class Gradients {
   void multiply(int64_t v, int m, int64_t panel, int64_t panels, int thread);
   void finish_chunk();
 
-  at::Tensor dh, dw, db;  // of T, weight's dtype, T; shape (0,) where not wanted
+  at::Tensor dh, dw, db;  // of T, `dw_dtype`, T; shape (0,) where not wanted
 
  private:
   void multiply_dw(int64_t v, int m, int64_t panel, int64_t panels, int thread);

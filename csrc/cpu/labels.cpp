@@ -4,20 +4,23 @@
 
 namespace mllmkd {
 
-void check_labels(const at::Tensor& labels, int64_t rows, int64_t vocab, int64_t ignore_index) {
+at::Tensor checked_labels(
+    const at::Tensor& labels, int64_t rows, int64_t vocab, int64_t ignore_index) {
   TORCH_CHECK_TYPE(
       labels.scalar_type() == at::kLong, "labels: got dtype ", labels.scalar_type(),
       ", expected int64");
   TORCH_CHECK_VALUE(
       labels.dim() == 1 && labels.size(0) == rows, "labels: got shape ", labels.sizes(),
       ", expected (", rows, ",)");
-  const int64_t* label = labels.const_data_ptr<int64_t>();
+  const at::Tensor dense = labels.contiguous();
+  const int64_t* label = dense.const_data_ptr<int64_t>();
   for (int64_t n = 0; n < rows; ++n) {
     TORCH_CHECK_INDEX(
         label[n] == ignore_index || (label[n] >= 0 && label[n] < vocab), "labels: row ", n,
         " has label ", label[n], ", expected a value in [0, ", vocab, ") or ignore_index ",
         ignore_index);
   }
+  return dense;
 }
 
 template <class T>

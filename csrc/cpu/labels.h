@@ -7,8 +7,9 @@
 
 namespace mllmkd {
 
-// Raises an IndexError unless every label is ignore_index or in [0, vocab).
-void check_labels(const at::Tensor& labels, int64_t rows, int64_t vocab, int64_t ignore_index);
+// The labels, contiguous. Raises an IndexError unless every one is ignore_index or in [0, vocab).
+at::Tensor checked_labels(
+    const at::Tensor& labels, int64_t rows, int64_t vocab, int64_t ignore_index);
 
 // Rows of one chunk, padded to whole panels: padding has no label and no weight.
 template <class T>

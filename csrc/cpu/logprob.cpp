@@ -74,7 +74,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   const at::Tensor weight = grad.to(real).neg().contiguous(), row_lse = lse.to(real).contiguous();
   Head<T> head(h, w, b, o.cap, o.vocab, chunks.padded, "logprob");
   ChunkRows<T> tokens(chunks.padded);
-  Gradients<T> gradients(h, w, o.vocab, chunks.padded, chunks.count > 1, wanted);
+  Gradients<T> gradients(h, w, o.vocab, chunks.padded, chunks.count > 1, wanted, w.scalar_type());
   const int64_t block = gradients.block_panels();
   const Buffer z(at::get_num_threads(), block * kTile * panel * sizeof(T));
   std::vector<T> padded_lse(chunks.padded), none(chunks.padded);
@@ -114,10 +114,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   return {gradients.dh, gradients.dw, gradients.db};
 }
 
-void check(const at::Tensor& h, const at::Tensor& labels, const Options& o) {
+// The labels, contiguous.
+at::Tensor checked(const at::Tensor& h, const at::Tensor& labels, const Options& o) {
   TORCH_CHECK_VALUE(
       o.temperature > 0, "temperature: got ", o.temperature, ", expected a positive number");
-  check_labels(labels, h.size(0), o.vocab, o.ignore_index);
+  return checked_labels(labels, h.size(0), o.vocab, o.ignore_index);
 }
 
 bool in_double(const at::Tensor& h, const at::Tensor& w, const Optional& b) {
@@ -131,9 +132,8 @@ std::tuple<at::Tensor, at::Tensor> logprob_rows(
     const at::Tensor& h, const at::Tensor& w, const Optional& b, const at::Tensor& labels,
     double temperature, double cap, int64_t vocab, int64_t ignore_index, int64_t chunk_rows) {
   const Options o{temperature, cap, vocab, ignore_index};
-  check(h, labels, o);
   const auto run = in_double(h, w, b) ? forward<double> : forward<float>;
-  return run(h, w, b, labels.contiguous(), o, chunk_rows);
+  return run(h, w, b, checked(h, labels, o), o, chunk_rows);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> logprob_grad(
@@ -141,12 +141,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> logprob_grad(
     const at::Tensor& labels, const at::Tensor& lse, double temperature, double cap, int64_t vocab,
     int64_t ignore_index, bool want_dh, bool want_dw, bool want_db, int64_t chunk_rows) {
   const Options o{temperature, cap, vocab, ignore_index};
-  check(h, labels, o);
+  const at::Tensor label = checked(h, labels, o);
   TORCH_CHECK_VALUE(
       grad.dim() == 1 && grad.size(0) == h.size(0) && lse.sizes() == grad.sizes(),
       "grad: got shape ", grad.sizes(), ", lse ", lse.sizes(), ", expected (", h.size(0), ",)");
   const auto run = in_double(h, w, b) ? backward<double> : backward<float>;
-  return run(grad, h, w, b, labels.contiguous(), lse, o, {want_dh, want_dw, want_db}, chunk_rows);
+  return run(grad, h, w, b, label, lse, o, {want_dh, want_dw, want_db}, chunk_rows);
 }
 
 }  // namespace mllmkd

@@ -130,7 +130,8 @@ at::Tensor gradient(
       "coef: got shape ", coef.sizes(), " of ", coef.scalar_type(), ", expected contiguous (",
       relation.images(), ", 2) of float64");
   // dR H has the shape of dW = Gᵀ H, with the image's rows for a vocabulary
-  Gradients<T> product(hs, ks, hs.size(0), relation.longest(), false, {false, true, false});
+  Gradients<T> product(
+      hs, ks, hs.size(0), relation.longest(), false, {false, true, false}, hs.scalar_type());
   const std::unique_ptr<bool[]> live(new bool[relation.longest()]);
   std::fill_n(live.get(), relation.longest(), true);
   for (int64_t image = 0; image < relation.images(); ++image) {

@@ -54,9 +54,9 @@ def release_workspace() -> None:
         _C.release_workspace()
 
 
-def scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """x · factor (0-dim), in memory kept from the last step where there is some."""
-    return torch.ops.mllmkd_cpu.scaled(x, factor)
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x · factor (0-dim) in `dtype`, in memory kept from the last step where there is some."""
+    return torch.ops.mllmkd_cpu.scaled(x, factor, dtype)
 
 
 def distill_rows(
@@ -82,8 +82,8 @@ def distill_rows(
     chunk_rows: int,
     diagnostics: Tensor | None = None,  # (3, N) in the dtype of the loss, written
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss (scalar), CE and D per row (N,), and the unscaled gradients dh (N, D_s), dw (V_s, D_s)
-    in `products.head_gradient_dtype`, db (V_s,).
+    """Loss (scalar), CE and D per row (N,), and the unscaled gradients dh (N, D_s), dw (V_s, D_s),
+    db (V_s,).
     """
     return torch.ops.mllmkd_cpu.distill_rows(
         hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature,
@@ -155,11 +155,12 @@ def relation_grad(
 
 
 def _fake_gradients(
-    h: Tensor, w: Tensor, dtype: torch.dtype, want_dh: bool, want_dw: bool, want_db: bool
+    h: Tensor, w: Tensor, dtype: torch.dtype, dw_dtype: torch.dtype, *wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    want_dh, want_dw, want_db = wanted
     return (
         h.new_empty(h.shape if want_dh else (0,), dtype=dtype),
-        w.new_empty(w.shape if want_dw else (0,), dtype=products.head_gradient_dtype(w)),
+        w.new_empty(w.shape if want_dw else (0,), dtype=dw_dtype),
         w.new_empty((w.shape[0],) if want_db else (0,), dtype=dtype),
     )
 
@@ -173,7 +174,7 @@ if available():
     ):  # fmt: skip
         dtype = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
         rows = hs.new_empty(hs.shape[:1], dtype=dtype)
-        gradients = _fake_gradients(hs, ws, dtype, want_dh, want_dw, want_db)
+        gradients = _fake_gradients(hs, ws, dtype, dtype, want_dh, want_dw, want_db)
         return hs.new_empty((), dtype=dtype), rows, torch.empty_like(rows), *gradients
 
     @torch.library.register_fake("mllmkd_cpu::logprob_rows")
@@ -186,9 +187,8 @@ if available():
         grad, h, w, b, labels, lse, temperature, cap, vocab, ignore_index, want_dh, want_dw,
         want_db, chunk_rows,
     ):  # fmt: skip
-        return _fake_gradients(
-            h, w, products.accumulation_dtype(h, w, b), want_dh, want_dw, want_db
-        )
+        dtype = products.accumulation_dtype(h, w, b)
+        return _fake_gradients(h, w, dtype, w.dtype, want_dh, want_dw, want_db)
 
     @torch.library.register_fake("mllmkd_cpu::relation_stats")
     def _(hs, ks, ht, kt, cu_seqlens):

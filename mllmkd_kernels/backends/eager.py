@@ -11,8 +11,9 @@ multiplies them by its incoming gradient.
 the student's at T = 1. `settle_` does the rest for all backends.
 
 These functions are the interface of every backend. Conventions: ``vocab`` is the number of shared
-columns, a soft-cap of 0.0 means none, an unwanted gradient is returned as an empty tensor, ``dh``
-and ``db`` come in the accumulation dtype (fp32, or fp64), ``dw`` in `products.head_gradient_dtype`.
+columns, a soft-cap of 0.0 means none, all tensors are contiguous, an unwanted gradient is returned
+as an empty tensor. Gradients come in the accumulation dtype (fp32, or fp64), since rounding is for
+the one who has scaled them; only `logprob_grad`, which has, gives ``dw`` in the weight's dtype.
 """
 
 from __future__ import annotations
@@ -143,7 +144,8 @@ def logprob_grad(
         q = (z / temperature - lse[rows, None]).exp_()
         dz = _scale_rows(_minus_one_hot_(q, labels[rows], ignore_index), weight)
         grads.add(rows, _through_softcap_(dz, z, cap), dead=weight == 0)
-    return grads.result()
+    dh, dw, db = grads.result()
+    return dh, dw.to(w.dtype), db
 
 
 def relation_stats(

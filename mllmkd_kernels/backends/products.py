@@ -7,6 +7,7 @@ the library has no such product (CPU), operands are widened, a slice of the voca
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,37 +27,66 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def head_gradient_dtype(weight: Tensor) -> torch.dtype:
-    """Dtype of a dW that is yet to be scaled by the incoming gradient: the weight's, but fp32 for
-    fp16, whose smallest number a loss scale has not lifted it above yet.
-    """
-    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
-
-
 def chunks(n: int, size: int) -> Iterator[slice]:
     """[0, n) in slices of `size`, the last one shorter."""
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
 
 
+_mkldnn: Any = torch.backends.mkldnn  # its stubs lack `matmul`
+
+#: Settings that may round inside a product, and how each does not; `_ROUND` are the values that do.
+_SETTINGS = (
+    (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+    (_mkldnn.matmul, "fp32_precision", "ieee"),
+    (torch.backends.cuda.matmul, "allow_fp16_accumulation", False),
+)
+_ROUND = ("tf32", "bf16", True)
+
+
+class _Exact:
+    """No setting rounds while any thread is inside. They belong to the process (PyTorch has them
+    for no single product), so the first thread changes them and the last puts the caller's back:
+    were each to restore what it found, the second would find, and leave behind, what the first set.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.threads, self.before = threading.Lock(), 0, []
+
+    def enter(self) -> None:
+        with self.lock:
+            self.threads += 1
+            if self.threads > 1:
+                return
+            self.before = [(x, n, getattr(x, n)) for x, n, _ in _SETTINGS]
+            for (x, name, was), (_, _, exact) in zip(self.before, _SETTINGS, strict=True):
+                if was in _ROUND:
+                    setattr(x, name, exact)
+
+    def leave(self) -> None:
+        with self.lock:
+            self.threads -= 1
+            if self.threads:
+                return
+            for x, name, was in self.before:
+                if was in _ROUND:
+                    setattr(x, name, was)
+
+
+_exact = _Exact()
+
+
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """fp32 products in fp32, whatever ``torch.set_float32_matmul_precision`` says: TF32, or bf16 on
-    some processors, would round the logits. The caller's settings come back.
+    """fp32 products in fp32, and 16-bit ones summed in fp32, whatever
+    ``torch.set_float32_matmul_precision`` and its like say: TF32, or bf16 on some processors, would
+    round the logits. The caller's settings come back.
     """
-    mkldnn: Any = torch.backends.mkldnn  # its stubs lack `matmul`
-    libraries = torch.backends.cuda.matmul, mkldnn.matmul
-    before = [library.fp32_precision for library in libraries]
-    changed = [
-        (x, was) for x, was in zip(libraries, before, strict=True) if was in ("tf32", "bf16")
-    ]
-    for library, _ in changed:
-        library.fp32_precision = "ieee"
+    _exact.enter()
     try:
         yield
     finally:
-        for library, was in changed:
-            library.fp32_precision = was
+        _exact.leave()
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -124,8 +154,8 @@ def _gemm_widens(a: Tensor, b: Tensor, out: Tensor) -> bool:
 
 class Gradients:
     """The accumulators of the wanted gradients of one head; `add` folds in the dz block of some
-    rows, `result` gives dh (N, D) and db (V,) in the accumulation dtype, dw (V, D) in
-    `head_gradient_dtype`, and an empty tensor for what was not wanted.
+    rows, `result` gives dh (N, D), dw (V, D) and db (V,) in the accumulation dtype, and an empty
+    tensor for what was not wanted.
     """
 
     def __init__(
@@ -160,13 +190,8 @@ class Gradients:
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """(dh, dw, db)."""
-        dw_dtype = head_gradient_dtype(self.w)
 
-        def none(dtype: torch.dtype) -> Tensor:  # a new one each time: outputs may not alias
-            return torch.empty(0, dtype=dtype, device=self.h.device)
+        def made(x: Tensor | None) -> Tensor:  # a new one each time: outputs may not alias
+            return torch.empty(0, dtype=self.acc, device=self.h.device) if x is None else x
 
-        return (
-            none(self.acc) if self.dh is None else self.dh,
-            none(dw_dtype) if self.dw is None else self.dw.to(dw_dtype),
-            none(self.acc) if self.db is None else self.db,
-        )
+        return made(self.dh), made(self.dw), made(self.db)

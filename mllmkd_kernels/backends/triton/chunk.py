@@ -67,9 +67,9 @@ def _distill(
 
     ce, kd = (torch.zeros(n, dtype=acc, device=hs.device) for _ in range(2))
     stride = row_stride(vocab) if losses is row_losses else vocab
-    block_s = torch.empty(min(chunk_rows, n), stride, device=hs.device)
+    block_s = torch.empty(min(chunk_rows, n), stride, dtype=acc, device=hs.device)
     block_t = None if ht is None else torch.empty_like(block_s)
-    seen = None if diagnostics is None else torch.zeros(n, 3, device=hs.device)
+    seen = None if diagnostics is None else torch.zeros(n, 3, dtype=acc, device=hs.device)
     for rows in products.chunks(n, chunk_rows):
         z_s = _logits(block_s, hs[rows], ws, vocab)
         z_t = None

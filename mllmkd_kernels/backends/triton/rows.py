@@ -106,6 +106,7 @@ def write_ce(ce, z, bias, row, label, top, rest, vocab, stride, ignore_index, CA
     """CE of the row; before dz overwrites its logits."""
     used = label != ignore_index
     at_label = logits(z, bias, tl.where(used, label, 0), vocab, stride, CAP)
+    tl.debug_barrier()  # no warp writes dz there before all have read it
     tl.store(ce + row, tl.where(used, (top - at_label) + rest, 0.0))
 
 

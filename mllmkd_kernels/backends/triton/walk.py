@@ -7,14 +7,12 @@ three sweeps of `stream`.
                     `values` was left out; two products fold dz into dh, and write dw[columns]
 
 Logits never exist outside registers. dz is bf16 where hidden states and head are, else fp32, and is
-the only workspace that grows with N·V. dw of a range of columns is one product over all rows: it is
-summed in fp32 and rounded once, with no fp32 accumulator beside it.
+the only workspace that grows with N·V. dw of a range of columns is one product over all rows, which
+is written once: there is no accumulator beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -81,22 +79,22 @@ def distill_stream(
     loss = torch.zeros((), dtype=torch.float64, device=hs.device)
     wanted = want_dh or want_dw or want_db
     grads = products.Gradients(hs, ws, torch.float32, False, False, False).result()
-    with _on(hs.device):
-        sweep.statistics()
-        if labels is not None and ce_weight is not None:
-            ignored = labels == ignore_index
-            ce = sweep.cross_entropy().masked_fill(ignored, 0)
-            sweep[stream.CE_WEIGHT].copy_(ce_weight).masked_fill_(ignored, 0)
-            valid = (ce_weight != 0) & ~ignored
-            loss += torch.where(valid, ce_weight * ce, 0).sum(dtype=torch.float64)
-        if teacher is not None and kd_weight is not None:
-            sweep[stream.KD_WEIGHT].copy_(kd_weight / temperature)
-        if teacher is not None and (not wanted or divergence in NEEDS_MEAN):
-            kd = sweep.values()
-        if wanted:
-            dead = (sweep[stream.CE_WEIGHT] == 0) & (sweep[stream.KD_WEIGHT] == 0)
-            grads, on_the_way = sweep.gradients(dead, want_dh, want_dw, want_db, chunk_vocab)
-            kd = kd if on_the_way is None else on_the_way
+    sweep.statistics()
+    if labels is not None and ce_weight is not None:
+        ignored = labels == ignore_index
+        ce = sweep.cross_entropy().masked_fill(ignored, 0)
+        sweep[stream.CE_WEIGHT].copy_(ce_weight).masked_fill_(ignored, 0)
+        valid = (ce_weight != 0) & ~ignored
+        loss += torch.where(valid, ce_weight * ce, 0).sum(dtype=torch.float64)
+    if teacher is not None and kd_weight is not None:
+        sweep[stream.KD_WEIGHT].copy_(kd_weight / temperature)
+    if teacher is not None and (not wanted or divergence in NEEDS_MEAN):
+        kd = sweep.values()
+    if wanted:
+        dead = (sweep[stream.CE_WEIGHT] == 0) & (sweep[stream.KD_WEIGHT] == 0)
+        want = want_dh, want_dw, want_db
+        grads, on_the_way = sweep.gradients(dead, *want, chunk_vocab, torch.float32)
+        kd = kd if on_the_way is None else on_the_way
     if teacher is not None and kd_weight is not None:
         loss += torch.where(kd_weight != 0, kd_weight * kd, 0).sum(dtype=torch.float64)
     return loss.float(), ce, kd, *grads
@@ -116,10 +114,9 @@ def logprob_rows(
     """As `eager.logprob_rows`. `chunk_rows` is not used: all rows at once need no workspace."""
     eager.check_labels(labels, vocab, ignore_index)
     sweep = _Sweep(_head(h, w, b, cap), None, labels, vocab, temperature)
-    with _on(h.device):
-        sweep.statistics()
-        lse = sweep[stream.TOP_S] / temperature + sweep[stream.LOG_S]
-        return -sweep.cross_entropy().masked_fill(labels == ignore_index, 0), lse
+    sweep.statistics()
+    lse = sweep[stream.TOP_S] / temperature + sweep[stream.LOG_S]
+    return -sweep.cross_entropy().masked_fill(labels == ignore_index, 0), lse
 
 
 def logprob_grad(
@@ -142,12 +139,11 @@ def logprob_grad(
     a block no larger than `chunk_rows` rows of the vocabulary.
     """
     sweep = _Sweep(_head(h, w, b, cap), None, labels, vocab, temperature)
-    with _on(h.device):
-        sweep[stream.LOG_S].copy_(lse)
-        weight = sweep[stream.CE_WEIGHT].copy_(grad).div_(-temperature)
-        dead = weight.masked_fill_(labels == ignore_index, 0) == 0
-        columns = max(LEAST_COLUMNS, chunk_rows * vocab // max(h.shape[0], 1))
-        return sweep.gradients(dead, want_dh, want_dw, want_db, columns)[0]
+    sweep[stream.LOG_S].copy_(lse)
+    weight = sweep[stream.CE_WEIGHT].copy_(grad).div_(-temperature)
+    dead = weight.masked_fill_(labels == ignore_index, 0) == 0
+    columns = max(LEAST_COLUMNS, chunk_rows * vocab // max(h.shape[0], 1))
+    return sweep.gradients(dead, want_dh, want_dw, want_db, columns, w.dtype)[0]
 
 
 class _Sweep:
@@ -211,17 +207,23 @@ class _Sweep:
             self.diagnostics[2].copy_(votes[2])
 
     def gradients(
-        self, dead: Tensor, want_dh: bool, want_dw: bool, want_db: bool, columns: int
+        self,
+        dead: Tensor,
+        want_dh: bool,
+        want_dw: bool,
+        want_db: bool,
+        columns: int,
+        dw_dtype: torch.dtype,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
-        """(dh, dw, db), and D and the agreement of every row where `values` has not been there
-        before. `dead` (N,) marks rows of no weight: their hidden states may be NaN, and 0 · NaN is
-        NaN.
+        """(dh, dw in `dw_dtype`, db), and D and the agreement of every row where `values` has not
+        been there before. `dead` (N,) marks rows of no weight: their hidden states may be NaN, and
+        0 · NaN is NaN.
         """
         h, w = self.student.h, self.student.w
         want_kd = self.teacher is not None and self.divergence not in NEEDS_MEAN
         kd = torch.zeros_like(self.facts[0]) if want_kd else None
         dh = torch.zeros_like(h, dtype=torch.float32) if want_dh else None
-        dw = torch.empty_like(w, dtype=products.head_gradient_dtype(w)) if want_dw else None
+        dw = torch.empty_like(w, dtype=dw_dtype) if want_dw else None
         db = h.new_zeros(w.shape[0], dtype=torch.float32) if want_db else None
         if dw is not None:
             dw[self.vocab :].zero_()
@@ -252,7 +254,7 @@ class _Sweep:
         none = products.Gradients(h, w, torch.float32, False, False, False).result()
         return (
             none[0] if dh is None else dh,
-            none[1] if dw is None else dw,
+            none[1].to(dw_dtype) if dw is None else dw,
             none[2] if db is None else db,
         ), kd
 
@@ -261,30 +263,10 @@ def _write_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b, summed in fp32 and rounded once to the dtype of `out`."""
     if out.dtype == torch.float32:
         products.product(a, b, out)
-    elif out.is_cuda and a.dtype == b.dtype == out.dtype:
-        with _full_sums():
-            torch.mm(a, b, out=out)
-    else:
+    else:  # a GEMM that gives 16 bits may split its sum and add the parts in them
         exact = torch.empty_like(out, dtype=torch.float32)
         products.product(a, b, exact)
         out.copy_(exact)
-
-
-@contextmanager
-def _full_sums() -> Iterator[None]:
-    """A GEMM that splits its sum over several programs may otherwise add the parts in bf16."""
-    settings = torch.backends.cuda.matmul
-    before = settings.allow_bf16_reduced_precision_reduction
-    settings.allow_bf16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        settings.allow_bf16_reduced_precision_reduction = before
-
-
-def _on(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _head(h: Tensor, w: Tensor, bias: Tensor | None, cap: float) -> Head:
@@ -294,4 +276,4 @@ def _head(h: Tensor, w: Tensor, bias: Tensor | None, cap: float) -> Head:
                 f"the streamed algorithm takes fp32, bf16 and fp16, got {x.dtype}; "
                 "backend='eager' takes any"
             )
-    return Head(h.contiguous(), w.contiguous(), None if bias is None else bias.contiguous(), cap)
+    return Head(h, w, bias, cap)
