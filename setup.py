@@ -2,25 +2,38 @@
 
 Each instruction set is compiled from its own file with its own flags, and chosen when the program
 runs. CUDA kernels are added where torch is built for CUDA and nvcc is there; if they do not
-compile, the extension is built without them. Environment: ``MLLMKD_NO_EXT=1`` leaves the extension
-out, ``MLLMKD_NO_CUDA=1`` only the CUDA kernels, ``MLLMKD_REQUIRE_EXT=1`` makes a failed build an
-error, ``DEBUG=1`` builds without optimisation.
+compile, the extension is built without them. Where there is no compiler, or no torch to compile
+against, the package is built without the extension; where there is, a build that fails is an error.
+What was left out and why is noted beside the modules (`NOTE`), for the first call to say.
+
+Environment: ``MLLMKD_NO_EXT=1`` leaves the extension out, ``MLLMKD_NO_CUDA=1`` only the CUDA
+kernels, ``MLLMKD_REQUIRE_EXT=1`` makes leaving it out for any other reason an error, ``CXX`` names
+the compiler, ``DEBUG=1`` builds without optimisation.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import runpy
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
+import setuptools
 from setuptools import Extension, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+#: What was left out and why, in the package's folder: read by `mllmkd_kernels.backends.cpu`.
+NOTE = "_left_out.json"
+CXX_KERNELS, CUDA_KERNELS = "C++ kernels", "CUDA kernels"
 COMMON = [
     "-std=c++20",
     "-DAT_PER_OPERATOR_HEADERS",
@@ -60,26 +73,40 @@ def flags_of(source: str) -> list[str]:
     return [*defines, *flags, *QUIET]
 
 
-def extension_arguments() -> dict:
-    """`ext_modules` and `cmdclass` for setup(); nothing where the extension is not wanted, or not
-    possible.
-    """
+def arguments() -> dict[str, Any]:
+    """`ext_modules` and `cmdclass` for setup()."""
+    reason = why_no_compiler()
+    if not reason:
+        try:
+            from torch.utils import cpp_extension
+        except ImportError as error:
+            reason = f"torch could not be imported while building: {error}"
+        else:
+            return with_extension(cpp_extension)
+    command = noting(build_ext, {CXX_KERNELS: reason})
+    return {"cmdclass": {"build": Build, "build_ext": command}}
+
+
+def why_no_compiler() -> str:
+    """Why nothing is to be compiled, or nothing can be; empty if it can."""
     if os.environ.get("MLLMKD_NO_EXT") == "1":
-        print(
-            "mllmkd_kernels: MLLMKD_NO_EXT=1, installing without C++ kernels (eager backend only)"
-        )
-        return {}
-    try:
-        from torch.utils import cpp_extension
-    except ImportError as error:
-        return unavailable(
-            f"torch cannot be imported while building ({error}); use --no-build-isolation"
-        )
+        return "MLLMKD_NO_EXT=1 was set while building"
+    compiler = shlex.split(os.environ.get("CXX") or "c++")[0]  # as torch looks for it
+    return "" if shutil.which(compiler) else f"no C++ compiler: `{compiler}` was not found"
+
+
+def required() -> bool:
+    """Is it an error to leave the extension out without having been told to?"""
+    return os.environ.get("MLLMKD_REQUIRE_EXT") == "1" != os.environ.get("MLLMKD_NO_EXT")
+
+
+def with_extension(cpp_extension: ModuleType) -> dict[str, Any]:
+    """What setup() is told where there is a compiler, and torch."""
     reason = why_no_cuda(cpp_extension)
-    if reason:
-        print(f"mllmkd_kernels: building without CUDA kernels: {reason}")
     extension = make_extension(cpp_extension, cuda=not reason)
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": build_command(cpp_extension)}}
+    left_out = {CUDA_KERNELS: reason} if reason else {}
+    command = noting(compile_command(cpp_extension, left_out), left_out)
+    return {"ext_modules": [extension], "cmdclass": {"build": Build, "build_ext": command}}
 
 
 def make_extension(cpp_extension: ModuleType, cuda: bool) -> Extension:
@@ -135,25 +162,61 @@ def known_architectures(cuda_home: str) -> list[str]:
     return [a for a in NVCC["ARCHITECTURES"] if f"sm_{a.rstrip('a')}" in listed]
 
 
-def build_command(cpp_extension: ModuleType) -> type:
-    """A build_ext with flags per file, for which a missing compiler is not the end."""
+class Build(build):
+    """A build from nothing but the sources. What an earlier one left in build/ is not the result of
+    this one, and a wheel takes all that lies there; objects in build/temp.* are kept.
+    """
 
-    class Build(cpp_extension.BuildExtension):
+    sub_commands: ClassVar = [  # build_ext without an extension too: it notes why there is none
+        (name, None if name == "build_ext" else wanted) for name, wanted in build.sub_commands
+    ]
+
+    def run(self) -> None:
+        if Path(self.build_base) in Path(self.build_lib).parents:  # not what --build-lib names
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+def noting(command: type[build_ext], left_out: dict[str, str]) -> type[build_ext]:
+    """`command`, that writes down what is left out. An extension that an earlier build left goes
+    first: a failed build leaves none rather than one that is out of date, and one that is newer
+    than the sources may be of another torch or other flags.
+    """
+
+    class Noting(command):
+        def run(self) -> None:
+            target = Path(ROOT if self.inplace else self.build_lib)
+            for place in {target, Path(self.build_lib)}:
+                (place / self.get_ext_filename("mllmkd_kernels._C")).unlink(missing_ok=True)
+            if CXX_KERNELS in left_out and required():
+                raise SystemExit(f"mllmkd_kernels: no {CXX_KERNELS}: {left_out[CXX_KERNELS]}")
+            super().run()
+            note = target / "mllmkd_kernels" / NOTE
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(json.dumps(left_out) + "\n", encoding="utf-8")
+            for part, reason in left_out.items():
+                print(f"mllmkd_kernels: built without {part}: {reason}", file=sys.stderr)
+
+    return Noting
+
+
+def compile_command(cpp_extension: ModuleType, left_out: dict[str, str]) -> type[build_ext]:
+    """A build_ext with flags per file. CUDA kernels that do not compile are added to `left_out`."""
+
+    class Compile(cpp_extension.BuildExtension):
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
             except Exception as error:
-                if isinstance(self.extensions[0].extra_compile_args, dict):
-                    self.build_without_cuda(error)
-                else:
-                    unavailable(last_line(error))
-                    self.extensions = []
+                if not isinstance(self.extensions[0].extra_compile_args, dict):
+                    raise
+                self.build_without_cuda(error)
 
         def build_without_cuda(self, error: Exception) -> None:
             """The CPU kernels do not pay for a CUDA toolkit that does not fit. The extension keeps
             what setuptools has noted on it.
             """
-            print(f"mllmkd_kernels: CUDA kernels not built: {last_line(error)}", file=sys.stderr)
+            left_out[CUDA_KERNELS] = f"they did not compile: {last_line(error)}"
             vars(self.extensions[0]).update(vars(make_extension(cpp_extension, cuda=False)))
             self.build_extensions()
 
@@ -172,7 +235,7 @@ def build_command(cpp_extension: ModuleType) -> type:
                 )
             super().build_extension(ext)
 
-    return Build
+    return Compile
 
 
 def last_line(error: Exception) -> str:
@@ -180,16 +243,7 @@ def last_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
-def unavailable(reason: str) -> dict:
-    """Say once why there are no C++ kernels; an error where they are required."""
-    if os.environ.get("MLLMKD_REQUIRE_EXT") == "1":
-        raise SystemExit(f"mllmkd_kernels: the C++ kernels were not built: {reason}")
-    print(
-        f"mllmkd_kernels: C++ kernels not built, the eager backend will be used: {reason}",
-        file=sys.stderr,
-    )
-    return {}
-
-
 if __name__ == "__main__":
-    setup(**extension_arguments())
+    if int(setuptools.__version__.split(".")[0]) < 77:  # they fail on the licence, by pages
+        raise SystemExit(f"setuptools {setuptools.__version__}: pip install 'setuptools>=77.0.3'")
+    setup(**arguments())

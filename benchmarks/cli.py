@@ -32,7 +32,7 @@ examples:
   python -m benchmarks speed --only floor,torch-eager,mk-cpu --rounds 9
   python -m benchmarks all --device cuda   a GPU's shapes, where there is one (the default there)
   python -m benchmarks readme              put the newest full run into README.md
-  pip install 'mllmkd_kernels[peers]'      adds other projects to the comparison
+  pip install -e '.[peers]'                adds other projects to the comparison
 
 methods: """ + ", ".join(method.key for method in methods.METHODS)
 
@@ -81,8 +81,8 @@ def _measuring_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="folder of the JSON and the report; a full run of suite cpu or gpu goes to "
-        "benchmarks/results by itself, any other to runs/benchmarks",
+        help="folder of the JSON and the report; by itself a full run of suite cpu or gpu, made in "
+        "the checkout, goes to benchmarks/results, any other to ./runs/benchmarks",
     )  # fmt: skip
 
 
@@ -139,8 +139,11 @@ def _suite(name: str | None, device: str | None) -> Suite:
 
 
 def _folder(run: dict[str, Any]) -> Path:
-    """Where a run belongs: only one that may be published among the published ones."""
-    return record.RESULTS if record.publishable(run) else ROOT / "runs" / "benchmarks"
+    """Where a run belongs: in the current folder; among the published ones, which are in the
+    checkout, only where that is the current folder and the run may be published.
+    """
+    published = Path().samefile(ROOT) and record.publishable(run)
+    return record.RESULTS if published else Path("runs", "benchmarks")
 
 
 def _sections(

@@ -1,6 +1,6 @@
 """What do other projects have? Their functions, called as their documentation says, if installed.
 
-``pip install 'mllmkd_kernels[peers]'`` brings them (``peers-cuda``: quack); one that is missing, or
+``pip install -e '.[peers]'`` brings them (``peers-cuda``: quack); one that is missing, or
 that cannot run on the device, is a row that says so. Each is asked for exactly the loss of the
 case: both weights 1, no temperature, a mean over rows. Where a project offers a more accurate and a
 faster way at the same price, its more accurate one is called.

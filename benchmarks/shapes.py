@@ -239,6 +239,11 @@ def headline(dtype: str) -> Case:
     return case("headline", 1024, dtype)
 
 
+def fallback(dtype: str) -> Case:
+    """The shape that the promises of the backend without a compiler are about: the fewest rows."""
+    return with_vocab(case("headline", 128, dtype), 16384)
+
+
 def gpu_headline(train_head: bool) -> Case:
     """The shape that the targets on a GPU are about."""
     return case("qwen1.5-4b-0.5b", 8192, "bf16", train_head)
@@ -287,6 +292,7 @@ def _cpu_suite() -> Suite:
     )
     # A quarter of the vocabulary: for all of it torch's chunked cross-entropy needs 16 s a round.
     cross_entropy = (with_vocab(case("headline", 256, "bf16", loss="ce"), 16384),)
+    fallbacks = tuple(fallback(dtype) for dtype in PROMISED)
     relation = tuple(
         case("headline", 729, "bf16", trained, "relation") for trained in (False, True)
     )
@@ -299,10 +305,18 @@ def _cpu_suite() -> Suite:
     return Suite(
         "cpu",
         "two CPU cores, minutes",
-        speed=(*big, *frozen, *real, *cross_entropy, *relation, replace(fewer, images=3)),
+        speed=(
+            *big,
+            *frozen,
+            *real,
+            *cross_entropy,
+            *fallbacks,
+            *relation,
+            replace(fewer, images=3),
+        ),
         memory=big + sweep + frozen + relation,
         accuracy=tuple(Ladder(replace(_LADDER, dtype=dtype)) for dtype in PROMISED),
-        every_backend=cross_entropy,
+        every_backend=(*cross_entropy, *fallbacks, few),
         step=_stages(_SMALL, 64, 40, 4, 192),
     )
 

@@ -1,7 +1,8 @@
 """Which promises hold? Pass or fail, from the figures of a record.
 
 They are stated for the headline shape (N 1024, V 65,536, Ds 896, Dt 2048; CE + forward KL, forward
-and backward, student head trained) and for what ``backend="auto"`` chooses on the machine.
+and backward, student head trained) and for what ``backend="auto"`` chooses on the machine; on a CPU
+also for the eager backend, which a machine without a compiler gets, at `shapes.fallback`.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.methods import EAGER
-from benchmarks.shapes import PROMISED, headline
+from benchmarks.shapes import PROMISED, Case, fallback, headline
 
 #: Time over the matrix products alone, at most.
 OVER_FLOOR = 1.15
 #: Times faster than eager PyTorch, at least.
 TIMES_EAGER = {"fp32": 1.35, "bf16": 1.8}
+#: The eager backend's speed as a share of eager PyTorch's, at least.
+FALLBACK = 0.9
 #: Extra memory as a share of eager PyTorch's, at most.
 MEMORY_SHARE = 1 / 3
 
@@ -42,6 +45,7 @@ def judge(record: dict[str, Any], method: str) -> list[dict[str, Any]]:
     for dtype in PROMISED:
         found += _speed(record.get("speed", []), method, dtype)
         found.append(_memory(record.get("memory", []), method, dtype))
+        found.append(_fallback(record.get("speed", []), dtype))
     for dtype in PROMISED:
         found.append(_accuracy(record.get("accuracy", []), method, dtype))
     return [asdict(target) for target in found]
@@ -60,6 +64,14 @@ def _speed(rows: list[dict[str, Any]], method: str, dtype: str) -> list[Target]:
             row.get("times_eager"), "{:.2f}x", lambda x: x >= least,
         ),
     ]  # fmt: skip
+
+
+def _fallback(rows: list[dict[str, Any]], dtype: str) -> Target:
+    return _target(
+        f"{dtype}: without a compiler at least {FALLBACK:.1f}x of eager PyTorch's speed",
+        _row(rows, "mk-eager", fallback(dtype)).get("times_eager"),
+        "{:.2f}x", lambda x: x >= FALLBACK,
+    )  # fmt: skip
 
 
 def _memory(rows: list[dict[str, Any]], method: str, dtype: str) -> Target:
@@ -89,8 +101,11 @@ def _worst(shares: Iterable[float]) -> float | None:
 
 
 def _headline(rows: list[dict[str, Any]], method: str, dtype: str) -> dict[str, Any]:
-    case = asdict(headline(dtype))
-    return next((r for r in rows if r["method"] == method and r["case"] == case), {})
+    return _row(rows, method, headline(dtype))
+
+
+def _row(rows: list[dict[str, Any]], method: str, case: Case) -> dict[str, Any]:
+    return next((r for r in rows if r["method"] == method and r["case"] == asdict(case)), {})
 
 
 def _target(

@@ -7,6 +7,7 @@ definitions.
 """
 
 from mllmkd_kernels import methods
+from mllmkd_kernels.backends.cpu import release_workspace
 from mllmkd_kernels.batch import count_rows, counts_of, distill_batch, forward_through
 from mllmkd_kernels.distill import DistillOutput, fused_linear_distill
 from mllmkd_kernels.divergence import Divergence
@@ -60,6 +61,7 @@ __all__ = [
     "image_seqlens",
     "methods",
     "relation_cosine",
+    "release_workspace",
     "response_rows",
     "sum_counts",
     "visual_rows",

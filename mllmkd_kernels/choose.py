@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import warnings
 
 import torch
 
@@ -53,8 +55,19 @@ def _default_backend(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> t
     if device.type != "cpu":
         return "eager", f"the only backend for {device.type} tensors"
     if not cpu.available():
-        return "eager", f"the C++ kernels are not there: {cpu.why_not()}"
+        _say_once(cpu.why_not())
+        return "eager", cpu.why_not()
     return "cpu", "C++ kernels for CPU tensors"
+
+
+@functools.cache
+def _say_once(why_not: str) -> None:
+    """In a process: pip shows nothing of what a build that succeeds has to say."""
+    warnings.warn(
+        f"mllmkd_kernels: the eager backend is used for CPU tensors: {why_not} "
+        '(backend="eager" chooses it without a word)',
+        stacklevel=2,
+    )
 
 
 def _require_gpu(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:

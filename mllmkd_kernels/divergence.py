@@ -20,7 +20,10 @@ All divergences are built from one function, the KL to a mixture: ``KL(p ‖ λp
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -125,73 +128,112 @@ class Divergence:
         return cls(divergence)
 
 
+class Pair:
+    """What the terms of every divergence are made of: the normalised log-probabilities of teacher
+    and student, (N, V) or some columns of it, and what follows from both, each made when it is
+    first asked for. A row that holds a NaN is NaN throughout.
+    """
+
+    def __init__(self, log_p: Tensor, log_q: Tensor) -> None:
+        self.log_p, self.log_q = log_p, log_q
+
+    @cached_property
+    def p(self) -> Tensor:
+        """The teacher's probabilities."""
+        return self.log_p.exp()
+
+    @cached_property
+    def q(self) -> Tensor:
+        """The student's."""
+        return self.log_q.exp()
+
+    @cached_property
+    def _larger(self) -> Tensor:
+        """max(p, q)."""
+        return torch.maximum(self.log_p, self.log_q).exp_()
+
+    @cached_property
+    def log_ratio(self) -> Tensor:
+        """u = log q − log p, 0 where both models mask the token."""
+        u = (self.log_q - self.log_p).nan_to_num_(0.0, torch.inf, -torch.inf)
+        return u.add_(0 * self._larger.sum(-1, keepdim=True))  # a NaN row's NaN again
+
+    @cached_property
+    def difference(self) -> Tensor:
+        """q − p as ± max(p, q) · (1 − exp(−|u|)), which loses nothing where the two are close."""
+        u = self.log_ratio
+        return u.abs().neg_().expm1_().mul_(self._larger).copysign_(u)
+
+
 def _times(p: Tensor, x: Tensor) -> Tensor:
     """p · x with 0 · ±inf = 0: a token the model gives no mass (a masked logit) contributes
     nothing.
     """
-    return torch.where(p == 0, torch.zeros_like(p), p * x)
+    most = torch.finfo(p.dtype).max
+    bound = (p * most).mul_(most).mul_(most)  # 0 where p is, else infinite, however small p
+    return x.clamp(-bound, bound).mul_(p)
+
+
+def _either(inside: Tensor, near: Tensor, far: Tensor) -> Tensor:
+    """`near` where `inside` is 1, `far` where it is 0; finite where they are not taken. On a CPU
+    ``torch.where`` is not vectorised: it takes as long as four exponentials.
+    """
+    return torch.addcmul(far * (1 - inside), near, inside)
 
 
 def _log_mix(u: Tensor, w: float) -> Tensor:
     """log((1 − w) + w eᵘ), exact near u = 0 and without overflow for large u."""
     if w == 1.0:
         return u
-    tail = torch.log1p((1 - w) * torch.expm1(-u.abs()))
-    return torch.where(u > 0, u + tail, torch.log1p(w * torch.expm1(u.clamp(max=0))))
+    positive = u.sign().clamp_(min=0)
+    share = positive.mul_(1 - 2 * w).add_(w)  # of the smaller exponential: 1 − w or w
+    return u.clamp(min=0) + torch.expm1(-u.abs()).mul_(share).log1p_()
 
 
 def _second_order(u: Tensor, w: float) -> Tensor:
     """φ(u) = x − log1p(x) with x = w · expm1(u): the non-negative, second-order small value of
-    one token, |u| < 1.
+    one token, |u| ≤ 1.
     """
+    if w == 1.0:  # expm1(u) − u by its series: as exact as the dtype at u = 1
+        last = 19 if u.dtype == torch.float64 else 11
+        return u * u * _polynomial(u, [1 / math.factorial(n) for n in range(2, last + 1)])
     x = w * torch.expm1(u)
     if u.dtype == torch.float64:
-        return x - (u if w == 1.0 else torch.log1p(x))
-    if w == 1.0:  # expm1(u) − u by its series where the difference would cancel
-        series = u * u * _polynomial(u, (1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040))
-        return torch.where(u.abs() < 0.25, series, x - u)
+        return x - torch.log1p(x)
     series = x * x * _polynomial(x, (1 / 2, -1 / 3, 1 / 4, -1 / 5, 1 / 6, -1 / 7, 1 / 8))
-    return torch.where(x.abs() < 0.1, series, x - torch.log1p(x))
+    return _either(x.abs().lt_(0.1), series, x - torch.log1p(x))
 
 
-def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
     value = torch.full_like(x, coefficients[-1])
     for c in reversed(coefficients[:-1]):
-        value = value * x + c
+        value.mul_(x).add_(c)
     return value
 
 
-def _kl_to_mixture(p: Tensor, q: Tensor, u: Tensor, lam: float) -> Tensor:
+def _kl_to_mixture(p: Tensor, difference: Tensor, u: Tensor, lam: float) -> Tensor:
     """Terms of KL(p ‖ λp + (1−λ)q), with (1−λ)(q − p) added to each; u = log q − log p."""
     w = 1.0 - lam
-    near = p * _second_order(u.clamp(-1, 1), w)
-    far = w * (q - p) - _times(p, _log_mix(u, w))
-    return torch.where(u.abs() < 1, near, far)
+    near = _second_order(u.clamp(-1, 1), w).mul_(p)
+    far = (w * difference).sub_(_times(p, _log_mix(u, w)))
+    return _either(u.abs().lt_(1), near, far)
 
 
-def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """u = log q − log p, 0 where both models mask the token."""
-    both_masked = (log_p == -torch.inf) & (log_q == -torch.inf)
-    return torch.where(both_masked, torch.zeros_like(log_q), log_q - log_p)
-
-
-def values(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Row values D of normalised log-probabilities `log_p`, `log_q` (N, V): returns (N,) in
-    their dtype.
-    """
-    p, q, u, lam = log_p.exp(), log_q.exp(), _log_ratio(log_p, log_q), divergence.param
+def values(divergence: Divergence, pair: Pair) -> Tensor:
+    """Row values D, (N,) in the dtype of the pair."""
+    u, lam, log_q = pair.log_ratio, divergence.param, pair.log_q
     match divergence.name:
         case "forward_kl" | "skew_forward_kl":
-            terms = _kl_to_mixture(p, q, u, lam)
+            terms = _kl_to_mixture(pair.p, pair.difference, u, lam)
         case "reverse_kl" | "skew_reverse_kl":
-            terms = _kl_to_mixture(q, p, -u, lam)
+            terms = _kl_to_mixture(pair.q, -pair.difference, -u, lam)
         case "jsd":
-            terms = lam * _kl_to_mixture(p, q, u, lam)
-            terms = terms + (1 - lam) * _kl_to_mixture(q, p, -u, 1 - lam)
+            terms = lam * _kl_to_mixture(pair.p, pair.difference, u, lam)
+            terms += (1 - lam) * _kl_to_mixture(pair.q, -pair.difference, -u, 1 - lam)
         case "total_variation":
-            terms = 0.5 * _difference(p, q, u).abs()
+            terms = 0.5 * pair.difference.abs()
         case _:  # soft_cross_entropy
-            terms = -_times(p, log_q)
+            terms = -_times(pair.p, log_q)
     return terms.sum(-1)
 
 
@@ -200,22 +242,19 @@ def entropies(log_p: Tensor) -> Tensor:
     return -_times(log_p.exp(), log_p).sum(-1)
 
 
-def _difference(p: Tensor, q: Tensor, u: Tensor) -> Tensor:
-    """q − p, as p · expm1(u) where the two are close."""
-    return torch.where(u.abs() < 1, p * torch.expm1(u.clamp(-1, 1)), q - p)
-
-
-def gradients(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """∂D/∂a (N, V) for student log-probabilities `log_q` = log_softmax(a)."""
+def gradients(divergence: Divergence, pair: Pair) -> Tensor:
+    """∂D/∂a (N, V) for the student's log-probabilities log_softmax(a). Not to be written to: it may
+    be a tensor of the pair.
+    """
     if divergence.name in ONE_SWEEP:
-        return _difference(log_p.exp(), log_q.exp(), _log_ratio(log_p, log_q))
-    q, slope = slopes(divergence, log_p, log_q)
-    return from_slopes(q, slope, slope_sums(q, slope))
+        return pair.difference
+    slope = slopes(divergence, pair)
+    return from_slopes(pair.q, slope, slope_sums(pair.q, slope))
 
 
-def slopes(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """q and g = ∂f/∂q up to a constant, (N, V) each, of a divergence that is not in `ONE_SWEEP`."""
-    u, lam = _log_ratio(log_p, log_q), divergence.param
+def slopes(divergence: Divergence, pair: Pair) -> Tensor:
+    """g = ∂f/∂q up to a constant, (N, V), of a divergence that is not in `ONE_SWEEP`."""
+    u, lam = pair.log_ratio, divergence.param
     w = 1.0 - lam
     match divergence.name:
         case "reverse_kl":
@@ -228,8 +267,9 @@ def slopes(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor
             mix = _log_mix(-u, w)
             slope = -mix - lam * torch.expm1(-mix)
         case _:  # total_variation
-            slope = 0.5 * torch.where(u.isnan(), u, torch.sign(u))  # sign(NaN) would be 0
-    return log_q.exp(), slope
+            most = torch.finfo(u.dtype).max
+            slope = (u * most).clamp_(-0.5, 0.5)  # sign(NaN) would be 0
+    return slope
 
 
 def slope_sums(q: Tensor, slope: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from mllmkd_kernels import hardware
+from mllmkd_kernels.backends.products import strip_bytes
 from mllmkd_kernels.choose import choose_backend
 from mllmkd_kernels.divergence import sweeps
 
@@ -27,8 +28,8 @@ WORKSPACE_MB = 256.0
 #: entry and chunk, cost more than its products.
 WORKSPACE_MB_GPU = 600.0
 
-#: The C++ kernels take no more rows at a time, whatever the budget: fewer read the heads too often,
-#: more leave the cache. Measured on two cores, bf16, V 65,536, as time over the floor's: 256, 352,
+#: A processor takes no more rows at a time, whatever the budget: fewer read the heads too often,
+#: more only take memory. Measured on two cores, bf16, V 65,536, as time over the floor's: 256, 352,
 #: 512 rows 1.16, 1.14, 1.08.
 CPU_CHUNK_ROWS = 512
 
@@ -40,7 +41,7 @@ MIN_CHUNK_ROWS = 32
 VOCAB_TILE = 128
 
 #: Logit-sized tensors alive at once in plain PyTorch, where log-probabilities, ratios and terms are
-#: tensors of their own: with a teacher (measured: 17 to 18), and for cross-entropy alone.
+#: tensors of their own: with a teacher (at most, JSD's), and for cross-entropy alone.
 EAGER_BLOCKS, EAGER_BLOCKS_CE = 18, 4
 
 #: Share of the vendor's rate that the products inside Triton's kernels are taken to reach
@@ -59,8 +60,8 @@ class Plan:
             of `chunk_vocab` columns at a time).
         chunk_rows: C, the rows whose logits exist at the same time; all of them for "stream".
         chunk_vocab: the columns that exist at the same time; all of them for "chunk".
-        workspace_bytes: the logits of one chunk; for "stream" the gradient of one slice of the
-            vocabulary.
+        workspace_bytes: the logits of one chunk, for "eager" with the strips that are made of
+            them; for "stream" the gradient of one slice of the vocabulary.
         saved_bytes: unscaled gradients in fp32, summed in forward and kept until backward has
             scaled them: they are rounded once, then.
         returned_bytes: the gradients, in the dtypes of what they are for.
@@ -164,7 +165,7 @@ def chunk_rows(
     """
     budget = _budget(backend, workspace_mb)
     most = max(MIN_CHUNK_ROWS, int(budget // max(blocks * vocab * element_bytes, 1)))
-    if backend == "cpu":
+    if backend in ("cpu", "eager"):
         most = min(most, CPU_CHUNK_ROWS)
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
@@ -195,7 +196,7 @@ def distill_plan(
     """
     name, why = choose_backend(backend, device, (s.dtype,))
     if name not in ("triton", "cuda"):
-        return _host_plan(s, name, why, workspace_mb)
+        return _host_plan(s, name, why, workspace_mb, device)
     gpu = gpu or hardware.of_device(device)
     chunk = _chunk_on_gpu(s, name, gpu, workspace_mb)
     stream = _stream_on_gpu(s, gpu, workspace_mb)
@@ -223,14 +224,18 @@ def _gradient_bytes(s: Shapes, element: int) -> tuple[int, int]:
     return entries * element, entries * s.dtype.itemsize
 
 
-def _host_plan(s: Shapes, name: str, why: str, workspace_mb: float | None) -> Plan:
+def _host_plan(
+    s: Shapes, name: str, why: str, workspace_mb: float | None, device: torch.device
+) -> Plan:
     element = 8 if s.dtype == torch.float64 else 4
     blocks = 2 if s.d_t else 1
-    if name == "eager":
-        blocks = EAGER_BLOCKS if s.d_t else EAGER_BLOCKS_CE
     c = chunk_rows(name, s.rows, s.vocab, blocks, element, workspace_mb)
+    workspace = blocks * c * s.vocab * element
+    if name == "eager":
+        strips = EAGER_BLOCKS if s.d_t else EAGER_BLOCKS_CE
+        workspace += strips * min(strip_bytes(device), c * s.vocab * element)
     return Plan(
-        name, "chunk", c, s.vocab, blocks * c * s.vocab * element, *_gradient_bytes(s, element),
+        name, "chunk", c, s.vocab, workspace, *_gradient_bytes(s, element),
         s.floor_flops, s.floor_flops,
         reasons=(
             why,

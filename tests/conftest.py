@@ -41,7 +41,8 @@ def _same_numbers() -> None:
 def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """The core's tests are thousands of calls of microseconds. Two threads wait for each other at
     the end of each: on a busy machine that made the suite ten times slower. Tests that are about
-    threads ask for `threads`; those of training, which do compute, keep what torch has.
+    threads ask for `threads`; those of training, which do compute, keep what torch has (one too
+    under `make test`, which runs a process a core).
     """
     before = torch.get_num_threads()
     if request.path.parent == Path(__file__).parent:

@@ -177,6 +177,23 @@ def test_the_eager_backend_never_holds_the_logits() -> None:
     assert watch.tally.largest == 8 * 2048
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_head_gradient_of_one_chunk_needs_no_accumulator(dtype: torch.dtype) -> None:
+    """It is written once, with zeros where the vocabulary is shorter than the head: what
+    accumulating gives.
+    """
+    h, w, dz = torch.randn(6, 4).to(dtype), torch.randn(50, 4).to(dtype), torch.randn(6, 40)
+    found = []
+    for at_once in (True, False):
+        grads = products.Gradients(h, w, torch.float32, True, True, True, at_once=at_once)
+        with Watch() as watch:
+            grads.add(slice(0, 6), dz)
+            found.append(grads.result())
+    assert grads.dw is not None and watch.tally.calls["addmm_"]
+    for once, summed in zip(*found, strict=True):
+        assert once.dtype == summed.dtype and torch.equal(once, summed)
+
+
 def test_the_relation_never_holds_its_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     """R of 300 rows has 90,000 entries, its logits 300 × 5,000: no tensor comes near either."""
     monkeypatch.setattr(eager, "RELATION_TILE", 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,21 @@ def test_the_cpu_backend_that_was_not_built(monkeypatch: pytest.MonkeyPatch) -> 
                    "student_weight": torch.eye(V_S, D_S), "kd_weight": 0.0}, backend=b).loss
                    for b in ("auto", "eager"))  # fmt: skip
     assert torch.equal(auto, eager)
+
+
+def test_falling_back_to_eager_is_said_once_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    monkeypatch.setattr(cpu, "why_not", lambda: "the compiler was on holiday")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        mk.fused_linear_distill(**good(), backend="eager")
+        assert not said
+        for _ in range(2):
+            mk.fused_linear_distill(**good())
+    (only,) = said
+    assert "eager backend" in str(only.message) and "was on holiday" in str(only.message)
 
 
 BAD_LOGPROB: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -12,10 +12,12 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import mllmkd_kernels as mk
 from mllmkd_kernels.backends import cpu
 from tests.cpu_cases import BOUND, DIVERGENCES, FLOATS, compare, error, logits, make
 
@@ -173,6 +175,22 @@ def test_values_do_not_depend_on_threads_or_chunks(threads: None) -> None:
     torch.set_num_threads(1)
     one = replace(case, chunk=64).run("jsd")
     assert torch.equal(many[1], one[1]) and torch.equal(many[2], one[2])
+
+
+def test_the_memory_kept_from_a_call_is_freed_where_the_public_function_says_so() -> None:
+    """32 MiB of logits: a mapping of their own, which goes back to the system when it is freed."""
+    case = make(64, 65536, 16, 16, torch.float32)
+    mk.release_workspace()
+    case.run("forward_kl", (True, False, False))
+    kept = resident()
+    mk.release_workspace()
+    assert resident() < kept - (24 << 20)
+    case.run("forward_kl", (True, False, False))  # and the next call has its own
+
+
+def resident() -> int:
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_gradient_keeps_its_memory_while_it_lives_and_hands_it_on_when_it_dies() -> None:

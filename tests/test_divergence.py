@@ -11,7 +11,7 @@ from hypothesis import given
 from torch import Tensor
 
 from mllmkd_kernels import Divergence, reference
-from mllmkd_kernels.divergence import PARAMETERS, gradients, values
+from mllmkd_kernels.divergence import PARAMETERS, Pair, gradients, values
 from tests.problems import DIVERGENCES
 from tests.tolerances import LADDER, check, relative_error
 
@@ -49,8 +49,8 @@ def test_values_and_gradients_are_the_definitions(divergence: Divergence, scale:
     want = reference.divergence_rows(a, log_p, divergence)
     want.sum().backward()
     assert a.grad is not None
-    check(values(divergence, log_p, log_q), want, "fp64", what="values")
-    error = (gradients(divergence, log_p, log_q) - a.grad).abs().max()
+    check(values(divergence, Pair(log_p, log_q)), want, "fp64", what="values")
+    error = (gradients(divergence, Pair(log_p, log_q)) - a.grad).abs().max()
     assert error < 1e-12 * max(1.0, float(a.grad.abs().max()))
 
 
@@ -63,15 +63,18 @@ def test_sums_lose_nothing_near_convergence(divergence: Divergence, eps: float) 
     # (q − p) and all, so from the same function in fp64, which the test above holds to the
     # definition.
     exact = log_p.double(), log_q.double()
-    assert relative_error(values(divergence, log_p, log_q), values(divergence, *exact)) < 2e-6
-    got, want = gradients(divergence, log_p, log_q), gradients(divergence, *exact)
+    assert (
+        relative_error(values(divergence, Pair(log_p, log_q)), values(divergence, Pair(*exact)))
+        < 2e-6
+    )
+    got, want = gradients(divergence, Pair(log_p, log_q)), gradients(divergence, Pair(*exact))
     assert relative_error(got, want) < 2e-6
 
 
 def test_the_plain_sum_does_lose_it() -> None:
     log_p, log_q = log_probs(2.0, 0.003, torch.float32)
     plain = (log_p.exp() * (log_p - log_q)).sum(-1)
-    want = values(Divergence(), log_p.double(), log_q.double())
+    want = values(Divergence(), Pair(log_p.double(), log_q.double()))
     assert relative_error(plain, want) > 1e-4
 
 
@@ -79,8 +82,8 @@ def test_the_plain_sum_does_lose_it() -> None:
 def test_equal_models(divergence: Divergence) -> None:
     log_q = log_probs(3.0, dtype=torch.float32)[1]
     if divergence.name != "soft_cross_entropy":
-        assert not values(divergence, log_q, log_q).any()
-    assert not gradients(divergence, log_q, log_q).any()
+        assert not values(divergence, Pair(log_q, log_q)).any()
+    assert not gradients(divergence, Pair(log_q, log_q)).any()
 
 
 def logits(low: float, high: float) -> st.SearchStrategy[np.ndarray]:
@@ -92,7 +95,7 @@ def logits(low: float, high: float) -> st.SearchStrategy[np.ndarray]:
 @given(z=logits(-(2.0**14), 2.0**14))
 def test_never_negative_never_nan(divergence: Divergence, z: np.ndarray) -> None:
     log_p, log_q = torch.from_numpy(z.copy()).log_softmax(-1)
-    got, slope = values(divergence, log_p, log_q), gradients(divergence, log_p, log_q)
+    got, slope = values(divergence, Pair(log_p, log_q)), gradients(divergence, Pair(log_p, log_q))
     assert (got >= 0).all() and got.isfinite().all()
     assert slope.isfinite().all()
 
@@ -101,7 +104,7 @@ def test_never_negative_never_nan(divergence: Divergence, z: np.ndarray) -> None
 def test_gradients_of_logits_sum_to_zero(divergence: Divergence) -> None:
     """Adding a constant to every logit changes nothing."""
     log_p, log_q = log_probs(2.0)
-    assert gradients(divergence, log_p, log_q).sum(-1).abs().max() < 1e-14
+    assert gradients(divergence, Pair(log_p, log_q)).sum(-1).abs().max() < 1e-14
 
 
 @pytest.mark.parametrize("divergence", TABLE, ids=name_of)
@@ -109,9 +112,9 @@ def test_a_token_masked_by_both_contributes_nothing(divergence: Divergence) -> N
     log_p, log_q = log_probs(2.0)
     nothing = torch.full((16, 3), -torch.inf, dtype=torch.float64)
     masked = torch.cat((log_p, nothing), 1), torch.cat((log_q, nothing), 1)
-    check(values(divergence, *masked), values(divergence, log_p, log_q), "fp64")
-    slope = gradients(divergence, *masked)
-    check(slope[:, :50], gradients(divergence, log_p, log_q), "fp64")
+    check(values(divergence, Pair(*masked)), values(divergence, Pair(log_p, log_q)), "fp64")
+    slope = gradients(divergence, Pair(*masked))
+    check(slope[:, :50], gradients(divergence, Pair(log_p, log_q)), "fp64")
     assert not slope[:, 50:].any()
 
 
@@ -120,9 +123,9 @@ def test_a_token_masked_by_both_contributes_nothing(divergence: Divergence) -> N
 def test_nan_stays_nan(divergence: Divergence, which: int) -> None:
     both = log_probs(2.0)
     both[which, 3, 4] = torch.nan
-    got = values(divergence, *both)
+    got = values(divergence, Pair(*both))
     assert got[3].isnan() and got.isnan().sum() == 1
-    slope = gradients(divergence, *both)
+    slope = gradients(divergence, Pair(*both))
     assert slope[3].isnan().any() and not slope[[0, 1, 2, 4]].isnan().any()
 
 

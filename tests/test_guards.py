@@ -19,6 +19,7 @@ from torch import Tensor
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import plan
+from mllmkd_kernels.backends import products
 from tests.watch import Tally, Watch, inside_operators, launches
 
 N, V, D_S, D_T = 24, 160, 8, 12
@@ -231,6 +232,25 @@ def test_products_and_kernels_of_the_eager_backend(rows: int) -> None:
     assert found.calls == count(rows, 3 * V).calls
     per_chunk = count(64, V).calls.total() - count(32, V).calls.total()
     assert found.calls.total() == count(32, V).calls.total() + (chunks - 1) * per_chunk
+
+
+@pytest.mark.parametrize(
+    ("divergence", "passes"), [("forward_kl", 82), ("reverse_kl", 98), ("jsd", 179)]
+)
+def test_passes_over_the_logits_between_the_products(
+    divergence: str, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every operator of a strip of the eager backend is a pass over all logits (or a few numbers a
+    row); none is `where`, which a CPU does not vectorise.
+    """
+    monkeypatch.setattr(products, "strip_bytes", lambda device: V * FP32)  # a row
+
+    def count(n: int) -> Tally:
+        x = inputs(n=n)
+        return counted(lambda: distill(x, "eager", divergence=divergence))[1]
+
+    strip = count(N + 1).calls - count(N).calls
+    assert strip.total() == passes and "where" not in strip
 
 
 def test_a_relation_of_logits_multiplies_no_logits() -> None:

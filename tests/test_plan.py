@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import plan
 from mllmkd_kernels.backends import cpu
+from mllmkd_kernels.backends.products import strip_bytes
 from mllmkd_kernels.choose import choose_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -24,14 +27,15 @@ def test_a_chunk_fits_the_budget_and_chunks_are_equal(rows: int, budget: float) 
 
 
 def test_an_ample_budget_is_one_chunk_and_a_poor_one_the_smallest() -> None:
-    assert plan.chunk_rows("eager", 1000, 100, 2, 4, None) == 1000
+    assert plan.chunk_rows("eager", 500, 100, 2, 4, None) == 500
     assert plan.chunk_rows("eager", 1024, 10**6, 2, 4, 1e-6) == plan.MIN_CHUNK_ROWS
     assert plan.chunk_rows("eager", 0, 100, 2, 4, None) == 1
 
 
-def test_the_kernels_take_no_more_rows_than_their_cache_likes() -> None:
-    assert plan.chunk_rows("cpu", 1024, 65_536, 2, 4, None) == plan.CPU_CHUNK_ROWS
-    assert plan.chunk_rows("cpu", 1000, 100, 2, 4, 1e6) == 500
+def test_a_processor_takes_no_more_rows_whatever_the_budget() -> None:
+    for backend in ("cpu", "eager"):
+        assert plan.chunk_rows(backend, 1024, 65_536, 2, 4, None) == plan.CPU_CHUNK_ROWS
+        assert plan.chunk_rows(backend, 1000, 100, 2, 4, 1e6) == 500
 
 
 def test_saved_gradients_count_beside_the_workspace_that_is_kept() -> None:
@@ -55,14 +59,18 @@ def test_flops_count_every_product_once() -> None:
     assert mk.explain(n, v, d_s, backend="eager").flops == 2 * n * v * 3 * d_s
 
 
-def test_workspace_counts_blocks_of_logits() -> None:
-    full = mk.explain(64, 1000, 8, 8, dtype=torch.bfloat16, backend="eager")
-    frozen = mk.explain(64, 1000, 8, 8, dtype=torch.bfloat16, train_head=False, backend="eager")
+def test_workspace_counts_blocks_and_strips() -> None:
+    def planned(n: int, v: int, **options: Any) -> plan.Plan:
+        return mk.explain(n, v, 8, 8, dtype=torch.bfloat16, backend="eager", **options)
+
+    full, frozen = planned(64, 1000), planned(64, 1000, train_head=False)
     assert full.workspace_bytes == frozen.workspace_bytes
     assert full.saved_bytes - frozen.saved_bytes == 1000 * 8 * 4
-    assert frozen.workspace_bytes == frozen.chunk_rows * 1000 * 4 * plan.EAGER_BLOCKS
-    small = mk.explain(4096, 10**5, 8, 8, train_head=False, backend="eager", workspace_mb=400.0)
-    assert 200 * 2**20 < small.workspace_bytes <= 400 * 2**20
+    assert frozen.workspace_bytes == 64 * 1000 * 4 * (2 + plan.EAGER_BLOCKS)  # a strip is a chunk
+    several = planned(4096, 10**5, train_head=False)
+    strips = plan.EAGER_BLOCKS * strip_bytes(CPU)
+    assert several.workspace_bytes == 2 * several.chunk_rows * 10**5 * 4 + strips
+    assert several.workspace_bytes - strips <= plan.WORKSPACE_MB * 2**20
 
 
 def test_the_plan_says_why() -> None:
@@ -82,7 +90,8 @@ def test_auto_takes_the_kernels_where_they_are(monkeypatch: pytest.MonkeyPatch) 
     assert choose_backend("auto", torch.device("meta"))[0] == "eager"
     monkeypatch.setattr(cpu, "available", lambda: False)
     monkeypatch.setattr(cpu, "why_not", lambda: "no compiler")
-    name, why = choose_backend("auto", CPU)
+    with pytest.warns(UserWarning, match="no compiler"):
+        name, why = choose_backend("auto", CPU)
     assert name == "eager" and "no compiler" in why
     with pytest.raises(RuntimeError, match="backend: 'cpu' was asked for, but no compiler"):
         choose_backend("cpu", CPU)

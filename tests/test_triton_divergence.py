@@ -97,10 +97,10 @@ def test_rows_are_pythons(d: Divergence, device: torch.device) -> None:
     log_p, log_q = (x.to(device) for x in log_probs(3.0, dtype=torch.float32))
     exact = log_p.double(), log_q.double()
     values, slopes, _ = table(d, log_p, log_q, torch.zeros_like(log_q))
-    assert relative_error(values.double().sum(-1), div.values(d, *exact)) < EXACT
+    assert relative_error(values.double().sum(-1), div.values(d, div.Pair(*exact))) < EXACT
     mean = (log_q.double().exp() * slopes.double()).sum(-1, keepdim=True).float()
     got = table(d, log_p, log_q, mean.expand_as(log_q))[2]
-    assert relative_error(got, div.gradients(d, *exact)) < EXACT
+    assert relative_error(got, div.gradients(d, div.Pair(*exact))) < EXACT
 
 
 @pytest.mark.parametrize("eps", LADDER)
@@ -109,10 +109,10 @@ def test_nothing_is_lost_near_convergence(d: Divergence, eps: float, device: tor
     log_p, log_q = (x.to(device) for x in log_probs(2.0, eps, torch.float32))
     exact = log_p.double(), log_q.double()
     values, slopes, _ = table(d, log_p, log_q, torch.zeros_like(log_q))
-    assert relative_error(values.double().sum(-1), div.values(d, *exact)) < EXACT
+    assert relative_error(values.double().sum(-1), div.values(d, div.Pair(*exact))) < EXACT
     mean = (log_q.double().exp() * slopes.double()).sum(-1, keepdim=True).float()
     got = table(d, log_p, log_q, mean.expand_as(log_q))[2]
-    assert relative_error(got, div.gradients(d, *exact)) < EXACT
+    assert relative_error(got, div.gradients(d, div.Pair(*exact))) < EXACT
 
 
 @pytest.mark.parametrize("d", TABLE, ids=name_of)
@@ -125,7 +125,7 @@ def test_each_token_far_and_near(d: Divergence, device: torch.device) -> None:
     log_q = torch.where(u < 0, high + u, high).to(device)
     value, slope, da = table(d, log_p, log_q, torch.zeros_like(log_q))
     exact = log_p.double()[:, None], log_q.double()[:, None]
-    want = div.values(d, *exact)
+    want = div.values(d, div.Pair(*exact))
     # Beyond |u| = 1 a term is a sum in p and q, whose rounding is that of the larger.
     size = torch.maximum(exact[0], exact[1]).exp().squeeze(1) * u.abs().to(device).clamp(max=1.0)
     assert ((value - want).abs() <= 1e-6 * size + 2e-6 * want.abs()).all()
@@ -144,7 +144,7 @@ def test_masked_tokens(d: Divergence, device: torch.device) -> None:
     log_p = torch.tensor([-inf, -1.0, -inf, nan, -1.0], device=device)
     log_q = torch.tensor([-1.0, -inf, -inf, -1.0, nan], device=device)
     value, slope, da = table(d, log_p, log_q, torch.full_like(log_q, 0.25))
-    want = div.values(d, log_p.double()[:, None], log_q.double()[:, None])
+    want = div.values(d, div.Pair(log_p.double()[:, None], log_q.double()[:, None]))
     assert torch.equal(value.isfinite(), want.isfinite())
     finite = want.isfinite()
     assert (value[finite] - want[finite]).abs().max() < 1e-6

@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     2."""
     options = _parser().parse_args(arguments)
     try:
+        for name, value in vars(options).items():
+            if isinstance(value, str):
+                setattr(options, name, settings.home(value, f"--{name.replace('_', '-')}"))
         options.function(options)
     except _faults() as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -49,7 +52,7 @@ def _faults() -> tuple[type[Exception], ...]:
         DataError,
         NonFiniteError,
         GarmentError,
-        FileExistsError,
+        OSError,  # a full disk, a folder that may not be written, no way to a hub
     )
 
 
@@ -158,6 +161,8 @@ def _quiet() -> None:
     """No bars for writing and reading weights, nothing from a hub: the stages' own bars are
     enough."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():  # read when `datasets` is imported
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -100,6 +100,21 @@ def image_token_id(model: Any) -> int:
     )
 
 
+def positions(config: Any) -> int | None:
+    """How many tokens a sequence of a model may have, by its config; None if it does not say.
+
+    Where rotary positions are scaled (linear, dynamic, yarn), as many as they are scaled to; the
+    other kinds have the scaled number in `max_position_embeddings` already.
+    """
+    text = config.get_text_config()
+    known = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if known is None or rope.get("rope_type") not in ("linear", "dynamic", "yarn"):
+        return known
+    original = rope.get("original_max_position_embeddings", known)
+    return max(known, int(rope["factor"] * original))
+
+
 def _places(model: Any) -> dict[str, Role]:
     """Full path -> role, the output head included."""
     places: dict[str, Role] = {f"model.{place}": role for place, role in _PLACES.items()}

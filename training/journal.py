@@ -11,9 +11,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 
 class Journal:
@@ -24,8 +27,7 @@ class Journal:
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add one line."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(_line(entry))
 
     def write(self, entries: Iterable[Mapping[str, Any]]) -> None:
@@ -46,12 +48,36 @@ class Journal:
             self.write(entry for entry in self.read() if entry["step"] <= step)
 
 
+class WriteError(OSError):
+    """What could not be written; the message names it, and why."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn whatever the disk says while `path` is written into a `WriteError`; its folder is made
+    first."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise WriteError(f"{path}: cannot be written: {why}") from error
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that `path` is the old one or the new one, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file so that `path` is the old one or the new one, never half; a `WriteError` leaves
+    the old one. What is no ordinary file (/dev/stdout) is written to as it is."""
+    plain = text.encode(errors="backslashreplace")  # a lone surrogate is data to be looked at
     staging = path.with_name(f".{path.name}.incomplete")
-    staging.write_text(text)
-    os.replace(staging, path)
+    with writing(path):
+        if path.exists() and not path.is_file():
+            path.write_bytes(plain)
+            return
+        try:
+            staging.write_bytes(plain)
+            os.replace(staging, path)
+        finally:
+            staging.unlink(missing_ok=True)
 
 
 def _line(entry: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 once.
 
     out/config.yaml            the configuration; a run is only continued with the same one
+    out/inputs.json            fingerprints of the files it names; only with the same ones
     out/1-dpt/checkpoint-N     while the stage runs
     out/1-dpt/log.jsonl        the loss curve: loss, the four terms, lr, tokens/s, peak memory
     out/1-dpt/scores.json      held-out accuracy and perplexity after the stage
@@ -28,14 +29,25 @@ from accelerate import PartialState
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, TrainingArguments
 
 from training import checkpoint, settings
+from training.anatomy import positions
+from training.claim import Claim, claimed
 from training.config import Config, StageConfig, require
 from training.data.collate import Collator
 from training.data.load import collator_of, epoch_size, has_data, open_data, order_of
+from training.data.records import DataError
 from training.data.template import TemplateName
 from training.evaluation.held_out import Scores, evaluate
 from training.interrupt import Interrupted
 from training.journal import Journal, write_whole
-from training.models import DTYPES, Processor, Vlm, build_model, load_vlm, save_model
+from training.models import (
+    DTYPES,
+    Processor,
+    Vlm,
+    build_model,
+    load_vlm,
+    recompute_activations,
+    save_model,
+)
 from training.pairs import check_pair
 from training.progress import LOG, Place
 from training.stages import STAGES, freeze, loss_of
@@ -45,27 +57,8 @@ from training.teacher_cache.use import open_rows, stored_stages, use_stored
 from training.trainer import DistillTrainer
 
 Say = Callable[[str], None]
+SCORES = "scores.json"
 PROJECT = "mllmkd"  # of Trackio and W&B, where runs of several folders are compared
-
-# fields that do not change what is learned, so that a run may be continued with others
-FREE = frozenset(
-    {
-        "out",
-        "resume",
-        "threads",
-        "keep",
-        "report_to",
-        "on_nan",
-        "skip_limit",
-        "eval_batch_size",
-        "data.workers",
-        "data.image_cache_mb",
-        "teacher_cache.visual",  # of the writing; what was written says its manifest
-        "teacher_cache.dtype",
-        "teacher_cache.shard_mb",
-        "teacher_cache.batch_size",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -85,9 +78,15 @@ def run(config: Config, say: Say = print) -> list[StageResult]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if not processes().is_main_process:
-        say = _silent
+        return _run(config, None, _silent)
+    with claimed(config) as claim:
+        return _run(config, claim, say)
+
+
+def _run(config: Config, claim: Claim | None, say: Say) -> list[StageResult]:
+    """`run`, with the claim on its folder in the first process."""
+    processes().wait_for_everyone()  # the claim is checked
     out = Path(config.out)
-    on_main(lambda: _claim(out, config))
     model, processor = build_model(config.model, config.seed)
     teacher = _teacher(config, model, processor, say)
     results = []
@@ -96,12 +95,12 @@ def run(config: Config, say: Say = print) -> list[StageResult]:
         done = (folder / "model").is_dir()
         if done:
             say(f"{folder}: already done")
-        whole = not done and _train(config, number, model, processor, teacher, folder, say)
+        whole = not done and _train(config, claim, number, model, processor, teacher, say)
         if not whole:
             model, processor = load_vlm(folder / "model", dtype=torch.float32)
         if not whole and not done:  # in pieces, and with it the tower that the teacher may share
             teacher = _teacher(config, model, processor, _silent)
-        results.append(_result(config, name, model, processor, folder, say))
+        results.append(_result(config, claim, name, model, processor, folder, say))
     return results
 
 
@@ -116,25 +115,28 @@ def _silent(message: str) -> None:
 
 def _train(
     config: Config,
+    claim: Claim | None,
     number: int,
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     teacher: OnlineTeacher | None,
-    folder: Path,
     say: Say,
 ) -> bool:
-    """One stage, from the start or from its newest checkpoint, to `folder/model`; whether `model`
-    still has its weights whole."""
+    """One stage, from the start or from its newest checkpoint, to its folder's `model`; whether
+    `model` still has its weights whole."""
     stage = STAGES[config.stages[number - 1]]
+    folder = Path(config.out) / f"{number}-{stage.name}"
     options = config.stage(stage.name)
     freeze(model, stage)
     if config.grad_checkpointing:
-        # the new name for what transformers before 5.23 calls gradient_checkpointing_enable
-        new = getattr(model, "activation_checkpointing_enable", None)
-        (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        recompute_activations(model)
     source = teacher if stage.needs_teacher and stage.name not in stored_stages(config) else None
     own = source.processor if source is not None else None
     dataset = load_data(config, processor, stage.data, stage.template, own)
+    if claim is not None:
+        claim.check_data(stage.data, dataset)
+    for note in (*dataset.encoding.notes, *_too_long(model, dataset)):
+        say(f"{folder.name}: {note}")
     loss = loss_of(stage, options.loss)
     collator = collator_of(config.data, (model, processor), source, own)
     if stage.name in stored_stages(config):
@@ -165,6 +167,11 @@ def _train(
         trainer.take_over(resume)  # killed between the last step and the model
     else:
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+    if trainer.state.global_step < steps:  # asked to stop, it would have raised
+        raise DataError(
+            f"{folder}: the data ended after step {trainer.state.global_step:,} of {steps:,}; the "
+            "stage is not done"
+        )
     curve = [entry for entry in trainer.state.log_history if "loss" in entry]
     summary = {"steps": steps, **trainer.meter.summary(), "skipped": trainer.watch.skipped}
     state = trainer.student_state()
@@ -172,6 +179,19 @@ def _train(
     if trainer.stopped_by:
         raise Interrupted(trainer.stopped_by, f"{folder} is done; the same command continues")
     return state is None
+
+
+def _too_long(model: Any, dataset: Any) -> list[str]:
+    """A note where samples may be longer than the model's positions, and about how many are."""
+    known, encoding = positions(model.config), dataset.encoding
+    if known is None or encoding.max_length <= known:
+        return []
+    about = ""
+    if samples := getattr(dataset, "samples", None):  # a stream is not counted
+        longer = sum(encoding.estimate(sample) > known for sample in samples)
+        about = f"; about {longer:,} of {len(samples):,} are longer"
+    allowed = f"data.max_length allows samples of {encoding.max_length:,} tokens"
+    return [f"the model has {known:,} positions, and {allowed}{about}"]
 
 
 def _steps(options: StageConfig, samples: int | None) -> int:
@@ -205,6 +225,7 @@ def _finish(
     """Write what the stage leaves; the model last, because its presence means done."""
     Journal(folder / LOG).write(curve)
     _write(folder / "summary.json", summary)
+    (folder / SCORES).unlink(missing_ok=True)  # of a model that was taken away
     save_model(model, processor, folder / "model", state)
     checkpoint.sync(folder / "model")  # before what it could be made from again is removed
     for path in folder.glob(f"{checkpoint.PREFIX}*"):
@@ -239,7 +260,8 @@ def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> Onli
     teacher, its_processor = load_vlm(path, dtype=DTYPES[config.teacher_dtype])
     losses = [config.stage(name).loss for name in needed]
     visual = any(loss.visual or loss.relation for loss in losses)
-    report = check_pair(model, processor, teacher, its_processor, visual=visual)
+    both = (model, processor, teacher, its_processor)
+    report = check_pair(*both, visual=visual, max_length=config.data.max_length)
     say(str(report))
     report.require()
     return OnlineTeacher(teacher, its_processor if report.own_batch else None)
@@ -282,6 +304,8 @@ def _arguments(config: Config, options: StageConfig, steps: int, folder: Path) -
         dataloader_num_workers=config.data.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
+        # dispatching cuts every tensor of a stream's batch to as many rows as the batch has samples
+        accelerator_config={"dispatch_batches": False},
         report_to=_trackers(config),
         project=PROJECT,
         run_name=f"{folder.parent.name}/{folder.name}",
@@ -308,6 +332,7 @@ def _trackers(config: Config) -> list[str]:
 
 def _result(
     config: Config,
+    claim: Claim | None,
     name: str,
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
@@ -316,12 +341,14 @@ def _result(
 ) -> StageResult:
     scores = None
     if has_data(config.data, "held_out"):
-        file = folder / "scores.json"
+        file = folder / SCORES
 
         def score() -> None:
             if file.is_file():
                 return
             held_out = load_data(config, processor, "held_out", "chat")
+            if claim is not None:
+                claim.check_data("held_out", held_out)
             size = config.eval_batch_size
             title = f"{folder.name} held-out"
             found = evaluate(model, held_out, Collator(processor), batch_size=size, title=title)
@@ -332,28 +359,6 @@ def _result(
         say(f"{folder}: {scores}")
     history, summary = Journal(folder / LOG).read(), _read(folder / "summary.json")
     return StageResult(name, folder / "model", history, summary, scores)
-
-
-def _claim(out: Path, config: Config) -> None:
-    """Write the configuration, or make sure that `out` was started with the same one.
-
-    Started means that a stage left something: a first try that failed before it binds nobody.
-    """
-    file = out / "config.yaml"
-    if file.is_file() and any(path.is_dir() for path in out.iterdir()):
-        if not config.resume:
-            raise settings.ConfigError(
-                f"out: {out} is in use and resume is false; remove it or name another folder"
-            )
-        before = settings.load(Config, file)
-        lines = settings.differences(before, config)
-        changed = [line for line in lines if line.split(":")[0] not in FREE]
-        if changed:
-            raise settings.ConfigError(
-                f"out: {out} was started with another configuration ({'; '.join(changed)}); "
-                "go back to it, remove the folder or name another"
-            )
-    write_whole(file, settings.dump(config))
 
 
 def _write(path: Path, value: Any) -> None:

@@ -16,10 +16,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -39,22 +42,16 @@ from transformers import (
     Qwen2Config,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import CONFIG_NAME
 
 from training import sharding
+from training.anatomy import positions
 from training.config import ModelConfig, require
+from training.data.template import CHAT_TEMPLATE
+from training.journal import writing
+from training.paths import is_missing_folder
 
 IMAGE_TOKEN = "<image>"
-# The ids of `training.data.template`'s chat prompt, for who has only the saved folder.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{% endif %} ASSISTANT:{% else %} "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "{{ eos_token }}{% endif %}{% endfor %}"
-)
 # Any class of AutoModelForImageTextToText, and of AutoProcessor: what they have in common (a
 # forward, a tokenizer) is no type of transformers'.
 Vlm = Any
@@ -207,6 +204,13 @@ def load_processor(path: str) -> Processor:
     return processor
 
 
+def known_positions(path: str | None) -> int | None:
+    """`anatomy.positions` of the model in a folder or on the hub; None where there is no model."""
+    if path is None or not PreTrainedConfig.get_config_dict(path)[0]:
+        return None
+    return positions(_read(AutoConfig, path, "the configuration"))
+
+
 def _new_processor(config: ModelConfig, vision: str) -> LlavaProcessor:
     """A processor of the tower's image processor and the LM's tokenizer, `<image>` added."""
     language = require(
@@ -225,8 +229,32 @@ def _new_processor(config: ModelConfig, vision: str) -> LlavaProcessor:
         image_token=IMAGE_TOKEN,
         # CLIP puts a class token before its patches, which the strategy "default" drops again
         num_additional_image_tokens=int(tower.model_type == "clip_vision_model"),
-        chat_template=CHAT_TEMPLATE,
+        chat_template=_chat_template(tokenizer),
     )
+
+
+def recompute_activations(model: Vlm) -> None:
+    """Let the backward pass recompute the activations of every layer that trains.
+
+    transformers also makes the output of each embedding require a gradient, the frozen tower's
+    too, which then keeps its whole graph. Only reentrant checkpointing needs that.
+    """
+    # the new name for what transformers before 5.23 calls gradient_checkpointing_enable
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    model.disable_input_require_grads()
+
+
+def _chat_template(tokenizer: Any) -> str:
+    """The tokenizer's own if it shows images, else LLaVA's; `ChatEncoder.note` tells which."""
+    from jinja2 import TemplateError
+
+    parts = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    except (TemplateError, TypeError, ValueError):  # none at all, or one of texts alone
+        return CHAT_TEMPLATE
+    return tokenizer.chat_template if IMAGE_TOKEN in text else CHAT_TEMPLATE
 
 
 def save_model(
@@ -240,11 +268,15 @@ def save_model(
     target = Path(path)
     staging = target.with_name(f".{target.name}.incomplete")
     shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging, state_dict=state)
-    processor.save_pretrained(staging)
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(staging, target)
+    with writing(target):
+        try:
+            model.save_pretrained(staging, state_dict=state)
+            processor.save_pretrained(staging)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _language_model(config: ModelConfig, processor: LlavaProcessor) -> Any:
@@ -304,20 +336,37 @@ def _strictly(auto: Any, path: str | Path, **options: Any) -> Any:
     return model
 
 
+@cache
+def commit_of(name: str | Path) -> str:
+    """The commit of a model or processor on the hub, from the hub or its cache.
+
+    One question, where transformers asks for one file after the other; none for what can only be a
+    folder.
+
+    Raises:
+        CheckpointError: there is no such name, or no way to the hub.
+    """
+    if is_missing_folder(name):
+        raise CheckpointError(f"{name}: no such folder")
+    try:
+        return Path(hf_hub_download(str(name), CONFIG_NAME)).parent.name
+    except (OSError, ValueError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return "without config.json"  # as that of a processor alone
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{name}: neither a folder nor on the hub: {reason}") from error
+
+
 def _check_there(path: str | Path) -> None:
-    """A path that cannot be a name on the hub has to be there."""
-    if str(path).startswith(("/", ".", "~")) and not Path(path).exists():
-        raise CheckpointError(f"{path}: no such folder")
+    """`CheckpointError` unless it is a folder or a name on the hub."""
+    if not Path(path).exists():
+        commit_of(path)
 
 
 def _check_kind(path: str | Path, kinds: Collection[str], expected: str) -> None:
     """Look at the model_type before transformers does: its own message is hard to read."""
     _check_there(path)
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(path)
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: neither a folder nor on the hub: {reason}") from error
+    values, _ = PreTrainedConfig.get_config_dict(path)
     if not values:
         raise CheckpointError(f"{path}: no config.json there, expected a saved model")
     kind = values.get("model_type")

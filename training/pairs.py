@@ -21,10 +21,11 @@ import torch
 from PIL import Image
 
 import mllmkd_kernels as mk
-from training.anatomy import image_token_id
-from training.data.chat import encoder_for, first_difference
-from training.data.item import IGNORE, Item, ItemEncoder, Seen
+from training.anatomy import image_token_id, positions
+from training.data.chat import ChatEncoder
+from training.data.item import IGNORE, Item, Seen
 from training.data.records import IMAGE_MARK, DataError, Place, Sample
+from training.data.trial import first_difference
 from training.models import CheckpointError
 
 Level = Literal["ok", "note", "fault"]
@@ -63,7 +64,13 @@ class PairReport:
 
 
 def check_pair(
-    student: Any, student_processor: Any, teacher: Any, teacher_processor: Any, *, visual: bool
+    student: Any,
+    student_processor: Any,
+    teacher: Any,
+    teacher_processor: Any,
+    *,
+    visual: bool,
+    max_length: int = 0,
 ) -> PairReport:
     """Compare two models and their processors.
 
@@ -71,6 +78,7 @@ def check_pair(
         student, teacher: image-text-to-text models; each runs once on two text tokens.
         student_processor, teacher_processor: theirs.
         visual: whether a loss compares visual rows (`visual` or `relation` above 0).
+        max_length: most tokens of a sample; 0 where it is not known.
 
     Returns:
         The report, faults included; `PairReport.require` raises them.
@@ -79,6 +87,7 @@ def check_pair(
     both = _Both(student_processor.tokenizer, teacher_processor.tokenizer)
     found = [*_vocabularies(both, student, teacher), *_heads(student, teacher)]
     found += _image_tokens(student, student_processor, teacher, teacher_processor)
+    found += _positions(student, teacher, max_length)
     return PairReport((*found, *report.findings), report.own_batch)
 
 
@@ -202,6 +211,16 @@ def _image_tokens(student: Any, processor_s: Any, teacher: Any, processor_t: Any
     return [Finding("note", "image token", f"ids {ids[0]} and {ids[1]}")]
 
 
+def _positions(student: Any, teacher: Any, max_length: int) -> list[Finding]:
+    """Whether a sample may be longer than either model was made for."""
+    known = [positions(model.config) for model in (student, teacher)]
+    text = " and ".join("unknown" if n is None else f"{n:,}" for n in known)
+    if any(n is not None and n < max_length for n in known):
+        text += f"; data.max_length allows samples of {max_length:,} tokens"
+        return [Finding("note", "positions", text)]
+    return [Finding("ok", "positions", text)]
+
+
 # --- heads --------------------------------------------------------------------------------------
 
 
@@ -243,7 +262,7 @@ class _View:
 
     @classmethod
     def of(cls, processor: Any, answer: str) -> _View:
-        encoder: ItemEncoder = encoder_for(processor)
+        encoder = ChatEncoder(processor)
         rng = np.random.default_rng(0)
         shapes = [(height, width, 3) for width, height in SHAPES.values()]
         images = [

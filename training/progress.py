@@ -18,11 +18,11 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from training.bar import SECONDS_BETWEEN_LINES, clock
 from training.journal import Journal
 from training.step import TERMS
 
 LOG = "log.jsonl"
-SECONDS_BETWEEN_LINES = 30.0
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ class Progress(TrainerCallback):
             control.should_log = True
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
+        elif state.is_world_process_zero and not control.should_log and self._due():
+            self._tell(args, state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the newest entry of the loss curve, and write it down."""
@@ -92,21 +94,26 @@ class Progress(TrainerCallback):
             return
         if self.journal is not None:
             self.journal.append(state.log_history[-1])
-        left, run = self._left(args, state)
         if self.bar is not None:  # which shows the stage's own time
-            self.bar.set_postfix_str(", ".join([shown(logs), *run]))
-        now = time.perf_counter()
-        over = state.global_step >= state.max_steps
-        if self.bar is None and (over or now - self._said >= SECONDS_BETWEEN_LINES):
-            self._said = now
-            where = f"{self.title}: step {state.global_step:,} of {state.max_steps:,}"
-            self.say(f"{where}, {', '.join([f'{left} left', *run, shown(logs)])}")
+            self.bar.set_postfix_str(", ".join([shown(logs), *self._left(args, state)[1]]))
+        elif state.global_step >= state.max_steps or self._due():
+            self._tell(args, state, shown(logs))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar, leaving its last line."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+    def _due(self) -> bool:
+        return time.perf_counter() - self._said >= SECONDS_BETWEEN_LINES
+
+    def _tell(self, args: Any, state: Any, *losses: str) -> None:
+        """One line; without the losses between two entries of the curve."""
+        self._said = time.perf_counter()
+        left, run = self._left(args, state)
+        where = f"{self.title}: step {state.global_step:,} of {state.max_steps:,}"
+        self.say(", ".join([where, f"{left} left", *run, *losses]))
 
     def _left(self, args: Any, state: Any) -> tuple[str, list[str]]:
         """Time left of the stage; and of the run, if there are other stages."""
@@ -127,11 +134,3 @@ def shown(logs: dict[str, float]) -> str:
     words.append(f"{logs['tokens_per_second']:,.0f} tok/s")
     words.append(f"{logs['peak_gib']:.1f} GiB")
     return " ".join(words)
-
-
-def clock(seconds: float) -> str:
-    """``h:mm:ss``, with days where there are any."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return f"{f'{days} d ' if days else ''}{hour}:{minute:02}:{second:02}"

@@ -18,11 +18,13 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+
+from training.paths import expanded
 
 T = TypeVar("T")
 
@@ -58,12 +60,26 @@ def section(cls: type[T], help: str, **overrides: Any) -> T:
 def check(config: Any) -> None:
     """Check every field of a dataclass built in Python; call it from `__post_init__`.
 
+    Text that begins with ``~`` is a path from a home folder, whatever the field, and is replaced
+    by the whole path.
+
     Raises `ConfigError` naming the class and field.
     """
     hints = typing.get_type_hints(type(config))
     for item in dataclasses.fields(config):
         where = f"{type(config).__name__}.{item.name}"
-        _convert(getattr(config, item.name), hints[item.name], item.metadata, where)
+        value = getattr(config, item.name)
+        _convert(value, hints[item.name], item.metadata, where)
+        if isinstance(value, str):
+            object.__setattr__(config, item.name, home(value, where))
+
+
+def home(value: str, where: str) -> str:
+    """`value` with ``~`` expanded; `ConfigError` naming the field `where` if that is nowhere."""
+    try:
+        return expanded(value)
+    except ValueError as error:
+        raise ConfigError(f"{where}: got {value!r}, expected a path: {error}") from None
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "", base: T | None = None) -> T:
@@ -166,10 +182,30 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise ConfigError(f"--config {path}: no such file")
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
     return {} if values is None else values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that comes twice is an error, not the last one of them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As PyYAML's; `yaml.constructor.ConstructorError` names the key and both lines."""
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # what is merged in gives way to what is written
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                break  # which PyYAML words itself
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"line {line}: {key!r} again, expected once (line {seen[key]})"
+                )
+            seen[key] = line
+        return super().construct_mapping(node, deep)
 
 
 def _convert(value: Any, hint: Any, meta: Mapping[str, Any], where: str) -> Any:
@@ -217,7 +253,7 @@ def _from_text(value: Text, kind: Any, optional: bool, is_tuple: bool, fault: Co
     if kind is str:
         return str(value)
     try:
-        return yaml.safe_load(value)
+        return yaml.load(value, _Loader)
     except yaml.YAMLError:
         raise fault from None
 

@@ -112,6 +112,8 @@ class DistillTrainer(StepCounts, Trainer):
         self.meter = Meter(self.names, self.args.device)
         if resume_from_checkpoint:
             self._restore(Path(resume_from_checkpoint))
+        else:  # what an earlier try has skipped is skipped no more
+            self.watch.load({"skipped": 0, "in_a_row": 0}, 0)
         try:
             with StopRequest() as self.stop:
                 result = super().train(resume_from_checkpoint, *args, **kwargs)

@@ -138,11 +138,14 @@ class Watch:
         texts = [f["text"] for _, found in everyone for f in found]
         if not texts:
             texts = [f"the gradient norm is {norm} although every term is finite; {_names(seen)}"]
+        file = self.folder / BAD_BATCH
         if rank == first:
-            self._write(step, texts, [seen[i] for i in guilty] or seen)
+            try:
+                self._write(step, texts, [seen[i] for i in guilty] or seen)
+            except (OSError, RuntimeError) as error:  # which is not what is to be told
+                self.say(f"{file}: cannot be written: {error}")
         message = f"step {step}: {'; '.join(texts[:4])}"
         message += f" (and {len(texts) - 4} more micro-batches)" if len(texts) > 4 else ""
-        file = self.folder / BAD_BATCH
         if self.on_nan == "stop":
             raise NonFiniteError(
                 f"{message}. The weights have not seen it. The batch is in {file}; on_nan=skip "

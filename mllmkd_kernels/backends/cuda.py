@@ -34,10 +34,7 @@ def why_not(device: torch.device | None = None) -> str:
     if not cpu.available():
         return cpu.why_not()
     if not _built():
-        return (
-            "the extension was built without CUDA; install a CUDA toolkit (nvcc) and "
-            "`pip install -e . --no-build-isolation`"
-        )
+        return cpu.left_out("CUDA kernels")
     if not torch.cuda.is_available():
         return "no GPU is there"
     if torch.version.hip:

@@ -1,10 +1,10 @@
 """The chunked algorithm in plain PyTorch: any device, any floating dtype; the fallback and the
 cross-check.
 
-Rows are taken C at a time. Both logit blocks of a chunk are formed in fp32 (fp64 for fp64 inputs),
-turned into per-row losses and into the gradient block ``dz``, which two products fold into ``dh``
-and ``dw``; then the block is forgotten. Gradients are formed with the loss, unscaled: the caller
-multiplies them by its incoming gradient.
+Rows are taken C at a time. Both logit blocks of a chunk are formed in fp32 (fp64 for fp64 inputs).
+In strips of a few rows they are turned into per-row losses and, in place of the student's, the
+gradient block ``dz``, which two products fold into ``dh`` and ``dw``. Gradients are formed with the
+loss, unscaled: the caller multiplies them by its incoming gradient.
 
 ``diagnostics`` (3, N), where it is given, is filled with H(softmax(z_s/T)), H(softmax(z_t/T)) and
 1.0 where some column is the maximum of both rows, else 0.0; without a teacher only with the first,
@@ -61,37 +61,44 @@ def distill_rows(
     """
     acc = accumulation_dtype(hs, ws, bs, ht, wt, bt)
     table = _divergence(divergence, param)
-    ce, kd = (torch.zeros(hs.shape[0], dtype=acc, device=hs.device) for _ in range(2))
-    loss = torch.zeros((), dtype=torch.float64, device=hs.device)
-    grads = Gradients(hs, ws, acc, want_dh, want_dw, want_db)
+    n = hs.shape[0]
+    ce, kd = (torch.zeros(n, dtype=acc, device=hs.device) for _ in range(2))
     check_labels(labels, vocab, ignore_index)
-    for rows in chunks(hs.shape[0], chunk_rows):
-        z = _softcap_(_logits(hs[rows], ws, bs, vocab, acc), cap_s, hs[rows])
-        dz = torch.zeros_like(z) if grads.wanted else None
-        if labels is not None and ce_weight is not None:
-            ce[rows] = _cross_entropy(z, labels[rows], ce_weight[rows], ignore_index, dz)
-            valid = (ce_weight[rows] != 0) & (labels[rows] != ignore_index)
-            loss += torch.where(valid, ce_weight[rows] * ce[rows], 0).sum(dtype=torch.float64)
-        if ht is not None and wt is not None and kd_weight is not None:
-            b = _softcap_(_logits(ht[rows], wt, bt, vocab, acc), cap_t, ht[rows])
-            b = b.div_(temperature)
-            log_p = b.log_softmax(-1)
-            log_q = (z / temperature).log_softmax(-1)
+    grads = Gradients(hs, ws, acc, want_dh, want_dw, want_db, at_once=0 < n <= chunk_rows)
+    blocks = [
+        torch.empty(min(n, chunk_rows), vocab, dtype=acc, device=hs.device)
+        for head in (ws, wt)
+        if head is not None
+    ]
+    for rows in chunks(n, chunk_rows):
+        z_chunk = _logits(hs[rows], ws, bs, vocab, acc, blocks[0])
+        b_chunk = None
+        if ht is not None and wt is not None:
+            b_chunk = _logits(ht[rows], wt, bt, vocab, acc, blocks[1])
+        for strip, z in _strips(rows, z_chunk):
+            _softcap_(z, cap_s, hs[strip])
+            dz = torch.zeros_like(z) if grads.wanted else None
+            log_q = z.log_softmax(-1)
+            if labels is not None and ce_weight is not None:
+                ce[strip] = _cross_entropy(log_q, labels[strip], ce_weight[strip], ignore_index, dz)
+            if ht is not None and b_chunk is not None and kd_weight is not None:
+                b = _softcap_(b_chunk[_within(strip, rows)], cap_t, ht[strip]).div_(temperature)
+                if temperature != 1:
+                    log_q = (z / temperature).log_softmax(-1)
+                pair = div.Pair(b.log_softmax(-1), log_q)
+                kd[strip] = _divergence_rows(table, pair, kd_weight[strip] / temperature, dz)
+                if diagnostics is not None:
+                    diagnostics[1, strip] = div.entropies(pair.log_p)
+                    diagnostics[2, strip] = _agree(z, b)
             if diagnostics is not None:
-                diagnostics[0, rows] = div.entropies(log_q)
-                diagnostics[1, rows] = div.entropies(log_p)
-                diagnostics[2, rows] = _agree(z, b)
-            kd[rows] = div.values(table, log_p, log_q)
-            weight = kd_weight[rows]
-            loss += torch.where(weight != 0, weight * kd[rows], 0).sum(dtype=torch.float64)
+                diagnostics[0, strip] = div.entropies(log_q)
             if dz is not None:
-                da = div.gradients(table, log_p, log_q)
-                dz += _scale_rows(da, weight / temperature)
-        elif diagnostics is not None:
-            diagnostics[0, rows] = div.entropies(z.log_softmax(-1))
-        if dz is not None:
+                z.copy_(_through_softcap_(dz, z, cap_s))
+        if grads.wanted:
             dead = dead_rows(hs, rows, labels, ce_weight, kd_weight, ignore_index)
-            grads.add(rows, _through_softcap_(dz, z, cap_s), dead=dead)
+            grads.add(rows, z_chunk, dead=dead)
+    labelled = None if labels is None else labels != ignore_index
+    loss = _weighted_sum(ce, ce_weight, labelled) + _weighted_sum(kd, kd_weight)
     return loss.to(acc), ce, kd, *grads.result()
 
 
@@ -138,12 +145,14 @@ def logprob_grad(
     """Gradients dh, dw, db of Σ_n grad[n]·logp[n]; the logits are made again, chunk by chunk."""
     acc = accumulation_dtype(h, w, b)
     grads = Gradients(h, w, acc, want_dh, want_dw, want_db)
+    weight = -torch.where(labels == ignore_index, 0, grad.to(acc)) / temperature
     for rows in chunks(h.shape[0], chunk_rows):
-        z = _softcap_(_logits(h[rows], w, b, vocab, acc), cap, h[rows])
-        weight = -torch.where(labels[rows] == ignore_index, 0, grad[rows].to(acc)) / temperature
-        q = (z / temperature - lse[rows, None]).exp_()
-        dz = _scale_rows(_minus_one_hot_(q, labels[rows], ignore_index), weight)
-        grads.add(rows, _through_softcap_(dz, z, cap), dead=weight == 0)
+        z = _logits(h[rows], w, b, vocab, acc)
+        for strip, block in _strips(rows, z):
+            q = (_softcap_(block, cap, h[strip]) / temperature).sub_(lse[strip, None]).exp_()
+            dz = _scaled(_minus_one_hot_(q, labels[strip], ignore_index), weight[strip])
+            block.copy_(_through_softcap_(dz, block, cap))
+        grads.add(rows, z, dead=weight[rows] == 0)
     dh, dw, db = grads.result()
     return dh, dw.to(w.dtype), db
 
@@ -196,11 +205,32 @@ def _divergence(name: str, param: float) -> div.Divergence:
     return div.Divergence(name, **({} if key is None else {key: param}))
 
 
-def _logits(h: Tensor, w: Tensor, b: Tensor | None, vocab: int, acc: torch.dtype) -> Tensor:
-    """h Wᵀ + b in the accumulation dtype."""
-    z = torch.empty(h.shape[0], vocab, dtype=acc, device=h.device)
+def _logits(
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    vocab: int,
+    acc: torch.dtype,
+    block: Tensor | None = None,
+) -> Tensor:
+    """h Wᵀ + b in the accumulation dtype, in the first rows of `block` where there is one."""
+    if block is None:
+        block = torch.empty(h.shape[0], vocab, dtype=acc, device=h.device)
+    z = block[: h.shape[0]]
     products.product(h, w[:vocab].mT, z)
     return z if b is None else z.add_(b[:vocab])
+
+
+def _strips(rows: slice, block: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """A few of `rows` at a time, and their part of `block`: see `products.strip_bytes`."""
+    size = max(1, products.strip_bytes(block.device) // max(block.shape[1] * block.itemsize, 1))
+    for here in chunks(rows.stop - rows.start, size):
+        yield slice(rows.start + here.start, rows.start + here.stop), block[here]
+
+
+def _within(strip: slice, rows: slice) -> slice:
+    """Where `strip` lies in a block of `rows`."""
+    return slice(strip.start - rows.start, strip.stop - rows.start)
 
 
 def _softcap_(z: Tensor, cap: float, h: Tensor) -> Tensor:
@@ -214,8 +244,10 @@ def _softcap_(z: Tensor, cap: float, h: Tensor) -> Tensor:
 
 
 def _through_softcap_(dz: Tensor, z: Tensor, cap: float) -> Tensor:
-    """dz/dy = 1 − (z/c)² for z = c·tanh(y/c)."""
-    return dz.mul_(1 - (z / cap).square_()) if cap else dz
+    """dz/dy = 1 − (z/c)² for z = c·tanh(y/c). A NaN among z is one of dz, or of a row without
+    weight, whose dz is 0.
+    """
+    return dz.mul_((1 - (z / cap).square_()).nan_to_num_()) if cap else dz
 
 
 def _logsumexp(z: Tensor) -> Tensor:
@@ -236,9 +268,9 @@ def _minus_one_hot_(q: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     return q.scatter_add_(1, labels.masked_fill(~valid, 0)[:, None], -valid.to(q.dtype)[:, None])
 
 
-def _scale_rows(dz: Tensor, weight: Tensor) -> Tensor:
+def _scaled(dz: Tensor, weight: Tensor) -> Tensor:
     """weight[n]·dz[n], exactly 0 for a row of zero weight whatever it holds."""
-    scaled = dz.mul_(weight[:, None].to(dz.dtype))
+    scaled = dz * weight[:, None].to(dz.dtype)
     return scaled.masked_fill_((weight == 0)[:, None], 0)
 
 
@@ -258,15 +290,31 @@ def dead_rows(
 
 
 def _cross_entropy(
-    z: Tensor, labels: Tensor, weight: Tensor, ignore_index: int, dz: Tensor | None
+    log_q: Tensor, labels: Tensor, weight: Tensor, ignore_index: int, dz: Tensor | None
 ) -> Tensor:
-    """CE of every row (0 where ignored); adds weight·(softmax(z) − onehot) to `dz`."""
-    lse = _logsumexp(z)
+    """CE of every row (0 where ignored) of log-probabilities; adds weight·(q − onehot) to `dz`."""
     ignored = labels == ignore_index
     if dz is not None:
-        q = _minus_one_hot_((z - lse[:, None]).exp_(), labels, ignore_index)
-        dz += _scale_rows(q, weight.masked_fill(ignored, 0))
-    return (lse - _at_label(z, labels, ignore_index)).masked_fill_(ignored, 0)
+        slope = _minus_one_hot_(log_q.exp(), labels, ignore_index)
+        dz += _scaled(slope, weight.masked_fill(ignored, 0))
+    return -_at_label(log_q, labels, ignore_index).masked_fill_(ignored, 0)
+
+
+def _divergence_rows(
+    table: div.Divergence, pair: div.Pair, weight: Tensor, dz: Tensor | None
+) -> Tensor:
+    """D of every row; adds weight·∂D/∂a to `dz`."""
+    if dz is not None:
+        dz += _scaled(div.gradients(table, pair), weight)
+    return div.values(table, pair)
+
+
+def _weighted_sum(x: Tensor, weight: Tensor | None, valid: Tensor | None = None) -> Tensor:
+    """Σ weight·x in fp64; rows of zero weight count nothing, whatever they hold."""
+    if weight is None:
+        return torch.zeros((), dtype=torch.float64, device=x.device)
+    counts = weight != 0 if valid is None else (weight != 0) & valid
+    return torch.where(counts, weight * x, 0).sum(dtype=torch.float64)
 
 
 def _agree(a: Tensor, b: Tensor) -> Tensor:

@@ -15,10 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Rows of a head that are widened at a time: 8,192 × D 4,096 is 128 MiB in fp32.
+#: Rows of a head that are gone through at a time: 8,192 × D 4,096 is 128 MiB in fp32.
 VOCAB_SLICE = 8192
 
+#: The same where it is for a single product: 2,048 × D 2,048 is 16 MiB, which stays in the cache
+#: and which malloc keeps for the next slice.
+WIDENED_ROWS = 2048
 _HALVES = (torch.bfloat16, torch.float16)
+
+
+def strip_bytes(device: torch.device) -> int:
+    """How much of a block of logits PyTorch's operators go through at a time, between the products.
+
+    On a CPU the tensors that come and go for each of their dozens of passes then stay in the cache
+    and are not fresh memory, whose first touch costs more than a pass. Elsewhere a launch must have
+    enough to do.
+    """
+    return (2 if device.type == "cpu" else 64) * 2**20
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -95,7 +108,7 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
         return
     a = a.to(out.dtype)
-    for columns in chunks(b.shape[1], VOCAB_SLICE):
+    for columns in chunks(b.shape[1], WIDENED_ROWS):
         torch.mm(a, b[:, columns].to(out.dtype), out=out[:, columns])
 
 
@@ -108,7 +121,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         for rows in chunks(a.shape[0], VOCAB_SLICE):
             out[rows].addmm_(a[rows].to(out.dtype), b)
     else:
-        for k in chunks(b.shape[0], VOCAB_SLICE):
+        for k in chunks(b.shape[0], WIDENED_ROWS):
             out.addmm_(a[:, k].to(out.dtype), b[k].to(out.dtype))
 
 
@@ -156,34 +169,52 @@ class Gradients:
     """The accumulators of the wanted gradients of one head; `add` folds in the dz block of some
     rows, `result` gives dh (N, D), dw (V, D) and db (V,) in the accumulation dtype, and an empty
     tensor for what was not wanted.
+
+    `at_once` promises that a single `add` brings all rows and the whole vocabulary: dw is then
+    written once, and there is nothing to accumulate.
     """
 
     def __init__(
-        self, h: Tensor, w: Tensor, acc: torch.dtype, dh: bool, dw: bool, db: bool
+        self,
+        h: Tensor,
+        w: Tensor,
+        acc: torch.dtype,
+        dh: bool,
+        dw: bool,
+        db: bool,
+        at_once: bool = False,
     ) -> None:
-        self.h, self.w, self.acc = h, w, acc
+        self.h, self.w, self.acc, self.at_once = h, w, acc, at_once
 
-        def zeros(wanted: bool, *shape: int) -> Tensor | None:
-            return torch.zeros(shape, dtype=acc, device=h.device) if wanted else None
+        def zeros(wanted: bool, *shape: int, dtype: torch.dtype = acc) -> Tensor | None:
+            return torch.zeros(shape, dtype=dtype, device=h.device) if wanted else None
 
-        self.dh, self.dw, self.db = zeros(dh, *h.shape), zeros(dw, *w.shape), zeros(db, w.shape[0])
+        self.dh, self.db = zeros(dh, *h.shape), zeros(db, w.shape[0])
+        self.dw = None
+        if at_once and dw:
+            self.dw = torch.empty(w.shape, dtype=acc, device=h.device)
+        else:
+            self.dw = zeros(dw, *w.shape)
         self.wanted = dh or dw or db
 
     def add(
         self, rows: slice, dz: Tensor, columns: slice | None = None, dead: Tensor | None = None
     ) -> None:
         """Fold in dz (rows, columns), fp32 or the 16-bit dtype of h and w; by default the columns
-        are the first `dz.shape[1]` of the vocabulary. `dead` marks rows of zero weight: they may
-        hold NaN, and 0 · NaN is NaN.
+        are the first `dz.shape[1]` of the vocabulary. `dead` marks rows of zero weight, whose dz is
+        0: their h may hold NaN, and 0 · NaN is NaN.
         """
         first = 0 if columns is None else columns.start
         tokens = slice(first, first + dz.shape[1])
         h = self.h[rows]
         if dead is not None:
-            h, dz = h.masked_fill(dead[:, None], 0), dz.masked_fill_(dead[:, None], 0)
+            h = h.masked_fill(dead[:, None], 0)
         if self.dh is not None:
             add_product(self.dh[rows], dz, self.w[tokens])
-        if self.dw is not None:
+        if self.dw is not None and self.at_once:
+            product(dz.mT, h, self.dw[tokens])
+            self.dw[tokens.stop :].zero_()
+        elif self.dw is not None:
             add_product(self.dw[tokens], dz.mT, h)
         if self.db is not None:
             self.db[tokens] += dz.sum(0, dtype=self.acc)

@@ -123,7 +123,7 @@ class _Block:
             q = (self.z - self.z_top[:, None]).sub_(log_sum[:, None]).exp_()
             if q.shape[1]:
                 q = eager._minus_one_hot_(q, self.local, -1)
-            dz += eager._scale_rows(q, weight)
+            dz += eager._scaled(q, weight)
         ce = log_sum + (self.z_top - at_label)
         return ce.masked_fill_(labels == self.call.ignore_index, 0)
 
@@ -133,17 +133,18 @@ class _Block:
         sum_a, sum_b = self.sums[-2:]
         log_q = self.a.sub_(self.a_top[:, None]).sub_(sum_a.log()[:, None])
         log_p = self.b.sub_(self.b_top[:, None]).sub_(sum_b.log()[:, None])
-        terms = [div.values(table, log_p, log_q)]
+        pair = div.Pair(log_p, log_q)
+        terms = [div.values(table, pair)]
         if table.name in div.ONE_SWEEP:
             (kd,) = _reduced(terms, dist.ReduceOp.SUM, group)
-            da = None if dz is None else div.gradients(table, log_p, log_q)
+            da = None if dz is None else div.gradients(table, pair)
         else:  # also where no gradient is wanted here: all ranks exchange the same
-            q, slope = div.slopes(table, log_p, log_q)
-            terms.append(div.slope_sums(q, slope))
+            slope = div.slopes(table, pair)
+            terms.append(div.slope_sums(pair.q, slope))
             kd, mean = _reduced(terms, dist.ReduceOp.SUM, group)
-            da = None if dz is None else div.from_slopes(q, slope, mean)
+            da = None if dz is None else div.from_slopes(pair.q, slope, mean)
         if dz is not None and da is not None:
-            dz += eager._scale_rows(da, weight / self.call.temperature)
+            dz += eager._scaled(da, weight / self.call.temperature)
         return kd
 
 

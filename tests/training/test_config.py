@@ -80,6 +80,46 @@ def test_python_construction_is_checked_too():
         ModelConfig(hidden=10, heads=4)
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("seed: 1\nout: x\nseed: 2\n", "seed", (3, 1)),
+        ("sft:\n  lr: 1\n  loss: {ce: 1}\n  lr: 2\n", "lr", (4, 2)),
+        ("data:\n  sources:\n    - {path: a,\n       path: b}\n", "path", (4, 3)),
+        ("seed: 1\n'seed': 2\n", "seed", (2, 1)),
+    ],
+    ids=["top", "section", "list", "quoted"],
+)
+def test_a_key_twice_is_an_error_naming_key_and_lines(tmp_path, text, key, lines):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    expected = rf"c\.yaml: .*line {lines[0]}: '{key}' again, expected once \(line {lines[1]}\)"
+    with pytest.raises(ConfigError, match=expected):
+        settings.load(Config, file)
+
+
+def test_a_key_twice_typed(tmp_path):
+    with pytest.raises(ConfigError, match="sft: got"):
+        settings.load(Config, None, ["sft={lr: 1, lr: 2}"])
+
+
+def test_a_merge_gives_way_to_what_is_written(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("pt: &a {lr: 1, batch_size: 2}\nsft: {<<: *a, lr: 3}\n")
+    config = settings.load(Config, file)
+    assert (config.sft.lr, config.sft.batch_size) == (3, 2)
+
+
+def test_a_byte_order_mark_is_skipped_and_other_bytes_are_named(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_bytes(b"\xef\xbb\xbfseed: 3\nout: \xc3\xa9\n")
+    config = settings.load(Config, file)
+    assert (config.seed, config.out) == (3, "é")
+    file.write_bytes(b"seed: 3\nout: \xff\n")
+    with pytest.raises(ConfigError, match=r"not valid YAML: .*0xff"):
+        settings.load(Config, file)
+
+
 def test_bad_files(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         settings.load(Config, tmp_path / "absent.yaml")

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
 
 from tests.training import tiny
+from tests.training.tiny_processors import UNENDED
 from training import checkpoint, settings
 from training.__main__ import main
 from training.config import LossConfig
@@ -334,3 +335,25 @@ def test_options_of_large_runs(tmp_path, option):
             # bf16 has 8 bits; the others change nothing but the way
             bound = 0.05 if "bf16" in option else 1e-5
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=bound)
+
+
+def test_what_is_to_be_known_of_template_and_length_is_said_before_the_first_step(tmp_path):
+    config = tiny.run_config(tmp_path, tmp_path / "out", stages=("sft",), samples=5)
+    processor = tiny.processor()
+    processor.chat_template = UNENDED
+    processor.save_pretrained(tmp_path / "tower")
+    long = json.loads((tmp_path / "data.json").read_text())
+    long[0]["conversations"][1]["value"] = "red " * 2300  # about 2300 of the new LM's 2048
+    (tmp_path / "data.json").write_text(json.dumps(long))
+    stage = dataclasses.replace(config.sft, steps=1, batch_size=1)
+    data = dataclasses.replace(config.data, max_length=4000, held_out=None)
+    said = []
+    run(dataclasses.replace(config, sft=stage, data=data), say=said.append)
+    expected = [
+        "1-sft: LlavaProcessor: its chat template makes ",
+        "1-sft: the model has 2,048 positions, and data.max_length allows samples of 4,000 tokens; "
+        "about 1 of 5 are longer",
+        "1-sft: 1 steps of",
+    ]
+    for start, line in zip(expected, said, strict=False):
+        assert line.startswith(start)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import threading
 
 import pytest
 import torch
@@ -20,10 +22,15 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests import tiny_models
-from tests.training import tiny
+from tests.training import tiny, tiny_pairs, tiny_processors
 from training import models
 from training.anatomy import image_token_id
-from training.config import ModelConfig
+from training.config import ModelConfig, SourceConfig
+from training.data.chat import ChatEncoder
+from training.data.encoding import Encoding
+from training.data.item import IGNORE
+from training.data.records import Place, Sample
+from training.data.sources import load_rows
 from training.models import (
     CheckpointError,
     assemble,
@@ -37,6 +44,37 @@ from training.models import (
 )
 from training.settings import ConfigError
 from training.shared_tower import image_features, share_tower
+
+
+def read_rows(name):
+    return load_rows(SourceConfig(path=name), "data.sources[0]")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Paths that are asked of a hub that has nothing."""
+    asked = []
+
+    class Nothing(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_GET = do_HEAD
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Nothing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        constants = "huggingface_hub.constants."
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(f"{constants}HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(f"{constants}ENDPOINT", url)
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(f"{constants}HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield asked
+        server.shutdown()
 
 
 @pytest.fixture
@@ -119,6 +157,39 @@ def test_a_student_from_a_whole_clip_and_a_causal_lm(tmp_path):
     ]
 
 
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, tiny_processors.LLAVA_CHATML], ids=["texts_alone", "images"]
+)
+def test_parts_keep_a_chat_template_that_shows_images_or_it_is_said(tmp_path, template):
+    tower, small, _ = tiny_pairs.write_parts(tmp_path)
+    (small / "chat_template.jinja").write_text(template)
+    _, processor = build_model(ModelConfig(vision=str(tower), language=str(small)), 0)
+    (note,) = Encoding(processor).notes or [""]
+    if template == CHATML:
+        assert processor.chat_template == models.CHAT_TEMPLATE
+        assert "its tokenizer's chat template shows no images and is not used" in note
+    else:
+        assert processor.chat_template == template and note == ""
+    encoder = ChatEncoder(processor)
+    asked = Sample(Place(tmp_path), ("",), (("<image>\nwhat is this", "a red square"),))
+    item = encoder.item(asked, encoder.see([Image.new("RGB", (16, 16))]))
+    processor.save_pretrained(tmp_path / "p")
+    again = load_processor(str(tmp_path / "p"))
+    parts = [{"type": "image"}, {"type": "text", "text": "what is this"}]
+    prompt = again.apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+    )
+    first = int((item["labels"] != IGNORE).nonzero()[0])
+    told = again.tokenizer.decode(item["input_ids"][:first]).replace("<image>" * 4, "<image>")
+    assert told == prompt, "what is trained is what the saved folder asks with"
+
+
 @pytest.mark.parametrize(
     "name", ["llava-onevision", "qwen2.5-vl", "internvl", "smolvlm", "llava-siglip-full"]
 )
@@ -190,6 +261,20 @@ class TestBrokenCheckpoints:
     def test_no_such_folder(self, load, tmp_path):
         with pytest.raises(CheckpointError, match=r"nothing: no such folder$"):
             load(str(tmp_path / "nothing"))
+
+    @pytest.mark.parametrize("load", [load_vlm, load_processor, load_tower, read_rows])
+    @pytest.mark.parametrize("name", ["runs/teacher/model", "./runs", "~/model", "/no/model"])
+    def test_a_missing_folder_is_looked_for_on_no_hub(self, load, name, hub):
+        said = name.replace("~", "(~|/.*)")  # a configuration has it expanded
+        with pytest.raises(ValueError, match=f"{said}: no such (file or )?folder$"):
+            load(name)
+        assert hub == []
+
+    @pytest.mark.parametrize("load", [load_vlm, load_processor, load_tower])
+    def test_a_hub_is_asked_once_for_a_name(self, load, hub):
+        with pytest.raises(CheckpointError, match="runs/model: neither a folder nor on the hub"):
+            load("runs/model")
+        assert len([path for path in hub if "runs/model" in path]) == 1
 
     def test_not_for_images_and_text(self, tower):
         with pytest.raises(CheckpointError, match="expected an image-text-to-text model"):

@@ -8,6 +8,7 @@ import transformers as tf
 
 from tests import tiny_models
 from tests.training import tiny_pairs, tiny_processors
+from training.anatomy import positions
 from training.models import CheckpointError
 from training.pairs import check_pair
 
@@ -111,6 +112,42 @@ def test_heads_too_short_for_the_tokens():
     message = str(caught.value)
     assert f"its model {tokens - 2} embeddings" in message, "the teacher's own"
     assert f"share {tokens - 2}" in message and "2 tokens beyond" in message, "and the student's"
+
+
+def yarn(factor, original=100):
+    """Rotary positions made for `original` tokens, scaled."""
+    return {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": factor,
+        "original_max_position_embeddings": original,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rope", "teacher", "level", "text"),
+    [
+        (None, 100, "ok", "100 and 100"),
+        (None, 90, "note", "100 and 90; data.max_length allows samples of 100 tokens"),
+        (yarn(4.0), 90, "ok", "100 and 400"),  # the teacher's scaled ones count
+        (yarn(0.5), 120, "ok", "100 and 120"),
+    ],
+)
+def test_positions_of_both_and_samples_that_may_be_longer(rope, teacher, level, text):
+    four = pair("internvl")
+    four[0].config.text_config.max_position_embeddings = 100
+    four[2].config.text_config.max_position_embeddings = teacher
+    if rope:
+        four[2].config.text_config.rope_parameters = rope
+    report = check_pair(*four, visual=True, max_length=100)
+    assert found(report, "positions") == (level, text)
+    report.require()
+    assert found(check_pair(*four, visual=True), "positions")[0] == "ok"
+
+
+def test_positions_that_no_config_has():
+    config = tf.BloomConfig()  # no positions: it biases by distance
+    assert positions(config) is None and positions(tf.GPT2Config()) == 1024
 
 
 def test_processor_of_another_model():

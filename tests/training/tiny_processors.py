@@ -83,6 +83,16 @@ LLAVA = (
     "{% endfor %} ASSISTANT:{% else %} {{ m.content[0].text }}<|im_end|>{% endif %}{% endfor %}"
 )
 
+# A LLaVA's that asks in another way than LLaVA did.
+LLAVA_CHATML = QWEN.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
+# As the published LLaVA-1.5 has it: asks as training does, and ends no answer in its history.
+UNENDED = (
+    "{% for m in messages %}{{ m.role.upper() }}: "
+    "{% for p in m.content %}{% if p.type == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for p in m.content if p.type == 'text' %}{{ p.text }} {% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
 
 @cache
 def trained() -> str:

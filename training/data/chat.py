@@ -7,47 +7,39 @@ between and after them exactly. That text and the answers are tokenised apart an
 * labels are each answer and the token that ends its turn, where generation must stop;
 * image tokens are the processor's own: it is called with the images and placeholders alone.
 
-What is believed about a template is tried on a conversation when an encoder is made: pieces against
-the whole, prompts against the template's generation prompt, and, where the template marks answers
-itself (`generation` blocks), against its marks. One thing differs in published templates and is
-not refused: an answer may open otherwise in the history than in a prompt (LLaVA-OneVision:
-"assistant \\n" and "assistant\\n"). Training then uses the prompt's opening, for that is what the
-first answer is generated from; `ChatEncoder.note` says so.
+What is believed about a template is tried when an encoder is made (`training.data.trial`). One
+thing differs in published templates and is not refused: an answer may open otherwise in the history
+than in a prompt (LLaVA-OneVision: "assistant \\n" and "assistant\\n"). Training then uses the
+prompt's opening, for that is what the first answer is generated from; `ChatEncoder.note` says so.
+
+A LLaVA that is asked as LLaVA was is encoded with `training.data.template`'s, texts as they stand.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from training.data.controls import Controls, special_tokens
 from training.data.item import IGNORE, TOKEN_EXTRAS, Item, Seen, build_item
 from training.data.pieces import Pieces
-from training.data.records import IMAGE_MARK, DataError, Place, Sample, fault
-from training.data.template import Encoder, TemplateName
+from training.data.records import IMAGE_MARK, Sample, fault
+from training.data.template import (
+    CHAT_TEMPLATE,
+    TemplateName,
+    image_tokens,
+    speaks_llava,
+    unused_template,
+)
+from training.data.trial import check_template, first_difference
 from training.settings import ConfigError
 
 # Stands for answer i while the template is rendered; no template changes it, no text contains it.
 MARK = "\ue000answer{}\ue001"
 PER_TOKEN = ("input_ids", "attention_mask", *TOKEN_EXTRAS)
-
-
-def encoder_for(
-    processor: Any, template: TemplateName = "chat", system: str = ""
-) -> Encoder | ChatEncoder:
-    """LLaVA's own templates for a `LlavaProcessor`, the processor's own for any other.
-
-    Raises:
-        ConfigError: `ChatEncoder` refuses the processor.
-        ValueError: `Encoder` does, or the template is unknown.
-    """
-    if type(processor).__name__ == "LlavaProcessor":
-        return Encoder(processor, template, system)
-    return ChatEncoder(processor, template, system)
 
 
 class ChatEncoder:
@@ -56,23 +48,27 @@ class ChatEncoder:
     Args:
         processor: a transformers processor with tokenizer, image processor and chat template.
         template: ``chat`` (the processor's chat template), or ``pretrain``: the images as the
-            template borders them, then the caption and a line break; the question is discarded.
+            template borders them, then the caption and a line break; question and system message
+            are discarded. The published recipe ends a caption without an end of sequence, so a
+            model trained with this alone does not learn to stop: that is learned from ``chat``.
         system: a system message for samples that have none of their own.
 
     Attributes:
-        note: how the template's history differs from its prompts, or "".
+        note: how the template's history differs from its prompts, or which template of the user's
+            is not used, or "".
+        tokens_per_image: where every image has as many, so that lengths need no look; else None.
 
     Raises:
         ConfigError: the template ends answers without a special token, rewrites earlier turns,
             or makes other ids of a whole conversation than of its pieces.
+        ValueError: an unknown `template`, or a LLaVA's images are not all of one size.
     """
-
-    fixed_image_tokens = False
 
     def __init__(self, processor: Any, template: TemplateName = "chat", system: str = "") -> None:
         if template not in ("chat", "pretrain"):
             raise ValueError(f"template: got {template!r}, expected 'chat' or 'pretrain'")
-        if not getattr(processor, "chat_template", None):
+        self.llava = speaks_llava(processor)
+        if not self.llava and not getattr(processor, "chat_template", None):
             raise ConfigError(f"{_name(processor)}: has no chat template, expected one")
         self.processor, self.tokenizer = processor, processor.tokenizer
         if self.tokenizer.eos_token is None:
@@ -80,9 +76,14 @@ class ChatEncoder:
         self.template, self.system = template, system
         self.image_token: str = processor.image_token
         self.image_id: int = processor.image_token_id
-        self._text = Pieces(self.tokenizer)
+        self._text, self._controls = Pieces(self.tokenizer), Controls(processor)
+        self._specials = special_tokens(self.tokenizer)
+        self.tokens_per_image = image_tokens(processor) if self.llava else None
         self._learn()
-        check_template(self)
+        if self.llava:
+            self.note = unused_template(processor)
+        else:
+            check_template(self)
 
     # -- images ----------------------------------------------------------------------------------
 
@@ -115,17 +116,23 @@ class ChatEncoder:
         """Ids, labels and visual tensors of one sample.
 
         Raises:
-            DataError: a text spells out one of the template's own tokens, an answer is not what
-                the template renders, or ``pretrain`` meets anything but images and one caption.
+            DataError: a text spells out a control token, an answer is not what the template
+                renders or has words that the tokenizer does not know, or ``pretrain`` meets
+                anything but images and one caption.
         """
         ids: list[int] = []
         labels: list[int] = []
         extras: dict[str, list[int]] = {name: [] for name in self._extras}
-        images = iter(range(len(seen.ids)))
-        for text, said in self._pieces(sample):
+        pieces = self._pieces(sample)
+        places = sum(text.count(self.image_token) for text, _ in pieces)
+        if places != len(seen.ids):
+            got = f"{places} x {self.image_token!r} for {len(seen.ids)} image(s)"
+            raise fault(sample.place, "conversations", got, "as many as images")
+        image = -1
+        for text, said in pieces:
             for k, part in enumerate(text.split(self.image_token)):
                 if k:
-                    image = next(images)
+                    image += 1
                     ids += seen.ids[image]
                     labels += [IGNORE] * len(seen.ids[image])
                     for name, row in extras.items():
@@ -141,9 +148,11 @@ class ChatEncoder:
         return build_item(sample, ids, labels, seen, padded)
 
     def length(self, sample: Sample, seen: Seen | None) -> int:
-        """Tokens of the item."""
-        if seen is None:
+        """Tokens of the item; `seen` may be None where there are `tokens_per_image`."""
+        if seen is None and self.tokens_per_image is None:
             raise ValueError("seen: got None, expected the images: their size decides the tokens")
+        if seen is None:
+            seen = Seen([[self.image_id] * (self.tokens_per_image or 0)] * len(sample.images))
         return len(self.item(sample, seen)["input_ids"])
 
     def prompt(self, sample: Sample, seen: Seen) -> list[int]:
@@ -153,32 +162,32 @@ class ChatEncoder:
         return item["input_ids"][:first].tolist()
 
     def messages(self, sample: Sample, answers: Sequence[str]) -> list[dict[str, Any]]:
-        """The conversation as templates want it: a list of parts for every message."""
-        system = sample.system if sample.system is not None else self.system
-        talk = [_message("system", system)] if system else []
+        """The conversation as templates want it, in parts; LLaVA's gets its questions whole."""
+        system = sample.system if sample.system is not None else self.system or None
+        talk = [] if system is None else [_message("system", system)]
         for (human, _), answer in zip(sample.turns, answers, strict=False):
-            talk.append({"role": "user", "content": _parts(human, sample.ordered)})
+            if self.llava:
+                content: Any = _image_first(human).replace(IMAGE_MARK, self.image_token)
+            else:
+                content = _parts(human if sample.ordered else _image_first(human))
+            talk.append({"role": "user", "content": content})
             talk.append(_message("assistant", answer))
         return talk
 
     def _pieces(self, sample: Sample) -> list[tuple[str, bool]]:
         """The text in order, and whether it is learned."""
-        for i, turn in enumerate(sample.turns):
-            for j, text in enumerate(turn):
-                if control := self._controls.search(text.replace(IMAGE_MARK, "")):
-                    got = f"{control.group()!r} in {text!r}"
-                    field = f"conversations[{2 * i + j}].value"
-                    raise fault(sample.place, field, got, "text without the template's own tokens")
+        self._controls.check(sample)
         answers = [answer.strip() if self._trims else answer for _, answer in sample.turns]
         if self.template == "pretrain":
             return self._caption(sample, answers)
         marked = [MARK.format(i) for i in range(len(answers))]
         around = self._around(sample, self.render(self.messages(sample, marked)), marked)
         pieces = [(around[0], False)]
-        for answer, after in zip(answers, around[1:], strict=True):
+        for i, (answer, after) in enumerate(zip(answers, around[1:], strict=True)):
             pieces[-1] = (pieces[-1][0].removesuffix(self.opening) + self.prompt_opening, False)
             rest = after.removeprefix(self.ending)
-            pieces += [(f"{self.lead}{answer}{self.ending}", True), (rest, False)]
+            said = self._answer(sample, i, f"{self.lead}{answer}{self.ending}")
+            pieces += [(said, True), (rest, False)]
         whole = "".join(
             f"{before}{answer}" for before, answer in zip(around, [*answers, ""], strict=True)
         )
@@ -203,18 +212,28 @@ class ChatEncoder:
             expected = "images and one turn (template 'pretrain')"
             raise fault(sample.place, "conversations", got, expected)
         image = f"{self._head}{self.image_token}{self._tail}"
-        return [(image * len(sample.images), False), (f"{answers[0]}\n", True)]
+        said = self._answer(sample, 0, f"{answers[0]}\n")
+        return [(image * len(sample.images), False), (said, True)]
+
+    def _answer(self, sample: Sample, i: int, text: str) -> str:
+        """The text of answer i; what is learned must be words that the model could say."""
+        unknown = self.tokenizer.unk_token_id
+        if unknown != self.tokenizer.eos_token_id and unknown in self._text.ids(text):
+            field = sample.field.format(sample.first + 2 * i + 1)
+            raise fault(sample.place, field, repr(text), "only words the tokenizer knows")
+        return text
 
     # -- the template ----------------------------------------------------------------------------
 
     def render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
         """The template's text; `prompt`: with the opening of the next answer."""
+        ours = CHAT_TEMPLATE.replace(IMAGE_MARK, self.image_token) if self.llava else None
         return self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=prompt
+            messages, chat_template=ours, tokenize=False, add_generation_prompt=prompt
         )
 
     def _learn(self) -> None:
-        """How an answer is opened and ended, what borders an image, which tokens are control."""
+        """How an answer is opened and ended, and what borders an image."""
         mark = MARK.format(0)
         user = {"role": "user", "content": [{"type": "text", "text": "What is this?"}]}
         before, prompt = self.render([user]), self.render([user], prompt=True)
@@ -236,24 +255,17 @@ class ChatEncoder:
             )
         self.ending = self._ending(after)
         self._trims = f" {mark} " not in self.render([user, _message("assistant", f" {mark} ")])
-        self._head, self._tail = self._borders()
-        used = f"{whole}{self._head}{self.image_token}{self._tail}{self.tokenizer.eos_token}"
-        controls = [re.escape(token) for token in self._specials() if token in used]
-        self._controls = re.compile("|".join(controls))
+        self._head, self._tail = ("", "") if self.llava else self._borders()
         bos = self.tokenizer.bos_token
         start = self.tokenizer("").input_ids[:1]
         added = start == [self.tokenizer.bos_token_id] and not whole.startswith(bos or "\0")
         self._start: list[int] = start if added else []
-        probe = self.processor(text=["a"], return_tensors="pt")
+        probe = {} if self.llava else self.processor(text=["a"], return_tensors="pt")
         self._extras = [name for name in TOKEN_EXTRAS if name in probe]
-
-    def _specials(self) -> list[str]:
-        added = self.tokenizer.added_tokens_decoder.values()
-        return [token.content for token in added if token.special]
 
     def _ending(self, after: str) -> str:
         """The text after an answer up to its first special token, where generation stops."""
-        ends = [after.index(t) + len(t) for t in self._specials() if t and t in after]
+        ends = [after.index(t) + len(t) for t in self._specials if t and t in after]
         if not ends:
             raise self.refusal(
                 f"{after!r} after an answer", "a special token there, for generation to stop at"
@@ -264,7 +276,7 @@ class ChatEncoder:
         """What the template writes before and after each image: special tokens only."""
         two = {"role": "user", "content": [{"type": "image"}, {"type": "image"}]}
         before, between, _ = [*self.render([two]).split(self.image_token), "", ""][:3]
-        starts = [between.index(token) for token in self._specials() if token in between]
+        starts = [between.index(token) for token in self._specials if token in between]
         heads = [between[i:] for i in sorted(starts) if before.endswith(between[i:])]
         head = heads[0] if heads else ""
         return head, between.removesuffix(head)
@@ -276,92 +288,19 @@ class ChatEncoder:
         )
 
 
-def check_template(encoder: ChatEncoder) -> None:
-    """Compare an encoder's ids with the processor's own on a conversation with two images.
-
-    Raises:
-        ConfigError: they differ; the message shows where.
-    """
-    images = [Image.new("RGB", (64, 48), (200, 30, 30)), Image.new("RGB", (40, 60), (30, 30, 200))]
-    human = f"{IMAGE_MARK}{IMAGE_MARK}What is this?"
-    turns = ((human, "A red square, and a blue one."), ("How many are there?", "There are 2."))
-    for shown, opening in ((images, human), ([], "What is this?")):
-        sample = Sample(
-            Place(Path("probe")),
-            ("",) * len(shown),
-            ((opening, turns[0][1]), turns[1]),
-            ordered=True,
-        )
-        try:
-            _compare(encoder, sample, shown)
-        except DataError as error:
-            raise encoder.refusal(
-                str(error), "a template that renders a plain conversation"
-            ) from error
-
-
-def _compare(encoder: ChatEncoder, sample: Sample, images: list[Image.Image]) -> None:
-    if encoder.template == "pretrain":
-        return  # no conversation: nothing of it is rendered
-    item: dict[str, Any] = dict(encoder.item(sample, encoder.see(images)))
-    talk = encoder.messages(sample, [answer for _, answer in sample.turns])
-    shown = iter(images)
-    for part in (part for message in talk for part in message["content"]):
-        if part["type"] == "image":
-            part["image"] = next(shown)
-    whole = partial(
-        encoder.processor.apply_chat_template, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    starts = [i for i in range(1, len(item["labels"])) if _opens(item["labels"], i)]
-    ends = [(talk[:-1], starts[1]), (talk[:-3], starts[0])]
-    if encoder.note:  # its history differs from its prompts: only the first prompt can agree
-        ends = ends[1:]
-    else:
-        _same(encoder, item, whole(talk), len(item["input_ids"]), "a whole conversation")
-    for messages, length in ends:
-        made = whole(messages, add_generation_prompt=True)
-        _same(encoder, item, made, length, "a prompt for generation")
-    if re.search(r"\{%-?\s*generation\s", encoder.processor.chat_template):
-        made = whole(talk, return_assistant_tokens_mask=True)
-        marked = made["input_ids"][0][made["assistant_masks"][0].bool()]
-        text = encoder.tokenizer.decode(marked)
-        if not all(
-            answer in text and human.split(">")[-1] not in text for human, answer in sample.turns
-        ):
-            raise encoder.refusal(f"{text!r} marked as generation", "the answers, and only them")
-
-
-def _same(encoder: ChatEncoder, item: dict[str, Any], made: Any, length: int, what: str) -> None:
-    """Refuse the template unless the first `length` tokens of the item are the processor's."""
-    for name in ("input_ids", *encoder._extras):
-        ours, theirs = item[name][:length].tolist(), made[name][0].tolist()
-        if ours != theirs:
-            decode = encoder.tokenizer.decode
-            where = first_difference(ours, theirs, decode if name == "input_ids" else str)
-            raise encoder.refusal(f"in {what}, {name}: {where}", "pieces that make up the whole")
-
-
-def _opens(labels: Any, i: int) -> bool:
-    return bool(labels[i] != IGNORE and labels[i - 1] == IGNORE)
-
-
-def first_difference(ours: Any, theirs: Any, show: Any = str) -> str:
-    """Where two texts or lists of ids part, and how each goes on."""
-    pairs = zip(ours, theirs, strict=False)
-    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
-    shown = [show(side[at : at + 12]) for side in (ours, theirs)]
-    return f"{shown[0]!r} at {at} in place of {shown[1]!r}"
-
-
 def _message(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
-def _parts(human: str, ordered: bool) -> list[dict[str, str]]:
-    """A human turn as parts. Unless `ordered`, one image comes first, as LLaVA does; a line break
-    next to an image is dropped, because templates write their own."""
-    if not ordered and human.count(IMAGE_MARK) == 1:
-        human = f"{IMAGE_MARK}\n{human.replace(IMAGE_MARK, '').strip()}"
+def _image_first(human: str) -> str:
+    """A human turn with its image before the words, if it has one alone, as LLaVA does."""
+    if human.count(IMAGE_MARK) != 1:
+        return human
+    return f"{IMAGE_MARK}\n{human.replace(IMAGE_MARK, '').strip()}"
+
+
+def _parts(human: str) -> list[dict[str, str]]:
+    """A human turn as parts; line breaks next to images are dropped: templates write their own."""
     parts = []
     texts = human.split(IMAGE_MARK)
     for i, text in enumerate(texts):

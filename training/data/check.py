@@ -1,7 +1,8 @@
 """What is in a data set, as this trainer would read it? Every entry is opened and encoded, once.
 
 Counted: entries that would be skipped, grouped by reason with examples; tokens a sample (and how
-many are image tokens and labels), images a sample. A few sound samples, evenly spread, are kept
+many are image tokens and labels), images a sample, and what was done to images so that they are as
+a person sees them (`training.data.images`). A few sound samples, evenly spread, are kept
 with their tokens for the page (`training.data.page`). Nothing is trained and nothing is changed.
 """
 
@@ -14,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
+from training.bar import track
 from training.data.encoding import Encoding
+from training.data.images import conversions
 from training.data.item import IGNORE, Item
 from training.data.records import DataError, Sample
 from training.data.sources import Source
@@ -48,13 +49,20 @@ class Report:
     labels: int = 0
     image_tokens: int = 0
     images: Counter[int] = field(default_factory=Counter)  # images a sample -> samples
+    conversions: Counter[str] = field(default_factory=Counter)  # what was done -> images
     shown: list[Shown] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)  # fields that are not read -> samples
     notes: list[str] = field(default_factory=list)
 
     @property
     def sound(self) -> int:
         """Entries that can be trained on."""
         return len(self.lengths)
+
+    @property
+    def n_images(self) -> int:
+        """Images of the sound entries; one of several entries counts in each."""
+        return sum(n * samples for n, samples in self.images.items())
 
     def histogram(self) -> list[tuple[int, int, int]]:
         """Samples by length: (from, to inclusive, how many), at most 16 bins of equal width."""
@@ -98,27 +106,38 @@ class Report:
             "image_tokens": self.image_tokens,
             "lengths": lengths,
             "images_per_sample": {str(n): self.images[n] for n in sorted(self.images)},
+            "conversions": dict(self.conversions.most_common()),
+            "not_read": dict(self.unread.most_common()),
             "notes": self.notes,
         }
 
 
 def read_data(
-    sources: Sequence[Source], encoding: Encoding, *, show: int = 12, limit: int | None = None
+    sources: Sequence[Source],
+    encoding: Encoding,
+    *,
+    show: int = 12,
+    limit: int | None = None,
+    positions: int | None = None,
 ) -> Report:
     """Read every entry (or the first `limit` of each source) and count what is found.
+
+    Args:
+        sources: what to read.
+        encoding: how it is encoded.
+        show: how many samples are kept for the page.
+        limit: how many entries of each source are read.
+        positions: how many tokens the model was made for; longer samples are noted.
 
     Raises:
         DataError: a source that cannot be read at all.
     """
-    report = Report([source.name for source in sources])
-    note = getattr(encoding.encoders[0], "note", "")
-    report.notes += [note] if note else []
+    report = Report([source.name for source in sources], notes=encoding.notes)
     for source in sources:
         entries = list(source.samples())[:limit]
         wanted = _spread(len(entries), -(-show // len(sources)))
-        bar = track(entries, f"reading {source.name}", console=Console(stderr=True))
         before, due = len(report.shown), 0
-        for i, entry in enumerate(bar):
+        for i, entry in enumerate(track(entries, f"reading {source.name}", "samples")):
             report.read += 1
             due += i in wanted  # a faulty entry leaves its place to the next sound one
             try:
@@ -129,6 +148,11 @@ def read_data(
                 examples = report.examples.setdefault(reason, [])
                 if len(examples) < EXAMPLES:
                     examples.append(str(error))
+    if positions is not None and (longer := sum(n > positions for n in report.lengths)):
+        report.notes.append(
+            f"{longer:,} samples are longer than the model's {positions:,} positions (up to "
+            f"{max(report.lengths):,} tokens); data.max_length={positions} would refuse them"
+        )
     return report
 
 
@@ -144,6 +168,8 @@ def _count(
     report.labels += int((item["labels"] != IGNORE).sum())
     report.image_tokens += int(item["image_lens"].sum())
     report.images[len(images)] += 1
+    report.conversions.update(done for image in images for done in conversions(image))
+    report.unread.update(entry.unread)
     if show:
         report.shown.append(Shown(entry, item, images))
 

@@ -40,6 +40,8 @@ def check_data(options: argparse.Namespace, config: Config) -> None:
     from training.data.check import read_data
     from training.data.encoding import Encoding
     from training.data.page import rows_of, write_page
+    from training.journal import write_whole
+    from training.models import known_positions
 
     if options.samples < 0 or (options.limit is not None and options.limit < 1):
         raise ConfigError("--samples, --limit: expected 0 or more, and 1 or more")
@@ -51,7 +53,13 @@ def check_data(options: argparse.Namespace, config: Config) -> None:
     template: Any = "pretrain" if use == "captions" else "chat"
     encoding = Encoding(processor, template=template, max_length=config.data.max_length)
     sources = _sources(data, use)
-    report = read_data(sources, encoding, show=options.samples, limit=options.limit)
+    report = read_data(
+        sources,
+        encoding,
+        show=options.samples,
+        limit=options.limit,
+        positions=known_positions(options.processor or config.model.path or config.model.language),
+    )
     for name, value in rows_of(report):
         print(f"{name:<18} {value}")
     for reason, count in report.reasons.most_common():
@@ -59,7 +67,7 @@ def check_data(options: argparse.Namespace, config: Config) -> None:
     write_page(report, processor.tokenizer, processor.image_token_id, Path(options.html))
     print(f"{'page':<18} {options.html}: {len(report.shown)} samples")
     if options.json_out:
-        Path(options.json_out).write_text(json.dumps(report.to_dict(), indent=1))
+        write_whole(Path(options.json_out), json.dumps(report.to_dict(), indent=1))
 
 
 def _processor(options: argparse.Namespace, config: Config) -> Any:

@@ -6,8 +6,8 @@ raises a `DataError`. With ``skip_bad=True`` construction also decodes every ima
 conversation, drops what is faulty, and lists it in ``dataset.skipped``: so the length is known, and
 no entry is ever replaced by another.
 
-Left out: shuffling and sharding (`training.data.sampler`), augmentation, EXIF rotation, and any
-choice of image geometry (the processor's).
+Left out: shuffling and sharding (`training.data.sampler`), augmentation, and any choice of image
+geometry (the processor's); how a stored picture becomes pixels is `training.data.images`'.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.progress import track
 from torch.utils.data import Dataset
 
+from training.bar import track
+from training.data.chat import ChatEncoder
 from training.data.encoding import Encoding
-from training.data.item import Item, ItemEncoder
+from training.data.images import WHOLE_IMAGE
+from training.data.item import Item
 from training.data.records import DataError, Sample, fault
 from training.data.sampler import ModalitySampler
-from training.data.sources import WHOLE_IMAGE, LlavaSource, Source
+from training.data.sources import LlavaSource, Source
 
 
 class Skip(NamedTuple):
@@ -65,10 +66,13 @@ class SampleDataset(Dataset[Item]):
             self._read(which, source)
         if not self.samples:
             names = ", ".join(source.name for source in sources)
-            raise DataError(f"{names}: all of its {len(self.skipped)} entries are faulty")
+            raise DataError(
+                f"{names}: all of its {len(self.skipped)} entries are faulty; the first: "
+                f"{self.skipped[0].reason}"
+            )
 
     @property
-    def encoder(self) -> ItemEncoder:
+    def encoder(self) -> ChatEncoder:
         """The student's encoder."""
         return self.encoding.encoders[0]
 
@@ -77,9 +81,15 @@ class SampleDataset(Dataset[Item]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Item:
-        """Item ``index``; raises `DataError` if an image is damaged or the sample is too long."""
+        """Item ``index``; a `DataError`, and nothing else, if it cannot be made."""
         sample, source = self.samples[index], self.sources[self._source[index]]
-        return self.encoding.item(sample, lambda: source.images(sample))
+        return self.encoding.item(sample, lambda: source.images(sample), source.identity)
+
+    @property
+    def entries(self) -> Iterator[tuple[Sample, Source]]:
+        """The samples in order, each with its source."""
+        for sample, which in zip(self.samples, self._source, strict=True):
+            yield sample, self.sources[which]
 
     def sampler(self, step_size: int, seed: int, group: bool) -> ModalitySampler:
         """An order of training: sources by weight, steps by modality and length if `group`."""
@@ -117,9 +127,7 @@ class SampleDataset(Dataset[Item]):
         if not self.skip_bad:
             return entries
         # Decoding every image takes time that a user should see pass.
-        console = Console(stderr=True)
-        name = Path(source.name).name
-        return iter(track(list(entries), f"checking {name}", console=console))
+        return track(list(entries), f"checking {Path(source.name).name}", "samples")
 
     def _checked(
         self, source: Source, entry: Sample | DataError, faults: dict[str, str | None]
@@ -144,9 +152,4 @@ class LlavaDataset(SampleDataset):
     def __init__(
         self, json_path: str | Path, image_root: str | Path, processor: Any, **options: Any
     ) -> None:
-        self.image_root = Path(image_root)
         super().__init__([LlavaSource(json_path, image_root)], processor, **options)
-
-    def image_path(self, image: str) -> Path:
-        """Where an image named by an entry lies."""
-        return self.image_root / image

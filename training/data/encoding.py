@@ -6,18 +6,20 @@ a budget, because small sets of images are asked about again and again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from PIL import Image
 
-from training.data.chat import encoder_for
-from training.data.item import Item, ItemEncoder, Seen
-from training.data.records import Sample, fault
+from training.data.chat import ChatEncoder
+from training.data.item import Item, Seen
+from training.data.records import Sample, fault, named
 from training.data.template import TemplateName
 
 TYPICAL_IMAGE = (448, 448)  # what an image counts as in an estimate of lengths
 LETTERS_PER_TOKEN = 4
+PROCESSED = "images that the processor takes"
+ENCODED = "a conversation that tokenizer and template take"
 
 Images = Callable[[], Sequence[Image.Image]]
 
@@ -26,8 +28,8 @@ class Encoding:
     """A processor, perhaps the teacher's too, and the limit of a sample's length.
 
     Args:
-        processor: any image-text processor with a chat template (`training.data.chat`), or a
-            `LlavaProcessor` whose images all have one size.
+        processor: any image-text processor with a chat template (`training.data.chat`), or one of
+            LLaVA's own (`training.data.template`) whose images all have one size.
         teacher: the teacher's processor, if it differs: each item then has a ``teacher`` item,
             made by it of the same sample.
         template: ``chat`` or ``pretrain`` (`training.data.template`, `training.data.chat`).
@@ -57,19 +59,33 @@ class Encoding:
             raise ValueError(f"image_cache_mb: got {image_cache_mb}, expected 0 or more")
         self.max_length = max_length
         both = [processor] if teacher is None else [processor, teacher]
-        self.encoders: list[ItemEncoder] = [encoder_for(one, template, system) for one in both]
-        self.cache: list[dict[tuple[str, ...], Seen]] = [{} for _ in both]
+        self.encoders: list[ChatEncoder] = [ChatEncoder(one, template, system) for one in both]
+        # for each encoder, by where the images come from and their names there
+        self.cache: list[dict[Hashable, Seen]] = [{} for _ in both]
         self.cache_left = image_cache_mb << 20
 
-    def item(self, sample: Sample, images: Images) -> Item:
-        """The sample's item, the teacher's within it; `images` is called if they are needed.
+    @property
+    def notes(self) -> list[str]:
+        """What the encoders say of their processors' templates."""
+        return list(dict.fromkeys(encoder.note for encoder in self.encoders if encoder.note))
+
+    def item(self, sample: Sample, images: Images, identity: Hashable = None) -> Item:
+        """The sample's item, the teacher's within it.
+
+        Args:
+            sample: what to encode.
+            images: called if they are needed.
+            identity: where its images come from (`training.data.sources.Source`); of samples with
+                the same one, images of equal names are the same.
 
         Raises:
-            DataError: the sample cannot be encoded or is too long, or what `images` raises.
+            DataError: the sample cannot be encoded or is too long, or its images cannot be had;
+                whatever else a library raises on the way comes out as this.
         """
-        kept = all(sample.images in cache for cache in self.cache)
-        opened = [] if kept else images()
-        items = [self._item(which, sample, opened) for which in range(len(self.encoders))]
+        key = (identity, sample.images)
+        kept = all(key in cache for cache in self.cache)
+        opened = [] if kept else self._images(sample, images)
+        items = [self._item(which, sample, opened, key) for which in range(len(self.encoders))]
         for extra in items[1:]:
             items[0]["teacher"] = extra
         return items[0]
@@ -77,12 +93,16 @@ class Encoding:
     def check(self, sample: Sample, images: Images) -> None:
         """Raise what `item` would raise, without processing images where that can be avoided."""
         for encoder in self.encoders:
-            seen = None if encoder.fixed_image_tokens else encoder.see(images())
-            self._fits(sample, encoder.length(sample, seen))
+            seen = None
+            if encoder.tokens_per_image is None:
+                seen = self._seen(encoder, sample, self._images(sample, images))
+            with named(sample.place, "conversations", ENCODED):
+                length = encoder.length(sample, seen)
+            self._fits(sample, length)
 
     def estimate(self, sample: Sample) -> int:
         """About how many tokens the sample has: 4 letters a token, images of a usual size."""
-        letters = sum(len(text) for turn in sample.turns for text in turn)
+        letters = sum(len(text) for _, text in sample.texts())
         return letters // LETTERS_PER_TOKEN + len(sample.images) * self._tokens_per_image()
 
     def _tokens_per_image(self) -> int:
@@ -91,18 +111,32 @@ class Encoding:
             self._typical = len(seen.ids[0])
         return self._typical
 
-    def _item(self, which: int, sample: Sample, images: Sequence[Image.Image]) -> Item:
+    def _item(self, which: int, sample: Sample, images: Sequence[Any], key: Hashable) -> Item:
         """The sample as one of the encoders makes it."""
         encoder, cache = self.encoders[which], self.cache[which]
-        seen = cache.get(sample.images)
+        seen = cache.get(key)
         if seen is None:
-            seen = encoder.see(images)
+            seen = self._seen(encoder, sample, images)
             if seen.nbytes <= self.cache_left:  # when full nothing is evicted: order is random
                 self.cache_left -= seen.nbytes
-                cache[sample.images] = seen
-        item = encoder.item(sample, seen)
+                cache[key] = seen
+        with named(sample.place, "conversations", ENCODED):
+            item = encoder.item(sample, seen)
         self._fits(sample, len(item["input_ids"]))
         return item
+
+    def _images(self, sample: Sample, images: Images) -> Sequence[Image.Image]:
+        """The opened images, one for each that the sample names."""
+        with named(sample.place, "image", "images that can be had"):
+            opened = images()
+        if len(opened) != len(sample.images):
+            got = f"{len(opened)} image(s) for {len(sample.images)} in the messages"
+            raise fault(sample.place, "image", got, "one image per place")
+        return opened
+
+    def _seen(self, encoder: ChatEncoder, sample: Sample, images: Sequence[Image.Image]) -> Seen:
+        with named(sample.place, "image", PROCESSED, ", ".join(sample.images)):
+            return encoder.see(images)
 
     def _fits(self, sample: Sample, length: int) -> None:
         if length > self.max_length:

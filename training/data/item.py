@@ -8,12 +8,10 @@ padded like ids.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, Protocol, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from training.data.records import Sample
@@ -47,24 +45,6 @@ class Seen:
     def nbytes(self) -> int:
         """Memory of the tensors."""
         return sum(tensor.nbytes for tensor in self.inputs.values())
-
-
-class ItemEncoder(Protocol):
-    """Samples to items: `training.data.template.Encoder` or `training.data.chat.ChatEncoder`."""
-
-    fixed_image_tokens: bool  # whether every image has as many tokens, so that lengths need no look
-
-    def see(self, images: Sequence[Image.Image]) -> Seen:
-        """Process the images of one sample."""
-        ...
-
-    def item(self, sample: Sample, seen: Seen) -> Item:
-        """Ids, labels and visual tensors of one sample; `DataError` if it cannot be encoded."""
-        ...
-
-    def length(self, sample: Sample, seen: Seen | None) -> int:
-        """Tokens of the item; `seen` may be None where `fixed_image_tokens`."""
-        ...
 
 
 def build_item(

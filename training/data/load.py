@@ -134,7 +134,7 @@ def _stream(config: DataConfig, chosen: list[Any], encoding: Encoding, seed: int
             "data.sources: streamed by several processes, each of which would read every row; "
             "save the data set to disk (save_to_disk) and set stream to false"
         )
-    return StreamDataset(
+    stream = StreamDataset(
         [one for _, one in chosen],
         config.image_root,
         encoding,
@@ -142,3 +142,10 @@ def _stream(config: DataConfig, chosen: list[Any], encoding: Encoding, seed: int
         buffer=config.shuffle_buffer,
         skip_bad=config.skip_bad,
     )
+    for (i, _), rows in zip(chosen, stream.rows, strict=True):
+        if config.workers > rows.num_shards:  # each reads shards of its own
+            raise ConfigError(
+                f"data.workers: got {config.workers}, expected at most {rows.num_shards}, the "
+                f"shards that data.sources[{i}] is streamed in"
+            )
+    return stream

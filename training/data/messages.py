@@ -9,8 +9,9 @@ The rows that most chat data sets have, with the names of the columns free::
 
 Images stand where their parts do, or where a string says ``<image>``. If no message says where,
 they come first, as is the custom. A part may also name its image itself ({"type": "image", "image":
-"a.png"}); then there is no column. A system message comes first and once. Anything else is a
-`DataError` that says which row, message and part.
+"a.png"}); then there is no column. A system message comes first and once, or is a column `system`.
+Anything else is a `DataError` that says which row, message and part. What becomes of fields that
+are not read, `training.data.fields` says.
 """
 
 from __future__ import annotations
@@ -18,71 +19,83 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from training.data.records import IMAGE_MARK, Place, Sample, fault, shown
+from training.data.fields import MESSAGE, PART
+from training.data.records import (
+    IMAGE_MARK,
+    Form,
+    Place,
+    Sample,
+    conversation,
+    fault,
+    same,
+    shown,
+    unread_fields,
+)
 
+CHAT = Form("messages", "role", "content", ("user", "assistant"))
 PATH_KEYS = ("image", "path", "url")
+MESSAGE_READ = frozenset({"role", "content"})
+PART_READ = frozenset({"type", "text", *PATH_KEYS})
 
 
-def parse_messages(place: Place, messages: Any, n_images: int | None) -> tuple[Sample, list[str]]:
+def parse_messages(
+    place: Place, messages: Any, n_images: int | None, system: str | None = None
+) -> tuple[Sample, list[str]]:
     """A sample of a row's messages, and the paths that its parts name.
 
     Args:
         place: where the row stands.
         messages: the messages as the data set has them.
         n_images: how many images the row has besides, or None if that is not known yet.
+        system: a system message that the row has besides.
 
     Raises:
         DataError: at the first fault.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise fault(place, "messages", shown(messages), "a list of messages")
-    texts: list[tuple[str, str]] = []
+    said: list[tuple[Any, str]] = []
     paths: list[str] = []
+    unread: list[str] = []
     for i, message in enumerate(messages):
+        field = f"messages[{i}]"
         if not isinstance(message, Mapping):
-            raise fault(place, f"messages[{i}]", shown(message), "an object with role and content")
-        text = _text(place, f"messages[{i}].content", message.get("content"), paths)
-        texts.append((str(message.get("role")), text))
-    system = texts.pop(0)[1] if texts[0][0] == "system" else None
-    turns = _turns(place, texts, 0 if system is None else 1)
+            raise fault(place, field, shown(message), "an object with role and content")
+        unread += unread_fields(place, f"{field}.", message, MESSAGE_READ, MESSAGE)
+        text = _text(place, f"{field}.content", message.get("content"), paths, unread)
+        said.append((message.get("role"), text))
+    system, turns = conversation(place, CHAT, said, system)
     marks = sum(human.count(IMAGE_MARK) for human, _ in turns)
     expected = len(paths) if paths else n_images
     if marks == 0 and expected and not paths:
-        first = f"{IMAGE_MARK * expected}{turns[0][0]}"
-        turns, marks = [(first, turns[0][1]), *turns[1:]], expected
+        turns = ((f"{IMAGE_MARK * expected}{turns[0][0]}", turns[0][1]), *turns[1:])
+        marks = expected
     if expected is not None and marks != expected:
         got = f"{marks} place(s) for {expected} image(s)"
         raise fault(place, "messages", got, "one place per image")
-    sample = Sample(place, ("",) * marks, tuple(turns), system=system, ordered=True)
+    sample = Sample(
+        place,
+        ("",) * marks,
+        turns,
+        system=system,
+        ordered=True,
+        field="messages[{}].content",
+        first=len(said) - 2 * len(turns),
+        unread=same(tuple(dict.fromkeys(unread))),
+    )
     return sample, paths
 
 
-def _turns(place: Place, texts: list[tuple[str, str]], start: int) -> list[tuple[str, str]]:
-    for i, (role, text) in enumerate(texts):
-        wanted = ("user", "assistant")[i % 2]
-        if role != wanted:
-            expected = f"{wanted!r} (user and assistant alternate, user first)"
-            raise fault(place, f"messages[{i + start}].role", repr(role), expected)
-        if not text.strip():
-            raise fault(place, f"messages[{i + start}].content", shown(text), "some text")
-        if role == "assistant" and IMAGE_MARK in text:
-            expected = f"no {IMAGE_MARK} in an answer"
-            raise fault(place, f"messages[{i + start}].content", shown(text), expected)
-    if len(texts) % 2 or not texts:
-        got = f"{len(texts)} messages besides the system's"
-        raise fault(place, "messages", got, "an answer to every question")
-    pairs = [text for _, text in texts]
-    return list(zip(pairs[::2], pairs[1::2], strict=True))
-
-
-def _text(place: Place, field: str, content: Any, paths: list[str]) -> str:
-    """A message's text with a mark for every image; paths named by parts are added to `paths`."""
+def _text(place: Place, field: str, content: Any, paths: list[str], unread: list[str]) -> str:
+    """A message's text with a mark for every image; adds paths that parts name, fields not read."""
     if isinstance(content, str):
         return content
     if not isinstance(content, (list, tuple)):
         raise fault(place, field, shown(content), "a string or a list of parts")
     texts = []
     for i, part in enumerate(content):
+        if isinstance(part, Mapping):
+            unread += unread_fields(place, f"{field}[{i}].", part, PART_READ, PART)
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])

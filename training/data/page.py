@@ -19,6 +19,7 @@ from PIL import Image
 
 from training.data.check import Report, Shown
 from training.data.item import IGNORE
+from training.journal import write_whole
 
 THUMBNAIL = 180
 PARTIAL = "\ufffd"  # what decodes from bytes that are no whole letter
@@ -49,7 +50,7 @@ def write_page(report: Report, tokenizer: Any, image_id: int, path: Path) -> Non
         "&middot; is a space, &#9166; a line break</p>",
         *(_sample(shown, tokenizer, image_id) for shown in report.shown),
     ]
-    path.write_text("\n".join(parts), encoding="utf-8")
+    write_whole(path, "\n".join(parts))
 
 
 def rows_of(report: Report) -> Iterator[tuple[str, str]]:
@@ -67,6 +68,10 @@ def rows_of(report: Report) -> Iterator[tuple[str, str]]:
         yield "image tokens", f"{report.image_tokens:,} ({share:.1%} of all)"
         counts = ", ".join(f"{n}: {report.images[n]:,}" for n in sorted(report.images))
         yield "images a sample", counts
+    for done, count in report.conversions.most_common():
+        yield "images converted", f"{count:,} of {report.n_images:,}: {done}"
+    if report.unread:
+        yield "fields not read", ", ".join(f"{k}: {n:,}" for k, n in report.unread.most_common())
     for note in report.notes:
         yield "note", note
 

@@ -15,9 +15,10 @@ class Pieces:
         self._known: dict[str, tuple[int, ...]] = {}
 
     def ids(self, text: str) -> tuple[int, ...]:
-        """Token ids of `text`, none for an empty one."""
+        """Token ids of `text`, none for an empty one; `UnicodeEncodeError` at half a character."""
         ids = self._known.get(text)
         if ids is None:
+            text.encode()  # a tokenizer calls a lone surrogate a wrong type
             ids = tuple(self.tokenizer(text, add_special_tokens=False).input_ids) if text else ()
             if len(self._known) < CACHED_PIECES:
                 self._known[text] = ids

@@ -8,22 +8,31 @@ business; which sources there are is the configuration's (`open_source`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
 
 from training.config import SourceConfig, require
+from training.data.fields import ENTRY
+from training.data.images import PICTURE_DEPTH, flat, not_there, open_image
 from training.data.messages import parse_messages
-from training.data.records import DataError, Place, Sample, fault, read_samples, shown
+from training.data.records import (
+    DataError,
+    Place,
+    Sample,
+    fault,
+    named,
+    read_samples,
+    same,
+    system_of,
+    unread_fields,
+)
+from training.paths import is_missing_folder
 from training.settings import ConfigError
 
-# What Pillow raises on damaged files; SyntaxError is how it reports a broken PNG chunk.
-BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-WHOLE_IMAGE = "an image file that decodes whole"
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 ROWS_AT_ONCE = 1000
 
@@ -33,6 +42,7 @@ class Source(Protocol):
 
     name: str
     weight: float
+    identity: Hashable  # where its images come from: equal names of equal identity are one image
 
     def samples(self) -> Iterator[Sample | DataError]:
         """Every entry in order, a faulty one as its (unraised) fault."""
@@ -43,7 +53,7 @@ class Source(Protocol):
         ...
 
     def images(self, sample: Sample) -> list[Image.Image]:
-        """The images of a sample, decoded, RGB; `DataError` naming a damaged one."""
+        """The images of a sample (`training.data.images`); `DataError` naming a damaged one."""
         ...
 
 
@@ -53,6 +63,7 @@ class LlavaSource:
     def __init__(self, path: str | Path, image_root: str | Path, weight: float = 1.0) -> None:
         self.path, self.image_root = Path(path), Path(image_root)
         self.name, self.weight = str(path), weight
+        self.identity: Hashable = self.image_root.absolute()
 
     def samples(self) -> Iterator[Sample | DataError]:
         """Every entry of the file."""
@@ -60,14 +71,11 @@ class LlavaSource:
 
     def missing(self, sample: Sample, i: int) -> str | None:
         """Whether the file of image i is not there."""
-        path = self.image_root / sample.images[i]
-        return None if path.is_file() else f"no such file: {path}"
+        return not_there(sample.images[i], self.image_root)
 
     def images(self, sample: Sample) -> list[Image.Image]:
         """The sample's image files, decoded."""
-        return [
-            open_image(sample, i, name, self.image_root) for i, name in enumerate(sample.images)
-        ]
+        return _opened(sample, sample.images, self.image_root)
 
 
 class MessagesSource:
@@ -80,16 +88,21 @@ class MessagesSource:
     def __init__(self, rows: Any, config: SourceConfig, image_root: str | Path) -> None:
         self.rows, self.config, self.image_root = rows, config, Path(image_root)
         self.name, self.weight = str(config.path), config.weight
-        self._image_column = image_column(rows, config)
+        self.identity: Hashable = (config, self.image_root.absolute())
+        column = image_column(rows.column_names, config)
+        # as Arrow keeps them: a row's images are decoded here, and others not at all
+        stored = None if column is None else rows.select_columns([column]).with_format("arrow")
+        self._column, self._stored = column, stored
 
     def samples(self) -> Iterator[Sample | DataError]:
         """Every row; images are counted in the table, not decoded."""
-        text = self.rows.select_columns(
-            [name for name in ("id", self.config.messages) if name in self.rows.column_names]
-        )
+        wanted = {"id", "kind", "system", self.config.messages, *ENTRY}
+        names = self.rows.column_names
+        text = _undecoded(self.rows.select_columns([name for name in names if name in wanted]))
+        others = {name: ... for name in names if name not in wanted}  # there, and not looked at
         counts = self._counts()
         for i, row in enumerate(text):
-            yield row_sample(row, i, self.config, next(counts))
+            yield row_sample(row | others, f"row {i}", self.config, next(counts))
 
     def missing(self, sample: Sample, i: int) -> str | None:
         """None: an image in a table is known to be bad only when it is opened."""
@@ -97,24 +110,42 @@ class MessagesSource:
 
     def images(self, sample: Sample) -> list[Image.Image]:
         """The row's images, decoded."""
-        row = self.rows[int(sample.place.where.split()[-1])] if self._image_column else {}
-        return row_images(sample, row, self.config, self.image_root)
+        with named(sample.place, "image", "a row that can be read"):
+            value = self._value(int(sample.place.where.split()[-1]))
+        return row_images(sample, value, self.image_root)
+
+    def _value(self, i: int) -> Any:
+        if self._stored is None:
+            return None
+        return self._stored[i][self._column].to_pylist()[0]
 
     def _counts(self) -> Iterator[int]:
         """Images of each row."""
-        if self._image_column is None:
+        if self._stored is None:
             yield from (0 for _ in range(len(self.rows)))
             return
-        column = self.rows.select_columns([self._image_column]).with_format("arrow")
-        for table in column.iter(batch_size=ROWS_AT_ONCE):
-            for value in table[self._image_column]:
-                one = value.as_py() if not hasattr(value, "values") else value.values
-                yield 0 if one is None else (len(one) if hasattr(value, "values") else 1)
+        for table in self._stored.iter(batch_size=ROWS_AT_ONCE):
+            yield from (_count(one) if one.is_valid else 0 for one in table[self._column])
 
 
-def image_column(rows: Any, config: SourceConfig) -> str | None:
+def _count(value: Any) -> int:
+    """How many images `flat` makes of a value that lies in Arrow; their bytes are not touched."""
+    import pyarrow as pa
+
+    lists = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
+    if not value.is_valid or not isinstance(value.type, lists):
+        return 1
+    kind, levels = value.type, 0
+    while isinstance(kind, lists):
+        kind, levels = kind.value_type, levels + 1
+    numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    if numbers and levels in PICTURE_DEPTH and len(value.values):
+        return 1
+    return sum(map(_count, value.values))
+
+
+def image_column(names: Sequence[str], config: SourceConfig) -> str | None:
     """The column of images, if there is one; `ConfigError` if there are no messages."""
-    names = list(rows.column_names or [])
     if config.messages not in names:
         raise ConfigError(
             f"{config.path}: has columns {', '.join(names)}, "
@@ -125,56 +156,50 @@ def image_column(rows: Any, config: SourceConfig) -> str | None:
 
 
 def row_sample(
-    row: Mapping[str, Any], i: int, config: SourceConfig, n_images: int | None
+    row: Mapping[str, Any], where: str, config: SourceConfig, n_images: int
 ) -> Sample | DataError:
-    """The sample of a row, or its fault."""
-    name = row.get("id")
-    place = Place(Path(str(config.path)), f"row {i}", None if name is None else str(name))
+    """The sample of a row with so many images in its column, or its fault."""
+    name, kind = row.get("id"), row.get("kind")
+    place = Place(Path(str(config.path)), where, None if name is None else str(name))
     try:
-        sample, paths = parse_messages(place, row[config.messages], n_images)
+        with named(place, "messages", "messages that can be read"):
+            read = {"id", "kind", "system", config.messages, image_column(list(row), config) or ""}
+            unread = unread_fields(place, "", row, read, ENTRY)
+            talk, system = row[config.messages], system_of(place, row)
+            sample, paths = parse_messages(place, talk, n_images, system)
+        if paths and n_images not in (0, len(paths)):
+            got = f"{n_images} image(s) in the column and {len(paths)} named in messages"
+            raise fault(place, config.images, got, "as many, or no column")
     except DataError as error:
         return error
-    numbered = tuple(f"{config.path} row {i} image {j}" for j in range(len(sample.images)))
-    return replace(sample, images=tuple(paths) or numbered)
+    numbered = tuple(f"{config.path} {where} image {j}" for j in range(len(sample.images)))
+    return replace(
+        sample,
+        images=numbered if n_images else tuple(paths),
+        kind=None if kind is None else str(kind),
+        unread=same((*unread, *sample.unread)),
+    )
 
 
-def row_images(
-    sample: Sample, row: Mapping[str, Any], config: SourceConfig, image_root: Path
-) -> list[Image.Image]:
-    """A row's images, decoded: those its messages name, or those of its column."""
-    if not sample.images:
-        return []
-    values = row.get(config.images, row.get("image") if config.images == "images" else None)
-    if values is None:
-        values = list(sample.images)
-    if not isinstance(values, (list, tuple)):
-        values = [values]
-    return [open_image(sample, i, value, image_root) for i, value in enumerate(values)]
+def _undecoded(rows: Any) -> Any:
+    """The rows with sounds and films as they are stored: they are refused, not played."""
+    import datasets
+
+    for name, feature in rows.features.items():
+        if isinstance(feature, (datasets.Audio, datasets.Video)):
+            rows = rows.cast_column(name, replace(feature, decode=False))
+    return rows
 
 
-def open_image(sample: Sample, i: int, value: Any, image_root: Path) -> Image.Image:
-    """An image given as a PIL image, bytes, a path, or both of the last in a mapping.
+def row_images(sample: Sample, value: Any, image_root: Path) -> list[Image.Image]:
+    """A row's images, decoded: those of its column's value, or else those its messages name."""
+    return _opened(sample, flat(value) or sample.images, image_root) if sample.images else []
 
-    Raises:
-        DataError: it is damaged, missing, or none of these.
-    """
-    if isinstance(value, Mapping):  # how `datasets` keeps an image that it does not decode
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, (str, Path)):
-        value = image_root / value
-    what = str(value) if isinstance(value, Path) else f"{type(value).__name__}"
-    try:
-        if isinstance(value, Image.Image):
-            return value.convert("RGB")
-        if not isinstance(value, (bytes, Path)):
-            raise fault(sample.place, f"image[{i}]", shown(value), "an image, bytes or a path")
-        with Image.open(BytesIO(value) if isinstance(value, bytes) else value) as image:
-            return image.convert("RGB")  # decodes all of it
-    except DataError:
-        raise
-    except BROKEN_IMAGE as error:
-        got = f"{what}: {type(error).__name__}: {error}"
-        raise fault(sample.place, f"image[{i}]", got, WHOLE_IMAGE) from error
+
+def _opened(sample: Sample, values: Sequence[Any], image_root: Path) -> list[Image.Image]:
+    return [
+        open_image(sample.place, f"image[{i}]", value, image_root) for i, value in enumerate(values)
+    ]
 
 
 def open_source(config: SourceConfig, where: str, image_root: str) -> Source:
@@ -197,6 +222,8 @@ def load_rows(config: SourceConfig, where: str) -> Any:
     from datasets.exceptions import DatasetsError
 
     path = Path(str(config.path))
+    if is_missing_folder(str(config.path)):
+        raise ConfigError(f"{where}.path: {config.path}: no such file or folder")
     try:
         if path.is_dir() and any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
             rows: Any = datasets.load_from_disk(path)

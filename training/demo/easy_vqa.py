@@ -17,13 +17,14 @@ own questions only, so a captioning stage shows it no label that its questions d
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
-from training.demo.folder import LlavaFolder, Record, progress_bar, record, write_folder
+from training.bar import Bar
+from training.demo.folder import LlavaFolder, Record, record, write_folder
 
 KINDS = ("colour", "shape", "yesno", "negated")
 CAPTION_QUESTION = "describe the image"
@@ -79,9 +80,9 @@ def write_easy_vqa(
 
     def fill(root: Path) -> dict[str, Sequence[Record]]:
         paths = {"train": package.get_train_image_paths(), "test": package.get_test_image_paths()}
-        with progress_bar("copying images", sum(map(len, paths.values())), progress) as step:
+        with Bar("copying images", sum(map(len, paths.values())), "images", show=progress) as bar:
             for split, images in paths.items():
-                _copy(root, split, images, step)
+                _copy(root, split, images, bar)
         train = _questions("train", *package.get_train_questions())
         if not 1 <= student_n <= len(train):
             raise ValueError(f"student_n: got {student_n}, expected 1 to {len(train)}")
@@ -122,9 +123,9 @@ def _questions(
     ]
 
 
-def _copy(root: Path, split: str, images: dict[int, str], step: Callable[[], None]) -> None:
+def _copy(root: Path, split: str, images: dict[int, str], bar: Bar) -> None:
     folder = root / "images" / split
     folder.mkdir(parents=True)
     for number, path in images.items():
         shutil.copyfile(path, folder / f"{number}.png")
-        step()
+        bar.advance()

@@ -12,7 +12,6 @@ import matplotlib
 matplotlib.use("Agg")  # files only: no display is needed
 
 from matplotlib import pyplot as plt
-from PIL import Image
 
 from training.data.dataset import LlavaDataset
 from training.demo.folder import LlavaFolder
@@ -93,8 +92,7 @@ def answer_grid(runs: list[Run], data: LlavaFolder, path: Path) -> None:
         axis.axis("off")
     for at, (axis, index) in enumerate(zip(axes.flat, chosen, strict=False)):
         sample = held_out.samples[index]
-        with Image.open(held_out.image_path(sample.images[0])) as image:
-            axis.imshow(image)
+        axis.imshow(held_out.sources[0].images(sample)[0])
         question, truth = sample.turns[0]
         axis.set_title(question.replace("<image>", "").strip(), fontsize=9)
         lines = [("truth", truth, "black")]

@@ -33,14 +33,22 @@ from training.demo.report import Report, Run, write_report
 from training.demo.scenes import write_scenes
 from training.demo.tower import photo_tower, question_tower, save_tower
 from training.demo.words import build_processor
+from training.fingerprint import differences
+from training.lock import held
 from training.loop import StageResult, run
-from training.settings import ConfigError
+from training.settings import ConfigError, to_dict
 
 console = Console(stderr=True)
 
 
 def demo(config: DemoConfig) -> Report:
     """Run the whole demo and write its report; returns what the report shows."""
+    with held(config.folder, "out"):
+        return _demo(config)
+
+
+def _demo(config: DemoConfig) -> Report:
+    """`demo`, in a folder that no other writes to."""
     start = time.perf_counter()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -100,10 +108,16 @@ def make_data(config: DemoConfig) -> LlavaFolder:
 def make_tower(config: DemoConfig, folder: LlavaFolder) -> None:
     """The shared vision tower and processor in `out/tower`, trained or reused."""
     path = config.folder / "tower"
+    sizes = config.tower
     if path.is_dir():
+        made = json.loads((path / "tower.json").read_text()).get("sizes", {})
+        if changed := differences(made, to_dict(sizes)):
+            raise ConfigError(
+                f"out: {path} was made with another tower ({'; '.join(changed)}); go back to it, "
+                "remove the folder or name another"
+            )
         say(f"{path}: already there")
         return
-    sizes = config.tower
     processor = build_processor(
         folder.words(), image_size=sizes.image_size, patch_size=sizes.patch_size
     )
@@ -116,7 +130,8 @@ def make_tower(config: DemoConfig, folder: LlavaFolder) -> None:
     staging = path.with_name(".tower.incomplete")
     save_tower(tower, accuracy, staging)
     processor.save_pretrained(staging)
-    facts = {"accuracy": accuracy, "seconds": time.perf_counter() - start}
+    took = time.perf_counter() - start
+    facts = {"accuracy": accuracy, "seconds": took, "sizes": to_dict(sizes)}
     (staging / "tower.json").write_text(json.dumps(facts))
     staging.rename(path)
     say(f"{path}: accuracy of its probe {accuracy:.3f}")

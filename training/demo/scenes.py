@@ -16,7 +16,7 @@ of a split with seed s is the same on every machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,10 +25,10 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
+from training.bar import Bar
 from training.demo.folder import (
     LlavaFolder,
     Record,
-    progress_bar,
     record,
     write_folder,
     write_lines,
@@ -127,9 +127,9 @@ def write_scenes(
     def fill(root: Path) -> dict[str, Sequence[Record]]:
         source = photo_arrays(garments) if photos is None else photos
         train_scenes, test_scenes = train_n // QUESTIONS_PER_SCENE, test_n // QUESTIONS_PER_SCENE
-        with progress_bar("writing scenes", train_scenes + test_scenes, progress) as step:
-            train = _write_split(root, "train", source[:2], train_scenes, (seed, 0), step)
-            test = _write_split(root, "test", source[2:], test_scenes, (seed, 1), step)
+        with Bar("writing scenes", train_scenes + test_scenes, "scenes", show=progress) as bar:
+            train = _write_split(root, "train", source[:2], train_scenes, (seed, 0), bar)
+            test = _write_split(root, "test", source[2:], test_scenes, (seed, 1), bar)
         write_lines(root / "scenes.jsonl", train.manifest + test.manifest)
         student = train.questions[::QUESTIONS_PER_SCENE][:student_n]
         return {
@@ -157,7 +157,7 @@ def _write_split(
     source: tuple[NDArray[np.uint8], NDArray[np.uint8]],  # (P, 28, 28), (P,)
     scenes: int,
     seed: tuple[int, int],
-    step: Callable[[], None],
+    bar: Bar,
 ) -> Split:
     images, labels = source
     rng = np.random.default_rng(seed)
@@ -176,7 +176,7 @@ def _write_split(
         caption = ask(names, "caption", rng)
         split.captions.append(record(f"{name}-{n}-caption", image, *caption))
         split.manifest.append({"image": image, "split": name, "photos": chosen.tolist()})
-        step()
+        bar.advance()
     return split
 
 

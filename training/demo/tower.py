@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import trange
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from training.bar import track
 from training.data.dataset import LlavaDataset
 from training.demo.garments import CLASSES, Photos
 from training.demo.scenes import CELLS, canvases
@@ -156,8 +156,7 @@ def _fit(
         optimiser, config.lr, total_steps=config.steps, pct_start=0.1
     )
     tower.train()
-    bar = trange(config.steps, desc="vision tower", unit="step")
-    for step in bar:
+    for _ in track(range(config.steps), "vision tower", "steps"):
         pixels, target, which = next(batches)
         loss = F.cross_entropy(logits(pixels, which).flatten(0, -2), target.flatten())
         optimiser.zero_grad()
@@ -165,6 +164,4 @@ def _fit(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
     tower.eval()

@@ -44,7 +44,7 @@ def collect_words(*json_paths: str | Path) -> list[str]:
         for sample in read_samples(path):
             if isinstance(sample, DataError):
                 raise sample
-            text = " ".join(value for turn in sample.turns for value in turn)
+            text = " ".join(text for _, text in sample.texts())
             words.update(word for word, _ in split.pre_tokenize_str(text))
     return sorted(words - {IMAGE_MARK})
 

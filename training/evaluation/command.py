@@ -15,7 +15,8 @@ from training.settings import ConfigError
 
 EVAL = """With a LLaVA json: exact match and perplexity in one pass over the data. With --benchmark:
 the model writes answers to the benchmark's own files; they are kept in a folder, scored there, and
-the same command continues what was cut short. Benchmarks, and what --questions is:
+the same command continues what was cut short. Faulty entries, and questions that cannot be asked,
+are left out and counted. Benchmarks, and what --questions is:
 
 {}"""
 
@@ -66,7 +67,7 @@ def _held_out(options: argparse.Namespace) -> None:
     from training.evaluation.held_out import evaluate
 
     model, processor = load(options.model)
-    data = LlavaDataset(Path(options.json), options.image_root, processor)
+    data = LlavaDataset(Path(options.json), options.image_root, processor, skip_bad=True)
     print(evaluate(model, data, Collator(processor), batch_size=size))
 
 
@@ -74,6 +75,7 @@ def _benchmark(options: argparse.Namespace) -> None:
     from training.evaluation.generate import load
     from training.evaluation.questions import Files
     from training.evaluation.run import Options, run_benchmark
+    from training.lock import held
 
     for name in ("questions", "images"):
         if getattr(options, name) is None:
@@ -98,7 +100,8 @@ def _benchmark(options: argparse.Namespace) -> None:
         limit=options.limit,
         tokenizer=options.tokenizer,
     )
-    run_benchmark(asked, load)
+    with held(asked.out, "--out"):
+        run_benchmark(asked, load)
 
 
 def add_export(command: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from training.evaluation.predictions import Line, Predictions
 from training.evaluation.scores import short
 from training.evaluation.vqa_answers import normalise
+from training.journal import write_whole
 from training.settings import ConfigError
 
 LMMS_EVAL = "lmms-eval"
@@ -99,9 +100,9 @@ def export_answers(predictions: Path, out: Path, benchmark: str) -> int:
         raise ConfigError(f"predictions: {predictions} has no answers, or is not there")
     entries = [SUBMISSIONS[benchmark](line) for line in lines]
     if benchmark == "pope":
-        out.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+        write_whole(out, "".join(f"{json.dumps(entry)}\n" for entry in entries))
     else:
-        out.write_text(json.dumps(entries))
+        write_whole(out, json.dumps(entries))
     return len(entries)
 
 

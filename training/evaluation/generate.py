@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from transformers import GenerationConfig
 
-from training.data.records import Place, fault
-from training.data.sources import BROKEN_IMAGE, WHOLE_IMAGE
+from training.data.controls import Controls
+from training.data.images import open_image
+from training.data.records import Place, fault, named, shown
 from training.models import load_vlm
 from training.settings import ConfigError
 
@@ -28,17 +28,20 @@ PROBE = "what is this"
 
 
 class Prompt(NamedTuple):
-    """What one user says: words, and the images before them."""
+    """What one user says: words, and the images before them; and where it stands, for messages."""
 
     text: str
     images: tuple[Path, ...] = ()
+    place: Place = Place(Path("prompt"))
 
 
 class Answer(NamedTuple):
-    """What the model wrote, and whether it ended by itself or was cut at `max_new_tokens`."""
+    """What the model wrote, and whether it ended by itself or was cut at `max_new_tokens`; or why
+    it could not be asked."""
 
     text: str
     ended: bool
+    fault: str = ""
 
 
 class Writer:
@@ -56,7 +59,7 @@ class Writer:
 
     def __init__(self, model: Any, processor: Any, max_new_tokens: int) -> None:
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
-        self.stops = stop_tokens(model, processor)
+        self.stops, self.controls = stop_tokens(model, processor), Controls(processor)
         pad = self.tokenizer.pad_token_id
         self.config = GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -70,7 +73,11 @@ class Writer:
         check_template(processor)
 
     def write(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        """The answers to some prompts, in order; those with and without images apart."""
+        """The answers to some prompts, in order; those with and without images apart.
+
+        Raises:
+            DataError: an image is damaged, or a text is none that can be asked.
+        """
         found: dict[int, Answer] = {}
         for seeing in (False, True):
             places = [i for i, prompt in enumerate(prompts) if bool(prompt.images) == seeing]
@@ -101,18 +108,32 @@ class Writer:
 
     def encoded(self, prompts: Sequence[Prompt]) -> Any:
         """The model's inputs for prompts that all have images, or all have none."""
-        texts = [rendered(self.processor, prompt) for prompt in prompts]
-        images = [[_decoded(path) for path in prompt.images] for prompt in prompts]
+        texts = [self._rendered(prompt) for prompt in prompts]
+        images = [
+            [open_image(one.place, f"image[{i}]", path) for i, path in enumerate(one.images)]
+            for one in prompts
+        ]
         bos = self.tokenizer.bos_token
-        return self.processor(
-            text=texts,
-            images=images if images[0] else None,
-            padding=True,
-            padding_side="left",
-            # a template that writes the start token itself needs no second one
-            add_special_tokens=not (bos and texts[0].startswith(bos)),
-            return_tensors="pt",
-        )
+        many = f"{len(prompts)} prompts from this one" if len(prompts) > 1 else ""
+        with named(prompts[0].place, "question", "words and images that the processor takes", many):
+            return self.processor(
+                text=texts,
+                images=images if images[0] else None,
+                padding=True,
+                padding_side="left",
+                # a template that writes the start token itself needs no second one
+                add_special_tokens=not (bos and texts[0].startswith(bos)),
+                return_tensors="pt",
+            )
+
+    def _rendered(self, prompt: Prompt) -> str:
+        """The prompt's text by the template, unless its own would be read as the template's."""
+        if found := self.controls.pattern.search(prompt.text):
+            got = f"{found.group()!r} in {shown(prompt.text)}"
+            raise fault(prompt.place, "question", got, "text without the model's own tokens")
+        with named(prompt.place, "question", "words that the chat template takes"):
+            prompt.text.encode()  # a tokenizer calls a lone surrogate a wrong type
+            return rendered(self.processor, prompt)
 
 
 def load(path: str) -> tuple[Any, Any]:
@@ -153,12 +174,3 @@ def stop_tokens(model: Any, processor: Any) -> set[int]:
     if not found:
         raise ConfigError("processor: its tokenizer has no eos_token, which ends an answer")
     return found
-
-
-def _decoded(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except BROKEN_IMAGE as error:
-        got = f"{type(error).__name__}: {error}"
-        raise fault(Place(path), "image", got, WHOLE_IMAGE) from error

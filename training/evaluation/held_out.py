@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 import mllmkd_kernels as mk
+from training.bar import track
 from training.data.collate import Collator
 from training.data.dataset import SampleDataset
 from training.data.item import IGNORE
@@ -102,7 +102,7 @@ def answers(
     was_training = model.training
     model.eval()
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)  # pyright: ignore[reportArgumentType]
-    for batch in tqdm(loader, desc=title, unit="batch", leave=False):
+    for batch in track(loader, title, "batches"):
         batch = send_to_device(batch, model.device)
         labels = batch["labels"][:, 1:]
         inputs = run_to_head(model, batch)

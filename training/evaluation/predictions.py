@@ -17,6 +17,7 @@ from typing import Any
 
 from training.data.records import Place, fault
 from training.evaluation.questions import Question
+from training.journal import writing
 
 Line = dict[str, Any]
 FIELDS = {"question_id": (int, str), "question": str, "answer": str, "ended": bool}
@@ -44,7 +45,7 @@ class Predictions:
     def append(self, lines: Iterable[Line]) -> None:
         """Add answers, and see them onto the disk."""
         new = list(lines)
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.writelines(f"{json.dumps(line)}\n" for line in new)
             file.flush()
             os.fsync(file.fileno())

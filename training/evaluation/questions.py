@@ -15,13 +15,21 @@ came and what was expected. Every image is looked for before a model answers any
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from training.data.records import IMAGE_MARK, DataError, Place, fault, read_samples
+from training.data.records import (
+    IMAGE_MARK,
+    DataError,
+    Place,
+    fault,
+    parse_json,
+    read_samples,
+    read_text,
+    shown,
+)
 
 T = TypeVar("T")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -137,6 +145,13 @@ def read_llava(files: Files) -> list[Question]:
         if isinstance(sample, DataError):
             raise sample
         asked, answer = sample.turns[0]
+        if sample.system:
+            raise fault(
+                sample.place,
+                "system",
+                shown(sample.system),
+                "no system message: none is asked with",
+            )
         images = tuple(files.images / image for image in sample.images)
         if asked.count(IMAGE_MARK) != len(images):
             expected = f"all {len(images)} images in the first turn"
@@ -216,31 +231,20 @@ def _vqav2_answers(path: Path) -> dict[int, tuple[tuple[str, ...], str]]:
 def _object(path: Path) -> tuple[Place, dict[str, Any]]:
     """The json object in a file."""
     place = Place(path)
-    return place, _expect(_parsed(_text(path), place), dict, "file", place)
+    return place, _expect(parse_json(_text(path), place), dict, "file", place)
 
 
 def _lines(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
     for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
             place = Place(path, f"line {number}")
-            yield place, _expect(_parsed(line, place), dict, "line", place)
+            yield place, _expect(parse_json(line, place), dict, "line", place)
 
 
 def _text(path: Path) -> str:
     if not path.is_file():
         raise fault(Place(path), "file", "no such file", "the benchmark's own json file")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise fault(Place(path), "file", str(error), "UTF-8 text") from None
-
-
-def _parsed(text: str, place: Place) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        got = f"{error.msg} (line {error.lineno} column {error.colno})"
-        raise fault(place, "json", got, "valid json (is the file cut short?)") from None
+    return read_text(path)
 
 
 def _entries(top: dict[str, Any], name: str, place: Place) -> Iterator[tuple[Place, Any]]:

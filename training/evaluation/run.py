@@ -4,12 +4,13 @@
     OUT/predictions.jsonl   one answer a line, in the benchmark's order
     OUT/scores.json         the figures, with the numbers of questions behind them
 
-Killed and started again, a run goes on after the last whole line.
+Killed and started again, a run goes on after the last whole line. A question that cannot be asked
+(a damaged image, words that the processor refuses) has its `fault` in place of an answer; such are
+counted as `faulty` and left out of the scores.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,14 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
-from tqdm.auto import tqdm
 
+from training.bar import Bar
+from training.data.records import DataError, Place, fault
 from training.evaluation.benchmarks import BENCHMARKS, Benchmark, ask
 from training.evaluation.captions import TokenizerName, caption_scores
-from training.evaluation.generate import Prompt, Writer
+from training.evaluation.generate import Answer, Prompt, Writer
 from training.evaluation.predictions import Line, Predictions
 from training.evaluation.questions import Files, Question, checked
+from training.fingerprint import MODEL_FILES, digest, of_files, of_folder
+from training.journal import write_whole
 from training.settings import ConfigError
 
 PREDICTIONS, SETTINGS, SCORES = "predictions.jsonl", "settings.json", "scores.json"
@@ -65,8 +70,9 @@ def run_benchmark(
     benchmark = BENCHMARKS[options.benchmark]
     questions = checked(benchmark.read(options.files), options.files)
     prompts = [
-        Prompt(ask(benchmark, question, options.instruction), question.images)
+        Prompt(ask(benchmark, question, options.instruction), question.images, place)
         for question in questions
+        for place in [Place(options.files.questions, id=str(question.id))]
     ]
     most = options.max_new_tokens or benchmark.max_new_tokens
     _claim(options, questions, prompts, most)
@@ -76,7 +82,7 @@ def run_benchmark(
         writer = Writer(*load(options.model), most)
         _write_answers(writer, kept, questions, prompts, options)
     found = _scored(benchmark, options, questions, kept.lines[: len(questions)])
-    (options.out / SCORES).write_text(json.dumps(found, indent=1))
+    write_whole(options.out / SCORES, json.dumps(found, indent=1))
     (console or Console()).print(_table(found))
     return found
 
@@ -90,10 +96,10 @@ def _write_answers(
 ) -> None:
     """Answer the questions that have none yet, a batch at a time."""
     done, size = len(kept.lines), options.batch_size
-    with tqdm(total=len(questions), initial=done, desc=options.benchmark, unit="question") as bar:
+    with Bar(options.benchmark, len(questions), "questions", done=done) as bar:
         for start in range(done, len(questions), size):
             part = slice(start, min(start + size, len(questions)))
-            answers = writer.write(prompts[part])
+            answers = _answers(writer, prompts[part])
             kept.append(
                 {
                     "question_id": question.id,
@@ -101,12 +107,23 @@ def _write_answers(
                     "prompt": prompt.text,
                     "answer": answer.text,
                     "ended": answer.ended,
+                    **({"fault": answer.fault} if answer.fault else {}),
                 }
                 for question, prompt, answer in zip(
                     questions[part], prompts[part], answers, strict=True
                 )
             )
-            bar.update(len(answers))
+            bar.advance(len(answers))
+
+
+def _answers(writer: Writer, prompts: Sequence[Prompt]) -> list[Answer]:
+    """Answers, or faults of the prompts that cannot be asked: each alone, where a batch fails."""
+    try:
+        return writer.write(prompts)
+    except DataError as error:
+        if len(prompts) == 1:
+            return [Answer("", True, str(error))]
+    return [answer for prompt in prompts for answer in _answers(writer, [prompt])]
 
 
 def _claim(
@@ -117,16 +134,19 @@ def _claim(
         [question.id, prompt.text, *(image.name for image in prompt.images)]
         for question, prompt in zip(questions, prompts, strict=True)
     ]
+    model = Path(options.model)
+    images = dict.fromkeys(image for prompt in prompts for image in prompt.images)
     now = {
         "benchmark": options.benchmark,
         "model": options.model,
-        "weights": _weights(options.model),
+        "weights": digest(of_folder(model, MODEL_FILES)) if model.is_dir() else None,
         "questions": str(options.files.questions),
-        "asked": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+        "asked": digest(asked),
+        "images": digest(of_files({str(image): image for image in images})),
         "max_new_tokens": limit,
     }
     file = options.out / SETTINGS
-    if file.is_file():
+    if file.is_file() and (options.out / PREDICTIONS).is_file():
         before = json.loads(file.read_text())
         changed = [
             f"{key}: {before.get(key)!r} -> {value!r}"
@@ -138,25 +158,27 @@ def _claim(
                 f"--out: {options.out} holds answers to something else ({'; '.join(changed)}); "
                 "remove the folder or name another"
             )
-    options.out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(now, indent=1))
-
-
-def _weights(model: str) -> list[list[Any]]:
-    """Names, sizes and times of a folder's weights: other weights, other answers."""
-    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    write_whole(file, json.dumps(now, indent=1))
 
 
 def _scored(
     benchmark: Benchmark, options: Options, questions: Sequence[Question], lines: Sequence[Line]
 ) -> dict[str, Any]:
+    """The figures of all questions that could be asked; `DataError` if none could."""
+    faults = [line["fault"] for line in lines if "fault" in line]
+    pairs = [pair for pair in zip(questions, lines, strict=True) if "fault" not in pair[1]]
+    if not pairs:
+        got = f"none of {len(faults)} questions that can be asked; the first: {faults[0]}"
+        raise fault(Place(options.files.questions), "questions", got, "at least one")
+    questions, lines = zip(*pairs, strict=True)
     found: dict[str, Any] = {
         "benchmark": options.benchmark,
         "model": options.model,
         "questions": len(questions),
         "cut": sum(not line["ended"] for line in lines),
     }
+    if faults:
+        found |= {"faulty": len(faults), "first_fault": faults[0]}
     if not all(question.answers for question in questions):
         return found  # a split whose answers are not published
     score = benchmark.score
@@ -176,8 +198,13 @@ def _scored(
 
 def _table(found: dict[str, Any]) -> Table:
     title = f"{found['benchmark']}: {found['questions']} questions"
-    cut = f"{found['cut']} answers cut at max_new_tokens"
-    table = Table(title=title, caption=cut if found["cut"] else None)
+    notes = [f"{found['cut']} answers cut at max_new_tokens"] if found["cut"] else []
+    if "faulty" in found:
+        notes.append(
+            f"{found['faulty']} questions could not be asked, left out; the first: "
+            f"{escape(found['first_fault'])}"
+        )
+    table = Table(title=title, caption="\n".join(notes) or None)
     if "scores" not in found:
         table.add_column("no answers to compare with: written only")
         return table

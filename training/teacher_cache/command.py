@@ -6,12 +6,15 @@ Nothing is written, and no teacher is loaded, before the cost of all stages is k
 from __future__ import annotations
 
 from collections.abc import Callable, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training.config import Config, require
 from training.data.collate import Collator
+from training.fingerprint import digest
+from training.lock import held
 from training.loop import load_data, on_main, processes
 from training.models import DTYPES, build_processor, load_processor, load_vlm
 from training.pairs import check_processors
@@ -46,8 +49,15 @@ def make(config: Config, *, dry_run: bool = False, say: Callable[[str], None] = 
         DataError: a sample cannot be encoded, or the teacher makes NaN of it.
     """
     state = processes()
-    say = say if state.is_main_process else _silent
     path = Path(require(config.teacher_cache.path, "teacher_cache.path", "a folder to store into"))
+    alone = held(path, "teacher_cache.path") if state.is_main_process else nullcontext()
+    with nullcontext() if dry_run else alone:
+        _make(config, path, dry_run, say if state.is_main_process else _silent)
+
+
+def _make(config: Config, path: Path, dry_run: bool, say: Callable[[str], None]) -> None:
+    """`make`, in a folder that no other command writes to."""
+    state = processes()
     teacher_name = require(config.teacher, "teacher", "the model whose hidden states are stored")
     processor, its_processor = build_processor(config.model), load_processor(teacher_name)
     stages = _stages(config)
@@ -126,7 +136,7 @@ def _pass(
         precision=config.precision,
         samples=len(job.dataset),
         samples_per_shard=job.cost.samples_per_shard,
-        data=identity.digest([mark.key for mark in marks]),
+        data=digest([mark.key for mark in marks]),
         teacher=identity.of_model(teacher.model, name),
         processor=identity.of_processor(processor),
         softcap=None,

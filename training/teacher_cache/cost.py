@@ -17,6 +17,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Subset
 from transformers import AutoConfig
 
+from training.bar import track
 from training.settings import ConfigError
 from training.teacher_cache import identity
 from training.teacher_cache.store import DTYPES, HEAD
@@ -126,7 +127,7 @@ def marks_of(dataset: Any, chosen: Sequence[int], workers: int) -> list[identity
     loader = DataLoader(
         Subset(dataset, chosen), batch_size=1, num_workers=workers, collate_fn=_mark_of_one
     )
-    return list(loader)
+    return list(track(loader, "reading samples", "samples"))
 
 
 def size(count: float) -> str:

@@ -23,10 +23,11 @@ from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 import mllmkd_kernels as mk
+from training.bar import Bar
 from training.data.records import DataError
+from training.fingerprint import differences
 from training.settings import ConfigError
 from training.teacher import OnlineTeacher
 from training.teacher_cache import identity
@@ -94,13 +95,8 @@ class Pass:
         )
         total = sum(len(manifest.block(s)) for s in shards)
         done = total - sum(len(batch) for _, batch in plan)
-        with tqdm(
-            total=total,
-            initial=done,
-            desc=f"teacher {manifest.stage}",
-            unit="sample",
-            disable=not state.is_local_main_process,
-        ) as bar:
+        show = state.is_local_main_process
+        with Bar(f"teacher {manifest.stage}", total, "samples", done=done, show=show) as bar:
             loaded = zip(plan, loader, strict=True)
             for shard, group in groupby(loaded, key=lambda pair: pair[0][0]):
                 self._write(manifest, shard, self._rows(manifest, (b for _, b in group), bar))
@@ -110,7 +106,7 @@ class Pass:
             yield list(block[start : start + self.batch_size])
 
     def _rows(
-        self, manifest: Manifest, batches: Iterator[Any], bar: Any
+        self, manifest: Manifest, batches: Iterator[Any], bar: Bar
     ) -> tuple[Tensor, list[identity.SampleMark]]:
         """Selected rows (R, D) of one shard's samples, and their marks."""
         hidden, marks = [], []
@@ -126,7 +122,7 @@ class Pass:
                 _check_counts(mark, response, visual if manifest.visual else mark.visual)
                 marks.append(mark if manifest.visual else dataclasses.replace(mark, visual=0))
             hidden.append(_stored(rows, DTYPES[manifest.dtype], found, counts))
-            bar.update(len(found))
+            bar.advance(len(found))
         return torch.cat(hidden), marks
 
     @torch.no_grad()
@@ -236,8 +232,8 @@ def _changed(stored: Manifest, found: Manifest) -> list[str]:
     the size of a shard and the teacher's folder: neither changes what is stored."""
     free = {"samples_per_shard": 0, "softcap": None, "teacher": {}, "processor": {}}
     a, b = (dataclasses.asdict(dataclasses.replace(m, **free)) for m in (stored, found))
-    lines = identity.differences(a, b)
+    lines = differences(a, b)
     for part in ("teacher", "processor"):
-        theirs = identity.differences(getattr(stored, part), getattr(found, part))
+        theirs = differences(getattr(stored, part), getattr(found, part))
         lines += [f"{part}.{line}" for line in theirs if not line.startswith("name:")]
     return lines

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from training.data.item import IGNORE
+from training.fingerprint import digest
 
 PROJECTIONS, PIXELS = 4, 4096
 # Projections of unrelated images differ by about 1 (pixels are normalised to about -2 ... 2); one
@@ -92,21 +93,6 @@ def of_processor(processor: Any) -> dict[str, str]:
         "chat_template": digest(getattr(processor, "chat_template", None)),
         "image_processor": digest(_stable(processor.image_processor.to_dict())),
     }
-
-
-def differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """One line `part: stored -> found` for each part that is another one."""
-    return [
-        f"{part}: {stored.get(part)} -> {found.get(part)}"
-        for part in [*stored, *(part for part in found if part not in stored)]
-        if stored.get(part) != found.get(part)
-    ]
-
-
-def digest(value: Any) -> str:
-    """16 hexadecimal digits of a json-able value."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 @cache

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import mllmkd_kernels as mk
 from training.config import Config, require
 from training.data.records import DataError
+from training.fingerprint import differences
 from training.models import CheckpointError
 from training.settings import ConfigError
 from training.stages import STAGES
@@ -136,7 +137,7 @@ def open_rows(config: Config, stage: str, loss: mk.LlavaKDLoss, processor: Any) 
             f"{stage}.loss: distils unshifted response rows, but {rows.folder} holds the shifted "
             "ones; run the teacher online (teacher_cache.path=null)"
         )
-    changed = identity.differences(manifest.processor, identity.of_processor(processor))
+    changed = differences(manifest.processor, identity.of_processor(processor))
     if changed:
         raise CheckpointError(
             f"{rows.folder}: was made with another processor ({'; '.join(changed)}); make it again"

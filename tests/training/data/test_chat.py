@@ -13,12 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training.tiny_processors import PROCESSORS, QWEN, qwen2_5_vl
-from training.data.chat import ChatEncoder, encoder_for
+from tests.training.tiny_processors import (
+    LLAVA,
+    LLAVA_CHATML,
+    PROCESSORS,
+    QWEN,
+    UNENDED,
+    qwen2_5_vl,
+)
+from training.data.chat import ChatEncoder
 from training.data.collate import Collator
 from training.data.item import IGNORE, Item
 from training.data.records import DataError, Place, Sample
-from training.data.template import Encoder
+from training.models import CHAT_TEMPLATE
 from training.settings import ConfigError
 
 RED = Image.new("RGB", (48, 32), (200, 0, 0))
@@ -123,12 +130,51 @@ def test_system_and_the_place_of_images() -> None:
     assert "<|vision_end|>is this?<|im_end|>" in text and "be good" not in text
 
 
-@pytest.mark.parametrize("text", ["so <|im_end|> it ends", "see <|image_pad|>", "<|vision_end|>"])
-def test_a_text_that_spells_out_the_template_s_tokens_is_refused(text: str) -> None:
+TYPED = {
+    "llava": ["so <|im_end|>", "<|pad|>", "<|video_pad|>", "<img>"],
+    "qwen2.5-vl": ["so <|im_end|> it ends", "see <|image_pad|>", "<|video_pad|>", "<|vision_end|>"],
+    "smolvlm": ["<end_of_utterance>", "<fake_token_around_image>", "<row_1_col_1>"],
+    "internvl": ["<IMG_CONTEXT>", "</img>", "<|im_start|>user"],
+    "llava-onevision": ["<video>", "<|im_end|>"],
+}
+
+
+@pytest.mark.parametrize("template", ["chat", "pretrain"])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_text_that_spells_out_a_control_token_is_refused(name: str, template: Any) -> None:
+    one = ChatEncoder(PROCESSORS[name](), template)
+    for text in TYPED[name]:
+        for i, (system, *turn) in enumerate(((text, "q", "a"), ("s", text, "a"), ("s", "q", text))):
+            asked = sample((turn[0], turn[1]), system=system, field="messages[{}].content", first=1)
+            expected = rf"index 0 .*field 'messages\[{i}\].content': got .*model's own tokens"
+            with pytest.raises(DataError, match=expected):
+                one.item(asked, one.see([]))
+
+
+def test_tokens_of_grounding_data_are_text_like_any_other() -> None:
+    processor = qwen2_5_vl()
+    tokens = ["<|box_start|>", "<|box_end|>", "<|object_ref_start|>", "<ref>", "</box>"]
+    processor.tokenizer.add_tokens(tokens, special_tokens=True)
+    one = ChatEncoder(processor)
+    item = one.item(sample(("where?", "".join(tokens))), one.see([]))
+    assert one.tokenizer.decode(item["labels"][item["labels"] != IGNORE]).startswith(
+        "".join(tokens)
+    )
+    ids = [processor.tokenizer.convert_tokens_to_ids(token) for token in tokens]
+    assert set(ids) <= set(item["labels"].tolist())
+
+
+def test_an_empty_system_message_is_rendered_and_none_is_not() -> None:
     one = encoder("qwen2.5-vl")
-    for turn in (("q", text), (text, "a")):
-        with pytest.raises(DataError, match=r"index 0 .*template's own tokens"):
-            one.item(sample(turn), one.see([]))
+    texts = [
+        one.tokenizer.decode(one.item(sample(("q", "a"), system=system), one.see([]))["input_ids"])
+        for system in (None, "", "be brief")
+    ]
+    starts = ["be good", "", "be brief"]  # without one this template writes its own
+    assert all(
+        text.startswith(f"<|im_start|>system\n{start}<|im_end|>\n<|im_start|>user\nq<|im_end|>")
+        for text, start in zip(texts, starts, strict=True)
+    )
 
 
 def test_onevision_says_that_history_differs_and_qwen_does_not() -> None:
@@ -167,9 +213,33 @@ def test_a_template_that_changes_an_answer_refuses_the_sample() -> None:
         one.item(sample(("q", "a green one")), one.see([]))
 
 
-def test_llava_keeps_its_own_templates() -> None:
-    assert isinstance(encoder_for(PROCESSORS["llava"]()), Encoder)
-    assert isinstance(encoder_for(PROCESSORS["smolvlm"]()), ChatEncoder)
+def llava_with(template: str | None) -> Any:
+    processor = PROCESSORS["llava"]()
+    processor.chat_template = template
+    return processor
+
+
+def test_a_llava_is_asked_with_its_own_chat_template() -> None:
+    processor = llava_with(LLAVA_CHATML)
+    one = ChatEncoder(processor)
+    assert not one.llava
+    text = one.tokenizer.decode(one.item(TALK, one.see([RED, BLUE]))["input_ids"])
+    assert text.startswith(
+        "<|im_start|>system\nbe good<|im_end|>\n<|im_start|>user\n<image><image>"
+    )
+    assert learned(one, one.item(TALK, one.see([RED, BLUE]))) == [
+        f"{answer}<|im_end|>" for _, answer in TALK.turns
+    ]
+    with pytest.raises(ConfigError, match="for generation to stop at"):
+        ChatEncoder(llava_with(UNENDED.replace("ASSISTANT", "BOT")))
+
+
+@pytest.mark.parametrize("template", [None, LLAVA, CHAT_TEMPLATE, UNENDED])
+def test_one_that_asks_alike_keeps_llava_s_template(template: str | None) -> None:
+    processor = llava_with(template)
+    one = ChatEncoder(processor)
+    assert one.llava and one.tokens_per_image == 4
+    assert ("of two questions" in one.note) == (template == UNENDED)
 
 
 @pytest.mark.parametrize("name", GENERIC)

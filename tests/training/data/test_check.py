@@ -8,7 +8,10 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import transformers as tf
+from PIL import Image
 
 from tests.training.llava_files import entry, paint, write
 from tests.training.tiny_processors import llava, qwen2_5_vl
@@ -16,7 +19,7 @@ from training.__main__ import main
 from training.data.check import Report, read_data, reason_of
 from training.data.encoding import Encoding
 from training.data.item import IGNORE
-from training.data.page import boxes, write_page
+from training.data.page import boxes, rows_of, write_page
 from training.data.sources import LlavaSource
 
 
@@ -25,7 +28,7 @@ def source(tmp_path: Path) -> LlavaSource:
     paint(tmp_path / "a.png", 90, size=32)
     entries = [
         entry("<image>\nwhat is é", "a <b>bag</b> 袋\nhere", image="a.png", id="one"),
-        entry("what", "two", "and", "three"),
+        entry("what", "two", "and", "three", source="web", licence=""),
         entry("<image><image> both", "yes", image=["a.png", "a.png"]),
         entry("<image> q", "a", image="lost.png"),
         entry("<image> q", "a", image="gone.png"),
@@ -52,8 +55,18 @@ def test_every_entry_is_counted_once(source: LlavaSource) -> None:
     lost = "image[]: expected an image file that decodes whole"
     assert report.reasons[lost] == 2 and "lost.png" in report.examples[lost][0]
     assert any("max_length 120" in reason for reason in report.reasons)
+    assert report.to_dict()["not_read"] == {"source": 1}
     one, _ = checked(source, limit=1)
     assert one.read == 1 and encoding.max_length == 120
+
+
+def test_samples_longer_than_the_model_s_positions_are_noted(source: LlavaSource) -> None:
+    report, _ = checked(source)
+    longest = max(report.lengths)
+    assert checked(source, positions=longest)[0].notes == []
+    (note,) = checked(source, positions=longest - 1)[0].notes
+    assert note.startswith(f"1 samples are longer than the model's {longest - 1:,} positions")
+    assert f"(up to {longest:,} tokens)" in note
 
 
 def test_the_page_colours_exactly_the_labels(source: LlavaSource, tmp_path: Path) -> None:
@@ -70,6 +83,28 @@ def test_the_page_colours_exactly_the_labels(source: LlavaSource, tmp_path: Path
     assert page.count("<img ") == 3 and "<b>bag</b>" not in page  # the entry's text is escaped
     assert "袋" in page and "é" in page  # letters of several tokens are whole
     assert "http" not in page and "src='data:image/jpeg" in page
+
+
+def test_conversions_of_pictures_are_counted(tmp_path: Path) -> None:
+    paint(tmp_path / "plain.png", 90, size=32)
+    Image.new("RGBA", (32, 32), (9, 9, 9, 0)).save(tmp_path / "clear.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (48, 32)).save(tmp_path / "lying.jpg", exif=exif)
+    Image.fromarray(np.zeros((32, 32), np.uint16)).save(tmp_path / "deep.png")
+    names = ["plain.png", "clear.png", "clear.png", "lying.jpg", "deep.png"]
+    entries = [entry("<image> q", "a", image=name, id=name) for name in names]
+    source = LlavaSource(write(tmp_path / "d.json", entries), tmp_path)
+    report, encoding = checked(source)
+    assert report.to_dict()["conversions"] == {
+        "transparent, laid on white": 2,
+        "turned as EXIF says": 1,
+        "uint16 scaled to 8 bits": 1,
+    }
+    assert ("images converted", "2 of 5: transparent, laid on white") in list(rows_of(report))
+    write_page(report, encoding.encoders[0].tokenizer, 0, tmp_path / "p.html")  # pyright: ignore[reportAttributeAccessIssue]
+    page = (tmp_path / "p.html").read_text()
+    assert "2 of 5: transparent, laid on white" in page and "32 x 48" in page  # upright
 
 
 def test_image_tokens_are_one_box(source: LlavaSource) -> None:
@@ -90,8 +125,13 @@ def test_command(source: LlavaSource, tmp_path: Path, capsys: Any) -> None:
     llava().save_pretrained(tmp_path / "p")
     typed = ["data", "check", "--json", str(source.path), "--image-root", str(tmp_path)]
     outs = ["--html", str(tmp_path / "o.html"), "--json-out", str(tmp_path / "o.json")]
+    tf.LlavaConfig(text_config=tf.LlamaConfig(max_position_embeddings=9)).save_pretrained(
+        tmp_path / "p"
+    )
     assert main([*typed, "--processor", str(tmp_path / "p"), *outs, "--samples", "2"]) == 0
     said = capsys.readouterr().out
+    assert re.search(r"note +\d samples are longer than the model's 9 positions", said)
+    assert re.search(r"fields not read +source: 1\n", said)
     assert re.search(r"would be skipped +3\n", said) and "2 x image[]: no such file" not in said
     figures = json.loads((tmp_path / "o.json").read_text())
     assert figures["read"] == 7 and figures["skipped"] == 3 == sum(

@@ -13,7 +13,6 @@ from tests.training.llava_files import SIZE, TOKENS, entry, paint, pixels, proce
 from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.data.records import DataError
-from training.data.template import Encoder
 
 
 @pytest.fixture
@@ -70,10 +69,11 @@ def test_pixels_are_the_entry_s_own_images_in_order(root: Path) -> None:
 
 def test_ids_and_labels_are_the_encoder_s(root: Path) -> None:
     data = dataset(root, [question()], template="pretrain")
-    assert isinstance(data.encoder, Encoder)
     ids, labels = data[0]["input_ids"], data[0]["labels"]
     assert ids.dtype == labels.dtype == torch.int64
-    assert (ids.tolist(), labels.tolist()) == data.encoder.encode(data.samples[0])
+    image = data.sources[0].images(data.samples[0])
+    again = data.encoder.item(data.samples[0], data.encoder.see(image))
+    assert torch.equal(ids, again["input_ids"]) and torch.equal(labels, again["labels"])
     assert (ids == data.encoder.image_id).sum() == TOKENS
 
 

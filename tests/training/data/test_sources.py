@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 from functools import cache
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,7 +27,7 @@ from training.data.item import IGNORE
 from training.data.load import epoch_size, open_data, order_of
 from training.data.messages import parse_messages
 from training.data.records import DataError, Place, Sample
-from training.data.sources import open_source
+from training.data.sources import open_source, row_sample
 from training.data.stream import StreamDataset
 from training.settings import ConfigError, build, differences, dump, load
 
@@ -163,7 +166,7 @@ def test_several_sources_with_images_of_their_own(
     [
         ([], 0, "field 'messages': got list"),
         (["q"], 0, r"messages\[0\]'.*expected an object"),
-        ([user("q"), user("q")], 0, r"messages\[1\].role': got 'user', expected 'assistant'"),
+        ([user("q"), user("q")], 0, r"messages\[1\].role': got str 'user', expected 'assistant'"),
         ([user("q")], 0, "an answer to every question"),
         ([user(None, "q"), said("a")], 2, r"1 place\(s\) for 2 image"),
         ([user("q"), said("see <image>")], 0, "in an answer"),
@@ -177,6 +180,68 @@ def test_faulty_rows_say_where(messages: Any, n_images: int, message: str) -> No
         parse_messages(PLACE, messages, n_images)
 
 
+@pytest.mark.parametrize(
+    ("role", "field", "value"),
+    [
+        ("assistant", "reasoning_content", "hm"),
+        ("assistant", "thinking", "hm"),
+        ("assistant", "tool_calls", [{"function": {"name": "f"}}]),
+        ("assistant", "weight", 0.0),
+        ("user", "images", ["a.png"]),
+    ],
+)
+def test_what_a_message_says_besides_is_refused_by_name(role: str, field: str, value: Any) -> None:
+    def talk(given: Any) -> list[dict[str, Any]]:
+        return [m | ({field: given} if m["role"] == role else {}) for m in (user("q"), said("a"))]
+
+    number = ("user", "assistant").index(role)
+    with pytest.raises(DataError, match=rf"field 'messages\[{number}\]\.{field}': got "):
+        parse_messages(PLACE, talk(value), 0)
+    parse_messages(PLACE, talk(None), 0)  # as a table fills it in
+    sample, _ = parse_messages(PLACE, [user("q") | {"name": "Ada"}, said("a")], 0)
+    assert sample.unread == ("messages[].name",)
+
+
+def test_a_part_that_sets_its_own_size_is_refused() -> None:
+    part = {"type": "image", "image": "a.png", "max_pixels": 99}
+    with pytest.raises(DataError, match=r"content\[0\]\.max_pixels': got int 99"):
+        parse_messages(PLACE, [user(part, "q"), said("a")], None)
+
+
+def test_columns_are_read_refused_or_listed(tmp_path: Path) -> None:
+    talk = [with_keys(message) for message in (user("what"), said("red"))]
+    films = [None, None, {"bytes": b"film", "path": None}]
+    table = [
+        {"messages": talk, "system": "be brief", "kind": 3, "tools": None, "video": films[0]},
+        {"messages": talk, "system": "", "kind": None, "tools": "[{}]", "video": films[1]},
+        {"messages": talk, "system": None, "kind": None, "tools": "[]", "video": films[2]},
+    ]
+    rows = datasets.Dataset.from_list([row | {"licence": "by"} for row in table])
+    rows = rows.cast_column("video", datasets.Video(decode=False)).cast_column(
+        "video", datasets.Video()
+    )
+    rows.save_to_disk(tmp_path / "rows")
+    config = source(tmp_path / "rows")
+    tabled = list(open_source(config, "s", ".").samples())
+    streamed = [row_sample(row, f"row {i}", config, 0) for i, row in enumerate(table)]
+    for entries, unread in ((tabled, ("licence",)), (streamed, ())):
+        first, tools, film = entries
+        assert isinstance(first, Sample) and (first.system, first.kind) == ("be brief", "3")
+        assert first.unread == unread
+        assert "row 1: field 'tools': got str '[{}]'" in str(tools)
+        assert "row 2: field 'video': got dict" in str(film)
+    both = [{"role": "system", "content": "s"}, user("q"), said("a")]
+    with pytest.raises(DataError, match=r"field 'system': got str 't', .*besides messages\[0\]"):
+        parse_messages(PLACE, both, 0, "t")
+
+
+@pytest.mark.parametrize("name", ["m.json", "m.jsonl"])
+def test_rows_of_a_file_with_a_byte_order_mark(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, [{"messages": [user("q"), said("a")]}] * 2)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(dataset(source(path))) == 2
+
+
 def test_skip_bad_lists_rows_and_a_damaged_image_names_its_row(tmp_path: Path) -> None:
     talk = [with_keys(message) for message in (user("what"), said("red"))]
     table = [
@@ -188,6 +253,168 @@ def test_skip_bad_lists_rows_and_a_damaged_image_names_its_row(tmp_path: Path) -
     assert len(data) == 1 and "row 0" in data.skipped[0].reason
     with pytest.raises(DataError, match=r"row 0: field 'image\[0\]': got bytes: Unidentified"):
         dataset(source(tmp_path / "bad"))[0]
+
+
+RED, BLUE = ((200, 0, 0), (0, 0, 200))
+
+
+def talk(rows: int) -> list[list[dict[str, Any]]]:
+    return [[with_keys(m) for m in (user(None, "what"), said(f"a {i}"))] for i in range(rows)]
+
+
+def table(values: list[Any], feature: Any) -> Any:
+    """Rows with one conversation about one image each, the images in a column of this type."""
+    features = {"images": feature} if feature is not None else {}
+    messages = datasets.Dataset.from_dict({"messages": talk(len(values))})
+    images = datasets.Dataset.from_dict(
+        {"images": values}, features=datasets.Features(features) if features else None
+    )
+    return datasets.concatenate_datasets([messages, images], axis=1)
+
+
+def painted(*colours: tuple[int, int, int]) -> list[Image.Image]:
+    return [Image.new("RGB", (32, 32), colour) for colour in colours]
+
+
+def columns() -> dict[str, tuple[list[Any], Any]]:
+    """Two images, red and blue, in every way that a column can hold one image a row."""
+    images = painted(RED, BLUE)
+    files = []
+    for image in images:
+        buffer = BytesIO()
+        image.save(buffer, "PNG")
+        files.append(buffer.getvalue())
+    arrays = [np.asarray(image) for image in images]
+    urls = [f"data:image/png;base64,{base64.b64encode(file).decode()}" for file in files]
+    picture = datasets.Image()
+    return {
+        "decoded": (images, picture),
+        "undecoded": (images, datasets.Image(decode=False)),
+        "list": ([[image] for image in images], datasets.List(picture)),
+        "nested": ([[[image]] for image in images], datasets.List(datasets.List(picture))),
+        "bytes": (files, datasets.Value("binary")),
+        "array": (arrays, datasets.Array3D((32, 32, 3), "uint8")),
+        "arrays": ([[a] for a in arrays], datasets.List(datasets.Array3D((32, 32, 3), "uint8"))),
+        "lists of numbers": ([a.tolist() for a in arrays], None),
+        "data URL": (urls, datasets.Value("string")),
+        "data URLs": ([[url] for url in urls], datasets.List(datasets.Value("string"))),
+    }
+
+
+@pytest.mark.parametrize("form", columns())
+@pytest.mark.parametrize("stream", [False, True], ids=["table", "stream"])
+def test_one_image_a_row_in_every_form(form: str, stream: bool, tmp_path: Path) -> None:
+    table(*columns()[form]).save_to_disk(tmp_path / "one")
+    expected = {
+        f"row {i}": processor().image_processor(images=[image], return_tensors="pt").pixel_values
+        for i, image in enumerate(painted(RED, BLUE))
+    }
+    one = source(tmp_path / "one", stream=stream)
+    items: Any = islice(StreamDataset([one], ".", Encoding(processor())), 2) if stream else None
+    for item in items or [dataset(one)[i] for i in range(2)]:
+        assert torch.equal(item["pixel_values"], expected.pop(item["sample_id"]))  # pyright: ignore
+    assert not expected
+
+
+def test_a_row_without_its_image_and_one_that_names_another_are_faults(tmp_path: Path) -> None:
+    picture = datasets.Image()
+    table([painted(RED)[0], None], picture).save_to_disk(tmp_path / "null")
+    data = dataset(source(tmp_path / "null"), skip_bad=True)
+    assert len(data) == 1
+    assert "row 1: field 'messages': got 1 place(s) for 0 image(s)" in data.skipped[0].reason
+    table([[painted(RED)[0]], [None]], datasets.List(picture)).save_to_disk(tmp_path / "nulls")
+    data = dataset(source(tmp_path / "nulls"), skip_bad=True)
+    assert "row 1: field 'image[0]': got NoneType None" in data.skipped[0].reason
+    named = user({"type": "image", "image": "a.png"}, {"type": "image", "image": "b.png"}, "q")
+    row = {"messages": [named, said("a")], "images": ["c.png"]}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=r"got 1 image\(s\) in the column and 2 named in messages"):
+        dataset(source(tmp_path / "m.jsonl"))
+
+
+def test_a_damaged_image_in_a_stream_is_one_fault(tmp_path: Path) -> None:
+    good = columns()["bytes"][0][0]
+    values = [{"bytes": good, "path": None}, {"bytes": b"no picture", "path": None}]
+    table(values, datasets.Image()).save_to_disk(tmp_path / "bad")
+    one = [source(tmp_path / "bad", stream=True)]
+    kept = StreamDataset(one, ".", Encoding(processor()), skip_bad=True)
+    assert [item["sample_id"] for item in islice(kept, 3)] == ["row 0"] * 3 and kept.skipped >= 2
+    with pytest.raises(DataError, match=r"row 1: field 'image\[0\]': got bytes: Unidentified"):
+        list(islice(StreamDataset(one, ".", Encoding(processor())), 2))
+
+
+def test_a_stream_s_rows_are_numbered_by_their_source_in_every_pass(tmp_path: Path) -> None:
+    """And so the image cache gives each row its own pixels."""
+    grey = [Image.new("RGB", (32, 32), (i * 30,) * 3) for i in range(8)]
+    table(grey, datasets.Image()).save_to_disk(tmp_path / "grey")
+    one = [source(tmp_path / "grey", stream=True)]
+    expected = [
+        processor().image_processor(images=[image], return_tensors="pt").pixel_values
+        for image in grey
+    ]
+    stream = StreamDataset(one, ".", Encoding(processor(), image_cache_mb=64), buffer=5)
+    passes = [list(islice(iter(stream), 24))[i : i + 8] for i in (0, 8, 16)]
+    orders = [[int(item["sample_id"].split()[-1]) for item in items] for items in passes]
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    assert orders[0] != list(range(8)) and orders[0] != orders[1]
+    for items, order in zip(passes, orders, strict=True):
+        for item, row in zip(items, order, strict=True):
+            answer = item["labels"][item["labels"] != IGNORE]
+            assert stream.encoding.encoders[0].tokenizer.decode(answer) == f"a {row}<|im_end|>"  # pyright: ignore
+            assert torch.equal(item["pixel_values"], expected[row])  # pyright: ignore
+    words = [with_keys(message) for message in (user("q"), said("a"))]
+    bad = [words[: 1 if i == 5 else 2] for i in range(9)]
+    rows = datasets.Dataset.from_dict({"messages": bad})
+    rows.save_to_disk(tmp_path / "bad", num_shards=3)
+    with pytest.raises(DataError, match=r"bad, row 5: field 'messages': got 1 messages"):
+        list(islice(StreamDataset([source(tmp_path / "bad", stream=True)], ".", text()), 20))
+
+
+def text() -> Encoding:
+    return Encoding(processor())
+
+
+def test_rows_of_several_shards_are_told_apart(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        lines = [json.dumps({"messages": [user("q"), said(f"{name}{i}")]}) for i in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    one = source(tmp_path, stream=True)
+    items = list(islice(StreamDataset([one], ".", text(), buffer=2), 12))
+    for part in (items[:6], items[6:]):
+        names = {item["sample_id"] for item in part}
+        assert names == {f"shard {k}, row {i}" for k in range(2) for i in range(3)}
+    with pytest.raises(ConfigError, match=r"data\.workers: got 3, expected at most 2, the shards"):
+        config = DataConfig(sources=(one,), workers=3)
+        open_data(config, processor(), "conversations", "chat")
+
+
+def test_two_sources_never_share_an_image_by_its_name(tmp_path: Path) -> None:
+    """The same relative name under two roots, the same rows of two splits or columns."""
+    for folder, grey in (("a", 10), ("b", 200)):
+        (tmp_path / folder).mkdir()
+        paint(tmp_path / folder / "x.png", grey, size=32)
+        write(tmp_path / folder / "d.json", [entry("<image> q", "a", image="x.png")])
+    red, blue = (table([image], datasets.Image()) for image in painted(RED, BLUE))
+    splits = datasets.DatasetDict({"train": red, "test": blue})
+    splits.save_to_disk(tmp_path / "splits")
+    other = blue.select_columns(["images"]).rename_column("images", "pictures")
+    datasets.concatenate_datasets([red, other], axis=1).save_to_disk(tmp_path / "columns")
+    sources = [
+        source(tmp_path / "a" / "d.json", image_root=str(tmp_path / "a")),
+        source(tmp_path / "b" / "d.json", image_root=str(tmp_path / "b")),
+        source(tmp_path / "splits", split="train"),
+        source(tmp_path / "splits", split="test"),
+        source(tmp_path / "columns"),
+        source(tmp_path / "columns", images="pictures"),
+    ]
+    plain, cached = (dataset(*sources, image_cache_mb=mb) for mb in (0, 64))
+    for _ in range(2):
+        for i in range(len(sources)):
+            assert torch.equal(cached[i]["pixel_values"], plain[i]["pixel_values"])  # pyright: ignore
+    for i in (0, 2, 4):
+        assert not torch.equal(plain[i]["pixel_values"], plain[i + 1]["pixel_values"])  # pyright: ignore
+    same = dataset(sources[0], dataclasses.replace(sources[0], weight=2.0), image_cache_mb=64)
+    assert len([same[0], same[1]]) == 2 and len(same.encoding.cache[0]) == 1  # one root, one image
 
 
 def test_a_source_that_is_not_there_or_has_no_messages(saved: Path, tmp_path: Path) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 from transformers import AutoTokenizer, LlavaProcessor
 
 from tests.training.llava_files import TOKENS, WORDS, entry, processor
+from training.data.chat import ChatEncoder
+from training.data.item import IGNORE
 from training.data.records import DataError, Place, Sample, parse_sample
-from training.data.template import Encoder
 from training.demo.words import build_processor
+from training.models import CHAT_TEMPLATE
 
 PLACE = Place(Path("d.json"), "index 0")
 NO = "·"  # stands for "no label" in the expected label rows below
+PICTURE = Image.new("RGB", (20, 30), (200, 0, 0))
 IMAGE = " ".join(["<image>"] * TOKENS)
 
 
@@ -21,18 +26,24 @@ def sample(*messages: str, image: str | list[str] | None = None) -> Sample:
     return parse_sample(PLACE, entry(*messages, image=image))
 
 
-def check(encoder: Encoder, one: Sample, tokens: str, labels: str) -> None:
+def encode(encoder: ChatEncoder, one: Sample) -> tuple[list[int], list[int]]:
+    """Ids and labels."""
+    item = encoder.item(one, encoder.see([PICTURE] * len(one.images)))
+    return item["input_ids"].tolist(), item["labels"].tolist()
+
+
+def check(encoder: ChatEncoder, one: Sample, tokens: str, labels: str) -> None:
     """Compare with rows of words: ids word by word, labels the same with · where there is none."""
-    encoded = encoder.encode(one)
-    words = encoder.tokenizer.convert_ids_to_tokens(encoded.input_ids)
+    ids, learned = encode(encoder, one)
+    words = encoder.tokenizer.convert_ids_to_tokens(ids)
     assert words == tokens.split()
-    said = [NO if i == -100 else encoder.tokenizer.convert_ids_to_tokens(i) for i in encoded.labels]
+    said = [NO if i == IGNORE else encoder.tokenizer.convert_ids_to_tokens(i) for i in learned]
     assert said == labels.split()
 
 
 def test_one_question() -> None:
     check(
-        Encoder(processor()),
+        ChatEncoder(processor()),
         sample("<image>\nwhat is this ?", "a coat", image="a.png"),
         f"USER: {IMAGE} what is this ? ASSISTANT: a coat </s>",
         "·       · · · ·  ·    ·  ·    · ·          a coat </s>",
@@ -41,7 +52,7 @@ def test_one_question() -> None:
 
 def test_two_turns_label_both_answers() -> None:
     check(
-        Encoder(processor()),
+        ChatEncoder(processor()),
         sample("<image>\nwhat is it", "coat", "how many", "two", image="a.png"),
         f"USER: {IMAGE} what is it ASSISTANT: coat </s> USER: how many ASSISTANT: two </s>",
         "·       · · · · ·    ·  ·  ·          coat </s> ·     ·   ·    ·          two </s>",
@@ -50,7 +61,7 @@ def test_two_turns_label_both_answers() -> None:
 
 def test_text_alone() -> None:
     check(
-        Encoder(processor()),
+        ChatEncoder(processor()),
         sample("what is it", "a bag"),
         "USER: what is it ASSISTANT: a bag </s>",
         "·     ·    ·  ·  ·          a bag </s>",
@@ -59,7 +70,7 @@ def test_text_alone() -> None:
 
 def test_several_images_stay_where_they_are() -> None:
     check(
-        Encoder(processor()),
+        ChatEncoder(processor()),
         sample("is <image> a <image> ?", "no", image=["a.png", "b.png"]),
         f"USER: is {IMAGE} a {IMAGE} ? ASSISTANT: no </s>",
         "·       · · · · · · · · · · · ·          no </s>",
@@ -68,7 +79,7 @@ def test_several_images_stay_where_they_are() -> None:
 
 def test_image_in_a_later_turn() -> None:
     check(
-        Encoder(processor()),
+        ChatEncoder(processor()),
         sample("what", "coat", "<image>\nis it", "yes", image="a.png"),
         f"USER: what ASSISTANT: coat </s> USER: {IMAGE} is it ASSISTANT: yes </s>",
         "·     ·    ·          coat </s> ·     · · · · ·  ·  ·          yes </s>",
@@ -78,22 +89,53 @@ def test_image_in_a_later_turn() -> None:
 def test_a_single_image_moves_to_the_front() -> None:
     last = sample("what is it\n<image>", "coat", image="a.png")
     first = sample("<image>\nwhat is it", "coat", image="a.png")
-    encoder = Encoder(processor())
-    assert encoder.encode(last) == encoder.encode(first)
+    encoder = ChatEncoder(processor())
+    assert encode(encoder, last) == encode(encoder, first)
 
 
 def test_system_line_comes_once() -> None:
     check(
-        Encoder(processor(), system="this is a coat"),
+        ChatEncoder(processor(), system="this is a coat"),
         sample("what", "bag", "how", "two"),
         "this is a coat USER: what ASSISTANT: bag </s> USER: how ASSISTANT: two </s>",
         "·    ·  · ·    ·     ·    ·          bag </s> ·     ·   ·          two </s>",
     )
 
 
+def test_a_sample_s_system_message_is_the_line() -> None:
+    for encoder in (ChatEncoder(processor()), ChatEncoder(processor(), system="how many")):
+        check(
+            encoder,
+            parse_sample(PLACE, entry("what", "bag", "how", "two", system="this is a coat")),
+            "this is a coat USER: what ASSISTANT: bag </s> USER: how ASSISTANT: two </s>",
+            "·    ·  · ·    ·     ·    ·          bag </s> ·     ·   ·          two </s>",
+        )
+    own = parse_sample(PLACE, entry("what", "bag") | {"system": None})
+    encoder = ChatEncoder(processor())
+    assert encode(encoder, own) == encode(encoder, sample("what", "bag"))
+
+
+def test_the_saved_chat_template_writes_the_same_text(tmp_path: Path) -> None:
+    """As training sees it: what others render with the processor alone."""
+    whole = subword_processor(tmp_path)
+    talk = entry(
+        "<image>\nwhat is it?", "a coat", "how\nmany", "two", image="a.png", system="no bag"
+    )
+    ids, _ = encode(ChatEncoder(whole), parse_sample(PLACE, talk))
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "no bag"}]
+    for i, (_, text) in enumerate(list(parse_sample(PLACE, talk).texts())[1:]):
+        parts: list[dict[str, str]] = [{"type": "text", "text": text.removeprefix("<image>\n")}]
+        parts = parts if i else [{"type": "image"}, *parts]
+        messages.append({"role": ("user", "assistant")[i % 2], "content": parts})
+    whole.chat_template = CHAT_TEMPLATE
+    text = whole.apply_chat_template(messages, tokenize=False)
+    text = text.replace("<image>", "<image>" * TOKENS)
+    assert whole.tokenizer.decode(ids, skip_special_tokens=False) == f"<s>{text}"
+
+
 def test_pretrain_labels_all_after_the_images_and_has_no_end() -> None:
     check(
-        Encoder(processor(), "pretrain"),
+        ChatEncoder(processor(), "pretrain"),
         sample("<image>\nwhat is this", "a coat", image="a.png"),
         f"{IMAGE} a coat",
         "· · · ·  a coat",
@@ -107,24 +149,24 @@ def test_pretrain_labels_all_after_the_images_and_has_no_end() -> None:
 )
 def test_pretrain_wants_images_and_one_turn(one: Sample) -> None:
     with pytest.raises(DataError, match="expected images and one turn"):
-        Encoder(processor(), "pretrain").encode(one)
+        encode(ChatEncoder(processor(), "pretrain"), one)
 
 
 @pytest.mark.parametrize("template", ["chat", "pretrain"])
 def test_prompt_is_what_training_saw_before_the_answer(template: str) -> None:
-    encoder = Encoder(processor(), template)  # type: ignore[arg-type]
+    encoder = ChatEncoder(processor(), template)  # type: ignore[arg-type]
     one = sample("<image>\nwhat is it", "a coat", image="a.png")
-    ids, labels = encoder.encode(one)
-    prompt = encoder.prompt(one)
+    ids, labels = encode(encoder, one)
+    prompt = encoder.prompt(one, encoder.see([PICTURE]))
     assert ids[: len(prompt)] == prompt
     assert labels[len(prompt) - 1] == -100 and labels[len(prompt)] != -100
 
 
 def test_answer_of_unknown_words_is_a_fault() -> None:
-    encoder = Encoder(processor())
+    encoder = ChatEncoder(processor())
     with pytest.raises(DataError, match=r"conversations\[3\].value.*zebra.*tokenizer knows"):
-        encoder.encode(sample("what", "a coat", "what", "a zebra"))
-    unknown = encoder.encode(sample("zebra", "a coat")).input_ids[1]
+        encode(encoder, sample("what", "a coat", "what", "a zebra"))
+    unknown = encode(encoder, sample("zebra", "a coat"))[0][1]
     assert unknown == encoder.tokenizer.unk_token_id  # in a question it is only an unknown word
 
 
@@ -132,22 +174,23 @@ def test_spelled_out_image_token_is_a_fault() -> None:
     other = processor()
     other.tokenizer.add_special_tokens({"additional_special_tokens": ["<|pad|>"]})
     other.image_token = "<|pad|>"
+    other.chat_template = CHAT_TEMPLATE.replace("<image>", "<|pad|>")
     other.image_token_id = other.tokenizer.convert_tokens_to_ids("<|pad|>")
-    with pytest.raises(DataError, match=r"conversations\[0\].*images marked as <image> only"):
-        Encoder(other).encode(sample("<image> what <|pad|>", "a coat", image="a.png"))
+    with pytest.raises(DataError, match=r"conversations\[0\].*own tokens"):
+        encode(ChatEncoder(other), sample("<image> what <|pad|>", "a coat", image="a.png"))
 
 
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"template: got 'plain', expected 'chat' or 'pretrain'"):
-        Encoder(processor(), "plain")  # type: ignore[arg-type]
+        ChatEncoder(processor(), "plain")  # type: ignore[arg-type]
     mute = processor()
     mute.tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no eos_token"):
-        Encoder(mute)
+        ChatEncoder(mute)
     loose = processor()
     loose.image_processor.size = {"shortest_edge": 16}
     with pytest.raises(ValueError, match="expected a fixed height and width"):
-        Encoder(loose)
+        ChatEncoder(loose)
 
 
 def subword_processor(folder: Path) -> LlavaProcessor:
@@ -186,9 +229,9 @@ def subword_processor(folder: Path) -> LlavaProcessor:
 
 def test_subword_tokenizer_keeps_start_token_spaces_and_line_breaks(tmp_path: Path) -> None:
     whole = subword_processor(tmp_path)
-    encoder = Encoder(whole)
+    encoder = ChatEncoder(whole)
     one = sample("<image>\nwhat is it?", "a coat", "how\nmany", "two", image="a.png")
-    ids, labels = encoder.encode(one)
+    ids, labels = encode(encoder, one)
     assert whole.tokenizer.decode(ids, skip_special_tokens=False) == (
         f"<s>USER: {'<image>' * TOKENS}\nwhat is it? ASSISTANT: a coat</s>"
         "USER: how\nmany ASSISTANT: two</s>"
@@ -196,7 +239,7 @@ def test_subword_tokenizer_keeps_start_token_spaces_and_line_breaks(tmp_path: Pa
     said = [i for i in labels if i != -100]
     assert whole.tokenizer.decode(said, skip_special_tokens=False) == " a coat</s> two</s>"
     assert [i for i, label in zip(ids, labels, strict=True) if label != -100] == said
-    caption = Encoder(whole, "pretrain").encode(sample("<image>", "a coat", image="a.png"))
-    assert whole.tokenizer.decode(caption.input_ids) == f"<s>{'<image>' * TOKENS}a coat\n"
-    assert caption.labels[: TOKENS + 1] == [-100] * (TOKENS + 1)
-    assert caption.labels[TOKENS + 1 :] == caption.input_ids[TOKENS + 1 :]
+    ids, labels = encode(ChatEncoder(whole, "pretrain"), sample("<image>", "a coat", image="a.png"))
+    assert whole.tokenizer.decode(ids) == f"<s>{'<image>' * TOKENS}a coat\n"
+    assert labels[: TOKENS + 1] == [IGNORE] * (TOKENS + 1)
+    assert labels[TOKENS + 1 :] == ids[TOKENS + 1 :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import struct
 
@@ -16,6 +17,7 @@ from training.demo.garments import FILES
 from training.demo.recipes import DemoConfig
 from training.demo.report import DISTILLED, EQUAL_STEPS, EQUAL_TIME, judge, table
 from training.demo.run import demo
+from training.settings import ConfigError
 
 SMALL = [
     "train_n=40",
@@ -120,6 +122,13 @@ def test_given_again_nothing_is_trained(finished, capsys):
     again = demo(config)
     assert model.stat().st_mtime_ns == before
     assert again.rows == report.rows
+
+
+def test_another_tower_in_the_same_folder_is_refused(finished):
+    config, _ = finished
+    wider = dataclasses.replace(config.tower, hidden=32)
+    with pytest.raises(ConfigError, match=r"made with another tower \(hidden: 16 -> 32\)"):
+        demo(dataclasses.replace(config, tower=wider))
 
 
 def test_command_line_prints_table_and_verdict(finished, capsys):

@@ -11,8 +11,9 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaProcessor
 
 from tests.training.llava_files import TOKENS, WORDS, entry, processor, write
+from training.data.chat import ChatEncoder
 from training.data.records import DataError, Place, parse_sample
-from training.data.template import Encoder, image_tokens
+from training.data.template import image_tokens
 from training.demo.words import build_processor, collect_words
 
 QUESTION = "USER: <image>\nwhat is this? ASSISTANT:"
@@ -53,7 +54,8 @@ def test_image_tokens_is_what_the_processor_makes_of_an_image() -> None:
 def test_processor_and_encoder_agree_on_the_prompt() -> None:
     p = processor()
     one = parse_sample(Place(Path("d")), entry("<image>\nwhat is this?", "a coat", image="a"))
-    prompt = Encoder(p).prompt(one)
+    encoder = ChatEncoder(p)
+    prompt = encoder.prompt(one, encoder.see([Image.new("RGB", (16, 16))]))
     assert p(images=Image.new("RGB", (16, 16)), text=QUESTION).input_ids[0] == prompt
     content = [{"type": "image"}, {"type": "text", "text": "what is this?"}]
     talk = [{"role": "user", "content": content}]

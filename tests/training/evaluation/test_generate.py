@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -172,8 +173,77 @@ def test_a_folder_keeps_answers_to_one_thing(root, tmp_path):
 def test_damaged_image_is_named(root, tmp_path):
     model, processor = load(str(root / "model"))
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"bad\.png: field 'image': got UnidentifiedImageError"):
+    with pytest.raises(DataError, match=r"'image\[0\]': got .*bad\.png: UnidentifiedImage"):
         Writer(model, processor, 4).write([Prompt("this", (tmp_path / "bad.png",))])
+
+
+def test_a_benchmark_goes_on_where_a_question_cannot_be_asked(root, tmp_path, capsys):
+    """Its own batch is asked without it; it is told of, and left out of the scores."""
+    asked = [json.loads(line) for line in (root / "pope.json").read_text().splitlines()]
+    asked[1]["text"] = "say <image>"
+    asked[2]["text"] = "say \ud83d"
+    asked[4]["image"] = "bad.png"
+    (root / "images" / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "pope.json").write_text("\n".join(map(json.dumps, asked)))
+    files = Files(tmp_path / "pope.json", root / "images")
+    more: dict = {"max_new_tokens": 6, "batch_size": 3}
+    found = run_benchmark(
+        Options(str(root / "model"), "pope", files, tmp_path / "out", **more), load
+    )
+    sound = run_benchmark(options(root, tmp_path / "sound", batch_size=3), load, SILENT)
+    assert "faulty" not in sound and found["faulty"] == 3 and found["questions"] == 5
+    got, expected = (
+        [
+            json.loads(line)
+            for line in (tmp_path / out / "predictions.jsonl").read_text().split("\n")[:-1]
+        ]
+        for out in ("out", "sound")
+    )
+    for i, message in (
+        (1, r"pope\.json \(id '1'\): field 'question': got '<image>' in str 'say <image>"),
+        (2, r"pope\.json \(id '2'\): field 'question': got .*surrogates not allowed"),
+        (4, r"pope\.json \(id '4'\): field 'image\[0\]': got .*bad\.png: Unidentified"),
+    ):
+        assert got[i]["answer"] == "" and re.search(message, got[i]["fault"])
+    for i in (0, 3, 5, 6, 7):
+        assert got[i] == expected[i]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "3 questions could not be asked, left out; the first: " in shown
+    right = sum(line["answer"] != "no" for line in (got[3], got[5], got[7]))  # as POPE counts
+    right += sum(line["answer"] == "no" for line in (got[0], got[6]))
+    assert found["scores"]["accuracy"] == right / 5
+    (tmp_path / "pope.json").write_text(json.dumps(asked[1]))
+    with pytest.raises(DataError, match="none of 1 questions that can be asked; the first: "):
+        run_benchmark(Options(str(root / "model"), "pope", files, tmp_path / "none"), load, SILENT)
+
+
+def test_held_out_data_goes_on_and_counts_what_it_left_out(root, tmp_path, capsys):
+    entries = json.loads((root / "data.json").read_text())
+    entries[0]["image"] = "images/gone.png"
+    (tmp_path / "d.json").write_text(json.dumps(entries))
+    typed = ["eval", str(root / "model"), str(tmp_path / "d.json"), "--image-root", str(root)]
+    assert main(typed) == 0
+    shown = capsys.readouterr().out
+    assert "skipped 1 of 14 entries" in shown and "gone.png" in shown and "perplexity" in shown
+
+
+def test_a_benchmark_sees_pictures_upright_and_on_white(root, tmp_path):
+    """The very pixels that training sees: `training.data.images`."""
+    model, processor = load(str(root / "model"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stripes = Image.new("RGBA", (16, 16), (200, 0, 0, 255))
+    stripes.paste((1, 2, 3, 0), (0, 0, 16, 8))
+    stripes.save(tmp_path / "stored.png", exif=exif)
+    upright = Image.new("RGB", (16, 16), (200, 0, 0))
+    upright.paste("white", (8, 0, 16, 16))
+    upright.save(tmp_path / "seen.png")
+    writer = Writer(model, processor, 4)
+    stored, seen = (
+        writer.encoded([Prompt("this", (tmp_path / name,))])["pixel_values"]
+        for name in ("stored.png", "seen.png")
+    )
+    assert torch.equal(stored, seen)
 
 
 def test_command_line(root, tmp_path, capsys):

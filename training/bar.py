@@ -1,0 +1,95 @@
+"""How far is something that is counted? A bar in a terminal, elsewhere a line each 30 s.
+
+Both go to stderr, so that what a command prints as its result stands alone on stdout. What is over
+sooner says nothing where there is no terminal.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Protocol, TypeVar
+
+from tqdm.auto import tqdm
+
+SECONDS_BETWEEN_LINES = 30.0
+T = TypeVar("T", covariant=True)
+
+
+class SizedIterable(Protocol[T]):
+    """What can be counted first and then gone through."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[T]: ...
+
+
+class Bar:
+    """A context manager; `advance` it.
+
+    Args:
+        title: of the part.
+        total: how many there are.
+        unit: of what, in the plural.
+        done: how many were done by an earlier process.
+        show: False where another process shows it.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        unit: str,
+        *,
+        done: int = 0,
+        show: bool = True,
+    ) -> None:
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self.show = show
+        self._first, self._start = done, time.perf_counter()
+        self._said = self._start
+        self._bar = None
+        if show and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=title, unit=unit, leave=False)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, many: int = 1) -> None:
+        """So many more are done."""
+        self.done += many
+        if self._bar is not None:
+            self._bar.update(many)
+        now = time.perf_counter()
+        if self._bar is None and self.show and now - self._said >= SECONDS_BETWEEN_LINES:
+            self._said = now
+            left = (now - self._start) / (self.done - self._first) * (self.total - self.done)
+            done = f"{self.done:,} of {self.total:,} {self.unit}"
+            print(f"{self.title}: {done}, {clock(left)} left", file=sys.stderr, flush=True)
+
+
+def track(items: SizedIterable[T], title: str, unit: str) -> Iterator[T]:
+    """The items, one by one, under a `Bar`."""
+    with Bar(title, len(items), unit) as bar:
+        for item in items:
+            yield item
+            bar.advance()
+
+
+def clock(seconds: float) -> str:
+    """``h:mm:ss``, with days where there are any."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return f"{f'{days} d ' if days else ''}{hour}:{minute:02}:{second:02}"
