@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from mllmkd_kernels import rows
 from mllmkd_kernels.heads import HeadInputs
 from mllmkd_kernels.llava_kd import LlavaKDLoss
 from mllmkd_kernels.models import head_inputs
+from mllmkd_kernels.needs import Needs
 from mllmkd_kernels.objective import Objective
 from mllmkd_kernels.rows import IGNORE_INDEX, Batch, Counts, RowCounts, entry
 
@@ -79,24 +81,25 @@ def distill_batch(
             f"teacher: its image token is {theirs}, the student's {ours}; expected a 'teacher' "
             "entry in the batch, made by the teacher's own processor"
         )
-    s = run_to_head(student, batch)
-    t = None if teacher is None else ask(teacher, batch)
+    s = run_to_head(student, batch, loss.needs)
+    needs = replace(loss.needs, router=False)
+    t = None if teacher is None else ask(teacher, batch, needs)
     tokens = {"image_token": ours, "teacher_image_token": theirs}
     return batch_loss(loss, s, t, batch, **tokens, counts=counts)
 
 
-def run_to_head(model: nn.Module, batch: Batch) -> HeadInputs:
+def run_to_head(model: nn.Module, batch: Batch, record: Needs | None = None) -> HeadInputs:
     """`head_inputs` of a batch, without what is no model's."""
-    return head_inputs(model, **{k: v for k, v in batch.items() if k not in BESIDES})
+    return head_inputs(model, record, **{k: v for k, v in batch.items() if k not in BESIDES})
 
 
-def ask(teacher: Teacher, batch: Batch) -> HeadInputs:
+def ask(teacher: Teacher, batch: Batch, record: Needs | None = None) -> HeadInputs:
     """What enters a teacher's head for a batch, by the teacher's own batch where there is one."""
     with torch.no_grad():
         if not isinstance(teacher, nn.Module):
             return teacher(batch)
         with _in_eval(teacher):
-            return run_to_head(teacher, batch.get("teacher") or batch)
+            return run_to_head(teacher, batch.get("teacher") or batch, record)
 
 
 @contextmanager

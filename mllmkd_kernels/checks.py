@@ -185,3 +185,11 @@ def cu_seqlens(name: str, x: Tensor, rows: int) -> None:
             raise ValueError(
                 f"{name}: expected a non-decreasing prefix sum from 0 to {rows}, got {ends}"
             )
+
+
+def weight(name: str, value: float | Tensor) -> None:
+    """What a term of a loss is multiplied by: a number of at least 0."""
+    if not isinstance(value, Real | Tensor):
+        raise TypeError(f"{name}: expected a weight >= 0, got {type(value).__name__}")
+    if not value >= 0:
+        raise ValueError(f"{name}: expected a weight >= 0, got {value}")

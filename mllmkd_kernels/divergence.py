@@ -117,6 +117,12 @@ class Divergence:
         return default if value is None else float(value)
 
     @classmethod
+    def with_param(cls, name: str, param: float) -> Divergence:
+        """The one whose `name` and `param` these are."""
+        key, _ = PARAMETERS[name]
+        return cls(name, **({} if key is None else {key: param}))
+
+    @classmethod
     def of(cls, divergence: str | Divergence) -> Divergence:
         """Accept a name or a `Divergence`."""
         if isinstance(divergence, Divergence):

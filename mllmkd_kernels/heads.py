@@ -6,10 +6,26 @@ here that labels, masks and hidden states are of one batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What was seen inside a model on the way to its head, see `record.recording`.
+
+    Attributes:
+        layers: by index of the decoder's layers, what they give, (B, T, D) before the final norm.
+        attention: by index their attention, (B, heads, T, T).
+        router: logits of each mixture of experts, layer after layer, (B·T, E).
+    """
+
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
+    attention: Mapping[int, Tensor] = field(default_factory=dict)
+    router: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -24,6 +40,7 @@ class HeadInputs:
         softcap: c of ``c·tanh(z/c)`` on the logits, or None.
         rows: of which row sets the N selected rows are: all of the first, each in the order of the
             batch, then all of the next. The last ones may be missing where no term reads them.
+        recorded: what else was asked for.
     """
 
     hidden: Tensor
@@ -31,6 +48,7 @@ class HeadInputs:
     bias: Tensor | None = None
     softcap: float | None = None
     rows: tuple[str, ...] = ("response", "visual")
+    recorded: Recorded = Recorded()
 
 
 def take_rows(hidden: Tensor, index: Tensor) -> Tensor:

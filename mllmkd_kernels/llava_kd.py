@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from mllmkd_kernels import checks
 from mllmkd_kernels.distill import fused_linear_distill
 from mllmkd_kernels.divergence import Divergence
 from mllmkd_kernels.heads import HeadInputs
@@ -68,7 +69,7 @@ class LlavaKDLoss(nn.Module):
         backend, workspace_mb: as in `fused_linear_distill`.
 
     Raises:
-        ValueError: a negative weight, an unknown divergence.
+        ValueError, TypeError: a negative weight, or none; an unknown divergence.
     """
 
     def __init__(
@@ -89,14 +90,9 @@ class LlavaKDLoss(nn.Module):
         workspace_mb: float | None = None,
     ) -> None:
         super().__init__()
-        for name, weight in (
-            ("ce", ce),
-            ("response", response),
-            ("visual", visual),
-            ("relation", relation),
-        ):
-            if not weight >= 0:
-                raise ValueError(f"{name}: expected a weight >= 0, got {weight}")
+        weights = {"ce": ce, "response": response, "visual": visual, "relation": relation}
+        for name, weight in weights.items():
+            checks.weight(name, weight)
         self.ce, self.response, self.visual, self.relation = ce, response, visual, relation
         self.temperature, self.divergence = temperature, Divergence.of(divergence)
         self.ignore_index, self.vocab_size = ignore_index, vocab_size

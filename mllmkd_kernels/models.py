@@ -18,7 +18,7 @@ its soft-cap and its vision-language class does not, Granite's scaling is 1 in o
 The replacement lives in a shallow copy of the modules on the path to the head. The model itself
 is never touched; parameters, sub-modules, their hooks and training mode are the model's own.
 
-Left out: auxiliary losses (a mixture-of-experts router's is the caller's), encoder-decoders, and
+Left out: auxiliary losses (a router's logits can be recorded, see `record`), encoder-decoders, and
 whether a sample with image tokens was given its image (the data loader's business: looking would
 wait for the device).
 """
@@ -34,6 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from mllmkd_kernels.heads import HeadInputs
+from mllmkd_kernels.needs import Needs
+from mllmkd_kernels.record import recording
 
 # Arguments of the loss, which the model would compute after its head. Dropped; nothing else is.
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")
@@ -49,7 +51,7 @@ _IMAGE_ARGUMENTS = (
 _LAYOUT_ARGUMENTS = ("mm_token_type_ids", "token_type_ids")
 
 
-def head_inputs(model: nn.Module, **batch: Any) -> HeadInputs:
+def head_inputs(model: nn.Module, record: Needs | None = None, **batch: Any) -> HeadInputs:
     """Run a causal LM or vision-language model up to, never through, its `lm_head`.
 
     Gradients flow into `hidden` as they would in `model(**batch)`; run a teacher under
@@ -62,6 +64,7 @@ def head_inputs(model: nn.Module, **batch: Any) -> HeadInputs:
             compile `model.model`). So is a data-parallel wrapper, where no gradient is wanted;
             going round it in training would skip its all-reduce, so there put the model,
             `head_inputs` and the loss into one module and wrap that.
+        record: what else is kept on the way, in `HeadInputs.recorded`: an objective's `needs`.
         **batch: what `model(**batch)` takes. `labels`, `shift_labels` and `num_items_in_batch`
             belong to the loss and are dropped; `use_cache` is False unless given;
             `mm_encoder_outputs` is copied, because models write to it.
@@ -76,14 +79,15 @@ def head_inputs(model: nn.Module, **batch: Any) -> HeadInputs:
             argument that no part of the model takes.
         ValueError: an encoder-decoder; logits that are not (soft-capped) head outputs; images
             without the token types their class needs; `logits_to_keep`; hidden states that do
-            not line up with the tokens.
+            not line up with the tokens; what `record` asks for and the model does not have.
     """
     model = _unwrap(model)
     head, path = _find_head(model)
     batch = _checked_batch(model, batch)
     recorder = _Recorder(head)
-    # The class's forward, not the instance's: a patched one would be bound to the real head.
-    output = type(model).forward(_with_replaced(model, path, recorder), **batch)
+    with recording(model, record) as recorded:
+        # The class's forward, not the instance's: a patched one would be bound to the real head.
+        output = type(model).forward(_with_replaced(model, path, recorder), **batch)
     name = type(model).__name__
     if len(recorder.seen) != 1:
         raise ValueError(
@@ -94,7 +98,7 @@ def head_inputs(model: nn.Module, **batch: Any) -> HeadInputs:
     _check_rows(name, hidden, batch)
     logits = output[0] if isinstance(output, tuple) else output.logits
     softcap = _softcap_of(name, recorder.answer, logits)
-    return HeadInputs(hidden=hidden, weight=head.weight, bias=head.bias, softcap=softcap)
+    return HeadInputs(hidden, head.weight, head.bias, softcap, recorded=recorded())
 
 
 # --- one module replaced in a shallow copy ------------------------------------------------------

@@ -16,7 +16,7 @@ class Needs:
 
     Attributes:
         rows: row sets of the teacher.
-        layers: hidden states of both models besides the last, by index.
+        layers: hidden states of both models inside, by layer of the decoder (-1: the last one).
         attention: attention maps of both models, by layer.
         router: the student's router logits.
         views: entries of the batch that not every batch has: "kind", "rejected".

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from mllmkd_kernels import checks
 from mllmkd_kernels.heads import HeadInputs
 from mllmkd_kernels.needs import Needs
 from mllmkd_kernels.rows import UNITS, Batch, Counts, RowCounts, kind_of
@@ -82,14 +83,13 @@ class Objective(nn.Module):
 
     Raises:
         ValueError: a weight below 0; two terms of one name; a mean over what cannot be counted.
-        TypeError: no such setting.
+        TypeError: a weight that is no number; no such setting.
     """
 
     def __init__(self, *terms: RowTerm | Term, **settings: Any) -> None:
         super().__init__()
         for term in terms:
-            if not term.weight >= 0:
-                raise ValueError(f"{term.name}: expected a weight >= 0, got {term.weight}")
+            checks.weight(term.name, term.weight)
             if term.over not in UNITS:
                 kind_of(term.over)
         self.settings = Settings(**settings)
@@ -134,7 +134,7 @@ class Objective(nn.Module):
     ) -> View:
         """What the terms see of a micro-batch."""
         self.check_teacher(teacher)
-        return View(student, teacher, batch, counts, self.settings, self.needs.rows)
+        return View(student, teacher, batch, counts, self.settings, self.needs)
 
     def check_teacher(self, teacher: object) -> None:
         """`ValueError` where there is none and a term compares with one."""

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from mllmkd_kernels import gram, plan, softcapped
 from mllmkd_kernels.backends import cpu, eager, products
+from mllmkd_kernels.backends.calls import Head, Options, Targets
+from mllmkd_kernels.divergence import Divergence
 
 _NAMESPACE = "mllmkd_kernels"
 
@@ -179,19 +181,20 @@ def linear_distill(
     )  # fmt: skip
     budget = workspace_mb if workspace_mb > 0 else None
     chosen = plan.distill_plan(shapes, hs.device, backend, budget)
-    module = _named(chosen.backend)
-    arguments = (
-        hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature,
-        cap_s, cap_t, vocab, ignore_index, want_dh, want_dw, want_db,
-    )  # fmt: skip
+    module, stream = _named(chosen.backend), chosen.algorithm == "stream"
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     found = hs.new_zeros((3, hs.shape[0]) if want_diagnostics else 0, dtype=acc)
-    asked = (found,) if want_diagnostics else ()
-    stream = chosen.algorithm == "stream"
+    student = Head(hs, ws, bs, cap_s)
+    teacher = None if ht is None or wt is None else Head(ht, wt, bt, cap_t)
+    table = Divergence.with_param(divergence, param)
+    targets = Targets(labels, ce_weight, kd_weight, table, temperature, ignore_index)
+    chunk = chosen.chunk_vocab if stream else chosen.chunk_rows
+    asked = found if want_diagnostics else None
+    options = Options(vocab, chunk, want_dh, want_dw, want_db, asked)
     function = module.distill_stream if stream else module.distill_rows
-    results = function(*arguments, chosen.chunk_vocab if stream else chosen.chunk_rows, *asked)
+    results = function(student, teacher, targets, options)
     if want_diagnostics:
-        eager.settle_(found, hs, labels, ce_weight, kd_weight, ignore_index)
+        eager.settle_(found, hs, targets)
     return *results, found
 
 
@@ -242,7 +245,8 @@ def linear_logprob(
     """(log-probability (N,), log-sum-exp (N,)): see `backends.eager.logprob_rows`."""
     module = _module(backend, h, w, b)
     chunk = _logprob_chunk(h, vocab, products.accumulation_dtype(h, w, b), module, workspace_mb)
-    return module.logprob_rows(h, w, b, labels, temperature, cap, vocab, ignore_index, chunk)
+    targets = Targets(labels, temperature=temperature, ignore_index=ignore_index)
+    return module.logprob_rows(Head(h, w, b, cap), targets, Options(vocab, chunk))
 
 
 @linear_logprob.register_fake
@@ -273,10 +277,10 @@ def linear_logprob_backward(
     """dh, dw, db in the dtypes of h, w, b: see `backends.eager.logprob_grad`."""
     module = _module(backend, h, w, b)
     chunk = _logprob_chunk(h, vocab, lse.dtype, module, workspace_mb)
-    dh, dw, db = module.logprob_grad(
-        grad.to(lse.dtype), h, w, b, labels, lse,
-        temperature, cap, vocab, ignore_index, want_dh, want_dw, want_db, chunk,
-    )  # fmt: skip
+    targets = Targets(labels, temperature=temperature, ignore_index=ignore_index)
+    options = Options(vocab, chunk, want_dh, want_dw, want_db)
+    head = Head(h, w, b, cap)
+    dh, dw, db = module.logprob_grad(grad.to(lse.dtype), lse, head, targets, options)
     return dh.to(h.dtype), dw, db if b is None else db.to(b.dtype)
 
 

@@ -130,7 +130,9 @@ def _visual(batch: Batch, ignore_index: int) -> Tensor:
 
 def _valid(batch: Batch, ignore_index: int) -> Tensor:
     mask = batch.get("attention_mask")
-    return torch.ones_like(entry(batch, "labels")).bool() if mask is None else mask.bool()
+    if mask is None:
+        return torch.ones_like(entry(batch, "labels"), dtype=torch.bool)
+    return mask.bool()
 
 
 #: name -> (a batch, ignore_index) -> (B, T) bool

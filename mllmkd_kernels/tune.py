@@ -20,6 +20,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from mllmkd_kernels.backends.calls import Head, Options, Targets
+from mllmkd_kernels.divergence import Divergence
+
 #: A candidate must be faster by this factor, or the built-in parameters stay.
 MARGIN = 1.02
 
@@ -211,14 +214,15 @@ def _distill(
     weight = torch.full((s.rows,), 1 / s.rows, dtype=torch.float32, device=device)
     stream = algorithm == "stream"
     function = triton.distill_stream if stream else triton.distill_rows
+    table = Divergence(divergence)
+    targets = Targets(_labels(s, device), weight, weight if teacher else None, table)
+    options = Options(s.vocab, 8192 if stream else s.chunk, want_dh=gradient)
 
     def run(launch: Launch) -> Tensor:
         with tables.overridden(kernel, launch):
             _, ce, kd, dh, *_ = function(
-                hs, ws, None, ht if teacher else None, wt if teacher else None, None,
-                _labels(s, device), weight, weight if teacher else None, divergence, 0.5, 1.0,
-                0.0, 0.0, s.vocab, -100, gradient, False, False, 8192 if stream else s.chunk,
-            )  # fmt: skip
+                Head(hs, ws), Head(ht, wt) if teacher else None, targets, options
+            )
         return torch.cat([ce, kd, dh.flatten()])
 
     return run

@@ -8,8 +8,7 @@ an error.
 
 from __future__ import annotations
 
-from collections.abc import Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from mllmkd_kernels import checks, rows
 from mllmkd_kernels.backends.products import accumulation_dtype
 from mllmkd_kernels.heads import HeadInputs, check_batch, check_images, take_rows
+from mllmkd_kernels.needs import Needs
 from mllmkd_kernels.operators import Operators
 from mllmkd_kernels.rows import IGNORE_INDEX, Batch, Counts, RowCounts
 
@@ -62,7 +62,7 @@ class View:
             number of response rows, with which other means are those of this micro-batch, weighted
             by its share of response rows; None for this micro-batch's.
         settings: of the objective.
-        needed: row sets of the teacher that some term reads.
+        needs: of the objective.
 
     Raises:
         ValueError: shapes that do not fit; later, rows that do not correspond.
@@ -75,12 +75,12 @@ class View:
         batch: Batch,
         counts: Counts | RowCounts | float | Tensor | None,
         settings: Settings,
-        needed: Set[str],
+        needs: Needs,
     ) -> None:
         labels = rows.entry(batch, "labels")
         check_batch(student, labels, batch.get("image_mask"))
         if batch.get("image_mask") is None:
-            batch = {**batch, "image_mask": torch.zeros_like(labels).bool()}
+            batch = {**batch, "image_mask": torch.zeros_like(labels, dtype=torch.bool)}
         own = (batch.get("teacher") if teacher is not None else None) or {}
         self.own = {key: value for key, value in own.items() if value is not None}
         self.batch, self.teacher_batch = batch, {**batch, **self.own}
@@ -93,8 +93,11 @@ class View:
                 "teacher.hidden: its rows are selected already, so the teacher's own labels and "
                 "image mask (teacher_labels, teacher_image_mask) cannot select others"
             )
-        self.student, self.teacher, self.settings, self.needed = student, teacher, settings, needed
+        self.student, self.teacher, self.settings, self.needs = student, teacher, settings, needs
         self.counts = counts._asdict() if isinstance(counts, RowCounts) else counts
+        _check_recorded("student", student, needs)
+        if teacher is not None:
+            _check_recorded("teacher", teacher, replace(needs, router=False))
         self._selected: dict[str, tuple[Tensor, Tensor]] = {}
         self._rows: dict[str, Rows] = {}
 
@@ -204,7 +207,7 @@ class View:
         sizes = {each: len(self._select(each)[0]) for each in names}
         most = sum(sizes.values())
         for missing in reversed(names):  # what no term reads need not be there
-            if total == most or missing in self.needed:
+            if total == most or missing in self.needs.rows:
                 break
             most -= sizes[missing]
         if total != most:
@@ -216,6 +219,21 @@ class View:
         if name not in sizes:
             raise ValueError(f"{name} rows: not among the selected ones, {', '.join(names)}")
         start = sum(sizes[each] for each in names[: names.index(name)])
-        return torch.arange(
-            start, start + sizes[name], dtype=torch.int64, device=self.teacher.hidden.device
+        stop, device = start + sizes[name], self.teacher.hidden.device
+        return torch.arange(start, stop, dtype=torch.int64, device=device)
+
+
+def _check_recorded(who: str, head: HeadInputs, needs: Needs) -> None:
+    """What terms read of the inside of a model was recorded."""
+    found = head.recorded
+    missing = {
+        "layers": sorted(needs.layers - found.layers.keys()),
+        "attention": sorted(needs.attention - found.attention.keys()),
+        "router": needs.router and not found.router,
+    }
+    if any(missing.values()):
+        lacks = ", ".join(f"{key} {value}" for key, value in missing.items() if value)
+        raise ValueError(
+            f"{who}.recorded: lacks {lacks}, which a term reads; head_inputs(..., "
+            "record=objective.needs) records it"
         )

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mllmkd_kernels import checks, ops, plan, relation
 from mllmkd_kernels.backends import products, sharded
+from mllmkd_kernels.backends.calls import Head, Options, Targets
 from mllmkd_kernels.distill import DistillOutput, autocast, check_heads, wants
 from mllmkd_kernels.divergence import Divergence
 from mllmkd_kernels.vocab_slices import VocabSlice, vocab_slice
@@ -98,15 +99,21 @@ def vocab_parallel_distill(
     budget = None if workspace_mb is None else checks.workspace(workspace_mb)
     labels = labels if ce_rows is not None else None
     ce_rows, kd_rows = (None if w is None else w.to(acc) for w in (ce_rows, kd_rows))
-    call = sharded.Call(
-        *ops.contiguous(ht, wt, bt, labels, ce_rows, kd_rows),
-        Divergence.of(divergence), checks.temperature(temperature),
-        checks.softcap("student_softcap", student_softcap),
-        checks.softcap("teacher_softcap", teacher_softcap),
-        held, checks.integer("ignore_index", ignore_index),
-        plan.chunk_rows("eager", rows, held.widest, blocks, acc.itemsize, budget), group,
+    hs, ws, bs, ht, wt, bt, labels, ce_rows, kd_rows = ops.contiguous(
+        hs, ws, bs, ht, wt, bt, labels, ce_rows, kd_rows
+    )
+    cap_s = checks.softcap("student_softcap", student_softcap)
+    cap_t = checks.softcap("teacher_softcap", teacher_softcap)
+    targets = Targets(
+        labels, ce_rows, kd_rows, Divergence.of(divergence), checks.temperature(temperature),
+        checks.integer("ignore_index", ignore_index),
     )  # fmt: skip
-    loss, ce, kd = _Distill.apply(*ops.contiguous(hs, ws, bs), call, wants(hs, ws, bs))
+    chunk = plan.chunk_rows("eager", rows, held.widest, blocks, acc.itemsize, budget)
+    want_dh, want_dw, want_db = wants(hs, ws, bs)
+    options = Options(held.vocab, chunk, want_dh, want_dw, want_db)
+    teacher_head = None if ht is None else Head(ht, wt, bt, cap_t)
+    call = sharded.Call(teacher_head, targets, options, held, group)
+    loss, ce, kd = _Distill.apply(hs, ws, bs, cap_s, call)
     return DistillOutput(loss, ce, kd)
 
 
@@ -181,11 +188,11 @@ class _Distill(torch.autograd.Function):
         hs: Tensor,
         ws: Tensor,
         bs: Tensor | None,
+        cap: float,
         call: sharded.Call,
-        want: tuple[bool, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
         with ops.computing(hs.device):
-            loss, ce, kd, *gradients = sharded.distill_rows(hs, ws, bs, call, *want)
+            loss, ce, kd, *gradients = sharded.distill_rows(Head(hs, ws, bs, cap), call)
         ctx.dtypes = [None if x is None else x.dtype for x in (hs, ws, bs)]
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(ce, kd)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mllmkd_kernels import Divergence
 from mllmkd_kernels.backends import cpu
+from mllmkd_kernels.backends.calls import Head, Options, Targets
 
 DIVERGENCES = {
     "forward_kl": 0.0,
@@ -31,7 +33,7 @@ BOUND = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 3e-3, torch.
 
 @dataclass
 class Case:
-    """Arguments of `distill_rows`; shapes as there."""
+    """What `distill_rows` is asked; shapes as in `calls`."""
 
     hs: Tensor
     ws: Tensor
@@ -51,10 +53,14 @@ class Case:
     def run(
         self, divergence: str, want: tuple[bool, bool, bool] = (True, True, True)
     ) -> tuple[Tensor, ...]:
+        teacher = None
+        if self.ht is not None and self.wt is not None:
+            teacher = Head(self.ht, self.wt, self.bt, self.cap_t)
+        table = Divergence.with_param(divergence, DIVERGENCES[divergence])
         return cpu.distill_rows(
-            self.hs, self.ws, self.bs, self.ht, self.wt, self.bt, self.labels, self.ce_weight,
-            self.kd_weight, divergence, DIVERGENCES[divergence], self.temperature, self.cap_s,
-            self.cap_t, self.vocab, -100, *want, self.chunk,
+            Head(self.hs, self.ws, self.bs, self.cap_s), teacher,
+            Targets(self.labels, self.ce_weight, self.kd_weight, table, self.temperature),
+            Options(self.vocab, self.chunk, *want),
         )  # fmt: skip
 
 

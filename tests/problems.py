@@ -15,6 +15,7 @@ from torch import Tensor
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import reference
+from mllmkd_kernels.backends.calls import Head, Targets, dtype_of
 from tests.tolerances import check
 
 DIVERGENCES = (
@@ -77,6 +78,20 @@ class Problem:
             even if self.ce_weight is None else self.ce_weight,
             even if self.kd_weight is None else self.kd_weight,
         )
+
+
+def asked(
+    p: Problem, divergence: mk.Divergence, teacher: bool = True, labelled: bool = True
+) -> tuple[Head, Head | None, Targets]:
+    """What a backend's function is asked for a problem."""
+    student = Head(p.hs, p.ws, p.bs, p.options.get("student_softcap") or 0.0)
+    other = Head(p.ht, p.wt, p.bt, p.options.get("teacher_softcap") or 0.0)
+    ce, kd = (w.to(dtype_of(student, other)) for w in p.weights())
+    targets = Targets(
+        p.labels if labelled else None, ce if labelled else None, kd if teacher else None,
+        divergence, p.options.get("temperature", 1.0),
+    )  # fmt: skip
+    return student, other if teacher else None, targets
 
 
 def run(p: Problem, backend: str, divergence: Any = "forward_kl", **overrides: Any) -> Result:

@@ -17,10 +17,12 @@ import torch
 import mllmkd_kernels as mk
 from mllmkd_kernels import choose, ops, plan
 from mllmkd_kernels.backends import cpu, eager, products
+from mllmkd_kernels.backends.calls import Head, Options, Targets
 from tests.problems import (
     DIVERGENCES,
     DTYPES,
     Problem,
+    asked,
     expected,
     near_converged,
     problem,
@@ -86,7 +88,7 @@ def test_a_workspace_changes_only_the_chunking(
     with spied(monkeypatch, backend, "distill_rows") as calls:
         whole = run(p, backend)
         chunked = run(p, backend, workspace_mb=1e-6)
-    assert [arguments[-1] for arguments, _ in calls] == [rows, -(-rows // -(-rows // 32))]
+    assert [arguments[-1].chunk for arguments, _ in calls] == [rows, -(-rows // -(-rows // 32))]
     for name in ("loss", "ce", "kd", "dh"):
         check(getattr(chunked, name), getattr(whole, name), "value", what=name)
     row = "gradient" if dtype == torch.float32 else "16-bit gradient"
@@ -161,12 +163,11 @@ def _distill_rows(
 ) -> None:
     """The eager kernel alone, 8 rows at a time."""
     ones = torch.ones(p.hs.shape[0])
-    arguments: list[Any] = [p.hs, p.ws, None]
-    arguments += [p.ht, p.wt, None] if with_teacher else [None, None, None]
-    arguments += [p.labels, ones, ones if with_teacher else None]
-    param = mk.Divergence(divergence).param
-    arguments += [divergence, param, 1.0, 0.0, 0.0, p.vocab, -100, *wants, 8]
-    eager.distill_rows(*arguments)
+    targets = Targets(p.labels, ones, ones if with_teacher else None, mk.Divergence(divergence))
+    teacher = Head(p.ht, p.wt) if with_teacher else None
+    want_dh, want_dw, want_db = wants
+    options = Options(p.vocab, 8, want_dh, want_dw, want_db)
+    eager.distill_rows(Head(p.hs, p.ws), teacher, targets, options)
 
 
 def test_the_eager_backend_never_holds_the_logits() -> None:
@@ -214,18 +215,14 @@ def test_nothing_waits_for_the_device(divergence: str) -> None:
     """On tensors that have no data, as of a device that is still computing, any look at a value
     raises; shapes and dtypes come out as they do with data.
     """
-    p = problem("ragged")
-    param = mk.Divergence(divergence).param
-    fake: list[Any] = [
-        t if t is None else t.to("meta")
-        for t in (p.hs, p.ws, p.bs, p.ht, p.wt, p.bt, p.labels, *p.weights())
-    ]
-    h, w, b, labels = fake[0], fake[1], fake[2], fake[6]
-    fake += [divergence, param, 2.0, 5.0, 4.0, 307, -100, True, True, True, 8]
-    out = eager.distill_rows(*fake)
+    p = problem("ragged").on("meta")
+    p = replace(p, options={"temperature": 2.0, "student_softcap": 5.0, "teacher_softcap": 4.0})
+    student, teacher, targets = asked(p, mk.Divergence(divergence))
+    options = Options(307, 8, True, True, True)
+    out = eager.distill_rows(student, teacher, targets, options)
     assert [tuple(t.shape) for t in out] == [(), (13,), (13,), (13, 11), (307, 11), (307,)]
-    logp, lse = eager.logprob_rows(h, w, b, labels, 1.0, 5.0, 307, -100, 8)
-    grads = eager.logprob_grad(logp, h, w, b, labels, lse, 1.0, 5.0, 307, -100, True, True, True, 8)
+    logp, lse = eager.logprob_rows(student, targets, options)
+    grads = eager.logprob_grad(logp, lse, student, targets, options)
     assert [tuple(t.shape) for t in grads] == [(13, 11), (307, 11), (307,)]
 
 

@@ -19,6 +19,7 @@ import torch
 
 import mllmkd_kernels as mk
 from mllmkd_kernels.backends import cpu
+from mllmkd_kernels.backends.calls import Head, Options, Targets
 from tests.cpu_cases import BOUND, DIVERGENCES, FLOATS, compare, error, logits, make
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.why_not() or "built")
@@ -69,11 +70,11 @@ def test_kernel_logprob(dtype: torch.dtype) -> None:
     z_label = logits(h, w, b, 4.0, 449).gather(1, labels.clamp(min=0)[:, None])[:, 0]
     logp = (z_label / 0.7 - lse) * valid
     grads = torch.autograd.grad((logp * weight).sum(), (h, w, b))
-    got = cpu.logprob_rows(case.hs, case.ws, bias, labels, 0.7, 4.0, 449, -100, 90)
+    head, targets = Head(case.hs, case.ws, bias, 4.0), Targets(labels, temperature=0.7)
+    options = Options(449, 90, True, True, True)
+    got = cpu.logprob_rows(head, targets, options)
     assert max(error(got[0], logp), error(got[1], lse)) <= min(BOUND[dtype], 1e-6)
-    dx = cpu.logprob_grad(
-        weight, case.hs, case.ws, bias, labels, got[1], 0.7, 4.0, 449, -100, True, True, True, 90
-    )
+    dx = cpu.logprob_grad(weight, got[1], head, targets, options)
     assert [x.dtype for x in dx] == [weight.dtype, case.ws.dtype, weight.dtype]
     for x, want in zip(dx, grads, strict=True):
         assert error(x, want) <= BOUND[dtype]
@@ -223,7 +224,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.mllmkd_cpu.distill_rows.default, asked)
     rows = (case.hs, case.ws, None, case.labels, 1.0, 0.0, 50, -100, 16)
     torch.library.opcheck(torch.ops.mllmkd_cpu.logprob_rows.default, rows)
-    lse = cpu.logprob_rows(*rows)[1]  # pyright: ignore[reportArgumentType]
+    lse = torch.ops.mllmkd_cpu.logprob_rows(*rows)[1]
     grad = (
         case.kd_weight,
         case.hs,

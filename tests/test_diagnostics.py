@@ -14,7 +14,8 @@ from torch import Tensor
 import mllmkd_kernels as mk
 from mllmkd_kernels import plan, reference
 from mllmkd_kernels.backends import cpu
-from tests.problems import DIVERGENCES, DTYPES, Problem, problem, run
+from mllmkd_kernels.backends.calls import Options
+from tests.problems import DIVERGENCES, DTYPES, Problem, asked, problem, run
 from tests.tolerances import check
 
 NAMES = ("student_entropy", "teacher_entropy", "agreement")
@@ -197,12 +198,11 @@ def test_they_have_no_gradient(backend: str) -> None:
 def test_the_row_kernel_of_the_cuda_backend_refuses() -> None:
     from mllmkd_kernels.backends.triton import clustered
 
-    distill_rows: Any = clustered.distill_rows  # a star among the arguments is beyond pyright
-    p, one = few("larger_student"), torch.ones(4)
-    arguments: list[Any] = [p.hs, p.ws, None, p.ht, p.wt, None, p.labels, one, one, "jsd", 0.5]
-    arguments += [1.0, 0.0, 0.0, p.vocab, -100, False, False, False, 4]
+    p = few("larger_student")
+    student, teacher, targets = asked(p, mk.Divergence("jsd"))
+    options = Options(p.vocab, 4, diagnostics=torch.zeros(3, 4))
     with pytest.raises(ValueError, match="diagnostics: the row kernel of backend 'cuda' has none"):
-        distill_rows(*arguments, torch.zeros(3, 4))
+        clustered.distill_rows(student, teacher, targets, options)
 
 
 # --- in LLaVA-KD's loss ---------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import HeadInputs, Needs, Objective, RowCounts, RowTerm, rows
+from mllmkd_kernels.heads import Recorded
 from mllmkd_kernels.methods import llava_kd
 from mllmkd_kernels.operators import Operators
 from mllmkd_kernels.terms import Relation
@@ -131,6 +132,12 @@ def test_the_method_is_the_loss(backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def inside(*models: HeadInputs) -> list[HeadInputs]:
+    """As if what the terms below need had been recorded."""
+    seen = Recorded({3: torch.ones(B, T, 4)}, router=(torch.ones(B * T, 2),))
+    return [replace(head, recorded=seen) for head in models]
+
+
 def counted(calls: list[Any]) -> Operators:
     def distill(*args: Any, **options: Any) -> Any:
         calls.append((len(args[0]), args[2] is not None, options["divergence"].name))
@@ -194,7 +201,7 @@ class Features(nn.Module):
 
 
 def test_a_term_of_ones_own_and_its_parameters() -> None:
-    s, t = heads()
+    s, t = inside(*heads())
     objective = Objective(Affinity(), Features(2.0), RowTerm("ce", 1.0, "response"))
     out = objective(s, t, batch_of())
     assert list(out.terms) == ["norms", "features", "ce"] == list(objective.names)
@@ -214,7 +221,7 @@ def test_a_term_of_ones_own_and_its_parameters() -> None:
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_copy_is_whole_and_apart(way: Any) -> None:
-    s, t = heads()
+    s, t = inside(*heads())
     first = Objective(Features(), Relation("relation", 1.0), RowTerm("kl", 1.0, "visual", "jsd"))
     before = first(s, t, batch := batch_of())
     other = way(first)
@@ -224,6 +231,14 @@ def test_a_copy_is_whole_and_apart(way: Any) -> None:
             parameter.zero_()
     assert not torch.equal(other(s, t, batch).loss, before.loss)
     assert torch.equal(first(s, t, batch).loss, before.loss)
+
+
+def test_what_was_not_recorded_is_named() -> None:
+    s, t = heads()
+    with pytest.raises(ValueError, match=r"student.recorded: lacks layers \[3\], router True, "):
+        Objective(Affinity(), Features())(s, t, batch_of())
+    with pytest.raises(ValueError, match=r"teacher.recorded: lacks layers \[3\], which"):
+        Objective(Affinity(), Features())(inside(s)[0], t, batch_of())
 
 
 def test_needs_are_those_of_the_terms_that_weigh_something() -> None:
@@ -328,6 +343,10 @@ def test_faults_of_an_objective() -> None:
     for weight in (-1.0, float("nan")):
         with pytest.raises(ValueError, match=f"kl: expected a weight >= 0, got {weight}"):
             Objective(RowTerm("kl", weight, "valid", "jsd"))
+    for weight in ("1", None):
+        got = f"kl: expected a weight >= 0, got {type(weight).__name__}"
+        with pytest.raises(TypeError, match=got):
+            Objective(RowTerm("kl", weight, "valid", "jsd"))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"terms: got \['a', 'a'\], expected unlike names"):
         Objective(RowTerm("a", 1.0, "valid", "jsd"), RowTerm("a", 1.0, "response"))
     with pytest.raises(ValueError, match="rows: got 'steps'"):

@@ -16,12 +16,14 @@ pytest.importorskip("triton")
 
 from mllmkd_kernels import Divergence, reference
 from mllmkd_kernels.backends import cuda
+from mllmkd_kernels.backends.calls import Options
 from mllmkd_kernels.backends.triton import chunk, rows, tables
 from tests.problems import (
     DIVERGENCES,
     PROBLEMS,
     Problem,
     Result,
+    asked,
     check_result,
     expected,
     near_converged,
@@ -271,15 +273,9 @@ def run_chunks(
     wanted: tuple[bool, bool, bool] | None = None,
 ) -> Result:
     """`chunk.distill_rows`, gradients in the dtypes of what they are for."""
-    d, options = Divergence(divergence), p.options
-    tensors = (p.hs, p.ws, p.bs, p.ht, p.wt, p.bt, p.labels, *p.weights())
-    distill_rows: Any = chunk.distill_rows  # a star among the arguments is beyond pyright
-    out = distill_rows(
-        *(x if x is None else x.to(device) for x in tensors), d.name, d.param,
-        options.get("temperature", 1.0), options.get("student_softcap", 0.0),
-        options.get("teacher_softcap", 0.0), p.vocab, -100,
-        *((True, True, p.bs is not None) if wanted is None else wanted), chunk_rows,
-    )  # fmt: skip
+    wanted = wanted or (True, True, p.bs is not None)
+    student, teacher, targets = asked(p.on(device), Divergence(divergence))
+    out = chunk.distill_rows(student, teacher, targets, Options(p.vocab, chunk_rows, *wanted))
     loss, ce, kd, dh, dw, db = (x.cpu() for x in out)
     return Result(loss, ce, kd, dh.to(p.hs.dtype), dw.to(p.ws.dtype), None if p.bs is None else db)
 

@@ -17,12 +17,14 @@ from torch import Tensor
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import reference
+from mllmkd_kernels.backends.calls import Head, Options, Targets
 from mllmkd_kernels.divergence import sweeps
 from tests.problems import (
     DIVERGENCES,
     PROBLEMS,
     Problem,
     _random,
+    asked,
     expected,
     naive,
     near_converged,
@@ -54,7 +56,7 @@ def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     """Both ways of loading a tile. Descriptors want rows of whole 16-byte units."""
     from mllmkd_kernels.backends.triton import heads
 
-    monkeypatch.setattr(heads.Head, "tma", property(lambda head: request.param == "descriptors"))
+    monkeypatch.setattr(heads, "tma", lambda head: request.param == "descriptors")
     return request.param
 
 
@@ -85,25 +87,16 @@ def stream_of(
     device: torch.device,
     want: tuple[bool, bool, bool] = EVERYTHING,
     chunk: int = 100,
+    teacher: bool = True,
+    labelled: bool = True,
     **changes: Any,
 ) -> Out:
     """`walk.distill_stream` of a problem. 100 columns become 128."""
     from mllmkd_kernels.backends.triton import walk
 
-    ce_weight, kd_weight = (w.float() for w in p.weights())
-    given: dict[str, Any] = {
-        "hs": p.hs, "ws": p.ws, "bs": p.bs, "ht": p.ht, "wt": p.wt, "bt": p.bt,
-        "labels": p.labels, "ce_weight": ce_weight, "kd_weight": kd_weight, **changes,
-    }  # fmt: skip
-    tensors: dict[str, Any] = {k: None if t is None else t.to(device) for k, t in given.items()}
-    o = p.options
-    out = walk.distill_stream(
-        **tensors,
-        divergence=divergence, param=mk.Divergence(divergence).param,
-        temperature=o.get("temperature", 1.0), cap_s=o.get("student_softcap", 0.0),
-        cap_t=o.get("teacher_softcap", 0.0), vocab=p.vocab, ignore_index=-100,
-        want_dh=want[0], want_dw=want[1], want_db=want[2], chunk_vocab=chunk,
-    )  # fmt: skip
+    p = replace(p, **changes).on(device)
+    student, other, targets = asked(p, mk.Divergence(divergence), teacher, labelled)
+    out = walk.distill_stream(student, other, targets, Options(p.vocab, chunk, *want))
     return Out(*(t.cpu() for t in out))
 
 
@@ -199,12 +192,12 @@ def test_only_what_is_wanted(want: tuple[bool, bool, bool], device: torch.device
 def test_one_term_alone(device: torch.device) -> None:
     p = small()
     zero = torch.zeros(19)
-    only_ce = stream_of(p, "jsd", device, ht=None, wt=None, kd_weight=None)
+    only_ce = stream_of(p, "jsd", device, teacher=False)
     want = expected(replace(p, kd_weight=zero))
     check(only_ce.ce, want.ce, "value")
     check(only_ce.dw, want.dw, "gradient")
     assert not only_ce.kd.any()
-    only_kd = stream_of(p, "jsd", device, labels=None, ce_weight=None)
+    only_kd = stream_of(p, "jsd", device, labelled=False)
     want = expected(replace(p, ce_weight=zero), "jsd")
     check(only_kd.kd, want.kd, "value")
     check(only_kd.dw, want.dw, "gradient")
@@ -277,12 +270,13 @@ def test_log_probabilities(
     want = reference.linear_logprob(z, p.labels, temperature)
     (grad * want).sum().backward()
     hs, ws, bs, labels = (x.to(device) for x in (p.hs, p.ws, bias, p.labels))
-    rest = (temperature, cap, 70, -100)
-    logp, lse = walk.logprob_rows(hs, ws, bs, labels, *rest, 8)
+    head, targets = Head(hs, ws, bs, cap), Targets(labels, temperature=temperature)
+    options = Options(70, 8, *EVERYTHING)
+    logp, lse = walk.logprob_rows(head, targets, options)
     check(logp.cpu(), want.detach(), "value")
     check(lse.cpu(), (z / temperature).logsumexp(1).detach(), "value")
     assert not logp[labels == -100].any() and (logp <= 0).all()
-    grads = walk.logprob_grad(grad.to(device), hs, ws, bs, labels, lse, *rest, *EVERYTHING, 8)
+    grads = walk.logprob_grad(grad.to(device), lse, head, targets, options)
     row = "gradient" if dtype == torch.float32 else "16-bit gradient"
     for got, leaf in zip(grads, (h, w, b), strict=True):
         assert leaf.grad is not None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mllmkd_kernels.backends import products
+from mllmkd_kernels.backends.calls import Head, Options, Targets
 
 #: Written by setup.py: what was left out while building, and why.
 _NOTE = Path(__file__).parents[1] / "_left_out.json"
@@ -80,74 +81,37 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def distill_rows(
-    hs: Tensor,  # (N, D_s)
-    ws: Tensor,  # (V_s, D_s)
-    bs: Tensor | None,  # (V_s,)
-    ht: Tensor | None,  # (N, D_t); None: no divergence
-    wt: Tensor | None,  # (V_t, D_t)
-    bt: Tensor | None,  # (V_t,)
-    labels: Tensor | None,  # (N,) int64; None: no cross-entropy
-    ce_weight: Tensor | None,  # (N,) fp32, fp64 with fp64 inputs
-    kd_weight: Tensor | None,  # (N,) likewise
-    divergence: str,
-    param: float,
-    temperature: float,
-    cap_s: float,
-    cap_t: float,
-    vocab: int,
-    ignore_index: int,
-    want_dh: bool,
-    want_dw: bool,
-    want_db: bool,
-    chunk_rows: int,
-    diagnostics: Tensor | None = None,  # (3, N) in the dtype of the loss, written
+    student: Head, teacher: Head | None, targets: Targets, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss (scalar), CE and D per row (N,), and the unscaled gradients dh (N, D_s), dw (V_s, D_s),
-    db (V_s,).
-    """
+    """As `eager.distill_rows`."""
+    s, t, d = student, teacher, targets.divergence
+    ht, wt, bt, cap_t = (None, None, None, 0.0) if t is None else (t.h, t.w, t.b, t.cap)
     return torch.ops.mllmkd_cpu.distill_rows(
-        hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature,
-        cap_s, cap_t, vocab, ignore_index, want_dh, want_dw, want_db, chunk_rows, diagnostics,
+        s.h, s.w, s.b, ht, wt, bt, targets.labels, targets.ce_weight, targets.kd_weight,
+        d.name, d.param, targets.temperature, s.cap, cap_t, options.vocab, targets.ignore_index,
+        *options.wants, options.chunk, options.diagnostics,
     )  # fmt: skip
 
 
-def logprob_rows(
-    h: Tensor,  # (N, D)
-    w: Tensor,  # (≥V, D)
-    b: Tensor | None,  # (≥V,)
-    labels: Tensor,  # (N,) int64
-    temperature: float,
-    cap: float,
-    vocab: int,
-    ignore_index: int,
-    chunk_rows: int,
-) -> tuple[Tensor, Tensor]:
-    """log softmax(z/T)[label], 0 where ignored, and the log-sum-exp of z/T: both (N,)."""
+def logprob_rows(head: Head, targets: Targets, options: Options) -> tuple[Tensor, Tensor]:
+    """As `eager.logprob_rows`."""
     return torch.ops.mllmkd_cpu.logprob_rows(
-        h, w, b, labels, temperature, cap, vocab, ignore_index, chunk_rows
-    )
+        head.h, head.w, head.b, targets.labels, targets.temperature, head.cap, options.vocab,
+        targets.ignore_index, options.chunk,
+    )  # fmt: skip
 
 
 def logprob_grad(
     grad: Tensor,  # (N,)
-    h: Tensor,  # (N, D)
-    w: Tensor,  # (≥V, D)
-    b: Tensor | None,  # (≥V,)
-    labels: Tensor,  # (N,) int64
     lse: Tensor,  # (N,) as logprob_rows returned it
-    temperature: float,
-    cap: float,
-    vocab: int,
-    ignore_index: int,
-    want_dh: bool,
-    want_dw: bool,
-    want_db: bool,
-    chunk_rows: int,
+    head: Head,
+    targets: Targets,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh, dw, db of Σ_n grad[n]·logp[n]; the logits are made again."""
+    """As `eager.logprob_grad`."""
     return torch.ops.mllmkd_cpu.logprob_grad(
-        grad, h, w, b, labels, lse, temperature, cap, vocab, ignore_index, want_dh, want_dw,
-        want_db, chunk_rows,
+        grad, head.h, head.w, head.b, targets.labels, lse, targets.temperature, head.cap,
+        options.vocab, targets.ignore_index, *options.wants, options.chunk,
     )  # fmt: skip
 
 

@@ -6,14 +6,14 @@ In strips of a few rows they are turned into per-row losses and, in place of the
 gradient block ``dz``, which two products fold into ``dh`` and ``dw``. Gradients are formed with the
 loss, unscaled: the caller multiplies them by its incoming gradient.
 
-``diagnostics`` (3, N), where it is given, is filled with H(softmax(z_s/T)), H(softmax(z_t/T)) and
-1.0 where some column is the maximum of both rows, else 0.0; without a teacher only with the first,
-the student's at T = 1. `settle_` does the rest for all backends.
+`Options.diagnostics` (3, N), where it is given, is filled with H(softmax(z_s/T)),
+H(softmax(z_t/T)) and 1.0 where some column is the maximum of both rows, else 0.0; without a teacher
+only with the first, the student's at T = 1. `settle_` does the rest for all backends.
 
-These functions are the interface of every backend. Conventions: ``vocab`` is the number of shared
-columns, a soft-cap of 0.0 means none, all tensors are contiguous, an unwanted gradient is returned
-as an empty tensor. Gradients come in the accumulation dtype (fp32, or fp64), since rounding is for
-the one who has scaled them; only `logprob_grad`, which has, gives ``dw`` in the weight's dtype.
+These functions are the interface of every backend, their arguments are described in `calls`. An
+unwanted gradient is returned as an empty tensor. Gradients come in the accumulation dtype (fp32, or
+fp64), since rounding is for the one who has scaled them; only `logprob_grad`, which has, gives
+``dw`` in the weight's dtype.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from mllmkd_kernels import divergence as div
 from mllmkd_kernels.backends import products
-from mllmkd_kernels.backends.products import Gradients, accumulation_dtype, chunks
+from mllmkd_kernels.backends.calls import Head, Options, Targets, dtype_of
+from mllmkd_kernels.backends.products import Gradients, chunks
 
 #: Side of a relation tile: R_s and R_t of 512 × 512 fp32 entries are 2 MiB, the size of a core's L2
 #: cache.
@@ -34,127 +35,114 @@ RELATION_TILE = 512
 
 
 def distill_rows(
-    hs: Tensor,  # (N, D_s)
-    ws: Tensor,  # (V_s, D_s)
-    bs: Tensor | None,  # (V_s,)
-    ht: Tensor | None,  # (N, D_t); None: no divergence
-    wt: Tensor | None,  # (V_t, D_t)
-    bt: Tensor | None,  # (V_t,)
-    labels: Tensor | None,  # (N,); None: no cross-entropy
-    ce_weight: Tensor | None,  # (N,)
-    kd_weight: Tensor | None,  # (N,)
-    divergence: str,
-    param: float,
-    temperature: float,
-    cap_s: float,
-    cap_t: float,
-    vocab: int,
-    ignore_index: int,
-    want_dh: bool,
-    want_dw: bool,
-    want_db: bool,
-    chunk_rows: int,
-    diagnostics: Tensor | None = None,  # (3, N), written
+    student: Head, teacher: Head | None, targets: Targets, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (scalar), CE and D per row (N,), and the unscaled gradients dh (N, D_s), dw (V_s,
-    D_s), db (V_s,).
+    D_s), db (V_s,), `options.chunk` rows at a time.
     """
-    acc = accumulation_dtype(hs, ws, bs, ht, wt, bt)
-    table = _divergence(divergence, param)
-    n = hs.shape[0]
-    ce, kd = (torch.zeros(n, dtype=acc, device=hs.device) for _ in range(2))
-    check_labels(labels, vocab, ignore_index)
-    grads = Gradients(hs, ws, acc, want_dh, want_dw, want_db, at_once=0 < n <= chunk_rows)
+    acc, n, size = dtype_of(student, teacher), student.h.shape[0], options.chunk
+    ce, kd = (torch.zeros(n, dtype=acc, device=student.h.device) for _ in range(2))
+    check_labels(targets.labels, options.vocab, targets.ignore_index)
+    grads = Gradients(student.h, student.w, acc, *options.wants, at_once=0 < n <= size)
+    heads = [student] if teacher is None else [student, teacher]
     blocks = [
-        torch.empty(min(n, chunk_rows), vocab, dtype=acc, device=hs.device)
-        for head in (ws, wt)
-        if head is not None
+        torch.empty(min(n, size), options.vocab, dtype=acc, device=student.h.device) for _ in heads
     ]
-    for rows in chunks(n, chunk_rows):
-        z_chunk = _logits(hs[rows], ws, bs, vocab, acc, blocks[0])
-        b_chunk = None
-        if ht is not None and wt is not None:
-            b_chunk = _logits(ht[rows], wt, bt, vocab, acc, blocks[1])
+    for rows in chunks(n, size):
+        z_chunk, *others = (
+            _logits(head.h[rows], head.w, head.b, options.vocab, acc, block)
+            for head, block in zip(heads, blocks, strict=True)
+        )
         for strip, z in _strips(rows, z_chunk):
-            _softcap_(z, cap_s, hs[strip])
-            dz = torch.zeros_like(z) if grads.wanted else None
-            log_q = z.log_softmax(-1)
-            if labels is not None and ce_weight is not None:
-                ce[strip] = _cross_entropy(log_q, labels[strip], ce_weight[strip], ignore_index, dz)
-            if ht is not None and b_chunk is not None and kd_weight is not None:
-                b = _softcap_(b_chunk[_within(strip, rows)], cap_t, ht[strip]).div_(temperature)
-                if temperature != 1:
-                    log_q = (z / temperature).log_softmax(-1)
-                pair = div.Pair(b.log_softmax(-1), log_q)
-                kd[strip] = _divergence_rows(table, pair, kd_weight[strip] / temperature, dz)
-                if diagnostics is not None:
-                    diagnostics[1, strip] = div.entropies(pair.log_p)
-                    diagnostics[2, strip] = _agree(z, b)
-            if diagnostics is not None:
-                diagnostics[0, strip] = div.entropies(log_q)
+            b = None
+            if teacher is not None:
+                b = _softcap_(others[0][_within(strip, rows)], teacher.cap, teacher.h[strip])
+            _softcap_(z, student.cap, student.h[strip])
+            dz = _strip_losses(z, b, strip, targets, options, ce, kd, grads.wanted)
             if dz is not None:
-                z.copy_(_through_softcap_(dz, z, cap_s))
+                z.copy_(_through_softcap_(dz, z, student.cap))
         if grads.wanted:
-            dead = dead_rows(hs, rows, labels, ce_weight, kd_weight, ignore_index)
-            grads.add(rows, z_chunk, dead=dead)
-    labelled = None if labels is None else labels != ignore_index
-    loss = _weighted_sum(ce, ce_weight, labelled) + _weighted_sum(kd, kd_weight)
+            grads.add(rows, z_chunk, dead=dead_rows(student.h, rows, targets))
+    labels = targets.labels
+    counted = None if labels is None else labels != targets.ignore_index
+    loss = _weighted_sum(ce, targets.ce_weight, counted) + _weighted_sum(kd, targets.kd_weight)
     return loss.to(acc), ce, kd, *grads.result()
 
 
-def logprob_rows(
-    h: Tensor,  # (N, D)
-    w: Tensor,  # (≥V, D)
-    b: Tensor | None,  # (≥V,)
-    labels: Tensor,  # (N,)
-    temperature: float,
-    cap: float,
-    vocab: int,
-    ignore_index: int,
-    chunk_rows: int,
-) -> tuple[Tensor, Tensor]:
+def _strip_losses(
+    z: Tensor,  # (rows of the strip, V)
+    b: Tensor | None,  # the teacher's
+    strip: slice,
+    targets: Targets,
+    options: Options,
+    ce: Tensor,  # (N,), written
+    kd: Tensor,  # (N,), written
+    wanted: bool,
+) -> Tensor | None:
+    """Terms and diagnostics of a few rows, from their logits; the gradient, if it is wanted."""
+    dz = torch.zeros_like(z) if wanted else None
+    seen, temperature = options.diagnostics, targets.temperature
+    log_q = z.log_softmax(-1)
+    if targets.labels is not None and targets.ce_weight is not None:
+        labels, weight = targets.labels[strip], targets.ce_weight[strip]
+        ce[strip] = _cross_entropy(log_q, labels, weight, targets.ignore_index, dz)
+    if b is not None and targets.kd_weight is not None:
+        b = b.div_(temperature)
+        if temperature != 1:
+            log_q = (z / temperature).log_softmax(-1)
+        pair, weight = div.Pair(b.log_softmax(-1), log_q), targets.kd_weight[strip]
+        kd[strip] = _divergence_rows(targets.divergence, pair, weight / temperature, dz)
+        if seen is not None:
+            seen[1, strip] = div.entropies(pair.log_p)
+            seen[2, strip] = _agree(z, b)
+    if seen is not None:
+        seen[0, strip] = div.entropies(log_q)
+    return dz
+
+
+def logprob_rows(head: Head, targets: Targets, options: Options) -> tuple[Tensor, Tensor]:
     """log softmax(z/T)[label] and the log-sum-exp of z/T, both (N,); 0 log-probability where
     ignored.
     """
-    acc = accumulation_dtype(h, w, b)
+    labels, ignored = labels_of(targets), targets.ignore_index
+    acc, h = dtype_of(head), head.h
     logp, lse = (torch.zeros(h.shape[0], dtype=acc, device=h.device) for _ in range(2))
-    check_labels(labels, vocab, ignore_index)
-    for rows in chunks(h.shape[0], chunk_rows):
-        a = _softcap_(_logits(h[rows], w, b, vocab, acc), cap, h[rows]).div_(temperature)
+    check_labels(labels, options.vocab, ignored)
+    for rows in chunks(h.shape[0], options.chunk):
+        a = _softcap_(_logits(h[rows], head.w, head.b, options.vocab, acc), head.cap, h[rows])
+        a = a.div_(targets.temperature)
         lse[rows] = _logsumexp(a)
-        logp[rows] = _at_label(a, labels[rows], ignore_index) - lse[rows]
-    return logp.masked_fill_(labels == ignore_index, 0), lse
+        logp[rows] = _at_label(a, labels[rows], ignored) - lse[rows]
+    return logp.masked_fill_(labels == ignored, 0), lse
 
 
 def logprob_grad(
     grad: Tensor,  # (N,)
-    h: Tensor,  # (N, D)
-    w: Tensor,  # (≥V, D)
-    b: Tensor | None,  # (≥V,)
-    labels: Tensor,  # (N,)
     lse: Tensor,  # (N,)
-    temperature: float,
-    cap: float,
-    vocab: int,
-    ignore_index: int,
-    want_dh: bool,
-    want_dw: bool,
-    want_db: bool,
-    chunk_rows: int,
+    head: Head,
+    targets: Targets,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dh, dw, db of Σ_n grad[n]·logp[n]; the logits are made again, chunk by chunk."""
-    acc = accumulation_dtype(h, w, b)
-    grads = Gradients(h, w, acc, want_dh, want_dw, want_db)
-    weight = -torch.where(labels == ignore_index, 0, grad.to(acc)) / temperature
-    for rows in chunks(h.shape[0], chunk_rows):
-        z = _logits(h[rows], w, b, vocab, acc)
+    labels, ignored, temperature = labels_of(targets), targets.ignore_index, targets.temperature
+    acc, h, cap = dtype_of(head), head.h, head.cap
+    grads = Gradients(h, head.w, acc, *options.wants)
+    weight = -torch.where(labels == ignored, 0, grad.to(acc)) / temperature
+    for rows in chunks(h.shape[0], options.chunk):
+        z = _logits(h[rows], head.w, head.b, options.vocab, acc)
         for strip, block in _strips(rows, z):
             q = (_softcap_(block, cap, h[strip]) / temperature).sub_(lse[strip, None]).exp_()
-            dz = _scaled(_minus_one_hot_(q, labels[strip], ignore_index), weight[strip])
+            dz = _scaled(_minus_one_hot_(q, labels[strip], ignored), weight[strip])
             block.copy_(_through_softcap_(dz, block, cap))
         grads.add(rows, z, dead=weight[rows] == 0)
     dh, dw, db = grads.result()
-    return dh, dw.to(w.dtype), db
+    return dh, dw.to(head.w.dtype), db
+
+
+def labels_of(targets: Targets) -> Tensor:
+    """The labels, of a call that needs them."""
+    assert targets.labels is not None
+    return targets.labels
 
 
 def relation_stats(
@@ -198,11 +186,6 @@ def relation_grad(
         if i != j:
             m[j] += dr.mT @ hs[i]
     return m
-
-
-def _divergence(name: str, param: float) -> div.Divergence:
-    key, _ = div.PARAMETERS[name]
-    return div.Divergence(name, **({} if key is None else {key: param}))
 
 
 def _logits(
@@ -274,19 +257,13 @@ def _scaled(dz: Tensor, weight: Tensor) -> Tensor:
     return scaled.masked_fill_((weight == 0)[:, None], 0)
 
 
-def dead_rows(
-    hs: Tensor,
-    rows: slice,
-    labels: Tensor | None,
-    ce_weight: Tensor | None,
-    kd_weight: Tensor | None,
-    ignore_index: int,
-) -> Tensor:
+def dead_rows(h: Tensor, rows: slice, targets: Targets) -> Tensor:
     """Which of `rows` have no weight at all, neither for a label nor for the teacher."""
-    dead = torch.ones(rows.stop - rows.start, dtype=torch.bool, device=hs.device)
-    if labels is not None and ce_weight is not None:
-        dead = (ce_weight[rows] == 0) | (labels[rows] == ignore_index)
-    return dead if kd_weight is None else dead & (kd_weight[rows] == 0)
+    dead = torch.ones(rows.stop - rows.start, dtype=torch.bool, device=h.device)
+    if targets.labels is not None and targets.ce_weight is not None:
+        ignored = targets.labels[rows] == targets.ignore_index
+        dead = (targets.ce_weight[rows] == 0) | ignored
+    return dead if targets.kd_weight is None else dead & (targets.kd_weight[rows] == 0)
 
 
 def _cross_entropy(
@@ -324,17 +301,12 @@ def _agree(a: Tensor, b: Tensor) -> Tensor:
 
 def settle_(
     diagnostics: Tensor,  # (3, N)
-    hs: Tensor,  # (N, D_s)
-    labels: Tensor | None,
-    ce_weight: Tensor | None,
-    kd_weight: Tensor | None,
-    ignore_index: int,
+    h: Tensor,  # (N, D_s)
+    targets: Targets,
 ) -> None:
     """Agreement is NaN where an entropy is; rows without weight are 0, whatever they hold."""
     diagnostics[2] += 0 * (diagnostics[0] + diagnostics[1])
-    every = slice(0, hs.shape[0])
-    dead = dead_rows(hs, every, labels, ce_weight, kd_weight, ignore_index)
-    diagnostics.masked_fill_(dead, 0)
+    diagnostics.masked_fill_(dead_rows(h, slice(0, h.shape[0]), targets), 0)
 
 
 def check_labels(labels: Tensor | None, vocab: int, ignore_index: int) -> None:

@@ -25,64 +25,59 @@ from torch import Tensor
 
 from mllmkd_kernels import divergence as div
 from mllmkd_kernels.backends import eager
-from mllmkd_kernels.backends.products import Gradients, accumulation_dtype, chunks
+from mllmkd_kernels.backends.calls import Head, Options, Targets, dtype_of
+from mllmkd_kernels.backends.products import Gradients, chunks
 from mllmkd_kernels.vocab_slices import VocabSlice
 
 
 @dataclass(frozen=True)
 class Call:
-    """What is the same for all rows; tensors of N rows as in `eager.distill_rows`."""
+    """What is the same for all rows: heads hold this rank's rows of the vocabulary, labels are
+    tokens of the whole.
+    """
 
-    ht: Tensor | None
-    wt: Tensor | None  # (V_t of this rank, D_t)
-    bt: Tensor | None
-    labels: Tensor | None  # (N,), tokens of the whole vocabulary
-    ce_weight: Tensor | None
-    kd_weight: Tensor | None
-    divergence: div.Divergence
-    temperature: float
-    cap_s: float
-    cap_t: float
+    teacher: Head | None
+    targets: Targets
+    options: Options
     held: VocabSlice
-    ignore_index: int
-    chunk_rows: int
     group: dist.ProcessGroup | None
+
+    @property
+    def columns(self) -> int:
+        """Of this rank."""
+        return self.held.stop - self.held.start
 
 
 def distill_rows(
-    hs: Tensor,  # (N, D_s), the same on every rank
-    ws: Tensor,  # (V_s of this rank, D_s)
-    bs: Tensor | None,
+    student: Head,  # its rows the same on every rank
     call: Call,
-    want_dh: bool,
-    want_dw: bool,
-    want_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, CE and D per row, the same on every rank; unscaled dh (N, D_s) of all ranks, dw and
     db of this one.
     """
-    acc = accumulation_dtype(hs, ws, bs, call.ht, call.wt, call.bt)
-    ce, kd = (torch.zeros(hs.shape[0], dtype=acc, device=hs.device) for _ in range(2))
-    loss = torch.zeros((), dtype=torch.float64, device=hs.device)
-    grads = Gradients(hs, ws, acc, want_dh, want_dw, want_db)
-    eager.check_labels(call.labels, call.held.vocab, call.ignore_index)
-    for rows in chunks(hs.shape[0], call.chunk_rows):
-        block = _Block(hs, ws, bs, rows, acc, call)
+    targets, options, h = call.targets, call.options, student.h
+    acc = dtype_of(student, call.teacher)
+    ce, kd = (torch.zeros(h.shape[0], dtype=acc, device=h.device) for _ in range(2))
+    loss = torch.zeros((), dtype=torch.float64, device=h.device)
+    grads = Gradients(h, student.w, acc, *options.wants)
+    eager.check_labels(targets.labels, options.vocab, targets.ignore_index)
+    for rows in chunks(h.shape[0], options.chunk):
+        block = _Block(student, rows, acc, call)
         dz = torch.zeros_like(block.z) if grads.wanted else None
-        if call.labels is not None and call.ce_weight is not None:
-            weight = call.ce_weight[rows].masked_fill(call.labels[rows] == call.ignore_index, 0)
-            ce[rows] = block.cross_entropy(call.labels[rows], weight, dz)
+        if targets.labels is not None and targets.ce_weight is not None:
+            labels = targets.labels[rows]
+            weight = targets.ce_weight[rows].masked_fill(labels == targets.ignore_index, 0)
+            ce[rows] = block.cross_entropy(labels, weight, dz)
             loss += torch.where(weight != 0, weight * ce[rows], 0).sum(dtype=torch.float64)
-        if call.kd_weight is not None:
-            weight = call.kd_weight[rows]
+        if targets.kd_weight is not None:
+            weight = targets.kd_weight[rows]
             kd[rows] = block.divergence(weight, dz)
             loss += torch.where(weight != 0, weight * kd[rows], 0).sum(dtype=torch.float64)
         if dz is not None:
-            weights = call.labels, call.ce_weight, call.kd_weight
-            dead = eager.dead_rows(hs, rows, *weights, call.ignore_index)
-            grads.add(rows, eager._through_softcap_(dz, block.z, call.cap_s), dead=dead)
+            dead = eager.dead_rows(h, rows, targets)
+            grads.add(rows, eager._through_softcap_(dz, block.z, student.cap), dead=dead)
     dh, dw, db = grads.result()
-    if want_dh:
+    if options.want_dh:
         dist.all_reduce(dh, group=call.group)
     return loss.to(acc), ce, kd, dh, dw, db
 
@@ -90,29 +85,29 @@ def distill_rows(
 class _Block:
     """This rank's columns of the logits of some rows, and their row statistics over all ranks."""
 
-    def __init__(
-        self, hs: Tensor, ws: Tensor, bs: Tensor | None, rows: slice, acc: torch.dtype, call: Call
-    ) -> None:
-        self.call, columns = call, call.held.stop - call.held.start
-        z = eager._logits(hs[rows], ws, bs, columns, acc)
-        self.z = eager._softcap_(z, call.cap_s, hs[rows])  # (C, columns)
+    def __init__(self, student: Head, rows: slice, acc: torch.dtype, call: Call) -> None:
+        self.call, targets = call, call.targets
+
+        def logits(head: Head) -> Tensor:  # (C, columns)
+            z = eager._logits(head.h[rows], head.w, head.b, call.columns, acc)
+            return eager._softcap_(z, head.cap, head.h[rows])
+
+        self.z = logits(student)
         tops = [_maximum(self.z)]
-        if call.kd_weight is not None:
-            assert call.ht is not None and call.wt is not None
-            b = eager._logits(call.ht[rows], call.wt, call.bt, columns, acc)
-            self.b = eager._softcap_(b, call.cap_t, call.ht[rows]).div_(call.temperature)
+        if targets.kd_weight is not None:
+            assert call.teacher is not None
+            self.b = logits(call.teacher).div_(targets.temperature)
             tops.append(_maximum(self.b))
         tops = _reduced(tops, dist.ReduceOp.MAX, call.group)
         self.z_top = tops[0]
         sums = []
-        if call.ce_weight is not None:
-            assert call.labels is not None
-            self.local = _local(call.labels[rows], call)
-            at_label = eager._at_label(self.z, self.local, -1) if columns else self.z_top * 0
+        if targets.ce_weight is not None:
+            self.local = _local(eager.labels_of(targets)[rows], call)
+            at_label = eager._at_label(self.z, self.local, -1) if call.columns else self.z_top * 0
             sums = [_exp_sum(self.z, self.z_top), at_label.masked_fill(self.local < 0, 0)]
-        if call.kd_weight is not None:
-            self.a = self.z / call.temperature
-            self.a_top, self.b_top = tops[0] / call.temperature, tops[1]
+        if targets.kd_weight is not None:
+            self.a = self.z / targets.temperature
+            self.a_top, self.b_top = tops[0] / targets.temperature, tops[1]
             sums += [_exp_sum(self.a, self.a_top), _exp_sum(self.b, self.b_top)]
         self.sums = _reduced(sums, dist.ReduceOp.SUM, call.group)
 
@@ -125,11 +120,11 @@ class _Block:
                 q = eager._minus_one_hot_(q, self.local, -1)
             dz += eager._scaled(q, weight)
         ce = log_sum + (self.z_top - at_label)
-        return ce.masked_fill_(labels == self.call.ignore_index, 0)
+        return ce.masked_fill_(labels == self.call.targets.ignore_index, 0)
 
     def divergence(self, weight: Tensor, dz: Tensor | None) -> Tensor:
         """D of every row; adds weight·∂D/∂z to `dz`."""
-        table, group = self.call.divergence, self.call.group
+        table, group = self.call.targets.divergence, self.call.group
         sum_a, sum_b = self.sums[-2:]
         log_q = self.a.sub_(self.a_top[:, None]).sub_(sum_a.log()[:, None])
         log_p = self.b.sub_(self.b_top[:, None]).sub_(sum_b.log()[:, None])
@@ -144,7 +139,7 @@ class _Block:
             kd, mean = _reduced(terms, dist.ReduceOp.SUM, group)
             da = None if dz is None else div.from_slopes(pair.q, slope, mean)
         if dz is not None and da is not None:
-            dz += eager._scaled(da, weight / self.call.temperature)
+            dz += eager._scaled(da, weight / self.call.targets.temperature)
         return kd
 
 
@@ -179,5 +174,5 @@ def _exp_sum(z: Tensor, top: Tensor) -> Tensor:
 def _local(labels: Tensor, call: Call) -> Tensor:
     """Labels as columns of this rank, −1 where another rank has the token or there is none."""
     here = (labels >= call.held.start) & (labels < call.held.stop)
-    here &= labels != call.ignore_index
+    here &= labels != call.targets.ignore_index
     return torch.where(here, labels - call.held.start, -1)

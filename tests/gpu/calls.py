@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllmkd_kernels.divergence import PARAMETERS
+from mllmkd_kernels.backends.calls import Head, Options, Targets
+from mllmkd_kernels.divergence import PARAMETERS, Divergence
 
 
 @dataclass(frozen=True)
@@ -144,29 +145,34 @@ def distill(
         "stream": (triton.distill_stream, 8192),
     }[algorithm]
     weight = _empty(s.n, dtype=torch.float32)
-    return f(
+    student = Head(
         _empty(s.n, s.d_s, dtype=s.dtype), _empty(s.vocab, s.d_s, dtype=head),
-        _empty(s.vocab, dtype=head) if bias else None,
-        _empty(s.n, s.d_t, dtype=s.dtype) if teacher else None,
-        _empty(s.vocab, s.d_t, dtype=s.dtype) if teacher else None,
-        _empty(s.vocab, dtype=s.dtype) if bias and teacher else None,
+        _empty(s.vocab, dtype=head) if bias else None, cap,
+    )  # fmt: skip
+    other = Head(
+        _empty(s.n, s.d_t, dtype=s.dtype), _empty(s.vocab, s.d_t, dtype=s.dtype),
+        _empty(s.vocab, dtype=s.dtype) if bias else None, cap,
+    )  # fmt: skip
+    targets = Targets(
         _empty(s.n, dtype=torch.int64) if labels else None,
         weight if labels else None, weight if teacher else None,
-        divergence, PARAMETERS[divergence][1], temperature, cap, cap, s.vocab, -100,
-        gradient, gradient, gradient and bias, at_a_time,
-        _empty(3, s.n, dtype=torch.float32) if diagnostics else None,
+        Divergence(divergence), temperature,
     )  # fmt: skip
+    seen = _empty(3, s.n, dtype=torch.float32) if diagnostics else None
+    options = Options(s.vocab, at_a_time, gradient, gradient, gradient and bias, seen)
+    return f(student, other if teacher else None, targets, options)
 
 
 def logprob(s: Shape, temperature: float = 1.0) -> Any:
     """`logprob_rows` and `logprob_grad`."""
     from mllmkd_kernels.backends import triton
 
-    h, w = _empty(s.n, s.d_s, dtype=s.dtype), _empty(s.vocab, s.d_s, dtype=s.dtype)
+    head = Head(_empty(s.n, s.d_s, dtype=s.dtype), _empty(s.vocab, s.d_s, dtype=s.dtype))
     labels, row = _empty(s.n, dtype=torch.int64), _empty(s.n, dtype=torch.float32)
-    options = temperature, 0.0, s.vocab, -100
-    triton.logprob_rows(h, w, None, labels, *options, 512)
-    return triton.logprob_grad(row, h, w, None, labels, row, *options, True, True, False, 512)
+    targets = Targets(labels, temperature=temperature)
+    options = Options(s.vocab, 512, want_dh=True, want_dw=True)
+    triton.logprob_rows(head, targets, options)
+    return triton.logprob_grad(row, row, head, targets, options)
 
 
 def relation(s: Shape, images: int = 8) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import plan, reference
+from mllmkd_kernels.backends.calls import Head, Options, Targets
 from tests.problems import expected, near_converged, run
 from tests.tolerances import TOLERANCES, ladder_bound, relative_error
 
@@ -77,9 +78,11 @@ def _checked_rows(call: Callable[..., tuple[Tensor, ...]], at_a_time: int) -> No
     labels = torch.arange(MANY_ROWS, device="cuda") * 10  # the last are near the end of V
     weight = torch.ones(MANY_ROWS, device="cuda")
     _, ce, kd, dh, *_ = call(
-        hs, ws, None, ht, wt, None, labels, weight, weight, "forward_kl", 0.0, 1.0, 0.0, 0.0,
-        VOCAB, -100, True, False, False, at_a_time,
-    )  # fmt: skip
+        Head(hs, ws),
+        Head(ht, wt),
+        Targets(labels, weight, weight),
+        Options(VOCAB, at_a_time, want_dh=True),
+    )
     rows = torch.tensor([0, 1, MANY_ROWS // 2, MANY_ROWS - 2, MANY_ROWS - 1], device="cuda")
     h = hs[rows].double().requires_grad_()
     z_s = reference.logits(h, ws.double())

@@ -11,84 +11,70 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mllmkd_kernels.backends import cuda, eager, products
+from mllmkd_kernels.backends.calls import Head, Options, Targets, dtype_of
 from mllmkd_kernels.backends.triton.rows import row_losses, row_stride
 
 
 def _distill(
     losses: Callable[..., Tensor | None],  # `rows.row_losses` or another of its signature
-    hs: Tensor,  # (N, D_s)
-    ws: Tensor,  # (V_s, D_s)
-    bs: Tensor | None,  # (V_s,)
-    ht: Tensor | None,  # (N, D_t); None: no divergence
-    wt: Tensor | None,  # (V_t, D_t)
-    bt: Tensor | None,  # (V_t,)
-    labels: Tensor | None,  # (N,); None: no cross-entropy
-    ce_weight: Tensor | None,  # (N,)
-    kd_weight: Tensor | None,  # (N,)
-    divergence: str,
-    param: float,
-    temperature: float,
-    cap_s: float,
-    cap_t: float,
-    vocab: int,
-    ignore_index: int,
-    want_dh: bool,
-    want_dw: bool,
-    want_db: bool,
-    chunk_rows: int,
-    diagnostics: Tensor | None = None,  # (3, N), written
+    student: Head,
+    teacher: Head | None,
+    targets: Targets,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, CE and D per row, dh, dw, db: see `eager.distill_rows`, whose conventions hold."""
-    acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
+    acc, hs, ws, vocab = dtype_of(student, teacher), student.h, student.w, options.vocab
     if acc != torch.float32:
         raise TypeError("backend: 'triton' computes in fp32, got fp64 inputs; use backend='eager'")
-    if labels is None or ce_weight is None:
-        labels = ce_weight = None
-    if ht is None or wt is None or kd_weight is None:
-        ht = wt = kd_weight = None
-    eager.check_labels(labels, vocab, ignore_index)
-    n = hs.shape[0]
+    if targets.labels is None or targets.ce_weight is None:
+        targets = replace(targets, labels=None, ce_weight=None)
+    if teacher is None or targets.kd_weight is None:
+        teacher, targets = None, replace(targets, kd_weight=None)
+    eager.check_labels(targets.labels, vocab, targets.ignore_index)
+    n, diagnostics = hs.shape[0], options.diagnostics
     if diagnostics is not None and losses is not row_losses:
         raise ValueError(
             "diagnostics: the row kernel of backend 'cuda' has none; backend='triton' computes them"
         )
-    every = slice(0, n)
-    dead = eager.dead_rows(hs, every, labels, ce_weight, kd_weight, ignore_index)
+    dead = eager.dead_rows(hs, slice(0, n), targets)
     # The kernel writes dz = 0 for rows without weight; 0 · NaN of their hidden states would be NaN.
-    alive = hs.masked_fill(dead[:, None], 0) if want_dw else hs
-    grads = products.Gradients(alive, ws, acc, want_dh, want_dw, want_db)
+    alive = hs.masked_fill(dead[:, None], 0) if options.want_dw else hs
+    grads = products.Gradients(alive, ws, acc, *options.wants)
     half = hs.dtype == ws.dtype == torch.bfloat16
     dz_dtype = (torch.bfloat16 if half else acc) if grads.wanted else None
 
     ce, kd = (torch.zeros(n, dtype=acc, device=hs.device) for _ in range(2))
     stride = row_stride(vocab) if losses is row_losses else vocab
-    block_s = torch.empty(min(chunk_rows, n), stride, dtype=acc, device=hs.device)
-    block_t = None if ht is None else torch.empty_like(block_s)
+    block_s = torch.empty(min(options.chunk, n), stride, dtype=acc, device=hs.device)
+    block_t = None if teacher is None else torch.empty_like(block_s)
     seen = None if diagnostics is None else torch.zeros(n, 3, dtype=acc, device=hs.device)
-    for rows in products.chunks(n, chunk_rows):
+    for rows in products.chunks(n, options.chunk):
         z_s = _logits(block_s, hs[rows], ws, vocab)
         z_t = None
-        if ht is not None and wt is not None and block_t is not None:
-            z_t = _logits(block_t, ht[rows], wt, vocab)
+        if teacher is not None and block_t is not None:
+            z_t = _logits(block_t, teacher.h[rows], teacher.w, vocab)
         dz = losses(
-            z_s, z_t, bs, bt, _of(labels, rows), _of(ce_weight, rows), _of(kd_weight, rows),
-            ce[rows], kd[rows], divergence, param, temperature, cap_s, cap_t, ignore_index,
-            dz_dtype, seen=_of(seen, rows),
+            z_s, z_t, student.b, None if teacher is None else teacher.b,
+            *(_of(x, rows) for x in (targets.labels, targets.ce_weight, targets.kd_weight)),
+            ce[rows], kd[rows], targets.divergence.name, targets.divergence.param,
+            targets.temperature, student.cap, 0.0 if teacher is None else teacher.cap,
+            targets.ignore_index, dz_dtype, seen=_of(seen, rows),
         )  # fmt: skip
         if dz is not None:
             grads.add(rows, dz)
     if diagnostics is not None and seen is not None:
         diagnostics.copy_(seen.mT)
     loss = torch.zeros((), dtype=torch.float64, device=hs.device)
-    if labels is not None and ce_weight is not None:
-        loss += _weighted_sum(ce_weight, ce, labels != ignore_index)
-    if kd_weight is not None:
-        loss += _weighted_sum(kd_weight, kd)
+    if targets.labels is not None and targets.ce_weight is not None:
+        loss += _weighted_sum(targets.ce_weight, ce, targets.labels != targets.ignore_index)
+    if targets.kd_weight is not None:
+        loss += _weighted_sum(targets.kd_weight, kd)
     return loss.to(acc), ce, kd, *grads.result()
 
 

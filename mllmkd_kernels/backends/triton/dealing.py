@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 import triton
 
+from mllmkd_kernels.backends.calls import Head
 from mllmkd_kernels.backends.triton import tables
-from mllmkd_kernels.backends.triton.heads import INTERPRETED, Head
+from mllmkd_kernels.backends.triton.heads import INTERPRETED
 
 #: Columns of a part of a tile, see `heads.parts_of`: few enough for no divergence to spill. In
 #: `gradient` a part is also written, a row of it being a sector of 32 bytes of bf16; with votes

@@ -9,16 +9,15 @@ hold temporaries for: bias, soft-cap and everything else are done part by part.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mllmkd_kernels.backends.calls import Head
 from mllmkd_kernels.backends.triton.tiles import softcap
 
 #: Triton's interpreter multiplies bf16 numbers as if their bits were integers, and rounds to bf16
@@ -101,33 +100,23 @@ def rounded(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
-@dataclass(frozen=True)
-class Head:
-    """A head with its rows: h (N, D) and w (V, D), contiguous; cap 0.0 is none."""
+def tma(head: Head) -> bool:
+    """Should tensor descriptors load it? Where tensor cores multiply it and the machine has TMA:
+    rows of whole 16-byte units. (fp32 is multiplied by FMAs, and spills fed that way.)
+    """
+    aligned = all(
+        x.data_ptr() % 16 == 0 and x.itemsize == 2 and x.shape[1] % 8 == 0 for x in (head.h, head.w)
+    )
+    able = head.h.is_cuda and torch.cuda.get_device_capability(head.h.device)[0] > 8
+    return able and aligned and head.h.numel() > 0
 
-    h: Tensor  # (N, D)
-    w: Tensor  # (≥V, D)
-    bias: Tensor | None  # (≥V,)
-    cap: float
 
-    @property
-    def tma(self) -> bool:
-        """Should tensor descriptors load it? Where tensor cores multiply it and the machine has
-        TMA: rows of whole 16-byte units. (fp32 is multiplied by FMAs, and spills fed that way.)
-        """
-        both = (self.h, self.w)
-        aligned = all(
-            x.data_ptr() % 16 == 0 and x.itemsize == 2 and x.shape[1] % 8 == 0 for x in both
-        )
-        able = self.h.is_cuda and torch.cuda.get_device_capability(self.h.device)[0] > 8
-        return able and aligned and self.h.numel() > 0
-
-    def operands(self, tma: bool, launch: dict[str, int]) -> tuple[Any, Any]:
-        """h and w as a kernel takes them."""
-        if not tma:
-            return self.h, self.w
-        box = launch["BLOCK_D"]
-        return (
-            TensorDescriptor.from_tensor(self.h, [launch["BLOCK_N"], box]),
-            TensorDescriptor.from_tensor(self.w, [launch["BLOCK_V"], box]),
-        )
+def operands(head: Head, by_descriptors: bool, launch: dict[str, int]) -> tuple[Any, Any]:
+    """h and w as a kernel takes them."""
+    if not by_descriptors:
+        return head.h, head.w
+    box = launch["BLOCK_D"]
+    return (
+        TensorDescriptor.from_tensor(head.h, [launch["BLOCK_N"], box]),
+        TensorDescriptor.from_tensor(head.w, [launch["BLOCK_V"], box]),
+    )

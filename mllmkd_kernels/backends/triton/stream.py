@@ -21,11 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mllmkd_kernels.backends.calls import Head
+from mllmkd_kernels.backends.triton import heads
 from mllmkd_kernels.backends.triton.dealing import launch_of, parts, splits_of
 from mllmkd_kernels.backends.triton.divergence import gradient as divergence_gradient
 from mllmkd_kernels.backends.triton.divergence import terms, times
 from mllmkd_kernels.backends.triton.heads import (
-    Head,
     logits,
     part_columns,
     parts_of,
@@ -298,12 +299,13 @@ def statistics(
     `two_scales`, and the logit of the label; the entropy at `scale` where it is wanted.
     """
     n, d = head.h.shape
-    tma = head.tma if tma is None else tma
+    tma = heads.tma(head) if tma is None else tma
     use = launch_of("statistics", (head,), tma, launch)
     splits, tiles = splits_of(n, vocab, head.h.device, use)
     sums = 4 if entropies is None else 5
     partial = found.new_empty(splits, sums, n)
-    arguments: list[Any] = [*head.operands(tma, use), head.bias, labels, partial, n, vocab, tiles]
+    arguments: list[Any] = [*heads.operands(head, tma, use), head.b]
+    arguments += [labels, partial, n, vocab, tiles]
     arguments.append(scale)
     constants = {"D": d, "CAP": head.cap, "TWO_SCALES": two_scales, "TMA": tma}
     constants["ENTROPY"] = entropies is not None
@@ -329,13 +331,13 @@ def values(
 ) -> tuple[Tensor, Tensor | None]:
     """(2, N) fp32: D and Σ q·slope of every row; if wanted, maxima and agreement (3, N)."""
     n = student.h.shape[0]
-    tma = student.tma and teacher.tma if tma is None else tma
+    tma = heads.tma(student) and heads.tma(teacher) if tma is None else tma
     use = launch_of("values", (student, teacher), tma, launch)
     splits, tiles = splits_of(n, vocab, student.h.device, use)
     partial = facts.new_empty(splits, 2, n)
     votes = facts.new_empty(splits, 3, n) if want_votes else None
-    arguments: list[Any] = [*student.operands(tma, use), student.bias]
-    arguments += [*teacher.operands(tma, use), teacher.bias]
+    arguments: list[Any] = [*heads.operands(student, tma, use), student.b]
+    arguments += [*heads.operands(teacher, tma, use), teacher.b]
     arguments += [facts, partial, votes, n, vocab, tiles, scale, param, divergence]
     constants = {**_widths(student, teacher), "TMA": tma, "GROUP": GROUP_BLOCKS}
     constants["PARTS"] = parts("values", use)
@@ -364,14 +366,14 @@ def gradient(
     agreement (3, N).
     """
     n = student.h.shape[0]
-    heads = (student,) if teacher is None else (student, teacher)
-    tma = all(head.tma for head in heads) if tma is None else tma
-    use = launch_of("gradient", heads, tma, launch)
+    both = (student,) if teacher is None else (student, teacher)
+    tma = all(map(heads.tma, both)) if tma is None else tma
+    use = launch_of("gradient", both, tma, launch)
     tiles = triton.cdiv(columns.stop - columns.start, use["BLOCK_V"])
     partial = facts.new_empty(tiles, n) if want_values else None
     votes = facts.new_empty(tiles, 3, n) if want_votes else None
-    arguments: list[Any] = [*student.operands(tma, use), student.bias]
-    arguments += [None] * 3 if teacher is None else [*teacher.operands(tma, use), teacher.bias]
+    arguments: list[Any] = [*heads.operands(student, tma, use), student.b]
+    arguments += [None] * 3 if teacher is None else [*heads.operands(teacher, tma, use), teacher.b]
     arguments += [labels, facts, dz, partial, votes, n, columns.start, columns.stop, dz.stride(0)]
     arguments += [scale, param, divergence]
     constants = {**_widths(student, teacher), "TMA": tma, "GROUP": GROUP_BLOCKS}

@@ -13,15 +13,16 @@ is written once: there is no accumulator beside it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mllmkd_kernels.backends import eager, products
+from mllmkd_kernels.backends.calls import Head, Options, Targets
 from mllmkd_kernels.backends.triton import stream
 from mllmkd_kernels.backends.triton.divergence import NEEDS_MEAN
-from mllmkd_kernels.backends.triton.heads import Head
 from mllmkd_kernels.backends.triton.observe import counted
 from mllmkd_kernels.divergence import sweeps
 
@@ -43,128 +44,84 @@ def flops(
 
 
 def distill_stream(
-    hs: Tensor,  # (N, D_s)
-    ws: Tensor,  # (V_s, D_s)
-    bs: Tensor | None,  # (V_s,)
-    ht: Tensor | None,  # (N, D_t); None: no divergence
-    wt: Tensor | None,  # (V_t, D_t)
-    bt: Tensor | None,  # (V_t,)
-    labels: Tensor | None,  # (N,); None: no cross-entropy
-    ce_weight: Tensor | None,  # (N,)
-    kd_weight: Tensor | None,  # (N,)
-    divergence: str,
-    param: float,
-    temperature: float,
-    cap_s: float,
-    cap_t: float,
-    vocab: int,
-    ignore_index: int,
-    want_dh: bool,
-    want_dw: bool,
-    want_db: bool,
-    chunk_vocab: int,
-    diagnostics: Tensor | None = None,  # (3, N), written
+    student: Head, teacher: Head | None, targets: Targets, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `eager.distill_rows`, but the gradient is made `chunk_vocab` columns at a time."""
-    student, teacher = _head(hs, ws, bs, cap_s), None
-    if ht is not None and wt is not None and kd_weight is not None:
-        teacher = _head(ht, wt, bt, cap_t)
-    if ce_weight is None:
-        labels = None
-    if teacher is None:
-        temperature = 1.0  # it is the divergence's alone
-    eager.check_labels(labels, vocab, ignore_index)
-    sweep = _Sweep(student, teacher, labels, vocab, temperature, divergence, param, diagnostics)
-    ce, kd = sweep.facts.new_zeros(2, hs.shape[0])
-    loss = torch.zeros((), dtype=torch.float64, device=hs.device)
-    wanted = want_dh or want_dw or want_db
-    grads = products.Gradients(hs, ws, torch.float32, False, False, False).result()
+    """As `eager.distill_rows`, but the gradient is made `options.chunk` columns at a time."""
+    if teacher is None or targets.kd_weight is None:  # temperature is the divergence's alone
+        teacher, targets = None, replace(targets, kd_weight=None, temperature=1.0)
+    if targets.ce_weight is None:
+        targets = replace(targets, labels=None)
+    eager.check_labels(targets.labels, options.vocab, targets.ignore_index)
+    ce_weight, kd_weight, n = targets.ce_weight, targets.kd_weight, student.h.shape[0]
+    sweep = _Sweep(student, teacher, targets, options)
+    ce, kd = sweep.facts.new_zeros(2, n)
+    loss = torch.zeros((), dtype=torch.float64, device=student.h.device)
+    grads = products.Gradients(student.h, student.w, torch.float32, False, False, False).result()
     sweep.statistics()
-    if labels is not None and ce_weight is not None:
-        ignored = labels == ignore_index
+    if targets.labels is not None and ce_weight is not None:
+        ignored = targets.labels == targets.ignore_index
         ce = sweep.cross_entropy().masked_fill(ignored, 0)
         sweep[stream.CE_WEIGHT].copy_(ce_weight).masked_fill_(ignored, 0)
         valid = (ce_weight != 0) & ~ignored
         loss += torch.where(valid, ce_weight * ce, 0).sum(dtype=torch.float64)
-    if teacher is not None and kd_weight is not None:
-        sweep[stream.KD_WEIGHT].copy_(kd_weight / temperature)
-    if teacher is not None and (not wanted or divergence in NEEDS_MEAN):
+    if kd_weight is not None:
+        sweep[stream.KD_WEIGHT].copy_(kd_weight / targets.temperature)
+    wanted = any(options.wants)
+    if teacher is not None and (not wanted or targets.divergence.name in NEEDS_MEAN):
         kd = sweep.values()
     if wanted:
         dead = (sweep[stream.CE_WEIGHT] == 0) & (sweep[stream.KD_WEIGHT] == 0)
-        want = want_dh, want_dw, want_db
-        grads, on_the_way = sweep.gradients(dead, *want, chunk_vocab, torch.float32)
+        grads, on_the_way = sweep.gradients(dead, options.chunk, torch.float32)
         kd = kd if on_the_way is None else on_the_way
-    if teacher is not None and kd_weight is not None:
+    if kd_weight is not None:
         loss += torch.where(kd_weight != 0, kd_weight * kd, 0).sum(dtype=torch.float64)
     return loss.float(), ce, kd, *grads
 
 
-def logprob_rows(
-    h: Tensor,  # (N, D)
-    w: Tensor,  # (≥V, D)
-    b: Tensor | None,  # (≥V,)
-    labels: Tensor,  # (N,)
-    temperature: float,
-    cap: float,
-    vocab: int,
-    ignore_index: int,
-    chunk_rows: int,
-) -> tuple[Tensor, Tensor]:
-    """As `eager.logprob_rows`. `chunk_rows` is not used: all rows at once need no workspace."""
-    eager.check_labels(labels, vocab, ignore_index)
-    sweep = _Sweep(_head(h, w, b, cap), None, labels, vocab, temperature)
+def logprob_rows(head: Head, targets: Targets, options: Options) -> tuple[Tensor, Tensor]:
+    """As `eager.logprob_rows`. The chunk is not used: all rows at once need no workspace."""
+    labels = eager.labels_of(targets)
+    eager.check_labels(labels, options.vocab, targets.ignore_index)
+    sweep = _Sweep(head, None, targets, options)
     sweep.statistics()
-    lse = sweep[stream.TOP_S] / temperature + sweep[stream.LOG_S]
-    return -sweep.cross_entropy().masked_fill(labels == ignore_index, 0), lse
+    lse = sweep[stream.TOP_S] / targets.temperature + sweep[stream.LOG_S]
+    return -sweep.cross_entropy().masked_fill(labels == targets.ignore_index, 0), lse
 
 
 def logprob_grad(
     grad: Tensor,  # (N,)
-    h: Tensor,  # (N, D)
-    w: Tensor,  # (≥V, D)
-    b: Tensor | None,  # (≥V,)
-    labels: Tensor,  # (N,)
     lse: Tensor,  # (N,)
-    temperature: float,
-    cap: float,
-    vocab: int,
-    ignore_index: int,
-    want_dh: bool,
-    want_dw: bool,
-    want_db: bool,
-    chunk_rows: int,
+    head: Head,
+    targets: Targets,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `eager.logprob_grad`. Here columns are taken at a time, all rows of them: as many as make
-    a block no larger than `chunk_rows` rows of the vocabulary.
+    a block no larger than `options.chunk` rows of the vocabulary.
     """
-    sweep = _Sweep(_head(h, w, b, cap), None, labels, vocab, temperature)
+    sweep = _Sweep(head, None, targets, options)
     sweep[stream.LOG_S].copy_(lse)
-    weight = sweep[stream.CE_WEIGHT].copy_(grad).div_(-temperature)
-    dead = weight.masked_fill_(labels == ignore_index, 0) == 0
-    columns = max(LEAST_COLUMNS, chunk_rows * vocab // max(h.shape[0], 1))
-    return sweep.gradients(dead, want_dh, want_dw, want_db, columns, w.dtype)[0]
+    weight = sweep[stream.CE_WEIGHT].copy_(grad).div_(-targets.temperature)
+    ignored = eager.labels_of(targets) == targets.ignore_index
+    dead = weight.masked_fill_(ignored, 0) == 0
+    columns = max(LEAST_COLUMNS, options.chunk * options.vocab // max(head.h.shape[0], 1))
+    return sweep.gradients(dead, columns, head.w.dtype)[0]
 
 
 class _Sweep:
     """The sweeps over one or two heads, and what they find out about every row."""
 
     def __init__(
-        self,
-        student: Head,
-        teacher: Head | None,
-        labels: Tensor | None,
-        vocab: int,
-        temperature: float,
-        divergence: str = "forward_kl",
-        param: float = 0.0,
-        diagnostics: Tensor | None = None,
+        self, student: Head, teacher: Head | None, targets: Targets, options: Options
     ) -> None:
-        self.student, self.teacher, self.labels, self.vocab = student, teacher, labels, vocab
-        self.divergence, self.param, self.diagnostics = divergence, param, diagnostics
-        self.scale = 1.0 / temperature
+        for head in (student, teacher):
+            _check(head)
+        self.student, self.teacher, self.labels = student, teacher, targets.labels
+        self.divergence, self.param = targets.divergence.name, targets.divergence.param
+        self.vocab, self.wants = options.vocab, options.wants
+        self.diagnostics, self.scale = options.diagnostics, 1.0 / targets.temperature
         # Only beside a teacher do CE and the softmax at temperature T differ.
-        self.two_scales = teacher is not None and labels is not None and temperature != 1.0
+        both = teacher is not None and targets.labels is not None
+        self.two_scales = both and targets.temperature != 1.0
         rows = student.h.shape[0]
         self.facts = student.h.new_zeros(stream.FACTS, rows, dtype=torch.float32)
 
@@ -207,19 +164,14 @@ class _Sweep:
             self.diagnostics[2].copy_(votes[2])
 
     def gradients(
-        self,
-        dead: Tensor,
-        want_dh: bool,
-        want_dw: bool,
-        want_db: bool,
-        columns: int,
-        dw_dtype: torch.dtype,
+        self, dead: Tensor, columns: int, dw_dtype: torch.dtype
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
         """(dh, dw in `dw_dtype`, db), and D and the agreement of every row where `values` has not
         been there before. `dead` (N,) marks rows of no weight: their hidden states may be NaN, and
         0 · NaN is NaN.
         """
         h, w = self.student.h, self.student.w
+        want_dh, want_dw, want_db = self.wants
         want_kd = self.teacher is not None and self.divergence not in NEEDS_MEAN
         kd = torch.zeros_like(self.facts[0]) if want_kd else None
         dh = torch.zeros_like(h, dtype=torch.float32) if want_dh else None
@@ -269,11 +221,10 @@ def _write_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(exact)
 
 
-def _head(h: Tensor, w: Tensor, bias: Tensor | None, cap: float) -> Head:
-    for x in (h, w):
+def _check(head: Head | None) -> None:
+    for x in () if head is None else (head.h, head.w):
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(
                 f"the streamed algorithm takes fp32, bf16 and fp16, got {x.dtype}; "
                 "backend='eager' takes any"
             )
-    return Head(h, w, bias, cap)
