@@ -211,8 +211,9 @@ def _find_head(model: Any) -> tuple[nn.Linear, str]:
             f"model: the lm_head of {name} is a {kind}, expected a plain torch.nn.Linear (merge "
             "adapters into the head, and leave it unquantised)"
         )
-    if hasattr(head, "unshard"):  # a unit of FSDP2's, which would gather it when called
-        head.unshard()
+    gather: Any = getattr(head, "unshard", None)
+    if gather is not None:  # a unit of FSDP2's, which would gather it when called
+        gather()
     weight = head.weight
     whole = type(weight) in (Tensor, nn.Parameter) and weight.dim() == 2  # no DTensor, no ZeRO-3
     if not whole or weight.is_meta or not weight.is_floating_point():
