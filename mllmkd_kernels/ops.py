@@ -30,6 +30,11 @@ from mllmkd_kernels.divergence import Divergence
 
 _NAMESPACE = "mllmkd_kernels"
 
+NO_DOUBLE_BACKWARD = (
+    "mllmkd_kernels: a gradient of this loss was differentiated again; double backward is not "
+    "supported. Use mllmkd_kernels.reference for second derivatives."
+)
+
 
 def _named(backend: str) -> ModuleType:
     """The module of a backend. Triton is imported when it is first used: it takes a second, and a
@@ -88,10 +93,7 @@ def _no_double_backward(op: Any) -> None:
     """Register an autograd formula that refuses: `op` computes a gradient."""
 
     def refuse(ctx: Any, *grads: Tensor | None) -> None:
-        raise RuntimeError(
-            "mllmkd_kernels: a gradient of this loss was differentiated again; double backward "
-            "is not supported. Use mllmkd_kernels.reference for second derivatives."
-        )
+        raise RuntimeError(NO_DOUBLE_BACKWARD)
 
     op.register_autograd(refuse)
 

@@ -193,8 +193,7 @@ class _Distill(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         with ops.computing(hs.device):
             loss, ce, kd, *gradients = sharded.distill_rows(Head(hs, ws, bs, cap), call)
-        ctx.dtypes = [None if x is None else x.dtype for x in (hs, ws, bs)]
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(hs, ws, bs, *gradients)
         ctx.mark_non_differentiable(ce, kd)
         ctx.set_materialize_grads(False)
         return loss, ce, kd
@@ -202,12 +201,25 @@ class _Distill(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, *_ = grad_outputs
-        wanted = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
-        scaled = [
-            ops.scale_gradient(saved, grad, dtype) if needed and grad is not None else None
-            for saved, dtype, needed in wanted
-        ]
+        saved = ctx.saved_tensors  # read once, as checkpointing allows
+        scaled: list[Tensor | None] = [None, None, None]
+        for i, needed in enumerate(ctx.needs_input_grad[:3]):
+            if needed and grad is not None:
+                like = saved[i]
+                scaled[i] = _Once.apply(like, ops.scale_gradient(saved[3 + i], grad, like.dtype))
         return *scaled, None, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient of `like`, which refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, like: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None]:
+        raise RuntimeError(ops.NO_DOUBLE_BACKWARD)
 
 
 class _Sum(torch.autograd.Function):
