@@ -55,29 +55,31 @@ def distill_rows(
     want_db: bool,
     chunk_rows: int,
     diagnostics: Tensor | None = None,  # (3, N), written
+    slope: Tensor | None = None,  # (N, vocab) in the accumulation dtype, written
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (scalar), CE and D per row (N,), and the unscaled gradients dh (N, D_s), dw (V_s,
-    D_s), db (V_s,).
+    D_s), db (V_s,); `slope`, where it is given, gets dz of all rows, from which dw may be formed
+    later.
     """
     acc = accumulation_dtype(hs, ws, bs, ht, wt, bt)
     table = _divergence(divergence, param)
     n = hs.shape[0]
     ce, kd = (torch.zeros(n, dtype=acc, device=hs.device) for _ in range(2))
     check_labels(labels, vocab, ignore_index)
-    grads = Gradients(hs, ws, acc, want_dh, want_dw, want_db, at_once=0 < n <= chunk_rows)
-    blocks = [
-        torch.empty(min(n, chunk_rows), vocab, dtype=acc, device=hs.device)
-        for head in (ws, wt)
-        if head is not None
-    ]
+    grads = Gradients(hs, ws, acc, want_dh, want_dw, want_db)
+    wanted = grads.wanted or slope is not None
+    block_s, block_t = (
+        torch.empty(min(n, chunk_rows), vocab, dtype=acc, device=hs.device) if needed else None
+        for needed in (slope is None, wt is not None)
+    )
     for rows in chunks(n, chunk_rows):
-        z_chunk = _logits(hs[rows], ws, bs, vocab, acc, blocks[0])
+        z_chunk = _logits(hs[rows], ws, bs, vocab, acc, block_s if slope is None else slope[rows])
         b_chunk = None
         if ht is not None and wt is not None:
-            b_chunk = _logits(ht[rows], wt, bt, vocab, acc, blocks[1])
+            b_chunk = _logits(ht[rows], wt, bt, vocab, acc, block_t)
         for strip, z in _strips(rows, z_chunk):
             _softcap_(z, cap_s, hs[strip])
-            dz = torch.zeros_like(z) if grads.wanted else None
+            dz = torch.zeros_like(z) if wanted else None
             log_q = z.log_softmax(-1)
             if labels is not None and ce_weight is not None:
                 ce[strip] = _cross_entropy(log_q, labels[strip], ce_weight[strip], ignore_index, dz)
@@ -287,6 +289,21 @@ def dead_rows(
     if labels is not None and ce_weight is not None:
         dead = (ce_weight[rows] == 0) | (labels[rows] == ignore_index)
     return dead if kd_weight is None else dead & (kd_weight[rows] == 0)
+
+
+def alive(
+    hs: Tensor,
+    labels: Tensor | None,
+    ce_weight: Tensor | None,
+    kd_weight: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    """A copy of hs (N, D) that is 0 in rows without any weight: so is their dz, but 0 · NaN is
+    NaN.
+    """
+    every = slice(0, hs.shape[0])
+    dead = dead_rows(hs, every, labels, ce_weight, kd_weight, ignore_index)
+    return hs.masked_fill(dead[:, None], 0)
 
 
 def _cross_entropy(

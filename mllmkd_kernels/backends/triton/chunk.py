@@ -57,10 +57,7 @@ def _distill(
         raise ValueError(
             "diagnostics: the row kernel of backend 'cuda' has none; backend='triton' computes them"
         )
-    every = slice(0, n)
-    dead = eager.dead_rows(hs, every, labels, ce_weight, kd_weight, ignore_index)
-    # The kernel writes dz = 0 for rows without weight; 0 · NaN of their hidden states would be NaN.
-    alive = hs.masked_fill(dead[:, None], 0) if want_dw else hs
+    alive = eager.alive(hs, labels, ce_weight, kd_weight, ignore_index) if want_dw else hs
     grads = products.Gradients(alive, ws, acc, want_dh, want_dw, want_db)
     half = hs.dtype == ws.dtype == torch.bfloat16
     dz_dtype = (torch.bfloat16 if half else acc) if grads.wanted else None
