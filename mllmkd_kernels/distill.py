@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mllmkd_kernels import checks, ops
+from mllmkd_kernels import checks, ops, plan
 from mllmkd_kernels.backends.products import accumulation_dtype
 from mllmkd_kernels.divergence import Divergence
 
@@ -110,7 +110,8 @@ def fused_linear_distill(
             neither distribution: both heads are sliced and renormalised, gradients there are zero.
         backend: "auto", "cpu" (C++) or "eager".
         workspace_mb: budget in MiB for the logits that exist at one time; default
-            `plan.WORKSPACE_MB`.
+            `plan.WORKSPACE_MB`. What is saved for backward is not among them: unscaled gradients,
+            or what `plan.factored` names.
         diagnostics: also return entropies and top-1 agreement of the rows, from the same sweeps.
             The teacher's, and the agreement, are None where no divergence is computed: without a
             teacher, or with ``kd_weight=0``. The backend "cuda" has none.
@@ -149,6 +150,8 @@ def fused_linear_distill(
     ht, wt, bt = autocast(*(None if t is None else t.detach() for t in teacher))
     assert hs is not None and ws is not None
     acc = accumulation_dtype(hs, ws, bs, ht, wt, bt)
+    want_dh, want_dw, want_db = wants(hs, ws, bs)
+    late = want_dw and _factored(checks.backend(backend), hs, acc)
     loss, ce, kd, *_, found = ops.linear_distill(
         hs, ws, bs, ht, wt, bt,
         labels if ce_rows is not None else None,
@@ -156,11 +159,19 @@ def fused_linear_distill(
         table.name, table.param, temperature,
         checks.softcap("student_softcap", student_softcap),
         checks.softcap("teacher_softcap", teacher_softcap),
-        vocab, checks.integer("ignore_index", ignore_index), *wants(hs, ws, bs),
-        checks.backend(backend), checks.workspace(workspace_mb), diagnostics,
+        vocab, checks.integer("ignore_index", ignore_index), want_dh,
+        want_dw and not late, want_db, checks.backend(backend), checks.workspace(workspace_mb),
+        diagnostics, late,
     )  # fmt: skip
     shown = found.detach().unbind()[: 1 if ht is None else 3] if diagnostics else ()
     return DistillOutput(loss, ce.detach(), kd.detach(), *shown)
+
+
+def _factored(backend: str, hs: Tensor, acc: torch.dtype) -> bool:
+    """See `plan.factored`. Not where the call is traced: there all N share one graph."""
+    if torch.compiler.is_compiling():
+        return False
+    return plan.factored(plan.choose_backend(backend, hs.device, (acc,))[0], *hs.shape)
 
 
 def check_heads(

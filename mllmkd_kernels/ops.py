@@ -121,16 +121,37 @@ def _(saved, grad, dtype):
 _no_double_backward(scale_gradient)
 
 
-def _gradients_formed_in_forward(op: Any, arguments: int, gradient_of: dict[int, int]) -> None:
+@_operator("head_gradient")
+def head_gradient(slope: Tensor, h: Tensor, grad: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """dW = grad · dzᵀ h, (rows, D), rounded once, to `dtype`: the last step where dz (N, V) was
+    saved in the place of dW.
+    """
+    return products.head_gradient(slope, h.to(slope.dtype) * grad.to(slope.dtype), rows, dtype)
+
+
+@head_gradient.register_fake
+def _(slope, h, grad, rows, dtype):
+    return slope.new_empty(rows, h.shape[1], dtype=dtype)
+
+
+_no_double_backward(head_gradient)
+
+
+def _gradients_formed_in_forward(
+    op: Any, arguments: int, gradient_of: dict[int, int], factors: tuple[int, int] | None = None
+) -> None:
     """Autograd of an `op` whose output 0 is the loss and `gradient_of[i]` d loss / d input i.
 
-    Backward only scales; the outputs besides the loss are not differentiable.
+    Backward only scales; the outputs besides the loss are not differentiable. Input 1, a head, may
+    find its gradient in two outputs, `factors`, instead: dz (N, V) and h (N, D).
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)  # an unused output must not cost a V x D tensor of zeros
         ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in gradient_of]
-        ctx.save_for_backward(*(output[o] for o in gradient_of.values()))
+        ctx.factored = factors is not None and output[factors[0]].ndim == 2
+        ctx.rows = inputs[1].shape[0] if ctx.factored else 0
+        ctx.save_for_backward(*(output[o] for o in (*gradient_of.values(), *(factors or ()))))
 
     def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
         if any(g is not None for g in others):
@@ -138,9 +159,14 @@ def _gradients_formed_in_forward(op: Any, arguments: int, gradient_of: dict[int,
         grads: list[Tensor | None] = [None] * arguments
         if grad is not None:
             # read once: checkpointing unpacks saved tensors at every look, and allows one
-            for i, saved, dtype in zip(gradient_of, ctx.saved_tensors, ctx.dtypes, strict=True):
-                if ctx.needs_input_grad[i]:
-                    grads[i] = scale_gradient(saved, grad, dtype)
+            saved = ctx.saved_tensors
+            for i, formed, dtype in zip(gradient_of, saved, ctx.dtypes, strict=False):
+                if not ctx.needs_input_grad[i]:
+                    continue
+                if i == 1 and ctx.factored:
+                    grads[i] = head_gradient(*saved[-2:], grad, ctx.rows, dtype)
+                else:
+                    grads[i] = scale_gradient(formed, grad, dtype)
         return tuple(grads)
 
     op.register_autograd(backward, setup_context=setup_context)
@@ -173,8 +199,13 @@ def linear_distill(
     backend: str,
     workspace_mb: float,
     want_diagnostics: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, ce (N,), kd (N,), dh, dw, db, diagnostics): see `backends.eager.distill_rows`."""
+    factored: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, ce (N,), kd (N,), dh, dw, db, dz, h, diagnostics): see `backends.eager.distill_rows`.
+
+    With `factored`, which the eager backend alone knows, dz (N, vocab) and h (N, D) take the place
+    of dw, which is their product: `plan.factored` says where.
+    """
     operands = [x for x in (hs, ws, ht, wt) if x is not None]
     dtypes = {x.dtype for x in operands}
     shapes = plan.Shapes(
@@ -186,34 +217,41 @@ def linear_distill(
     module, stream = _named(chosen.backend), chosen.algorithm == "stream"
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     found = hs.new_zeros((3, hs.shape[0]) if want_diagnostics else 0, dtype=acc)
+    slope, alive = hs.new_empty((hs.shape[0], vocab) if factored else 0, dtype=acc), hs.new_empty(0)
     student = Head(hs, ws, bs, cap_s)
     teacher = None if ht is None or wt is None else Head(ht, wt, bt, cap_t)
     table = Divergence.with_param(divergence, param)
     targets = Targets(labels, ce_weight, kd_weight, table, temperature, ignore_index)
-    chunk = chosen.chunk_vocab if stream else chosen.chunk_rows
-    asked = found if want_diagnostics else None
-    options = Options(vocab, chunk, want_dh, want_dw, want_db, asked)
+    options = Options(
+        vocab, chosen.chunk_vocab if stream else chosen.chunk_rows, want_dh, want_dw, want_db,
+        found if want_diagnostics else None, slope if factored else None,
+    )  # fmt: skip
+    if factored:
+        alive = eager.alive(hs, targets)
     function = module.distill_stream if stream else module.distill_rows
     results = function(student, teacher, targets, options)
     if want_diagnostics:
         eager.settle_(found, hs, targets)
-    return *results, found
+    return *results, slope, alive, found
 
 
 @linear_distill.register_fake
 def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature, cap_s,
       cap_t, vocab, ignore_index, want_dh, want_dw, want_db, backend, workspace_mb,
-      want_diagnostics=False):  # fmt: skip
+      want_diagnostics=False, factored=False):  # fmt: skip
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     rows = hs.new_empty(hs.shape[0], dtype=acc)
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
     dw = ws.new_empty(ws.shape if want_dw else (0,), dtype=acc)
     db = hs.new_empty(ws.shape[0] if want_db else 0, dtype=acc)
     found = hs.new_empty((3, hs.shape[0]) if want_diagnostics else 0, dtype=acc)
-    return hs.new_empty((), dtype=acc), rows, torch.empty_like(rows), dh, dw, db, found
+    slope = hs.new_empty((hs.shape[0], vocab) if factored else 0, dtype=acc)
+    alive = hs.new_empty(hs.shape if factored else (0,))
+    loss, kd = hs.new_empty((), dtype=acc), torch.empty_like(rows)
+    return loss, rows, kd, dh, dw, db, slope, alive, found
 
 
-_gradients_formed_in_forward(linear_distill, 22, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2})
+_gradients_formed_in_forward(linear_distill, 23, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2}, factors=(6, 7))
 
 
 # --- linear_logprob: log-probability of given tokens ----------------------------------------------

@@ -63,7 +63,8 @@ class Plan:
         workspace_bytes: the logits of one chunk, for "eager" with the strips that are made of
             them; for "stream" the gradient of one slice of the vocabulary.
         saved_bytes: unscaled gradients in fp32, summed in forward and kept until backward has
-            scaled them: they are rounded once, then.
+            scaled them: they are rounded once, then. In the place of dW its factors, where
+            `factored` says so.
         returned_bytes: the gradients, in the dtypes of what they are for.
         peak_bytes: the most that exists at once beyond the returned gradients: in forward, where
             those saved will make room for them, or in backward. The C++ kernels keep their
@@ -183,6 +184,14 @@ def _budget(backend: str, workspace_mb: float | None) -> float:
     return (default if workspace_mb is None else workspace_mb) * 2**20
 
 
+def factored(backend: str, rows: int, d_s: int) -> bool:
+    """Does dW = dzᵀ h wait for backward, its factors dz (N, V) and h (N, D) being no larger? Then
+    it is formed once, in the dtype of the head, and no fp32 dW (V, D) is summed, saved and scaled.
+    The other backends' kernels never hold all of dz.
+    """
+    return backend == "eager" and rows <= d_s
+
+
 def distill_plan(
     s: Shapes,
     device: torch.device,
@@ -218,10 +227,14 @@ def _wanted(s: Shapes) -> str:
     return f"gradients wanted: {', '.join(names) or 'none'}"
 
 
-def _gradient_bytes(s: Shapes, element: int) -> tuple[int, int]:
-    """Of dh and dw as they are saved, `element` bytes an entry, and as they are returned."""
-    entries = (s.rows * s.want_dh + s.vocab * s.want_dw) * s.d_s
-    return entries * element, entries * s.dtype.itemsize
+def _gradient_bytes(s: Shapes, element: int, late: bool = False) -> tuple[int, int]:
+    """Of dh and dw as they are saved, `element` bytes an entry, and as they are returned; `late`:
+    dz and h are saved in the place of dw.
+    """
+    dh, dw = s.rows * s.want_dh * s.d_s, s.vocab * s.want_dw * s.d_s
+    factors = s.rows * (s.vocab * element + s.d_s * s.dtype.itemsize)
+    saved = dh * element + (factors if late else dw * element)
+    return saved, (dh + dw) * s.dtype.itemsize
 
 
 def _host_plan(
@@ -230,18 +243,21 @@ def _host_plan(
     element = 8 if s.dtype == torch.float64 else 4
     blocks = 2 if s.d_t else 1
     c = chunk_rows(name, s.rows, s.vocab, blocks, element, workspace_mb)
-    workspace = blocks * c * s.vocab * element
+    late = s.want_dw and factored(name, s.rows, s.d_s)
+    block = c * s.vocab * element
+    workspace = (blocks - late) * block  # the student's logits become the dz that is saved
     if name == "eager":
         strips = EAGER_BLOCKS if s.d_t else EAGER_BLOCKS_CE
-        workspace += strips * min(strip_bytes(device), c * s.vocab * element)
+        workspace += strips * min(strip_bytes(device), block)
     return Plan(
-        name, "chunk", c, s.vocab, workspace, *_gradient_bytes(s, element),
+        name, "chunk", c, s.vocab, workspace, *_gradient_bytes(s, element, late),
         s.floor_flops, s.floor_flops,
         reasons=(
             why,
             f"{blocks} logit blocks of {c} x {s.vocab} x {element} bytes fit the workspace budget",
             _wanted(s),
-            "logits are made once: gradients are formed with the loss and only scaled in backward",
+            "logits are made once: gradients are formed with the loss and only scaled in backward"
+            + ", but dw: it is formed there, because all of dz is smaller" * late,
         ),
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import choose, ops, plan
@@ -40,8 +41,8 @@ def spied(monkeypatch: pytest.MonkeyPatch, backend: str, function: str) -> Itera
     module = {"eager": eager, "cpu": cpu}[backend]
     calls, original = [], getattr(module, function)
 
-    def spy(*arguments: Any) -> Any:
-        result = original(*arguments)
+    def spy(*arguments: Any, **written: Any) -> Any:
+        result = original(*arguments, **written)
         calls.append((arguments, result))
         return result
 
@@ -178,21 +179,51 @@ def test_the_eager_backend_never_holds_the_logits() -> None:
     assert watch.tally.largest == 8 * 2048
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_head_gradient_of_one_chunk_needs_no_accumulator(dtype: torch.dtype) -> None:
-    """It is written once, with zeros where the vocabulary is shorter than the head: what
-    accumulating gives.
-    """
-    h, w, dz = torch.randn(6, 4).to(dtype), torch.randn(50, 4).to(dtype), torch.randn(6, 40)
+def _both_forms(
+    p: Problem, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> list[tuple[Tensor, ...]]:
+    """Loss, dh, dw and db with dW formed in backward, and in forward."""
     found = []
-    for at_once in (True, False):
-        grads = products.Gradients(h, w, torch.float32, True, True, True, at_once=at_once)
-        with Watch() as watch:
-            grads.add(slice(0, 6), dz)
-            found.append(grads.result())
-    assert grads.dw is not None and watch.tally.calls["addmm_"]
-    for once, summed in zip(*found, strict=True):
-        assert once.dtype == summed.dtype and torch.equal(once, summed)
+    for late in (True, False):
+        monkeypatch.setattr(plan, "factored", lambda *_, late=late: late)
+        leaves = [t.clone().requires_grad_() for t in (p.hs, p.ws, torch.zeros(p.ws.shape[0]))]
+        hs, ws, bs = leaves
+        ce_weight, kd_weight = p.weights()
+        loss = mk.fused_linear_distill(
+            hs, ws, p.ht, p.wt, p.labels, ce_weight=ce_weight, kd_weight=kd_weight,
+            student_bias=bs, backend="eager", **options,
+        ).loss  # fmt: skip
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaves, torch.tensor(0.3))))
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["aligned", "ragged"])
+@pytest.mark.parametrize("workspace_mb", [None, 1e-6])
+def test_a_head_gradient_formed_in_backward_is_the_one_formed_in_forward(
+    name: str, dtype: torch.dtype, workspace_mb: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the chunks, and with zeros where the vocabulary is shorter than the head."""
+    p = problem(name).to(dtype)
+    options: dict[str, Any] = {"student_softcap": 5.0, "workspace_mb": workspace_mb}
+    vocab = min(p.ws.shape[0], p.wt.shape[0]) - 7
+    late, early = _both_forms(p, monkeypatch, vocab_size=vocab, **options)
+    for a, b in zip((*late[:2], late[3]), (*early[:2], early[3]), strict=True):
+        assert torch.equal(a, b)
+    assert late[2].dtype == early[2].dtype and not late[2][vocab:].any()
+    check(late[2], early[2].double(), "gradient" if dtype == torch.float32 else "16-bit gradient")
+
+
+def test_nan_in_a_row_without_weight_stays_out_of_both_forms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    p = problem("aligned")
+    hs, weight = p.hs.clone(), torch.ones(p.hs.shape[0])
+    hs[3], weight[3] = torch.nan, 0
+    for _, *gradients in _both_forms(
+        replace(p, hs=hs, ce_weight=weight, kd_weight=weight), monkeypatch
+    ):
+        assert all(g.isfinite().all() for g in gradients)
 
 
 def test_the_relation_never_holds_its_matrix(monkeypatch: pytest.MonkeyPatch) -> None:

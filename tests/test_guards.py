@@ -206,6 +206,24 @@ def test_bytes_of_a_16_bit_head(dtype: torch.dtype, backend: str) -> None:
     assert outside.ours_made == _TERMS + (FP32 + 2) * (ROWS + HEAD)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_head_gradient_in_fp32_beside_the_one_returned(dtype: torch.dtype) -> None:
+    """Where rows are no more than hidden features, dW is made once, in backward, and is the only
+    tensor of its size: dz, smaller, is what is saved.
+    """
+    n, v, d = 8, 2 * products.VOCAB_SLICE, 32
+    hs, ws = (torch.randn(s, d, dtype=dtype, requires_grad=True) for s in (n, v))
+    ht, wt = (torch.randn(s, d, dtype=dtype) for s in (n, v))
+    with inside_operators() as seen:
+        loss = mk.fused_linear_distill(hs, ws, ht, wt, backend="eager").loss
+        assert seen.largest == n * v
+        forward = seen.made
+        loss.backward()
+    assert seen.largest == v * d
+    slices = v * d * FP32 if dtype == torch.bfloat16 else 0  # one at a time
+    assert seen.made - forward <= v * d * dtype.itemsize + slices + 4 * n * d * FP32
+
+
 def test_the_caller_makes_no_large_tensor(backend: str) -> None:
     """Around the operators only both row weights, in fp64 and then in fp32, and the 1 that backward
     starts from.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import mllmkd_kernels as mk
-from mllmkd_kernels import ops
+from mllmkd_kernels import ops, plan
 from mllmkd_kernels.backends import products
 from mllmkd_kernels.divergence import PARAMETERS
 from tests.problems import DIVERGENCES, problem, run
@@ -265,6 +265,8 @@ def operator_calls(backend: str, dtype: torch.dtype, grad: bool) -> dict[str, tu
         "relation_softcapped": (ops.relation_softcapped, (
             *t.values(), CU, 2.0, 3.0, V_S, grad, grad, grad, True)),
         "scale_gradient": (ops.scale_gradient, (torch.randn(3, 2), torch.tensor(0.5), dtype)),
+        "head_gradient": (ops.head_gradient, (
+            torch.randn(N, 5), torch.randn(N, D_S).to(dtype), torch.tensor(0.5), V_S, dtype)),
     }  # fmt: skip
 
 
@@ -288,6 +290,35 @@ def test_opcheck(name: str, grad: bool, backend: str) -> None:
     if not grad:
         checks.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(op, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["frozen", "trained"])
+def test_opcheck_where_the_factors_of_dw_are_saved(grad: bool) -> None:
+    op, arguments = operator_calls("eager", torch.bfloat16, grad)["linear_distill"]
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if not grad:
+        checks.append("test_aot_dispatch_dynamic")
+    arguments = (*arguments[:17], False, *arguments[18:], True)
+    torch.library.opcheck(op, arguments, test_utils=checks)
+
+
+@pytest.fixture
+def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dW is formed in backward, however many rows there are."""
+    monkeypatch.setattr(plan, "factored", lambda *_: True)
+
+
+@pytest.mark.usefixtures("waiting")
+@pytest.mark.parametrize("name", ["distill", "cross_entropy"])
+def test_autograd_of_a_head_gradient_formed_in_backward(name: str) -> None:
+    """Gradients, the same bits from a second backward and through checkpoints, no third."""
+    test_gradcheck(name, "eager")
+    test_a_second_backward_gives_the_same_bits(name, "eager")
+    test_a_checkpointed_loss_has_the_same_gradients(name, False, "eager")
+    t = heads()
+    (dw,) = torch.autograd.grad(callers("eager")[name](**t), t["ws"], create_graph=True)
+    with pytest.raises(RuntimeError, match="a gradient of this loss was differentiated again"):
+        dw.square().sum().backward()
 
 
 @pytest.mark.parametrize("wanted", range(8))

@@ -49,6 +49,7 @@ class Options:
     want_dw: bool = False
     want_db: bool = False
     diagnostics: Tensor | None = None  # (3, N) in the dtype of the loss, written
+    slope: Tensor | None = None  # (N, vocab) likewise: dz of all rows; "eager" alone knows it
 
     @property
     def wants(self) -> tuple[bool, bool, bool]:

@@ -40,25 +40,29 @@ def distill_rows(
     """Loss (scalar), CE and D per row (N,), and the unscaled gradients dh (N, D_s), dw (V_s,
     D_s), db (V_s,), `options.chunk` rows at a time.
     """
-    acc, n, size = dtype_of(student, teacher), student.h.shape[0], options.chunk
+    acc, n, slope = dtype_of(student, teacher), student.h.shape[0], options.slope
     ce, kd = (torch.zeros(n, dtype=acc, device=student.h.device) for _ in range(2))
     check_labels(targets.labels, options.vocab, targets.ignore_index)
-    grads = Gradients(student.h, student.w, acc, *options.wants, at_once=0 < n <= size)
-    heads = [student] if teacher is None else [student, teacher]
-    blocks = [
-        torch.empty(min(n, size), options.vocab, dtype=acc, device=student.h.device) for _ in heads
-    ]
-    for rows in chunks(n, size):
-        z_chunk, *others = (
-            _logits(head.h[rows], head.w, head.b, options.vocab, acc, block)
-            for head, block in zip(heads, blocks, strict=True)
-        )
+    grads = Gradients(student.h, student.w, acc, *options.wants)
+    wanted = grads.wanted or slope is not None
+    block_s, block_t = (
+        torch.empty(min(n, options.chunk), options.vocab, dtype=acc, device=student.h.device)
+        if needed
+        else None
+        for needed in (slope is None, teacher is not None)
+    )
+    for rows in chunks(n, options.chunk):
+        block = block_s if slope is None else slope[rows]
+        z_chunk = _logits(student.h[rows], student.w, student.b, options.vocab, acc, block)
+        b_chunk = None
+        if teacher is not None:
+            b_chunk = _logits(teacher.h[rows], teacher.w, teacher.b, options.vocab, acc, block_t)
         for strip, z in _strips(rows, z_chunk):
             b = None
-            if teacher is not None:
-                b = _softcap_(others[0][_within(strip, rows)], teacher.cap, teacher.h[strip])
+            if teacher is not None and b_chunk is not None:
+                b = _softcap_(b_chunk[_within(strip, rows)], teacher.cap, teacher.h[strip])
             _softcap_(z, student.cap, student.h[strip])
-            dz = _strip_losses(z, b, strip, targets, options, ce, kd, grads.wanted)
+            dz = _strip_losses(z, b, strip, targets, options, ce, kd, wanted)
             if dz is not None:
                 z.copy_(_through_softcap_(dz, z, student.cap))
         if grads.wanted:
@@ -264,6 +268,14 @@ def dead_rows(h: Tensor, rows: slice, targets: Targets) -> Tensor:
         ignored = targets.labels[rows] == targets.ignore_index
         dead = (targets.ce_weight[rows] == 0) | ignored
     return dead if targets.kd_weight is None else dead & (targets.kd_weight[rows] == 0)
+
+
+def alive(h: Tensor, targets: Targets) -> Tensor:
+    """A copy of h (N, D) that is 0 in rows without any weight: so is their dz, but 0 · NaN is
+    NaN.
+    """
+    dead = dead_rows(h, slice(0, h.shape[0]), targets)
+    return h.masked_fill(dead[:, None], 0)
 
 
 def _cross_entropy(

@@ -28,10 +28,9 @@ def strip_bytes(device: torch.device) -> int:
     """How much of a block of logits PyTorch's operators go through at a time, between the products.
 
     On a CPU the tensors that come and go for each of their dozens of passes then stay in the cache
-    and are not fresh memory, whose first touch costs more than a pass. Elsewhere a launch must have
-    enough to do.
+    of their core, and malloc keeps little. Elsewhere a launch must have enough to do.
     """
-    return (2 if device.type == "cpu" else 64) * 2**20
+    return torch.get_num_threads() * 2**18 if device.type == "cpu" else 2**26
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -125,6 +124,21 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
             out.addmm_(a[:, k].to(out.dtype), b[k].to(out.dtype))
 
 
+def head_gradient(dz: Tensor, h: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """dzᵀ h of dz (N, V) and h (N, D), both in the accumulation dtype: (rows, D), rounded once, to
+    `dtype`; 0 in the rows beyond V.
+    """
+    dw = torch.empty(rows, h.shape[1], dtype=dtype, device=h.device)
+    for tokens in chunks(dz.shape[1], WIDENED_ROWS):
+        columns = dz[:, tokens].mT
+        if dtype == h.dtype:
+            torch.mm(columns, h, out=dw[tokens])
+        else:
+            dw[tokens] = columns @ h
+    dw[dz.shape[1] :].zero_()
+    return dw
+
+
 def product_split(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, (M, K) by (K, L), bf16 or fp32 each, in fp32 and as exact as an fp32 product, from
     products of bf16 matrices.
@@ -169,32 +183,17 @@ class Gradients:
     """The accumulators of the wanted gradients of one head; `add` folds in the dz block of some
     rows, `result` gives dh (N, D), dw (V, D) and db (V,) in the accumulation dtype, and an empty
     tensor for what was not wanted.
-
-    `at_once` promises that a single `add` brings all rows and the whole vocabulary: dw is then
-    written once, and there is nothing to accumulate.
     """
 
     def __init__(
-        self,
-        h: Tensor,
-        w: Tensor,
-        acc: torch.dtype,
-        dh: bool,
-        dw: bool,
-        db: bool,
-        at_once: bool = False,
+        self, h: Tensor, w: Tensor, acc: torch.dtype, dh: bool, dw: bool, db: bool
     ) -> None:
-        self.h, self.w, self.acc, self.at_once = h, w, acc, at_once
+        self.h, self.w, self.acc = h, w, acc
 
-        def zeros(wanted: bool, *shape: int, dtype: torch.dtype = acc) -> Tensor | None:
-            return torch.zeros(shape, dtype=dtype, device=h.device) if wanted else None
+        def zeros(wanted: bool, *shape: int) -> Tensor | None:
+            return torch.zeros(shape, dtype=acc, device=h.device) if wanted else None
 
-        self.dh, self.db = zeros(dh, *h.shape), zeros(db, w.shape[0])
-        self.dw = None
-        if at_once and dw:
-            self.dw = torch.empty(w.shape, dtype=acc, device=h.device)
-        else:
-            self.dw = zeros(dw, *w.shape)
+        self.dh, self.dw, self.db = zeros(dh, *h.shape), zeros(dw, *w.shape), zeros(db, w.shape[0])
         self.wanted = dh or dw or db
 
     def add(
@@ -211,10 +210,7 @@ class Gradients:
             h = h.masked_fill(dead[:, None], 0)
         if self.dh is not None:
             add_product(self.dh[rows], dz, self.w[tokens])
-        if self.dw is not None and self.at_once:
-            product(dz.mT, h, self.dw[tokens])
-            self.dw[tokens.stop :].zero_()
-        elif self.dw is not None:
+        if self.dw is not None:
             add_product(self.dw[tokens], dz.mT, h)
         if self.db is not None:
             self.db[tokens] += dz.sum(0, dtype=self.acc)

@@ -42,9 +42,7 @@ def _distill(
         raise ValueError(
             "diagnostics: the row kernel of backend 'cuda' has none; backend='triton' computes them"
         )
-    dead = eager.dead_rows(hs, slice(0, n), targets)
-    # The kernel writes dz = 0 for rows without weight; 0 · NaN of their hidden states would be NaN.
-    alive = hs.masked_fill(dead[:, None], 0) if options.want_dw else hs
+    alive = eager.alive(hs, targets) if options.want_dw else hs
     grads = products.Gradients(alive, ws, acc, *options.wants)
     half = hs.dtype == ws.dtype == torch.bfloat16
     dz_dtype = (torch.bfloat16 if half else acc) if grads.wanted else None
