@@ -26,6 +26,10 @@ from mllmkd_kernels.view import Settings, View
 DIAGNOSTICS = ("student_entropy", "teacher_entropy", "agreement")
 
 
+#: What a term says of itself.
+SAYS = ("name", "weight", "over", "needs")
+
+
 class Term(Protocol):
     """A summand of the loss that is no row term; it may be an `nn.Module` with parameters."""
 
@@ -89,6 +93,8 @@ class Objective(nn.Module):
     def __init__(self, *terms: RowTerm | Term, **settings: Any) -> None:
         super().__init__()
         for term in terms:
+            if lacking := [key for key in SAYS if not hasattr(term, key)]:
+                raise TypeError(f"terms: {type(term).__name__} lacks {', '.join(lacking)}")
             checks.weight(term.name, term.weight)
             if term.over not in UNITS:
                 kind_of(term.over)
@@ -152,6 +158,11 @@ class Objective(nn.Module):
         for name, term in self.terms.items():
             if not isinstance(term, RowTerm):
                 value = term(view)
+                if value.ndim:
+                    raise ValueError(
+                        f"{name}: gave a tensor of shape {tuple(value.shape)}, expected a share of "
+                        "a mean, without dimensions: a sum over its rows / view.count(over)"
+                    )
                 losses.append(term.weight * value)
                 means[name] = value.detach()
         return Losses(

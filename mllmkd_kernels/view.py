@@ -118,8 +118,16 @@ class View:
                 self.rows(name)
 
     def hidden(self, name: str) -> tuple[Tensor, Tensor]:
-        """Hidden states (N, D_s) and (N, D_t) of a row set, for terms that have a teacher."""
-        assert self.teacher is not None
+        """Hidden states (N, D_s) and (N, D_t) of a row set; the teacher's have no gradient.
+
+        Raises:
+            ValueError: no term says in its `needs` that it reads these rows of the teacher.
+        """
+        if self.teacher is None or name not in self.needs.rows:
+            raise ValueError(
+                f"needs: a term reads the teacher's {name!r} rows, expected them among its own "
+                f"`needs` (Needs(rows=frozenset({{{name!r}}})))"
+            )
         chosen = self.rows(name)
         return (
             take_rows(self.student.hidden, chosen.student),

@@ -364,3 +364,31 @@ def test_the_stages_of_llava_kd() -> None:
     assert [stage.name for stage in llava_kd.STAGES] == ["pt", "dpt", "sft", "dft"]
     assert [stage.objective().needs.teacher for stage in llava_kd.STAGES] == [0, 1, 0, 1]
     assert [len(stage.trains) for stage in llava_kd.STAGES] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("term", "error", "message"),
+    [
+        (lambda view: view.hidden("visual")[0].sum(), ValueError, "needs: .*'visual' rows"),
+        (lambda view: view.hidden("response")[0].sum(0), ValueError, r"mine: gave .*\(\d+,\)"),
+    ],
+    ids=["rows it does not need", "a vector"],
+)
+def test_a_term_that_breaks_its_word_is_named(term, error, message):
+    class Mine:
+        name, weight, over = "mine", 1.0, "response"
+        needs = Needs(rows=frozenset({"response"}))
+
+        def __call__(self, view):
+            return term(view)
+
+    with pytest.raises(error, match=message):
+        Objective(Mine())(*heads(), batch_of())
+
+
+def test_a_term_that_says_too_little_is_named():
+    class Mine:
+        name, weight = "mine", 1.0
+
+    with pytest.raises(TypeError, match="Mine lacks over, needs"):
+        Objective(Mine())  # pyright: ignore[reportArgumentType]

@@ -13,6 +13,7 @@ Left out: data sets named on a hub and what a stream reads, except their files w
 from __future__ import annotations
 
 import glob
+import inspect
 import json
 import shutil
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from training import checkpoint, fingerprint, settings
-from training.config import Config, DataConfig
+from training.config import OWN, Config, DataConfig
 from training.data.load import has_data
 from training.journal import write_whole
 from training.lock import held
@@ -73,7 +74,7 @@ class Claim:
             self._compare()
             self.known = json.loads(file.read_text()) if file.is_file() else {}
         write_whole(self.out / CONFIG, settings.dump(self.config))
-        self.check(self._models() | self._data())
+        self.check(self._method() | self._models() | self._data())
 
     def begun(self) -> bool:
         """Whether there is anything to go on from."""
@@ -128,6 +129,13 @@ class Claim:
                 f"out: {self.out} was started with another configuration ({'; '.join(changed)}); "
                 "go back to it, remove the folder or name another"
             )
+
+    def _method(self) -> Marks:
+        """The files of a method of the user's own: what a term computes is no setting."""
+        if self.config.method != OWN:
+            return {}
+        made = [inspect.getsourcefile(stage.objective) for stage in self.config.table.values()]
+        return {"method": fingerprint.of_files({name: Path(name) for name in made if name})}
 
     def _models(self) -> Marks:
         """The student or its parts, the teacher if it is to run, what is stored of one that is

@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None, stages: tuple[Stage, ...] | Non
         arguments: default those of the process.
         stages: a method of the caller's, in place of those that a configuration names.
     """
-    options = _parser(stages).parse_args(arguments, argparse.Namespace(stages=stages))
     try:
+        options = _parser(stages).parse_args(arguments, argparse.Namespace(stages=stages))
         for name, value in vars(options).items():
             if isinstance(value, str):
                 setattr(options, name, settings.home(value, f"--{name.replace('_', '-')}"))
@@ -122,6 +122,9 @@ def _config(options: argparse.Namespace) -> Config:
 
 def _methods(options: argparse.Namespace) -> None:
     known = configuration.method_names()
+    if options.stages is not None and options.name in (None, configuration.OWN):
+        print("\n".join(settings.describe(type(configuration.load(stages=options.stages)))))
+        return
     if options.name is None:
         print("\n".join(f"  {name:<20}{about}" for name, about in known.items()))
         return

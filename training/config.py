@@ -99,9 +99,9 @@ class DataConfig(Section):
     """What to train on: LLaVA json files, or any number of sources."""
 
     captions: str | None = setting(
-        None, "json(l) of image captions, for the projector stages pt and dpt"
+        None, "json(l) of image captions, for stages whose data they are"
     )
-    conversations: str | None = setting(None, "json(l) of instructions, for the stages sft and dft")
+    conversations: str | None = setting(None, "json(l) of instructions, likewise")
     held_out: str | None = setting(
         None, "json(l) to evaluate on after each stage; null: no evaluation"
     )
@@ -190,7 +190,8 @@ class Config(Section):
     )
     stages: tuple[str, ...] = setting((), "stages in order, of those that the method has")
     teacher: str | None = setting(
-        None, "folder or hub name of the teacher (any image-text-to-text model), for dpt and dft"
+        None,
+        "folder or hub name of the teacher (any image-text-to-text model), where a stage has one",
     )
     teacher_dtype: Literal["auto", "fp32", "bf16"] = setting(
         "auto",

@@ -302,8 +302,14 @@ def arguments_of(
         fields |= _fields_of(rest)
 
     def try_it(self: Any) -> Any:
-        if not given:
-            function(**arguments(self))
+        try:
+            if not given:
+                function(**arguments(self))
+        except (TypeError, ValueError) as error:
+            if str(error).partition(":")[0] in fields:
+                raise ValueError(str(error)) from error  # of a value: told at its field
+            name = getattr(function, "__name__", "objective")
+            raise ValueError(f"{name}(): {error}") from error
         return self
 
     check: Any = model_validator(mode="after")(try_it)
