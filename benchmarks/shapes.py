@@ -314,7 +314,7 @@ def _cpu_suite() -> Suite:
             *relation,
             replace(fewer, images=3),
         ),
-        memory=big + sweep + frozen + relation,
+        memory=big + fallbacks + sweep + frozen + relation,
         accuracy=tuple(Ladder(replace(_LADDER, dtype=dtype)) for dtype in PROMISED),
         every_backend=(*cross_entropy, *fallbacks, few),
         step=_stages(_SMALL, 64, 40, 4, 192),

@@ -328,6 +328,7 @@ def _record(**changes: Any) -> dict[str, Any]:
         "extra": 100,
         "share": 0.5,
         "fallback": 1.0,
+        "fallback_extra": 150,
     } | changes
     speed_rows, memory_rows, accuracy_rows = [], [], []
     for dtype in ("fp32", "bf16"):
@@ -340,6 +341,8 @@ def _record(**changes: Any) -> dict[str, Any]:
         }
         speed_rows.append(slower | {"median_s": 1.0, "over_floor": 2.0,
                                     "times_eager": figures["fallback"]})  # fmt: skip
+        memory_rows.append(slower | {"extra_bytes": figures["fallback_extra"]})
+        memory_rows.append(slower | {"method": methods.EAGER.key, "extra_bytes": 300})
         for method in (methods.EAGER, methods.OURS[-1]):
             ours = method is not methods.EAGER
             same = {"case": case, "method": method.key, "label": method.label, "status": "ok"}
@@ -359,7 +362,7 @@ def _record(**changes: Any) -> dict[str, Any]:
 
 def test_promises_that_hold() -> None:
     found = targets.judge(_record(), "mk-eager")
-    assert len(found) == 10
+    assert len(found) == 12
     assert all(target["holds"] is True for target in found)
 
 
@@ -370,6 +373,7 @@ def test_promises_that_hold() -> None:
         ({"times_eager": 1.5}, 1),  # enough for fp32, not for bf16
         ({"times_eager": 1.3}, 2),
         ({"fallback": 0.89}, 2),
+        ({"fallback_extra": 151}, 2),
         ({"extra": 101}, 2),
         ({"share": 1.01}, 2),
         ({"share": float("nan")}, 2),
