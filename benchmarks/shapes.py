@@ -259,7 +259,8 @@ def _cpu_suite() -> Suite:
     real = case("qwen2.5-3b-0.5b", 128, "bf16"), case("qwen2-7b-0.5b", 128, "bf16", False)
     # A quarter of the vocabulary: for all of it torch's chunked cross-entropy needs 16 s a round.
     cross_entropy = with_vocab(replace(few, loss="ce"), 16384)
-    others = (*cross_entropy, *(fallback(dtype) for dtype in PROMISED))
+    fallbacks = tuple(fallback(dtype) for dtype in PROMISED)
+    others = (*cross_entropy, *fallbacks)
     one = case("headline", 729, "bf16", train_head=False, loss="relation")
     relation = (one, replace(one, train_head=True))
     sweep = *(replace(few, rows=rows) for rows in (128, 256, 512)), *with_vocab(few, 16384, 2**17)
@@ -267,7 +268,7 @@ def _cpu_suite() -> Suite:
         "cpu",
         "two CPU cores, minutes",
         speed=(*big, frozen, *real, *others, *relation, replace(one, rows=256, images=3)),
-        memory=(*big, *sweep, frozen, *relation),
+        memory=(*big, *fallbacks, *sweep, frozen, *relation),
         accuracy=_LADDERS,
         every_backend=(*others, few),
         step=_stages(StepCase(_SMALL, "dft", 64, 40, 4, 192)),

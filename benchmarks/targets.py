@@ -20,6 +20,8 @@ OVER_FLOOR = 1.15
 TIMES_EAGER = {"fp32": 1.35, "bf16": 1.8}
 #: The eager backend's speed as a share of eager PyTorch's, at least.
 FALLBACK = 0.9
+#: Its extra memory as a share of eager PyTorch's, at most.
+FALLBACK_MEMORY = 1 / 2
 #: Extra memory as a share of eager PyTorch's, at most.
 MEMORY_SHARE = 1 / 3
 
@@ -36,6 +38,7 @@ def judge(record: dict[str, Any], method: str) -> list[Target]:
         found += _speed(record.get("speed", []), method, dtype)
         found.append(_memory(record.get("memory", []), method, dtype))
         found.append(_fallback(record.get("speed", []), dtype))
+        found.append(_fallback_memory(record.get("memory", []), dtype))
     for dtype in PROMISED:
         found.append(_accuracy(record.get("accuracy", []), method, dtype))
     return found
@@ -65,13 +68,25 @@ def _fallback(rows: list[dict[str, Any]], dtype: str) -> Target:
 
 
 def _memory(rows: list[dict[str, Any]], method: str, dtype: str) -> Target:
-    mine = _row(rows, method, headline(dtype)).get("extra_bytes")
-    eager = _row(rows, EAGER.key, headline(dtype)).get("extra_bytes")
     return _target(
         f"{dtype}: extra memory at most 1/3 of eager PyTorch's",
-        mine / eager if mine is not None and eager else None,
+        _memory_share(rows, method, headline(dtype)),
         "{:.0%} of it", lambda x: x <= MEMORY_SHARE,
     )  # fmt: skip
+
+
+def _fallback_memory(rows: list[dict[str, Any]], dtype: str) -> Target:
+    return _target(
+        f"{dtype}: without a compiler extra memory at most half of eager PyTorch's",
+        _memory_share(rows, "mk-eager", fallback(dtype)),
+        "{:.0%} of it", lambda x: x <= FALLBACK_MEMORY,
+    )  # fmt: skip
+
+
+def _memory_share(rows: list[dict[str, Any]], method: str, case: Case) -> float | None:
+    """Extra memory over eager PyTorch's."""
+    mine, eager = (_row(rows, key, case).get("extra_bytes") for key in (method, EAGER.key))
+    return mine / eager if mine is not None and eager else None
 
 
 def _accuracy(rows: list[dict[str, Any]], method: str, dtype: str) -> Target:

@@ -115,7 +115,7 @@ def test_the_report_shows_every_figure_it_links(run: Path) -> None:
     for name in ("time_over_floor", "memory_against_size", "accuracy_ladder", "training_step"):
         assert f"({name}.png)" in page
         assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    assert page.count("not measured") == 8  # the promises are about the headline shape
+    assert page.count("not measured") == 10  # the promises are about the headline shape
 
 
 def test_ratios_are_formed_within_a_round() -> None:
@@ -341,6 +341,7 @@ def _record(**changes: Any) -> dict[str, Any]:
         "extra": 100,
         "share": 0.5,
         "fallback": 1.0,
+        "fallback_extra": 150,
     } | changes
     speed_rows, memory_rows, accuracy_rows = [], [], []
     for dtype in ("fp32", "bf16"):
@@ -353,6 +354,8 @@ def _record(**changes: Any) -> dict[str, Any]:
         }
         speed_rows.append(slower | {"median_s": 1.0, "over_floor": 2.0,
                                     "times_eager": figures["fallback"]})  # fmt: skip
+        memory_rows.append(slower | {"extra_bytes": figures["fallback_extra"]})
+        memory_rows.append(slower | {"method": methods.EAGER.key, "extra_bytes": 300})
         for method in (methods.EAGER, methods.OURS[-1]):
             ours = method is not methods.EAGER
             same = {"case": case, "method": method.key, "label": method.label, "status": "ok"}
@@ -372,7 +375,7 @@ def _record(**changes: Any) -> dict[str, Any]:
 
 def test_promises_that_hold() -> None:
     found = targets.judge(_record(), "mk-eager")
-    assert len(found) == 10
+    assert len(found) == 12
     assert all(target["holds"] is True for target in found)
 
 
@@ -383,6 +386,7 @@ def test_promises_that_hold() -> None:
         ({"times_eager": 1.5}, 1),  # enough for fp32, not for bf16
         ({"times_eager": 1.3}, 2),
         ({"fallback": 0.89}, 2),
+        ({"fallback_extra": 151}, 2),
         ({"extra": 101}, 2),
         ({"share": 1.01}, 2),
         ({"share": float("nan")}, 2),
