@@ -98,7 +98,7 @@ class MessagesSource:
         """Every row; images are counted in the table, not decoded."""
         wanted = {"id", "kind", "system", self.config.messages, *ENTRY}
         names = self.rows.column_names
-        text = _undecoded(self.rows.select_columns([name for name in names if name in wanted]))
+        text = undecoded(self.rows.select_columns([name for name in names if name in wanted]))
         others = {name: ... for name in names if name not in wanted}  # there, and not looked at
         counts = self._counts()
         for i, row in enumerate(text):
@@ -181,14 +181,26 @@ def row_sample(
     )
 
 
-def _undecoded(rows: Any) -> Any:
-    """The rows with sounds and films as they are stored: they are refused, not played."""
-    import datasets
-
-    for name, feature in rows.features.items():
-        if isinstance(feature, (datasets.Audio, datasets.Video)):
-            rows = rows.cast_column(name, replace(feature, decode=False))
+def undecoded(rows: Any) -> Any:
+    """A table or stream with its media as they are stored: `training.data.images` decodes images;
+    sounds and films are refused, not played.
+    """
+    for name, feature in (rows.features or {}).items():
+        if (stored := _stored(feature)) != feature:
+            rows = rows.cast_column(name, stored)
     return rows
+
+
+def _stored(feature: Any) -> Any:
+    """A column's type with its media as they are stored."""
+    from datasets import Audio, Image, Video
+
+    if isinstance(feature, (Audio, Image, Video)):
+        return replace(feature, decode=False)
+    if isinstance(feature, dict):
+        return {name: _stored(inner) for name, inner in feature.items()}
+    inner = getattr(feature, "feature", None)  # of a list
+    return feature if inner is None else replace(feature, feature=_stored(inner))
 
 
 def row_images(sample: Sample, value: Any, image_root: Path) -> list[Image.Image]:
