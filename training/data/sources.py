@@ -185,7 +185,7 @@ def undecoded(rows: Any) -> Any:
     """A table or stream with its media as they are stored: `training.data.images` decodes images;
     sounds and films are refused, not played.
     """
-    for name, feature in (rows.features or {}).items():
+    for name, feature in rows.features.items():
         if (stored := _stored(feature)) != feature:
             rows = rows.cast_column(name, stored)
     return rows

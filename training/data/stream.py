@@ -146,7 +146,8 @@ def _checked(rows: Any, config: SourceConfig) -> Any:
         ConfigError: it has no column of messages.
         DataError: it has no rows.
     """
-    rows = undecoded(rows)
+    if rows.features:
+        rows = undecoded(rows.decode(num_threads=0))  # from a hub it would decode ahead
     first = next(iter(rows), None)
     if first is None:
         raise DataError(f"{config.path}: no rows, expected at least one")

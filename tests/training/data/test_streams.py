@@ -16,6 +16,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import training.data.stream
 from tests.gloo import on_ranks
 from tests.training import tiny
 from tests.training.data.test_sources import (
@@ -35,6 +36,7 @@ from training.data.encoding import Encoding
 from training.data.item import IGNORE
 from training.data.load import open_data
 from training.data.records import DataError
+from training.data.sources import load_rows
 from training.data.stream import StreamDataset
 
 
@@ -84,6 +86,18 @@ def test_a_damaged_image_in_a_stream_is_one_fault(tmp_path: Path) -> None:
     assert [item["sample_id"] for item in islice(kept, 3)] == ["row 0"] * 3 and kept.skipped >= 2
     with pytest.raises(DataError, match=r"row 1: field 'image\[0\]': got bytes: Unidentified"):
         list(islice(StreamDataset(one, ".", Encoding(processor())), 2))
+
+
+def test_a_stream_that_decodes_ahead_has_its_rows_as_they_are_stored(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    """As `datasets` streams pictures from a hub, in threads that raise for a whole batch."""
+    values = [{"bytes": b"no picture", "path": None}, columns()["undecoded"][0][0]]
+    table(values, datasets.Image()).save_to_disk(tmp_path / "bad")
+    ahead = load_rows(source(tmp_path / "bad", stream=True), "s").decode(num_threads=2)
+    monkeypatch.setattr(training.data.stream, "load_rows", lambda *_: ahead)
+    kept = StreamDataset([source(tmp_path)], ".", text(), skip_bad=True)
+    assert [item["sample_id"] for item in islice(kept, 3)] == ["row 1"] * 3 and kept.skipped >= 2
 
 
 def test_a_stream_s_rows_are_numbered_by_their_source_in_every_pass(tmp_path: Path) -> None:
