@@ -102,7 +102,7 @@ class MessagesSource:
         others = {name: ... for name in names if name not in wanted}  # there, and not looked at
         counts = self._counts()
         for i, row in enumerate(text):
-            yield row_sample(row | others, f"row {i}", self.config, next(counts))
+            yield row_sample(row | others, f"row {i}", self.config, next(counts, 0))
 
     def missing(self, sample: Sample, i: int) -> str | None:
         """None: an image in a table is known to be bad only when it is opened."""
@@ -111,20 +111,13 @@ class MessagesSource:
     def images(self, sample: Sample) -> list[Image.Image]:
         """The row's images, decoded."""
         with named(sample.place, "image", "a row that can be read"):
-            value = self._value(int(sample.place.where.split()[-1]))
+            i = int(sample.place.where.split()[-1])
+            value = None if self._stored is None else self._stored[i][self._column].to_pylist()[0]
         return row_images(sample, value, self.image_root)
 
-    def _value(self, i: int) -> Any:
-        if self._stored is None:
-            return None
-        return self._stored[i][self._column].to_pylist()[0]
-
     def _counts(self) -> Iterator[int]:
-        """Images of each row."""
-        if self._stored is None:
-            yield from (0 for _ in range(len(self.rows)))
-            return
-        for table in self._stored.iter(batch_size=ROWS_AT_ONCE):
+        """Images of each row, as long as there is a column of them."""
+        for table in () if self._stored is None else self._stored.iter(batch_size=ROWS_AT_ONCE):
             yield from (_count(one) if one.is_valid else 0 for one in table[self._column])
 
 
