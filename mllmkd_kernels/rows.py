@@ -175,6 +175,10 @@ def row_mask(name: str, batch: Batch, ignore_index: int = IGNORE_INDEX) -> Tenso
     if not kind:
         return mask
     chosen = [each == kind for each in entry(batch, "kind")]
+    if len(chosen) != len(mask):  # of samples that are packed nobody knows where they end
+        raise ValueError(
+            f"kind: got {len(chosen)} words for a batch of {len(mask)} rows, expected one each"
+        )
     return mask & torch.tensor(chosen, dtype=torch.bool, device=mask.device)[:, None]
 
 

@@ -29,6 +29,8 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from mllmkd_kernels.methods import Stage
+from mllmkd_kernels.objective import Objective
+from mllmkd_kernels.rows import UNITS, kind_of
 from training import checkpoint, settings
 from training.anatomy import freeze, positions
 from training.claim import Claim, claimed
@@ -141,6 +143,7 @@ def _train(
     dataset = load_data(config, processor, stage, own)
     if claim is not None:
         claim.check_data(stage.data, dataset)
+    _check_kinds(objective, dataset)
     for note in (*dataset.encoding.notes, *_too_long(model, dataset)):
         say(f"{folder.name}: {note}")
     source = asked.model if asked is not None else None
@@ -187,6 +190,17 @@ def _train(
     if trainer.stopped_by:
         raise Interrupted(trainer.stopped_by, f"{folder} is done; the same command continues")
     return trainer.bare_student() if state is None else None
+
+
+def _check_kinds(objective: Objective, dataset: Any) -> None:
+    """Refuse rows of a kind that no sample is of: the mean over them would be 0 in every step."""
+    if (samples := getattr(dataset, "samples", None)) is None:  # a stream is not counted
+        return
+    there = {sample.kind for sample in samples}
+    for name in set(objective.over.values()) - set(UNITS):
+        if (kind := kind_of(name)[1]) and kind not in there:
+            known = ", ".join(sorted(map(str, there)))
+            raise DataError(f"data: no sample is of kind {kind!r}, as {name} asks; kinds: {known}")
 
 
 def _too_long(model: Any, dataset: Any) -> list[str]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -30,6 +31,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 import mllmkd_kernels as mk
 from training import checkpoint, sharding
 from training.anatomy import anatomy
+from training.data.stream import StreamDataset
 from training.forecast import Forecast
 from training.interrupt import Interrupted, StopRequest
 from training.meter import Meter
@@ -149,6 +151,14 @@ class DistillTrainer(mk.DistillMixin, Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.order if self.order is not None else super()._get_train_sampler(train_dataset)
+
+    def get_train_dataloader(self) -> Any:
+        """`Trainer`'s; the rows of a stream are this rank's already, and not to be shared again."""
+        loader = super().get_train_dataloader()
+        shard = loader.dataset
+        if isinstance(shard, IterableDatasetShard) and isinstance(shard.dataset, StreamDataset):
+            shard.num_processes, shard.process_index = 1, 0
+        return loader
 
     # --- a step -----------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from training.data.item import IGNORE, TOKEN_EXTRAS, Item
 
-NOT_VISUAL = ("input_ids", "labels", "image_lens", "sample_id", "teacher", *TOKEN_EXTRAS)
+NOT_VISUAL = ("input_ids", "labels", "image_lens", "sample_id", "kind", "teacher", *TOKEN_EXTRAS)
 
 
 class Batch(TypedDict):
@@ -31,6 +31,7 @@ class Batch(TypedDict):
     labels: Tensor  # (B, T) int64
     image_lens: Tensor  # (images,) int64: image-token rows of each image
     sample_ids: list[str]
+    kind: list[str]  # "" for a sample without one
     pixel_values: NotRequired[Tensor]  # absent when no sample has an image
     teacher: NotRequired[Any]  # a Batch of the same samples, made by the teacher's encoder
 
@@ -66,6 +67,7 @@ class Collator:
             "labels": _padded([item["labels"] for item in items], IGNORE),
             "image_lens": torch.cat([item["image_lens"] for item in items]),
             "sample_ids": [item["sample_id"] for item in items],
+            "kind": [item.get("kind", "") for item in items],
         }
         for name in TOKEN_EXTRAS:
             rows = [item[name] for item in items if name in item]  # pyright: ignore

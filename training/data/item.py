@@ -28,6 +28,7 @@ class Item(TypedDict):
     labels: Tensor  # (T,) int64, -100 on everything that is not an answer
     image_lens: Tensor  # (n_images,) int64: image-token rows of each image, in order
     sample_id: str
+    kind: NotRequired[str]  # the sample's, where it has one
     pixel_values: NotRequired[Tensor]  # absent for text alone
     teacher: NotRequired[Any]  # the Item that the teacher's own encoder made of the same sample
 
@@ -58,4 +59,5 @@ def build_item(
         sample_id=sample.id,
     )
     rest = {name: torch.tensor(row, dtype=torch.int64) for name, row in extras.items()}
-    return {**fixed, **rest, **seen.inputs}  # pyright: ignore[reportReturnType]
+    kind = {} if sample.kind is None else {"kind": sample.kind}
+    return {**fixed, **kind, **rest, **seen.inputs}  # pyright: ignore[reportReturnType]

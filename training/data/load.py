@@ -6,8 +6,9 @@ A use (`captions`, `conversations`, `held_out`) is either a LLaVA file of its ow
 
 from __future__ import annotations
 
-import os
 from typing import Any
+
+import torch.distributed as dist
 
 from training.config import DataConfig, SourceConfig, require
 from training.data.collate import Collator
@@ -129,23 +130,14 @@ def _stream(config: DataConfig, chosen: list[Any], encoding: Encoding, seed: int
         )
     if use == "held_out":
         raise ConfigError("data.sources: a held_out source is streamed, expected one with an end")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "data.sources: streamed by several processes, each of which would read every row; "
-            "save the data set to disk (save_to_disk) and set stream to false"
-        )
-    stream = StreamDataset(
+    together = dist.is_initialized()
+    return StreamDataset(
         [one for _, one in chosen],
         config.image_root,
         encoding,
         seed=seed,
         buffer=config.shuffle_buffer,
         skip_bad=config.skip_bad,
+        rank=dist.get_rank() if together else 0,
+        world=dist.get_world_size() if together else 1,
     )
-    for (i, _), rows in zip(chosen, stream.rows, strict=True):
-        if config.workers > rows.num_shards:  # each reads shards of its own
-            raise ConfigError(
-                f"data.workers: got {config.workers}, expected at most {rows.num_shards}, the "
-                f"shards that data.sources[{i}] is streamed in"
-            )
-    return stream

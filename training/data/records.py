@@ -7,8 +7,9 @@ LLaVA's format is a list (``.json``) or one object per line (``.jsonl``) of::
                        {"from": "gpt", "value": "a coat"}, ...]}
 
 ``images`` is another name of ``image``. A system message is a first turn from ``system`` or a field
-``system``; ``kind`` is a label for reports. Other fields are not read: `training.data.fields` says
-which of them are refused, the rest is listed by `data check`.
+``system``; ``kind`` is a word for reports and for rows of one kind (`mllmkd_kernels.rows`). Other
+fields are not read: `training.data.fields` says which of them are refused, the rest is listed by
+`data check`.
 
 An entry becomes a `Sample` or a `DataError` that names file, place, id, field, what came and what
 was expected. Nothing is repaired: a trainer that guesses at malformed data trains on something

@@ -98,11 +98,11 @@ class MessagesSource:
         """Every row; images are counted in the table, not decoded."""
         wanted = {"id", "kind", "system", self.config.messages, *ENTRY}
         names = self.rows.column_names
-        text = _undecoded(self.rows.select_columns([name for name in names if name in wanted]))
+        text = undecoded(self.rows.select_columns([name for name in names if name in wanted]))
         others = {name: ... for name in names if name not in wanted}  # there, and not looked at
         counts = self._counts()
         for i, row in enumerate(text):
-            yield row_sample(row | others, f"row {i}", self.config, next(counts))
+            yield row_sample(row | others, f"row {i}", self.config, next(counts, 0))
 
     def missing(self, sample: Sample, i: int) -> str | None:
         """None: an image in a table is known to be bad only when it is opened."""
@@ -111,20 +111,13 @@ class MessagesSource:
     def images(self, sample: Sample) -> list[Image.Image]:
         """The row's images, decoded."""
         with named(sample.place, "image", "a row that can be read"):
-            value = self._value(int(sample.place.where.split()[-1]))
+            i = int(sample.place.where.split()[-1])
+            value = None if self._stored is None else self._stored[i][self._column].to_pylist()[0]
         return row_images(sample, value, self.image_root)
 
-    def _value(self, i: int) -> Any:
-        if self._stored is None:
-            return None
-        return self._stored[i][self._column].to_pylist()[0]
-
     def _counts(self) -> Iterator[int]:
-        """Images of each row."""
-        if self._stored is None:
-            yield from (0 for _ in range(len(self.rows)))
-            return
-        for table in self._stored.iter(batch_size=ROWS_AT_ONCE):
+        """Images of each row, as long as there is a column of them."""
+        for table in () if self._stored is None else self._stored.iter(batch_size=ROWS_AT_ONCE):
             yield from (_count(one) if one.is_valid else 0 for one in table[self._column])
 
 
@@ -181,14 +174,26 @@ def row_sample(
     )
 
 
-def _undecoded(rows: Any) -> Any:
-    """The rows with sounds and films as they are stored: they are refused, not played."""
-    import datasets
-
+def undecoded(rows: Any) -> Any:
+    """A table or stream with its media as they are stored: `training.data.images` decodes images;
+    sounds and films are refused, not played.
+    """
     for name, feature in rows.features.items():
-        if isinstance(feature, (datasets.Audio, datasets.Video)):
-            rows = rows.cast_column(name, replace(feature, decode=False))
+        if (stored := _stored(feature)) != feature:
+            rows = rows.cast_column(name, stored)
     return rows
+
+
+def _stored(feature: Any) -> Any:
+    """A column's type with its media as they are stored."""
+    from datasets import Audio, Image, Video
+
+    if isinstance(feature, (Audio, Image, Video)):
+        return replace(feature, decode=False)
+    if isinstance(feature, dict):
+        return {name: _stored(inner) for name, inner in feature.items()}
+    inner = getattr(feature, "feature", None)  # of a list
+    return feature if inner is None else replace(feature, feature=_stored(inner))
 
 
 def row_images(sample: Sample, value: Any, image_root: Path) -> list[Image.Image]:

@@ -9,13 +9,20 @@ With `skip_bad` faulty rows are left out and counted in ``dataset.skipped`` as t
 A row is known by its place in its source, however the rows are shuffled and in every pass: "row 7",
 or "shard 2, row 7" where a source lies in several, because nobody has counted the shards before.
 
-Left out: several processes (each would read every row; save the data set to disk instead).
+The readers, which are the data-loading processes of every rank, share each pass of a source: whole
+shards, or of each shard every n-th row where there are fewer shards than readers. Who gets which
+part goes round from pass to pass.
+
+Of `datasets` are the shards, and the rows of a shard that are a reader's. Its own shuffle is not
+used, because a row loses its place there, and because one data-loading process would have another
+order than none. Nor is `interleave_datasets`: it starts a source again in the same order, and
+refuses sources whose columns differ in type.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +35,7 @@ from training.data.encoding import Encoding
 from training.data.images import flat
 from training.data.item import Item
 from training.data.records import DataError
-from training.data.sources import image_column, load_rows, row_images, row_sample
+from training.data.sources import image_column, load_rows, row_images, row_sample, undecoded
 
 WHERE = "place in the source"  # a column of ours
 ROWS_AT_ONCE = 16
@@ -44,6 +51,7 @@ class StreamDataset(IterableDataset[Item]):
         seed: of the order.
         buffer: rows that a source is shuffled among.
         skip_bad: leave faulty rows out instead of raising.
+        rank, world: which of how many processes with such a data set this is.
         where: the sources' dotted path in messages.
 
     Raises:
@@ -59,40 +67,52 @@ class StreamDataset(IterableDataset[Item]):
         seed: int = 0,
         buffer: int = 1000,
         skip_bad: bool = False,
+        rank: int = 0,
+        world: int = 1,
         where: str = "data.sources",
     ) -> None:
         self.sources, self.image_root, self.encoding = list(sources), image_root, encoding
         self.seed, self.buffer, self.skip_bad = seed, buffer, skip_bad
-        self.skipped = 0
+        self.rank, self.world = rank, world
+        self._skipped: Any = multiprocessing.Value("q")  # data-loading processes count, too
         loaded = [load_rows(one, f"{where}[{i}]") for i, one in enumerate(self.sources)]
         self.rows = [_checked(*pair) for pair in zip(loaded, self.sources, strict=True)]
 
+    @property
+    def skipped(self) -> int:
+        """Faulty rows that this process and those which load its data have left out."""
+        return self._skipped.value
+
     def __iter__(self) -> Iterator[Item]:
-        generator = torch.Generator().manual_seed(self.seed)
+        worker = get_worker_info()
+        loading, own = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        reader, readers = self.rank * loading + own, self.world * loading
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + reader)
         weights = torch.tensor([one.weight for one in self.sources])
-        series = [self._endless(which) for which in range(len(self.sources))]
+        series = [self._endless(which, reader, readers) for which in range(len(self.sources))]
         while True:
             which = int(torch.multinomial(weights, 1, generator=generator))
             yield next(series[which])
 
-    def _endless(self, which: int) -> Iterator[Item]:
-        """The items of one source, again and again."""
+    def _endless(self, which: int, reader: int, readers: int) -> Iterator[Item]:
+        """A reader's items of one source, again and again."""
         config = self.sources[which]
         root = Path(config.image_root or self.image_root)
+        faulty = 0  # passes in a row
         for epoch in count():
-            sound = False
-            for row in self._shuffled(which, epoch):
+            faulty += 1
+            for row in self._shuffled(which, epoch, (reader - epoch) % readers, readers):
                 item = self._item(row, config, root)
                 if item is not None:
-                    sound = True
+                    faulty = 0
                     yield item
-            if not sound:
+            if faulty == readers:  # by now this one has read every part
                 raise DataError(f"{config.path}: every row is faulty ({self.skipped} skipped)")
 
-    def _shuffled(self, which: int, epoch: int) -> Iterator[dict[str, Any]]:
-        """One pass over a source: its shards in another order, its rows by a buffer."""
+    def _shuffled(self, which: int, epoch: int, part: int, parts: int) -> Iterator[dict[str, Any]]:
+        """A part of one pass over a source: its shards in another order, its rows by a buffer."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        rows = _rows(self.rows[which], generator)
+        rows = _rows(self.rows[which], part, parts, generator)
         buffer = list(islice(rows, self.buffer))
         for row in rows:
             at = int(torch.randint(len(buffer), (1,), generator=generator))
@@ -109,10 +129,13 @@ class StreamDataset(IterableDataset[Item]):
             return self.encoding.item(
                 sample, lambda: row_images(sample, images, root), (config, root)
             )
-        except DataError:
+        except DataError as error:
             if not self.skip_bad:
                 raise
-            self.skipped += 1
+            with self._skipped:
+                self._skipped.value += 1
+                if self._skipped.value == 1:
+                    print(f"skipped, as are all faulty rows: {error}")
             return None
 
 
@@ -123,9 +146,8 @@ def _checked(rows: Any, config: SourceConfig) -> Any:
         ConfigError: it has no column of messages.
         DataError: it has no rows.
     """
-    for name, feature in (rows.features or {}).items():
-        if (stored := _stored(feature)) != feature:
-            rows = rows.cast_column(name, stored)
+    if rows.features:
+        rows = undecoded(rows.decode(num_threads=0))  # from a hub it would decode ahead
     first = next(iter(rows), None)
     if first is None:
         raise DataError(f"{config.path}: no rows, expected at least one")
@@ -133,28 +155,17 @@ def _checked(rows: Any, config: SourceConfig) -> Any:
     return rows
 
 
-def _rows(rows: Any, generator: torch.Generator) -> Iterator[dict[str, Any]]:
-    """Rows with their places, the shards shuffled; in a data-loading process those of its shards.
+def _rows(rows: Any, part: int, parts: int, generator: torch.Generator) -> Iterator[dict[str, Any]]:
+    """The rows of a part with their places, the shards shuffled."""
+    from datasets.distributed import split_dataset_by_node
 
-    `datasets` could shuffle, too, but would then no longer say which row is which.
-    """
-    shards = torch.randperm(rows.num_shards, generator=generator).tolist()
-    worker = get_worker_info()
-    for k in shards if worker is None else shards[worker.id :: worker.num_workers]:
-        name = f"shard {k}, " if len(shards) > 1 else ""
-        numbers = count()
-        for batch in rows.shard(len(shards), k).iter(ROWS_AT_ONCE):
+    shards, several = torch.arange(rows.num_shards), rows.num_shards > 1
+    if len(shards) >= parts:
+        shards, part, parts = shards[part::parts], 0, 1
+    for k in shards[torch.randperm(len(shards), generator=generator)].tolist():
+        shard = split_dataset_by_node(rows.shard(rows.num_shards, k), part, parts)
+        numbers = count(part, parts)
+        for batch in shard.iter(ROWS_AT_ONCE):
             for values in zip(*batch.values(), strict=True):
-                yield {**dict(zip(batch, values, strict=True)), WHERE: f"{name}row {next(numbers)}"}
-
-
-def _stored(feature: Any) -> Any:
-    """A column's type with its media as they are stored: `training.data.images` decodes images."""
-    from datasets import Audio, Image, Video
-
-    if isinstance(feature, (Audio, Image, Video)):
-        return replace(feature, decode=False)
-    if isinstance(feature, dict):
-        return {name: _stored(inner) for name, inner in feature.items()}
-    inner = getattr(feature, "feature", None)  # of a list
-    return feature if inner is None else replace(feature, feature=_stored(inner))
+                place = f"{f'shard {k}, ' if several else ''}row {next(numbers)}"
+                yield {**dict(zip(batch, values, strict=True)), WHERE: place}

@@ -111,36 +111,6 @@ def test_rows_become_samples(saved: Path, name: str) -> None:
     assert not torch.equal(first, last)  # each row its own image
 
 
-def test_streamed_rows_are_the_same_items_in_an_order_of_the_seed(saved: Path) -> None:
-    parts = {tuple(item["input_ids"].tolist()) for item in dataset(source(saved / "saved"))}  # pyright: ignore
-
-    def stream(seed: int) -> list[tuple[int, ...]]:
-        sources = [source(saved / "saved", stream=True)]
-        data = StreamDataset(sources, ".", Encoding(processor()), seed=seed, buffer=5)
-        return [tuple(item["input_ids"].tolist()) for item in islice(data, 12)]
-
-    first = stream(0)
-    assert set(first[:5]) == set(first[5:10]) == parts  # it starts again where it ends
-    assert first[:5] != first[5:10] and first == stream(0) != stream(1)
-
-
-def test_streams_are_mixed_by_weight(saved: Path, tmp_path: Path) -> None:
-    talk = {"messages": [{"role": "user", "content": "q"}, said("only text")]}
-    (tmp_path / "talk.jsonl").write_text(json.dumps(talk))
-    heavy = source(tmp_path / "talk.jsonl", stream=True, weight=9.0)
-    light = source(saved / "saved", stream=True)
-    mixed = StreamDataset([heavy, light], ".", Encoding(processor()), buffer=2)
-    items = [item["sample_id"] for item in islice(mixed, 60)]
-    assert 46 <= items.count("row 0") < 60
-    bad = {"messages": [{"role": "user", "content": "q"}]}
-    (tmp_path / "bad.jsonl").write_text(f"{json.dumps(bad)}\n{json.dumps(talk)}")
-    one = [source(tmp_path / "bad.jsonl", stream=True)]
-    with pytest.raises(DataError, match="1 messages"):
-        list(islice(StreamDataset(one, ".", Encoding(processor())), 3))
-    kept = StreamDataset(one, ".", Encoding(processor()), skip_bad=True)
-    assert len(list(islice(kept, 3))) == 3 and kept.skipped >= 2
-
-
 def test_several_sources_with_images_of_their_own(
     saved: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -329,62 +299,6 @@ def test_a_row_without_its_image_and_one_that_names_another_are_faults(tmp_path:
     (tmp_path / "m.jsonl").write_text(json.dumps(row))
     with pytest.raises(DataError, match=r"got 1 image\(s\) in the column and 2 named in messages"):
         dataset(source(tmp_path / "m.jsonl"))
-
-
-def test_a_damaged_image_in_a_stream_is_one_fault(tmp_path: Path) -> None:
-    good = columns()["bytes"][0][0]
-    values = [{"bytes": good, "path": None}, {"bytes": b"no picture", "path": None}]
-    table(values, datasets.Image()).save_to_disk(tmp_path / "bad")
-    one = [source(tmp_path / "bad", stream=True)]
-    kept = StreamDataset(one, ".", Encoding(processor()), skip_bad=True)
-    assert [item["sample_id"] for item in islice(kept, 3)] == ["row 0"] * 3 and kept.skipped >= 2
-    with pytest.raises(DataError, match=r"row 1: field 'image\[0\]': got bytes: Unidentified"):
-        list(islice(StreamDataset(one, ".", Encoding(processor())), 2))
-
-
-def test_a_stream_s_rows_are_numbered_by_their_source_in_every_pass(tmp_path: Path) -> None:
-    """And so the image cache gives each row its own pixels."""
-    grey = [Image.new("RGB", (32, 32), (i * 30,) * 3) for i in range(8)]
-    table(grey, datasets.Image()).save_to_disk(tmp_path / "grey")
-    one = [source(tmp_path / "grey", stream=True)]
-    expected = [
-        processor().image_processor(images=[image], return_tensors="pt").pixel_values
-        for image in grey
-    ]
-    stream = StreamDataset(one, ".", Encoding(processor(), image_cache_mb=64), buffer=5)
-    passes = [list(islice(iter(stream), 24))[i : i + 8] for i in (0, 8, 16)]
-    orders = [[int(item["sample_id"].split()[-1]) for item in items] for items in passes]
-    assert all(sorted(order) == list(range(8)) for order in orders)
-    assert orders[0] != list(range(8)) and orders[0] != orders[1]
-    for items, order in zip(passes, orders, strict=True):
-        for item, row in zip(items, order, strict=True):
-            answer = item["labels"][item["labels"] != IGNORE]
-            assert stream.encoding.encoders[0].tokenizer.decode(answer) == f"a {row}<|im_end|>"  # pyright: ignore
-            assert torch.equal(item["pixel_values"], expected[row])  # pyright: ignore
-    words = [with_keys(message) for message in (user("q"), said("a"))]
-    bad = [words[: 1 if i == 5 else 2] for i in range(9)]
-    rows = datasets.Dataset.from_dict({"messages": bad})
-    rows.save_to_disk(tmp_path / "bad", num_shards=3)
-    with pytest.raises(DataError, match=r"bad, row 5: field 'messages': got 1 messages"):
-        list(islice(StreamDataset([source(tmp_path / "bad", stream=True)], ".", text()), 20))
-
-
-def text() -> Encoding:
-    return Encoding(processor())
-
-
-def test_rows_of_several_shards_are_told_apart(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        lines = [json.dumps({"messages": [user("q"), said(f"{name}{i}")]}) for i in range(3)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    one = source(tmp_path, stream=True)
-    items = list(islice(StreamDataset([one], ".", text(), buffer=2), 12))
-    for part in (items[:6], items[6:]):
-        names = {item["sample_id"] for item in part}
-        assert names == {f"shard {k}, row {i}" for k in range(2) for i in range(3)}
-    with pytest.raises(ConfigError, match=r"data\.workers: got 3, expected at most 2, the shards"):
-        config = DataConfig(sources=(one,), workers=3)
-        open_data(config, processor(), "conversations", "chat")
 
 
 def test_two_sources_never_share_an_image_by_its_name(tmp_path: Path) -> None:
