@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from mllmkd_kernels import batch
+from mllmkd_kernels import batch, learned
 
 Role = Literal["vision", "projector", "language"]
 
@@ -75,6 +75,8 @@ def anatomy(model: nn.Module) -> Anatomy:
     odd: list[str] = []
     for name, _ in model.named_parameters():
         found = [place for place in places if name == place or name.startswith(f"{place}.")]
+        if name.startswith(f"{learned.PLACE}."):  # the objective's own, always trained
+            continue
         if found:
             roles[name] = places[max(found, key=len)]
         else:
