@@ -18,7 +18,7 @@ The trainer keeps its model, data, optimiser, checkpoints and wrappers; the mixi
 
 The teacher is an attribute of the trainer, not of its model: no optimiser, checkpoint or wrapper
 sees it. Terms with parameters of their own are the student's while it trains (`learned`). Left out:
-context and sequence parallelism; teachers sharded over devices; with such terms, DeepSpeed.
+context and sequence parallelism; teachers sharded over devices; such terms under FSDP, DeepSpeed.
 """
 
 from __future__ import annotations
@@ -295,10 +295,10 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         learned.detach(student)
         if not isinstance(self.objective, Objective) or not len(self.objective.learned):
             return
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
-                f"objective: its terms {list(self.objective.learned)} have parameters, which under "
-                "DeepSpeed would not be whole where they are read; expected DDP or FSDP"
+                f"objective: its terms {list(self.objective.learned)} have parameters, which are "
+                "not whole where FSDP or DeepSpeed shards them; expected one process a GPU, or DDP"
             )
         # one that is no model may say its own
         known = hidden_size(teacher) if isinstance(teacher, nn.Module) else None

@@ -1,5 +1,5 @@
 """Where do an objective's own parameters live while a trainer trains? In the student, as one more
-submodule of it: optimiser, DDP and FSDP take them for its own. No student is saved with them; a
+submodule of it: optimiser and DDP take them for its own. No student is saved with them; a
 checkpoint has them in a file of its own.
 """
 
@@ -37,11 +37,8 @@ def names(student: nn.Module) -> list[str]:
 
 
 def state(student: nn.Module) -> dict[str, Tensor]:
-    """Their values, whole, on the CPU; all processes call it."""
-    terms: Any = getattr(student, PLACE, None)
-    values: dict[str, Any] = {} if terms is None else terms.state_dict()
-    whole = {n: x.full_tensor() if hasattr(x, "full_tensor") else x for n, x in values.items()}
-    return {f"{PLACE}.{n}": x.detach().cpu().contiguous() for n, x in whole.items()}
+    """Their values, by the names of the student's state."""
+    return {name: student.state_dict()[name].detach() for name in names(student)}
 
 
 def saved(folder: str | Path, student: nn.Module) -> dict[str, Tensor]:
@@ -64,7 +61,7 @@ def save(folder: str | Path, values: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     if values:
-        save_file(values, Path(folder) / FILE)
+        save_file({n: x.contiguous() for n, x in values.items()}, Path(folder) / FILE)
 
 
 def load(folder: str | Path, student: nn.Module) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllmkd_kernels import HeadInputs, Objective, rows
+from mllmkd_kernels import HeadInputs, Objective, RowTerm, rows
 from mllmkd_kernels.methods import llavadi
 from mllmkd_kernels.terms import Affinity, Features, LogitMse
 from tests.test_llava_kd import D_S, D_T, IGNORE, B, V, batchmean_kl, heads, logits
@@ -37,9 +37,8 @@ def features_of(objective: Objective, s: HeadInputs) -> Tensor:
     """The perceptron, written out."""
     if "features" not in objective.learned:
         return s.hidden
-    first, _, second = objective.learned["features"].map
-    inner = F.gelu(s.hidden @ first.weight.T + first.bias)
-    return inner @ second.weight.T + second.bias
+    w, b, w2, b2 = objective.learned["features"].parameters()
+    return F.gelu(s.hidden @ w.T + b) @ w2.T + b2
 
 
 def cosines(h: Tensor, image: Tensor, answer: Tensor) -> Tensor:
@@ -163,7 +162,8 @@ def test_the_released_affinity_is_one_mean_over_all_cells() -> None:
     one = Affinity("affinity", 1.0, "response:unshifted", joint=True)
     got = Objective(one)(s, t, batch).loss
     units = [F.normalize(h.hidden, dim=-1) for h in (s, t)]
-    gap = F.mse_loss(*(u @ u.transpose(-1, -2) for u in units), reduction="none")
+    ours, theirs = (u @ u.transpose(-1, -2) for u in units)
+    gap = F.mse_loss(ours, theirs, reduction="none")
     masks = batch["image_mask"].unsqueeze(2) * (batch["labels"] != IGNORE).unsqueeze(1)
     want = (gap * masks).sum() / (masks.sum() + 1e-6)
     check(got, want.detach(), "fp32 weights")
@@ -198,11 +198,10 @@ def test_z_scored_and_plain_divergences_are_two_calls() -> None:
         llavadi.objective(ce=0.0, features=0.0, standardize=z, backend="eager")(s, t, batch).loss
         for z in (False, True)
     ]
-    both = Objective(
-        *(replace(llavadi.objective(features=0.0, standardize=z).terms["response_kl"], name=str(z))
-          for z in (False, True)),
-        backend="eager",
-    )  # fmt: skip
+    plain, scored = (
+        RowTerm(str(z), 1.0, "response", "forward_kl", standardize=z) for z in (False, True)
+    )
+    both = Objective(plain, scored, backend="eager")
     check(both(s, t, batch).loss, torch.stack(losses).sum().detach(), "fp32 weights")
 
 

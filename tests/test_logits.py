@@ -50,7 +50,7 @@ def mse(p: Problem, **options: Any) -> Found:
 def mse_of_logits(p: Problem, dtype: torch.dtype = torch.float64) -> Found:
     p = p.to(dtype)
     x = leaves(p)
-    z_s = reference.logits(*x, vocab_size=p.vocab)
+    z_s = reference.logits(x[0], x[1], x[2] if len(x) > 2 else None, vocab_size=p.vocab)
     z_t = reference.logits(p.ht, p.wt, p.bt, vocab_size=p.vocab)
     loss, rows = reference.linear_logit_mse(z_s, z_t, weight_of(p).to(dtype))
     return loss.detach(), rows.detach(), *gradients(loss, p, x)
@@ -65,7 +65,9 @@ def std(p: Problem) -> Found:
 def std_of_logits(p: Problem, dtype: torch.dtype = torch.float64) -> Found:
     p = p.to(dtype)
     x = leaves(p)
-    found = reference.logit_std(reference.logits(*x, vocab_size=p.vocab))
+    found = reference.logit_std(
+        reference.logits(x[0], x[1], x[2] if len(x) > 2 else None, vocab_size=p.vocab)
+    )
     return found.detach(), *gradients((found * weight_of(p).to(dtype)).sum(), p, x)
 
 
@@ -185,7 +187,7 @@ def standard_of_logits(
     """From the logits, z-scored with torch's own functions."""
     p = p.to(dtype)
     x = leaves(p)
-    z_s = reference.logits(*x, vocab_size=p.vocab)
+    z_s = reference.logits(x[0], x[1], x[2] if len(x) > 2 else None, vocab_size=p.vocab)
     z_t = reference.logits(p.ht, p.wt, vocab_size=p.vocab)
     ce = F.cross_entropy(z_s, p.labels, reduction="none")
     weight = weight_of(p).to(dtype)
@@ -230,14 +232,14 @@ def test_z_scores_see_no_scale() -> None:
 @pytest.mark.parametrize("what", ["bias", "softcap"])
 def test_what_a_scaled_hidden_state_does_not_scale_is_refused(who: str, what: str) -> None:
     p = problem("aligned")
-    given = {who + what: torch.ones(512) if what == "bias" else 5.0}
+    given: dict[str, Any] = {who + what: torch.ones(512) if what == "bias" else 5.0}
     with pytest.raises(ValueError, match=f"{who}{what}: got one beside standardize=True"):
         mk.fused_linear_distill(p.hs, p.ws, p.ht, p.wt, standardize=True, **given)
 
 
 def test_bad_input_is_named() -> None:
     p = problem("larger_teacher")
-    heads = {"student_hidden": p.hs, "student_weight": p.ws, "teacher_hidden": p.ht,
+    heads: dict[str, Any] = {"student_hidden": p.hs, "student_weight": p.ws, "teacher_hidden": p.ht,
              "teacher_weight": p.wt}  # fmt: skip
     faults: list[tuple[dict[str, Any], str]] = [
         ({"teacher_hidden": None}, "teacher_hidden: expected a tensor, got NoneType"),

@@ -136,6 +136,22 @@ def test_an_objective_that_cannot_be_computed_is_refused(tmp_path: Path) -> None
         run(teacher=lambda batch: None, objective=learning())
 
 
+@pytest.mark.parametrize("shards", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_parameters_that_would_be_sharded_are_refused(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = pair.models()
+    make = MixedTrainer._refuse_what_would_be_ignored
+
+    def launched(self: Any) -> None:
+        make(self)
+        setattr(self, shards, True)
+
+    monkeypatch.setattr(MixedTrainer, "_refuse_what_would_be_ignored", launched)
+    with pytest.raises(ValueError, match=r"objective: its terms \['features'\] have parameters"):
+        MixedTrainer(model=student, teacher=teacher, objective=learning(), args=arguments(tmp_path))
+
+
 def learning() -> Objective:
     """A term with parameters of its own, beside one without."""
     return Objective(RowTerm("ce", 1.0, "response"), Features("features", 2.0), backend="eager")

@@ -4,16 +4,19 @@ of the student?
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllmkd_kernels import learned
+from tests.gloo import on_ranks
 from tests.training import tiny
 from training.config import load
 from training.loop import run
@@ -54,11 +57,35 @@ def test_a_run_of_all_stages_and_its_student(tmp_path: Path) -> None:
     for name in ("ce", "response_kl", "features", "affinity", "logit_mse"):
         assert all(entry[name] > 0 for entry in kd.history), name
     assert [p.name for p in kd.model.iterdir() if p.name == learned.FILE] == []
-    student, info = AutoModelForImageTextToText.from_pretrained(kd.model, output_loading_info=True)
+    loader: Any = AutoModelForImageTextToText
+    student, info = loader.from_pretrained(kd.model, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     processor = AutoProcessor.from_pretrained(kd.model)
     text = processor(text="say red", return_tensors="pt")
     assert student.generate(**text, max_new_tokens=2).shape[0] == 1
+
+
+def on_a_rank(file: Path, out: Path) -> Any:
+    """The loss curve of a run over two processes."""
+    rank = str(dist.get_rank())
+    os.environ.update(
+        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost"
+    )
+    config = load(file, ["stages=[kd]", "stage.kd.micro_batch=1", f"out={out}"])
+    return run(config, say=lambda _: None)[0].history
+
+
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    file = write_config(tmp_path, tmp_path / "one")
+    expected = run(load(file, ["stages=[kd]"]), say=lambda _: None)[0].history
+    for curve in on_ranks(2, on_a_rank, tmp_path, file, tmp_path / "two"):
+        for ours, theirs in zip(curve, expected, strict=True):
+            for name in ("loss", "ce", "response_kl", "features", "affinity", "logit_mse"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
+    one, two = (
+        load_file(tmp_path / out / "1-kd/model/model.safetensors") for out in ("one", "two")
+    )
+    assert one.keys() == two.keys()
 
 
 def test_a_run_that_goes_on_ends_as_one_that_did_not_stop(
