@@ -7,7 +7,9 @@ definitions.
 """
 
 from mllmkd_kernels import methods
+from mllmkd_kernels.affinity import affinity_loss
 from mllmkd_kernels.backends.cpu import release_workspace
+from mllmkd_kernels.balance import balance_loss
 from mllmkd_kernels.batch import count_rows, counts_of, distill_batch, forward_through
 from mllmkd_kernels.distill import DistillOutput, fused_linear_distill
 from mllmkd_kernels.divergence import Divergence
@@ -15,11 +17,13 @@ from mllmkd_kernels.explain import explain
 from mllmkd_kernels.heads import HeadInputs
 from mllmkd_kernels.hf_trainer import DistillMixin, sum_counts
 from mllmkd_kernels.llava_kd import LlavaKDLoss, LlavaKDOutput
+from mllmkd_kernels.logits import fused_linear_logit_mse, logit_std
 from mllmkd_kernels.logprob import fused_linear_logprob
 from mllmkd_kernels.models import head_inputs
 from mllmkd_kernels.needs import Needs
 from mllmkd_kernels.objective import Losses, Objective, Term
 from mllmkd_kernels.plan import Plan
+from mllmkd_kernels.preference import preference_loss
 from mllmkd_kernels.relation import fused_linear_relation, head_gram, relation_cosine
 from mllmkd_kernels.rows import RowCounts, image_seqlens, response_rows, visual_rows
 from mllmkd_kernels.sweep import RowTerm
@@ -49,18 +53,23 @@ __all__ = [
     "Term",
     "View",
     "VocabSlice",
+    "affinity_loss",
+    "balance_loss",
     "count_rows",
     "counts_of",
     "distill_batch",
     "explain",
     "forward_through",
     "fused_linear_distill",
+    "fused_linear_logit_mse",
     "fused_linear_logprob",
     "fused_linear_relation",
     "head_gram",
     "head_inputs",
     "image_seqlens",
+    "logit_std",
     "methods",
+    "preference_loss",
     "relation_cosine",
     "release_workspace",
     "response_rows",

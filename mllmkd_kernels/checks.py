@@ -48,6 +48,29 @@ def head(who: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     head_bias(f"{who}bias", bias, f"{who}weight", weight)
 
 
+def pair(
+    hs: Tensor,
+    ws: Tensor,
+    bs: Tensor | None,
+    ht: Tensor | None,
+    wt: Tensor | None,
+    bt: Tensor | None,
+) -> int:
+    """Both heads are well formed and their rows correspond; the number of rows."""
+    head("student_", hs, ws, bs)
+    if (ht is None) != (wt is None):
+        missing, given = ("hidden", "weight") if ht is None else ("weight", "hidden")
+        raise ValueError(
+            f"teacher_{missing}: got None, but teacher_{given} was given; pass both or neither"
+        )
+    if ht is not None and wt is not None:
+        head("teacher_", ht, wt, bt)
+        same_rows("teacher_hidden", ht.shape[0], "student_hidden", hs.shape[0])
+        same_device("teacher_hidden", ht, "student_hidden", hs)
+    in_memory("student_hidden", hs)
+    return hs.shape[0]
+
+
 def head_bias(name: str, bias: Tensor | None, weight_name: str, weight: Tensor) -> None:
     """None, or (V,) beside a weight (V, D)."""
     if bias is None:
@@ -180,11 +203,23 @@ def cu_seqlens(name: str, x: Tensor, rows: int) -> None:
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name}: expected int32 of shape (images + 1,), got {got}")
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        ends = x.tolist()
-        if ends[0] != 0 or ends[-1] != rows or any(b < a for a, b in pairwise(ends)):
-            raise ValueError(
-                f"{name}: expected a non-decreasing prefix sum from 0 to {rows}, got {ends}"
-            )
+        prefix_sum(name, x.tolist(), rows)
+
+
+def prefix_sum(name: str, ends: list[int], rows: int) -> None:
+    """The values of a `cu_seqlens`."""
+    if ends[0] != 0 or ends[-1] != rows or any(b < a for a, b in pairwise(ends)):
+        raise ValueError(
+            f"{name}: expected a non-decreasing prefix sum from 0 to {rows}, got {ends}"
+        )
+
+
+def indices(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """int64 (N,) of rows of `like`; torch looks at the values."""
+    if not isinstance(x, Tensor) or x.dtype != torch.int64 or x.ndim != 1:
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name}: expected int64 of shape (rows,), got {got}")
+    same_device(name, x, like_name, like)
 
 
 def weight(name: str, value: float | Tensor) -> None:

@@ -6,14 +6,17 @@ the row weights and calls the operator in `ops.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mllmkd_kernels import checks, ops, plan
 from mllmkd_kernels.backends.products import accumulation_dtype
+from mllmkd_kernels.casting import autocast, wants
 from mllmkd_kernels.divergence import Divergence
+from mllmkd_kernels.logits import standardized
 
 
 @dataclass(frozen=True)
@@ -46,20 +49,6 @@ class DistillOutput:
         return {name: x for name, x in found.items() if x is not None}
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast as ``F.linear`` would under autocast, and nothing outside it."""
-    device = next((t.device.type for t in tensors if t is not None), "cpu")
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-
-
-def wants(*tensors: Tensor | None) -> tuple[bool, ...]:
-    """Which tensors get a gradient: a frozen one, or any under ``torch.no_grad``, costs nothing."""
-    return tuple(t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors)
-
-
 def fused_linear_distill(
     student_hidden: Tensor,  # (N, D_s)
     student_weight: Tensor,  # (V_s, D_s)
@@ -80,6 +69,7 @@ def fused_linear_distill(
     backend: str = "auto",
     workspace_mb: float | None = None,
     diagnostics: bool = False,
+    standardize: bool = False,
 ) -> DistillOutput:
     """Cross-entropy and distillation of N tokens from hidden states and heads (LLaVA-KD, eq. 2–3).
 
@@ -115,6 +105,10 @@ def fused_linear_distill(
         diagnostics: also return entropies and top-1 agreement of the rows, from the same sweeps.
             The teacher's, and the agreement, are None where no divergence is computed: without a
             teacher, or with ``kd_weight=0``. The backend "cuda" has none.
+        standardize: the divergence sees each row's logits z-scored, (z − μ)/(σ + 1e-7) with their
+            population standard deviation, gradient through σ included (LLAVADI's `norm_logits`).
+            Through scaled hidden states: see `logit_std` for the cost. Refused with a bias or a
+            soft-cap. The cross-entropy sees the logits as they are, in a sweep of its own.
 
     Returns:
         `DistillOutput` with the loss and the per-row terms. Gradients come in the dtype of what
@@ -126,7 +120,7 @@ def fused_linear_distill(
         IndexError: a label outside the vocabulary (on the CPU; a device-side assertion elsewhere).
         RuntimeError: a gradient of the loss is differentiated again.
     """
-    rows = check_heads(
+    rows = checks.pair(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
     )
     heads = [student_weight.shape[0]] + (
@@ -149,6 +143,25 @@ def fused_linear_distill(
     teacher = (teacher_hidden, teacher_weight, teacher_bias)
     ht, wt, bt = autocast(*(None if t is None else t.detach() for t in teacher))
     assert hs is not None and ws is not None
+    if standardize and ht is not None and wt is not None:
+        scaled_s = standardized("student_", hs, ws, bs, student_softcap, vocab, kd_rows)
+        scaled_t = standardized("teacher_", ht, wt, bt, teacher_softcap, vocab, kd_rows)
+        options: dict[str, Any] = {
+            "vocab_size": vocab,
+            "backend": backend,
+            "workspace_mb": workspace_mb,
+        }
+        with torch.autocast(hs.device.type, enabled=False):  # scaled in fp32, they stay so
+            out = fused_linear_distill(
+                scaled_s, ws, scaled_t, wt, kd_weight=kd_weight, divergence=table,
+                temperature=temperature, diagnostics=diagnostics, **options,
+            )  # fmt: skip
+            if ce_rows is None:
+                return out
+            alone = fused_linear_distill(
+                hs, ws, labels=labels, ce_weight=ce_weight, ignore_index=ignore_index, **options
+            )
+        return replace(out, loss=out.loss + alone.loss, ce=alone.ce)
     acc = accumulation_dtype(hs, ws, bs, ht, wt, bt)
     want_dh, want_dw, want_db = wants(hs, ws, bs)
     late = want_dw and _factored(checks.backend(backend), hs, acc)
@@ -172,26 +185,3 @@ def _factored(backend: str, hs: Tensor, acc: torch.dtype) -> bool:
     if torch.compiler.is_compiling():
         return False
     return plan.factored(plan.choose_backend(backend, hs.device, (acc,))[0], *hs.shape)
-
-
-def check_heads(
-    hs: Tensor,
-    ws: Tensor,
-    bs: Tensor | None,
-    ht: Tensor | None,
-    wt: Tensor | None,
-    bt: Tensor | None,
-) -> int:
-    """Both heads are well formed and their rows correspond; the number of rows."""
-    checks.head("student_", hs, ws, bs)
-    if (ht is None) != (wt is None):
-        missing, given = ("hidden", "weight") if ht is None else ("weight", "hidden")
-        raise ValueError(
-            f"teacher_{missing}: got None, but teacher_{given} was given; pass both or neither"
-        )
-    if ht is not None and wt is not None:
-        checks.head("teacher_", ht, wt, bt)
-        checks.same_rows("teacher_hidden", ht.shape[0], "student_hidden", hs.shape[0])
-        checks.same_device("teacher_hidden", ht, "student_hidden", hs)
-    checks.in_memory("student_hidden", hs)
-    return hs.shape[0]

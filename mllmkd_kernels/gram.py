@@ -26,17 +26,38 @@ def gram(
     weight: Tensor,  # (≥V, D)
     bias: Tensor | None,  # (≥V,)
     vocab: int,
+    double: bool = False,
 ) -> Tensor:
-    """G = WᵀW over the first `vocab` rows, (D, D) fp32 (fp64 for fp64); a bias is an extra
-    column of W.
+    """G = WᵀW over the first `vocab` rows, (D, D) fp32, fp64 for fp64 or where asked for; a bias is
+    an extra column of W.
     """
-    acc = products.accumulation_dtype(weight, bias)
+    acc = torch.float64 if double else products.accumulation_dtype(weight, bias)
     size = weight.shape[1] + (bias is not None)
     g = torch.zeros(size, size, dtype=acc, device=weight.device)
     for rows in products.chunks(vocab, products.VOCAB_SLICE):
-        w = _with_bias(weight[rows], None if bias is None else bias[rows], acc)
+        w = _with_bias(weight, bias, rows, acc)
         g.addmm_(w.mT, w)
     return g
+
+
+def grams(
+    ws: Tensor,  # (≥V, D_s)
+    bs: Tensor | None,  # (≥V,)
+    wt: Tensor,  # (≥V, D_t)
+    bt: Tensor | None,  # (≥V,)
+    vocab: int,
+) -> tuple[Tensor, Tensor]:
+    """G = W_sᵀ W_s, (D_s, D_s), and C = W_sᵀ W_t, (D_s, D_t), over the first `vocab` rows, fp64;
+    biases are extra columns.
+    """
+    d_s, d_t = ws.shape[1] + (bs is not None), wt.shape[1] + (bt is not None)
+    g = torch.zeros(d_s, d_s, dtype=torch.float64, device=ws.device)
+    c = torch.zeros(d_s, d_t, dtype=torch.float64, device=ws.device)
+    for rows in products.chunks(vocab, products.VOCAB_SLICE):
+        w = _with_bias(ws, bs, rows, g.dtype)
+        g.addmm_(w.mT, w)
+        c.addmm_(w.mT, _with_bias(wt, bt, rows, c.dtype))
+    return g, c
 
 
 def gram_backward(
@@ -48,15 +69,39 @@ def gram_backward(
     """dW = W (dG + dGᵀ) in the weight's dtype, zero beyond `vocab`; db is its last column
     (empty without a bias).
     """
-    acc, d = dg.dtype, weight.shape[1]
+    return _head_gradient([(weight, bias, dg + dg.mT)], weight, bias, vocab)
+
+
+def grams_backward(
+    dg: Tensor,  # (D_s, D_s)
+    dc: Tensor,  # (D_s, D_t)
+    ws: Tensor,  # (≥V, D_s)
+    bs: Tensor | None,  # (≥V,)
+    wt: Tensor,  # (≥V, D_t)
+    bt: Tensor | None,  # (≥V,)
+    vocab: int,
+) -> tuple[Tensor, Tensor]:
+    """dW_s = W_s (dG + dGᵀ) + W_t dCᵀ, otherwise as `gram_backward`. Near convergence the two
+    cancel, so that they are summed before they are rounded.
+    """
+    return _head_gradient([(ws, bs, dg + dg.mT), (wt, bt, dc.mT)], ws, bs, vocab)
+
+
+def _head_gradient(
+    terms: list[tuple[Tensor, Tensor | None, Tensor]],  # heads, and what they are multiplied by
+    weight: Tensor,
+    bias: Tensor | None,
+    vocab: int,
+) -> tuple[Tensor, Tensor]:
+    d = weight.shape[1]
     dw = torch.zeros_like(weight)
     db = torch.zeros_like(bias) if bias is not None else weight.new_empty(0)
-    symmetric = dg + dg.mT
     for rows in products.chunks(vocab, products.VOCAB_SLICE):
-        product = _with_bias(weight[rows], None if bias is None else bias[rows], acc) @ symmetric
-        dw[rows] = product[:, :d].to(dw.dtype)
+        total = sum(_with_bias(w, b, rows, matrix.dtype) @ matrix for w, b, matrix in terms)
+        assert isinstance(total, Tensor)
+        dw[rows] = total[:, :d].to(dw.dtype)
         if bias is not None:
-            db[rows] = product[:, d].to(db.dtype)
+            db[rows] = total[:, d].to(db.dtype)
     return dw, db
 
 
@@ -122,6 +167,6 @@ def _product(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
     return a.to(b.dtype) @ b
 
 
-def _with_bias(weight: Tensor, bias: Tensor | None, acc: torch.dtype) -> Tensor:
-    weight = weight.to(acc)
-    return weight if bias is None else torch.cat((weight, bias.to(acc)[:, None]), 1)
+def _with_bias(weight: Tensor, bias: Tensor | None, rows: slice, acc: torch.dtype) -> Tensor:
+    w = weight[rows].to(acc)
+    return w if bias is None else torch.cat((w, bias[rows].to(acc)[:, None]), 1)

@@ -17,17 +17,20 @@ The trainer keeps its model, data, optimiser, checkpoints and wrappers; the mixi
 5. the loading of checkpoints, which for some classes silently loads nothing.
 
 The teacher is an attribute of the trainer, not of its model: no optimiser, checkpoint or wrapper
-sees it. Left out: context and sequence parallelism; teachers sharded over devices.
+sees it. Terms with parameters of their own are the student's while it trains (`learned`). Left out:
+context and sequence parallelism; teachers sharded over devices; such terms under FSDP, DeepSpeed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from mllmkd_kernels import learned
 from mllmkd_kernels.batch import (
     BESIDES,
     Teacher,
@@ -38,6 +41,7 @@ from mllmkd_kernels.batch import (
     image_token_id,
 )
 from mllmkd_kernels.llava_kd import LlavaKDLoss, LlavaKDOutput
+from mllmkd_kernels.models import hidden_size
 from mllmkd_kernels.objective import Losses, Objective
 from mllmkd_kernels.rows import Counts, RowCounts, by_name
 
@@ -90,6 +94,7 @@ class LoadsItsCheckpoints(Trainer):
     ) -> None:
         self._loading = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        learned.load(resume_from_checkpoint, self.accelerator.unwrap_model(self.model))
 
     def _load_best_model(self) -> None:
         self._loading = self.state.best_model_checkpoint
@@ -108,7 +113,7 @@ class LoadsItsCheckpoints(Trainer):
                 f"resume_from_checkpoint: {self._loading} lacks {sorted(info['missing_keys'])} of "
                 f"{type(student).__name__} and has {sorted(info['unexpected_keys'])} besides"
             )
-        student.load_state_dict(saved.state_dict())
+        student.load_state_dict(saved.state_dict() | learned.state(student))
 
 
 class DistillMixin(StepCounts, LoadsItsCheckpoints):
@@ -118,7 +123,8 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         teacher: a transformers model; frozen, put into eval mode and onto the trainer's device. Its
             dtype stays. It may share what the student does not train. Or what answers a batch with
             `HeadInputs`. None: cross-entropy alone.
-        objective: the terms, and what they need; those with parameters of their own are refused.
+        objective: the terms, and what they need. Those with parameters of their own are trained as
+            the student is, at its rate, and are in checkpoints but in no saved model.
         kd_loss: LLaVA-KD's four terms instead; by default these, under the paper's weights.
         *args, **kwargs: the trainer's own.
 
@@ -148,6 +154,7 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         self.objective: Objective | LlavaKDLoss = LlavaKDLoss() if given is None else given
         self._refuse_what_cannot_be_computed(teacher)
         self.teacher = teacher
+        self._attach(teacher)
         if isinstance(teacher, nn.Module):
             self._refuse_shared(teacher)
             teacher.eval().requires_grad_(False)
@@ -281,11 +288,35 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         if not isinstance(self.objective, Objective):
             return
         self.objective.check_teacher(teacher)
-        if learned := list(self.objective.learned):
+
+    def _attach(self, teacher: Teacher | None) -> None:
+        """The parameters of the objective's own become the student's."""
+        student: Any = self.accelerator.unwrap_model(self.model)
+        learned.detach(student)
+        if not isinstance(self.objective, Objective) or not len(self.objective.learned):
+            return
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
-                f"objective: its terms {learned} have parameters, which no optimiser of this "
-                "trainer would see; expected terms without"
+                f"objective: its terms {list(self.objective.learned)} have parameters, which are "
+                "not whole where FSDP or DeepSpeed shards them; expected one process a GPU, or DDP"
             )
+        # one that is no model may say its own
+        known = hidden_size(teacher) if isinstance(teacher, nn.Module) else None
+        known = known or getattr(teacher, "hidden_size", None)
+        if known is None:
+            raise ValueError(
+                f"teacher: is no model and has no hidden_size, which the objective's terms "
+                f"{list(self.objective.learned)} are made for"
+            )
+        self.objective.build(hidden_size(student), known)
+        learned.attach(student, self.objective.learned.to(self.args.device))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        values = learned.state(self.accelerator.unwrap_model(self.model))
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial))
+            learned.save(folder / f"checkpoint-{self.state.global_step}", values)
 
     def _refuse_what_would_be_ignored(self) -> None:
         args, parallel = self.args, getattr(self.accelerator, "parallelism_config", None)

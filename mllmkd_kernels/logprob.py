@@ -7,7 +7,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mllmkd_kernels import checks, ops
-from mllmkd_kernels.distill import autocast, wants
+from mllmkd_kernels.casting import autocast, wants
 
 
 def fused_linear_logprob(

@@ -104,6 +104,11 @@ def head_inputs(model: nn.Module, record: Needs | None = None, **batch: Any) -> 
 # --- one module replaced in a shallow copy ------------------------------------------------------
 
 
+def hidden_size(model: nn.Module) -> int:
+    """D, of the hidden states that enter the head of a model as `head_inputs` takes it."""
+    return _find_head(_unwrap(model))[0].in_features
+
+
 def _with_replaced(model: nn.Module, path: str, replacement: nn.Module) -> Any:
     """Copy the modules along `path`, ending in `replacement`; all the rest is shared."""
     child, _, rest = path.partition(".")

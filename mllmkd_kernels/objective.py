@@ -121,6 +121,12 @@ class Objective(nn.Module):
         """Of the means that every call gives, whatever is in the batch."""
         return tuple(self.over)
 
+    def build(self, student: int, teacher: int) -> None:
+        """Make the parameters of terms that have to know both models' hidden sizes for that."""
+        for term in self.learned.values():
+            if build := getattr(term, "build", None):
+                build(student, teacher)
+
     def forward(
         self,
         student: HeadInputs,

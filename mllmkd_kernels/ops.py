@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllmkd_kernels import gram, plan, softcapped
+from mllmkd_kernels import cells, gram, plan, softcapped
 from mllmkd_kernels.backends import cpu, eager, products
 from mllmkd_kernels.backends.calls import Head, Options, Targets
 from mllmkd_kernels.divergence import Divergence
@@ -358,15 +358,16 @@ _no_double_backward(linear_logprob_backward)
 
 
 @_operator("head_gram")
-def head_gram(w: Tensor, b: Tensor | None, vocab: int) -> Tensor:
+def head_gram(w: Tensor, b: Tensor | None, vocab: int, double: bool = False) -> Tensor:
     """G = WᵀW, (D, D), or (D + 1, D + 1) with a bias: see `gram.gram`."""
-    return gram.gram(w, b, vocab)
+    return gram.gram(w, b, vocab, double)
 
 
 @head_gram.register_fake
-def _(w, b, vocab):
+def _(w, b, vocab, double=False):
     size = w.shape[1] + (b is not None)
-    return w.new_empty(size, size, dtype=products.accumulation_dtype(w, b))
+    acc = torch.float64 if double else products.accumulation_dtype(w, b)
+    return w.new_empty(size, size, dtype=acc)
 
 
 @_operator("head_gram_backward")
@@ -383,18 +384,97 @@ def _(dg, w, b, vocab):
 
 
 def _gram_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    w, b, ctx.vocab = inputs
+    w, b, ctx.vocab, _ = inputs
     ctx.save_for_backward(w, b)
 
 
 def _gram_backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
     w, b = ctx.saved_tensors
     dw, db = head_gram_backward(dg, w, b, ctx.vocab)
-    return dw, None if b is None else db, None
+    return dw, None if b is None else db, None, None
 
 
 head_gram.register_autograd(_gram_backward, setup_context=_gram_context)
 _no_double_backward(head_gram_backward)
+
+
+@_operator("grams")
+def grams(
+    ws: Tensor, bs: Tensor | None, wt: Tensor, bt: Tensor | None, vocab: int
+) -> tuple[Tensor, Tensor]:
+    """G = W_sᵀ W_s and C = W_sᵀ W_t, fp64, differentiable in W_s: see `gram.grams`."""
+    return gram.grams(ws, bs, wt, bt, vocab)
+
+
+@grams.register_fake
+def _(ws, bs, wt, bt, vocab):
+    d_s, d_t = ws.shape[1] + (bs is not None), wt.shape[1] + (bt is not None)
+    double = torch.float64
+    return ws.new_empty(d_s, d_s, dtype=double), ws.new_empty(d_s, d_t, dtype=double)
+
+
+@_operator("grams_backward")
+def grams_backward(
+    dg: Tensor,
+    dc: Tensor,
+    ws: Tensor,
+    bs: Tensor | None,
+    wt: Tensor,
+    bt: Tensor | None,
+    vocab: int,
+) -> tuple[Tensor, Tensor]:
+    """dW_s and db_s of `grams`: see `gram.grams_backward`."""
+    return gram.grams_backward(dg, dc, ws, bs, wt, bt, vocab)
+
+
+@grams_backward.register_fake
+def _(dg, dc, ws, bs, wt, bt, vocab):
+    return ws.new_empty(ws.shape), ws.new_empty(0) if bs is None else bs.new_empty(bs.shape)
+
+
+def _grams_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *heads, ctx.vocab = inputs
+    ctx.save_for_backward(*heads)
+
+
+def _grams_backward(ctx: Any, dg: Tensor, dc: Tensor) -> tuple[Tensor | None, ...]:
+    ws, bs, wt, bt = ctx.saved_tensors
+    dw, db = grams_backward(dg, dc, ws, bs, wt, bt, ctx.vocab)
+    return dw, None if bs is None else db, None, None, None
+
+
+grams.register_autograd(_grams_backward, setup_context=_grams_context)
+_no_double_backward(grams_backward)
+
+
+@_operator("affinity")
+def affinity(
+    visual_s: Tensor,
+    response_s: Tensor,
+    visual_t: Tensor,
+    response_t: Tensor,
+    cu_visual: Tensor,
+    cu_response: Tensor,
+    joint: bool,
+    want_visual: bool,
+    want_response: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, d visual_s, d response_s): see `cells.affinity`."""
+    return cells.affinity(
+        visual_s, response_s, visual_t, response_t, cu_visual, cu_response, joint,
+        want_visual, want_response,
+    )  # fmt: skip
+
+
+@affinity.register_fake
+def _(visual_s, response_s, visual_t, response_t, cu_visual, cu_response, joint, want_visual,
+      want_response):  # fmt: skip
+    dv = visual_s.new_empty(visual_s.shape if want_visual else (0,))
+    dr = response_s.new_empty(response_s.shape if want_response else (0,))
+    return visual_s.new_empty(()), dv, dr
+
+
+_gradients_formed_in_forward(affinity, 9, {0: 1, 1: 2})
 
 
 @_operator("relation")

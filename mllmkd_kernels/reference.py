@@ -118,3 +118,78 @@ def linear_logprob(
 ) -> Tensor:
     """log softmax(z/T)[label] of every row, 0 where the label is `ignore_index`: (N,)."""
     return -F.cross_entropy(z / temperature, labels, ignore_index=ignore_index, reduction="none")
+
+
+def standardize(z: Tensor, eps: float = 1e-7) -> Tensor:
+    """(z − μ)/(σ + eps) of every row of z (N, V), σ its population standard deviation (LLAVADI's
+    `norm_logits`, whose σ has V − 1): (N, V).
+    """
+    return (z - z.mean(-1, keepdim=True)) / (logit_std(z)[:, None] + eps)
+
+
+def logit_std(z: Tensor) -> Tensor:
+    """Population standard deviation of every row of z (N, V): (N,)."""
+    return (z - z.mean(-1, keepdim=True)).square().mean(-1).sqrt()
+
+
+def linear_logit_mse(
+    z_s: Tensor, z_t: Tensor, row_weight: float | Tensor = 1.0
+) -> tuple[Tensor, Tensor]:
+    """L = Σ_n row_weight[n] · mean_k (z_s − z_t)²; returns (L, the means (N,))."""
+    rows = (z_s - z_t).square().mean(-1)
+    return (row_weight * rows).sum(), rows
+
+
+def affinity(
+    student: Tensor,  # (N, D_s)
+    teacher: Tensor,  # (N, D_t)
+    visual: Tensor,  # (P,)
+    response: Tensor,  # (M,)
+    cu_visual: Tensor,  # (samples + 1,)
+    cu_response: Tensor,  # (samples + 1,)
+    joint: bool = False,
+) -> Tensor:
+    """Squared differences of the cosines of visual and response rows of a sample: the mean over
+    samples of their means over cells, or the mean over all cells.
+    """
+    splits = zip(pairwise(cu_visual.tolist()), pairwise(cu_response.tolist()), strict=True)
+    gaps = []
+    for (v0, v1), (r0, r1) in splits:
+        cosines = [
+            F.normalize(x[visual[v0:v1]], dim=-1) @ F.normalize(x[response[r0:r1]], dim=-1).mT
+            for x in (student, teacher)
+        ]
+        gaps.append((cosines[0] - cosines[1]).square().flatten())
+    if joint:
+        cells = torch.cat(gaps)
+        return cells.sum() / max(len(cells), 1)
+    return torch.stack([gap.sum() / max(len(gap), 1) for gap in gaps]).mean()
+
+
+def preference(
+    r_c: Tensor, r_r: Tensor, kind: str, beta: float, detach_baseline: bool = True
+) -> Tensor:
+    """Mean over pairs, of log-ratios to the reference of chosen and rejected answers (B,)."""
+    margin = r_c - r_r
+    match kind:
+        case "sigmoid":
+            return -torch.log(torch.sigmoid(beta * margin)).mean()
+        case "hinge":
+            return torch.clamp(1 - beta * margin, min=0).mean()
+        case "ipo":
+            return ((margin - 1 / (2 * beta)) ** 2).mean()
+        case _:  # kto_pair
+            k_c, k_r = r_c.mean().clamp(min=0), r_r.mean().clamp(min=0)
+            if detach_baseline:
+                k_c, k_r = k_c.detach(), k_r.detach()
+            ours, theirs = torch.sigmoid(beta * (r_c - k_r)), torch.sigmoid(beta * (k_c - r_r))
+            return 0.5 * (1 - ours).mean() + 0.5 * (1 - theirs).mean()
+
+
+def balance(router_logits: list[Tensor]) -> Tensor:
+    """Σ over layers of E · Σ_e share_e · mean_e, of (tokens, E) each."""
+    total = router_logits[0].new_zeros(())
+    for z in router_logits:
+        share = torch.stack([(z.argmax(-1) == e).to(z.dtype).mean() for e in range(z.shape[1])])
+        total = total + z.shape[1] * (share * z.softmax(-1).mean(0)).sum()
+    return total

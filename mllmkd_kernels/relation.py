@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mllmkd_kernels import checks, ops
-from mllmkd_kernels.distill import autocast, wants
+from mllmkd_kernels.casting import autocast, wants
 
 
 def relation_cosine(
@@ -58,6 +58,7 @@ def head_gram(
     bias: Tensor | None = None,  # (V,)
     *,
     vocab_size: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """G = WᵀW, to compute once and keep while a head is frozen: (D, D) fp32, (D + 1, D + 1) with a
     bias.
@@ -66,6 +67,7 @@ def head_gram(
         weight, bias: the head, floating. A trainable one makes G differentiable.
         vocab_size: rows that take part. For a pair of heads of different sizes pass the smaller to
             both.
+        dtype: ``torch.float64`` for `fused_linear_logit_mse`, where quadratic forms cancel.
 
     Raises:
         TypeError, ValueError: as `fused_linear_distill`.
@@ -73,7 +75,10 @@ def head_gram(
     checks.floating("weight", weight, 2)
     checks.head_bias("bias", bias, "weight", weight)
     checks.in_memory("weight", weight)
-    return ops.head_gram(weight, bias, checks.vocabulary(vocab_size, weight.shape[0]))
+    if dtype not in (None, torch.float64):
+        raise ValueError(f"dtype: expected None or torch.float64, got {dtype}")
+    vocab = checks.vocabulary(vocab_size, weight.shape[0])
+    return ops.head_gram(weight, bias, vocab, dtype is not None)
 
 
 def fused_linear_relation(
@@ -183,17 +188,23 @@ class Pair(NamedTuple):
                 "student_gram: a cached Gram would cut the gradient of student_weight, which "
                 "requires one; pass None, or freeze the head"
             )
-        _check_gram("student_", student_gram, self.ws, self.bs)
-        _check_gram("teacher_", teacher_gram, self.wt, self.bt)
+        check_gram("student_", student_gram, self.ws, self.bs)
+        check_gram("teacher_", teacher_gram, self.wt, self.bt)
         gs = gram(self.ws, self.bs) if student_gram is None else student_gram
         gt = gram(self.wt, self.bt) if teacher_gram is None else teacher_gram
-        hs, ht = _with_ones(self.hs, self.bs), _with_ones(self.ht, self.bt)
+        hs, ht = with_ones(self.hs, self.bs), with_ones(self.ht, self.bt)
         want = wants(hs, gs)
         chosen = checks.backend(backend)
         return ops.relation(hs, gs, ht, gt.detach(), self.cu, *want, chosen, joint)[0]
 
 
-def _check_gram(who: str, gram: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
+def check_gram(
+    who: str,
+    gram: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """A cached Gram fits its head."""
     if gram is None:
         return
@@ -201,10 +212,12 @@ def _check_gram(who: str, gram: Tensor | None, weight: Tensor, bias: Tensor | No
     size = weight.shape[1] + (bias is not None)
     if tuple(gram.shape) != (size, size):
         raise ValueError(f"{who}gram: expected shape ({size}, {size}), got {tuple(gram.shape)}")
+    if dtype not in (None, gram.dtype):
+        raise TypeError(f"{who}gram: expected {dtype}, got {gram.dtype}")
     checks.same_device(f"{who}gram", gram, f"{who}weight", weight)
 
 
-def _with_ones(hidden: Tensor, bias: Tensor | None) -> Tensor:
+def with_ones(hidden: Tensor, bias: Tensor | None) -> Tensor:
     """A bias is one more hidden feature that is always 1."""
     return hidden if bias is None else torch.cat((hidden, torch.ones_like(hidden[:, :1])), 1)
 

@@ -21,6 +21,8 @@ from mllmkd_kernels.needs import Needs
 from mllmkd_kernels.rows import kind_of
 from mllmkd_kernels.view import View
 
+Key = tuple[Divergence | None, float, bool]  # and temperature, and whether z-scored
+
 
 @dataclass(frozen=True)
 class RowTerm:
@@ -32,6 +34,7 @@ class RowTerm:
         divergence: a name or a `Divergence`; None for cross-entropy.
         temperature: T of both softmaxes in a divergence.
         over: what the mean is over, by default the rows.
+        standardize: a divergence of z-scored logits, as in `fused_linear_distill`.
 
     Raises:
         ValueError, TypeError: no such row set or divergence, no such temperature.
@@ -43,6 +46,7 @@ class RowTerm:
     divergence: str | Divergence | None = None
     temperature: float = 1.0
     over: str = ""
+    standardize: bool = False
 
     def __post_init__(self) -> None:
         kind_of(self.rows)
@@ -52,11 +56,11 @@ class RowTerm:
             checks.temperature(self.temperature)
 
     @property
-    def key(self) -> tuple[Divergence | None, float]:
-        """Terms that are one call if this is equal; temperature is the divergence's alone."""
+    def key(self) -> Key:
+        """Terms that are one call if this is equal; all of it is the divergence's alone."""
         if self.divergence is None:
-            return None, 1.0
-        return Divergence.of(self.divergence), self.temperature
+            return None, 1.0, False
+        return Divergence.of(self.divergence), self.temperature, self.standardize
 
     @property
     def needs(self) -> Needs:
@@ -71,6 +75,7 @@ class Sweep:
 
     divergence: Divergence | None
     temperature: float
+    standardize: bool
     segments: Mapping[str, Sequence[RowTerm]]
 
     def has(self, term: RowTerm) -> bool:
@@ -101,6 +106,7 @@ class Sweep:
         if self.divergence is not None and t is not None:
             hidden_t = take_rows(t.hidden, teacher)
             weight_t, bias_t, softcap_t = t.weight, t.bias, t.softcap
+        more = {"standardize": True} if self.standardize else {}
         return settings.operators.distill(
             take_rows(s.hidden, student), s.weight, hidden_t, weight_t, labels,
             ce_weight=ce if has_ce else 0.0, kd_weight=kd,
@@ -108,6 +114,7 @@ class Sweep:
             ignore_index=settings.ignore_index, student_bias=s.bias, teacher_bias=bias_t,
             student_softcap=s.softcap, teacher_softcap=softcap_t, vocab_size=settings.vocab_size,
             backend=settings.backend, workspace_mb=settings.workspace_mb, diagnostics=diagnostics,
+            **more,
         )  # fmt: skip
 
     def _columns(self, view: View) -> list[Tensor]:
@@ -137,8 +144,8 @@ def sweeps(terms: Sequence[RowTerm]) -> list[Sweep]:
     terms. Cross-entropy, which has no temperature, joins one that has its rows anyway, else any.
     """
     compared = [term for term in terms if term.divergence]
-    found: dict[tuple[Divergence | None, float], dict[str, list[RowTerm]]] = {}
-    found |= {term.key: {} for term in compared} or {(None, 1.0): {}}
+    found: dict[Key, dict[str, list[RowTerm]]] = {}
+    found |= {term.key: {} for term in compared} or {(None, 1.0, False): {}}
     home = {term.rows: term.key for term in reversed(compared)}
     for term in terms:
         key = term.key if term.divergence else home.get(term.rows, next(iter(found)))

@@ -26,7 +26,8 @@ from torch import Tensor
 from mllmkd_kernels import checks, ops, plan, relation
 from mllmkd_kernels.backends import products, sharded
 from mllmkd_kernels.backends.calls import Head, Options, Targets
-from mllmkd_kernels.distill import DistillOutput, autocast, check_heads, wants
+from mllmkd_kernels.casting import autocast, wants
+from mllmkd_kernels.distill import DistillOutput
 from mllmkd_kernels.divergence import Divergence
 from mllmkd_kernels.vocab_slices import VocabSlice, vocab_slice
 
@@ -78,7 +79,7 @@ def vocab_parallel_distill(
         TypeError, ValueError, IndexError, RuntimeError: as `fused_linear_distill`; and where
             the slices of the heads do not line up, or `held` is of other heads.
     """
-    rows = check_heads(
+    rows = checks.pair(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
     )
     held = _held(held, student_weight, teacher_weight, vocab_size, group)

@@ -75,6 +75,10 @@ def gram(x: Inputs, backend: str) -> Tensor:
     return mk.head_gram(x.ws).sum()
 
 
+def logit_mse(x: Inputs, backend: str) -> Tensor:
+    return mk.fused_linear_logit_mse(x.hs, x.ws, x.ht, x.wt)[0]
+
+
 Loss = Callable[[Inputs, str], Tensor]
 
 
@@ -109,6 +113,8 @@ CALLS: dict[str, tuple[Loss, bool, dict[str, int]]] = {
         {"head_gram": 2, "relation": 1, "scale_gradient": 1},
     ),
     "gram": (gram, True, {"head_gram": 1, "head_gram_backward": 1}),
+    # one pass over each head; a frozen teacher's Gram can be kept
+    "logit MSE": (logit_mse, True, {"grams": 1, "head_gram": 1, "grams_backward": 1}),
 }
 
 
@@ -126,7 +132,7 @@ def test_evaluation_runs_the_forward_operators_alone(name: str, backend: str) ->
     x = inputs(train_head)
     with torch.no_grad():
         outside, _ = counted(lambda: loss(x, backend))
-    backward = ("scale_gradient", "linear_logprob_backward", "head_gram_backward")
+    backward = ("scale_gradient", "linear_logprob_backward", "head_gram_backward", "grams_backward")
     assert outside.ours == {op: n for op, n in expected.items() if op not in backward}
 
 

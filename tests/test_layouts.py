@@ -87,6 +87,7 @@ def operands(backend: str) -> dict[str, Tensor]:
     found = {name: torch.rand(shape) - 0.3 for name, shape in shapes.items()}
     found["labels"] = torch.randint(V_T, (n,))
     found["labels"][2] = -100
+    found["rows"] = torch.randint(n, (n,))
     found["cu"] = torch.tensor([0, 3, 3, n], dtype=torch.int32)
     return found
 
@@ -127,6 +128,28 @@ def gram(x: dict[str, Tensor], backend: str) -> Tensor:
     return mk.head_gram(x["ws"], x["bs"])
 
 
+def logit_mse(x: dict[str, Tensor], backend: str) -> Tensor:
+    return mk.fused_linear_logit_mse(
+        x["hs"], x["ws"], x["ht"], x["wt"], row_weight=x["kd_weight"], student_bias=x["bs"],
+        teacher_bias=x["bt"],
+    )[0]  # fmt: skip
+
+
+def logit_std(x: dict[str, Tensor], backend: str) -> Tensor:
+    return mk.logit_std(x["hs"], x["ws"], x["bs"])
+
+
+def z_scored(x: dict[str, Tensor], backend: str) -> Tensor:
+    return mk.fused_linear_distill(
+        x["hs"], x["ws"], x["ht"], x["wt"], x["labels"], ce_weight=x["ce_weight"],
+        kd_weight=x["kd_weight"], standardize=True, backend=backend,
+    ).loss  # fmt: skip
+
+
+def affinity(x: dict[str, Tensor], backend: str) -> Tensor:
+    return mk.affinity_loss(x["hs"], x["ht"], x["labels"].abs() % 5, x["rows"], x["cu"], x["cu"])
+
+
 READS: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     "distill": (
         distill,
@@ -137,6 +160,10 @@ READS: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     "features": (features, ("hs", "ht", "cu")),
     "softcapped": (softcapped, ("hs", "ws", "bs", "ht", "wt", "bt", "cu")),
     "gram": (gram, ("ws", "bs")),
+    "logit_mse": (logit_mse, ("hs", "ws", "bs", "ht", "wt", "bt", "kd_weight")),
+    "logit_std": (logit_std, ("hs", "ws", "bs")),
+    "z_scored": (z_scored, ("hs", "ws", "ht", "wt", "labels", "ce_weight", "kd_weight")),
+    "affinity": (affinity, ("hs", "ht", "rows", "cu")),
 }
 
 

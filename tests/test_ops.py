@@ -22,6 +22,7 @@ from tests.problems import DIVERGENCES, problem, run
 N, V_S, V_T, D_S, D_T = 4, 6, 7, 2, 3
 LABELS = torch.tensor([1, -100, 5, 0])
 CU = torch.tensor([0, 3, 4], dtype=torch.int32)
+WEIGHT = torch.tensor([0.5, 0.0, 1.0, -0.3], dtype=torch.float64)
 
 
 def heads(dtype: torch.dtype = torch.float64, grad: bool = True) -> dict[str, Tensor]:
@@ -71,7 +72,28 @@ def callers(backend: str) -> dict[str, Callable[..., Tensor]]:
     def gram(hs, ws, bs, ht, wt, bt):
         return mk.head_gram(ws, bs, vocab_size=5).sin().sum() + 0 * hs.sum()
 
-    found = (distill, cross_entropy, logprob, relation, relation_softcapped, features, gram)
+    def logit_mse(hs, ws, bs, ht, wt, bt):
+        options: dict[str, Any] = {"student_bias": bs, "teacher_bias": bt, "row_weight": WEIGHT}
+        return mk.fused_linear_logit_mse(hs, ws, ht, wt, **options)[0]
+
+    def spread(hs, ws, bs, ht, wt, bt):
+        return mk.logit_std(hs, ws, bs, vocab_size=5).sin().sum()
+
+    def z_scored(hs, ws, bs, ht, wt, bt):
+        out = mk.fused_linear_distill(
+            hs, ws, ht, wt, LABELS, ce_weight=0.5, standardize=True, backend=backend
+        )
+        return out.loss + 0 * bs.sum()
+
+    def affinity(hs, ws, bs, ht, wt, bt):
+        cu = torch.tensor([0, 2], dtype=torch.int32)
+        index = torch.arange(N).split(2)
+        return mk.affinity_loss(hs, ht, *index, cu, cu) + 0 * (ws.sum() + bs.sum())
+
+    found = (
+        distill, cross_entropy, logprob, relation, relation_softcapped, features, gram, logit_mse,
+        spread, z_scored, affinity,
+    )  # fmt: skip
     return {f.__name__: f for f in found}
 
 
@@ -139,7 +161,8 @@ def test_a_checkpointed_loss_has_the_same_gradients(
 @pytest.mark.parametrize("name", NAMES)
 def test_a_gradient_cannot_be_differentiated(name: str, backend: str) -> None:
     t = heads()
-    x = t["ws"] if name == "gram" else t["hs"]
+    # what is made of a Gram outside of operators may be, and is right
+    x = t["ws"] if name in ("gram", "logit_mse", "spread") else t["hs"]
     (dx,) = torch.autograd.grad(callers(backend)[name](**t), x, create_graph=True)
     with pytest.raises(RuntimeError, match="a gradient of this loss was differentiated again"):
         dx.square().sum().backward()
@@ -177,7 +200,7 @@ def test_autocast_casts_as_linear_would(name: str, dtype: torch.dtype, backend: 
         loss = callers(backend)[name](**t)
     loss.backward()
     narrow = {k: x.detach().to(dtype).float().requires_grad_(x.requires_grad) for k, x in t.items()}
-    want = callers(backend)[name](**(narrow if name not in ("features", "gram") else t))
+    want = callers(backend)[name](**(narrow if name not in ("features", "gram", "affinity") else t))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, want, rtol=2e-6, atol=1e-6)
     assert t["hs"].grad is not None and t["hs"].grad.dtype == torch.float32
@@ -261,6 +284,13 @@ def operator_calls(backend: str, dtype: torch.dtype, grad: bool) -> dict[str, tu
         "head_gram": (ops.head_gram, (t["ws"], t["bs"], 5)),
         "head_gram_backward": (ops.head_gram_backward, (
             torch.randn(D_S + 1, D_S + 1), t["ws"].detach(), t["bs"].detach(), 5)),
+        "grams": (ops.grams, (t["ws"], t["bs"], t["wt"].detach(), None, 5)),
+        "grams_backward": (ops.grams_backward, (
+            torch.randn(D_S + 1, D_S + 1), torch.randn(D_S + 1, D_T), t["ws"].detach(),
+            t["bs"].detach(), t["wt"].detach(), None, 5)),
+        "affinity": (ops.affinity, (
+            t["hs"], t["hs"].detach().clone().requires_grad_(grad), t["ht"], t["ht"], CU, CU, False,
+            grad, grad)),
         "relation": (ops.relation, (t["hs"], g_s, t["ht"], g_t, CU, grad, grad, backend, False)),
         "relation_softcapped": (ops.relation_softcapped, (
             *t.values(), CU, 2.0, 3.0, V_S, grad, grad, grad, True)),

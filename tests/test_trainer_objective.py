@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
 
 import mllmkd_kernels as mk
-from mllmkd_kernels import Objective, RowTerm
+from mllmkd_kernels import Objective, RowTerm, learned
 from mllmkd_kernels.batch import counts_of, image_token_id
 from mllmkd_kernels.methods import llava_kd
-from mllmkd_kernels.view import View
+from mllmkd_kernels.terms import Features
 from tests import pair
 from tests.test_trainer_mixin import MixedTrainer, Shifted, arguments, copied, moved
 
@@ -122,18 +122,6 @@ def test_a_batch_of_the_teachers_own_for_an_objective() -> None:
     assert mk.distill_batch(text, student, teacher, batch).loss > 0
 
 
-class Learned(nn.Module):
-    """A term with a parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.name, self.weight, self.over, self.needs = "learned", 1.0, "samples", mk.Needs()
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, view: View) -> torch.Tensor:
-        return self.scale * view.share("samples")
-
-
 def test_an_objective_that_cannot_be_computed_is_refused(tmp_path: Path) -> None:
     student, teacher = pair.models()
 
@@ -144,5 +132,83 @@ def test_an_objective_that_cannot_be_computed_is_refused(tmp_path: Path) -> None
         run(teacher=teacher, objective=llava_kd.objective(), kd_loss=mk.LlavaKDLoss())
     with pytest.raises(ValueError, match=r"teacher: got None, .*\['response_kl', 'visual_kl'"):
         run(teacher=None, objective=llava_kd.objective())
-    with pytest.raises(ValueError, match=r"objective: its terms \['learned'\] have parameters"):
-        run(teacher=teacher, objective=Objective(Learned()))
+    with pytest.raises(ValueError, match=r"teacher: is no model .*terms \['features'\]"):
+        run(teacher=lambda batch: None, objective=learning())
+
+
+@pytest.mark.parametrize("shards", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_parameters_that_would_be_sharded_are_refused(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = pair.models()
+    make = MixedTrainer._refuse_what_would_be_ignored
+
+    def launched(self: Any) -> None:
+        make(self)
+        setattr(self, shards, True)
+
+    monkeypatch.setattr(MixedTrainer, "_refuse_what_would_be_ignored", launched)
+    with pytest.raises(ValueError, match=r"objective: its terms \['features'\] have parameters"):
+        MixedTrainer(model=student, teacher=teacher, objective=learning(), args=arguments(tmp_path))
+
+
+def learning() -> Objective:
+    """A term with parameters of its own, beside one without."""
+    return Objective(RowTerm("ce", 1.0, "response"), Features("features", 2.0), backend="eager")
+
+
+def test_the_objectives_own_parameters_are_trained_and_not_saved(tmp_path: Path) -> None:
+    run, step = trained(tmp_path, learning(), save_strategy="steps", save_steps=1)
+    own = [name for name in step if name.startswith(learned.PLACE)]
+    assert len(own) == 4 and all(step[name].any() for name in own)
+    optimised = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    parameters = list(run.objective.parameters())
+    assert len(parameters) == 4 and {id(p) for p in parameters} <= optimised
+    checkpoint = tmp_path / "checkpoint-1"
+    kept = load_file(checkpoint / learned.FILE)
+    assert [k for k in load_file(checkpoint / "model.safetensors") if learned.PLACE in k] == []
+    run.save_model(str(tmp_path / "model"))
+    assert not (tmp_path / "model" / learned.FILE).exists()
+    plain, info = type(run.model).from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert {n.removeprefix(f"{learned.PLACE}.") for n in kept} == {
+        f"features.map.{n}" for n in ("0.weight", "0.bias", "2.weight", "2.bias")
+    }
+    learned.detach(run.model)
+    assert [n for n, _ in run.model.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    assert not run.model._keys_to_ignore_on_save
+
+
+def test_the_objectives_own_parameters_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    whole = {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 1}
+    torch.manual_seed(1)
+    objective = learning()
+    objective.build(32, 48)
+    start = copied(objective)
+    run, _ = trained(tmp_path / "whole", objective, max_steps=2, **whole)
+    assert all((p != start[n]).any() for n, p in run.objective.named_parameters())
+    first = tmp_path / "whole" / "checkpoint-1"
+    student, teacher = pair.models()
+    again = MixedTrainer(
+        model=student, teacher=teacher, objective=learning(), data_collator=Samples(),
+        args=arguments(tmp_path / "again", max_steps=2, **whole), train_dataset=pair.samples(),
+    )  # fmt: skip
+    again.train(resume_from_checkpoint=str(first))
+    for a, b in zip(run.objective.parameters(), again.objective.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+    (first / learned.FILE).unlink()
+    with pytest.raises(ValueError, match=r"objective_terms.safetensors: has \[\], expected \['obj"):
+        again.train(resume_from_checkpoint=str(first))
+
+
+def test_a_step_with_parameters_of_its_own_is_the_big_batchs(tmp_path: Path) -> None:
+    found = []
+    for accumulate in (1, 4):
+        objective = learning()
+        torch.manual_seed(1)
+        objective.build(32, 48)
+        sizes = {"per_device_train_batch_size": 8 // accumulate}
+        _, step = trained(tmp_path, objective, gradient_accumulation_steps=accumulate, **sizes)
+        found.append(step | dict(objective.named_parameters()))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=RTOL, atol=ATOL, msg=name)

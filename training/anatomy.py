@@ -11,6 +11,7 @@ that it cannot place is an error: left out, it would be neither frozen nor train
 | `vision` | patches to features; frozen in every stage | `vision_tower`, `visual`, `vision_model` |
 | `projector` | features to the LM's width | `multi_modal_projector`, `image_newline`, `merger` |
 | `language` | the LM, its embeddings and its head | `language_model`, `text_model`, `lm_head` |
+| `objective` | none of the model's: terms with parameters, while they train | `objective_terms` |
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from mllmkd_kernels import batch
+from mllmkd_kernels import batch, learned
 
-Role = Literal["vision", "projector", "language"]
+Role = Literal["vision", "projector", "language", "objective"]
 
 # Below `model.`; the longest name wins, so that `visual.merger` is not taken for the tower.
 _PLACES: dict[str, Role] = {
@@ -75,7 +76,9 @@ def anatomy(model: nn.Module) -> Anatomy:
     odd: list[str] = []
     for name, _ in model.named_parameters():
         found = [place for place in places if name == place or name.startswith(f"{place}.")]
-        if found:
+        if name.startswith(f"{learned.PLACE}."):
+            roles[name] = "objective"
+        elif found:
             roles[name] = places[max(found, key=len)]
         else:
             odd.append(name)

@@ -29,6 +29,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import mllmkd_kernels as mk
+from mllmkd_kernels import learned
 from training import checkpoint, sharding
 from training.anatomy import anatomy
 from training.data.stream import StreamDataset
@@ -224,8 +225,11 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         return whole or {}  # some wrappers give None to all but the first process
 
     def bare_student(self) -> Any:
-        """The student as it was before accelerate wrapped its forward."""
-        return self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+        """The student as it was before accelerate wrapped its forward, and without the objective's
+        own parameters."""
+        student: Any = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+        learned.detach(student)
+        return student
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where `Trainer._save_checkpoint` writes: the staging folder."""
@@ -268,7 +272,8 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         """Weights of a checkpoint into the student; `CheckpointError` where they do not fit
         exactly."""
         loaded, _ = load_vlm(resume_from_checkpoint)
-        load_state(self.student, loaded.state_dict(), resume_from_checkpoint)
+        state = loaded.state_dict() | learned.saved(resume_from_checkpoint, self.student)
+        load_state(self.student, state, resume_from_checkpoint)
 
 
 class Policies(TrainerCallback):

@@ -36,6 +36,11 @@ class CachedTeacher:
         self.name = f"{rows.manifest.teacher['name']}, stored in {rows.folder}"
         self._head = read_head(rows.folder, rows.manifest.softcap)
 
+    @property
+    def hidden_size(self) -> int:
+        """D of its rows."""
+        return self._head.weight.shape[1]
+
     def __call__(self, batch: Mapping[str, Any]) -> mk.HeadInputs:
         """The batch's `teacher_hidden` (M + K, D), and the head on the same device."""
         hidden = batch["teacher_hidden"]

@@ -1,0 +1,67 @@
+"""Do answer tokens attend to the image as they do in the teacher? By the cosines between the hidden
+states of visual and response tokens. (LLAVADI's affinity)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mllmkd_kernels import checks, ops
+from mllmkd_kernels.backends.products import accumulation_dtype
+from mllmkd_kernels.casting import wants
+
+
+def affinity_loss(
+    student: Tensor,  # (N, D_s)
+    teacher: Tensor,  # (N, D_t)
+    visual: Tensor,  # (P,)
+    response: Tensor,  # (M,)
+    cu_visual: Tensor,  # (samples + 1,)
+    cu_response: Tensor,  # (samples + 1,)
+    *,
+    joint: bool = False,
+) -> Tensor:
+    """Mean over samples of the mean over their cells of ``(cos_s(i, j) − cos_t(i, j))²``, i a
+    visual and j a response row of the sample: a scalar.
+
+    The cosines are seen a tile at a time. One wait for the device, to read the prefix sums.
+
+    Args:
+        student, teacher: last hidden states of corresponding rows, floating; the sizes D may
+            differ. Only the student receives a gradient. A row of zeros has cosine 0.
+        visual, response: int64 indices of rows, sample after sample.
+        cu_visual, cu_response: int32 prefix sums of how many each sample has.
+        joint: one mean over the cells of all samples together, as LLAVADI's released code has it.
+
+    Returns:
+        fp32 scalar (fp64 for fp64 inputs). A sample without cells counts as 0, in the joint mean
+        not at all.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, named with what was expected.
+        IndexError: an index of no row.
+    """
+    checks.floating("student", student, 2)
+    checks.floating("teacher", teacher, 2)
+    checks.same_rows("teacher", teacher.shape[0], "student", student.shape[0])
+    checks.same_device("teacher", teacher, "student", student)
+    checks.in_memory("student", student)
+    for name, index, cu in (("visual", visual, cu_visual), ("response", response, cu_response)):
+        checks.indices(name, index, "student", student)
+        checks.cu_seqlens(f"cu_{name}", cu, index.shape[0])
+    if cu_visual.shape != cu_response.shape:
+        raise ValueError(
+            f"cu_response: is of {cu_response.numel() - 1} samples, cu_visual of "
+            f"{cu_visual.numel() - 1}; expected the same"
+        )
+    acc = accumulation_dtype(student, teacher)
+    heads = student, teacher.detach()
+    v, r, v_t, r_t = (_units(x, i, acc) for x in heads for i in (visual, response))
+    return ops.affinity(v, r, v_t, r_t, cu_visual, cu_response, joint, *wants(v, r))[0]
+
+
+def _units(x: Tensor, index: Tensor, acc: torch.dtype) -> Tensor:
+    """Rows of x by index, of length 1; torch would forget the sign of a lazily negated index."""
+    return F.normalize(x[index.resolve_neg()].to(acc), dim=-1)

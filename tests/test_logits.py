@@ -1,0 +1,255 @@
+"""Are the losses that stand on Grams of the head those of the logits: spread, z-scores, squares?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from torch import Tensor
+
+import mllmkd_kernels as mk
+from mllmkd_kernels import reference
+from tests.problems import DTYPES, Problem, _random, near_converged, problem
+from tests.tolerances import LADDER, check, ladder_bound
+
+NAMES = [
+    "aligned", "peaked", "one_row", "empty", "constant", "huge", "larger_student",
+    "larger_teacher", "small_vocab_size", "zero_weight_rows", "one_token",
+]  # fmt: skip
+Found = tuple[Tensor, ...]
+
+
+def leaves(p: Problem) -> list[Tensor]:
+    return [x.detach().clone().requires_grad_() for x in (p.hs, p.ws, p.bs) if x is not None]
+
+
+def gradients(loss: Tensor, p: Problem, x: list[Tensor]) -> Found:
+    found = torch.autograd.grad(loss, x, allow_unused=True)
+    return tuple(torch.zeros_like(a) if g is None else g for g, a in zip(found, x, strict=True))
+
+
+def weight_of(p: Problem) -> Tensor:
+    return torch.linspace(0, 1, len(p.hs)) if p.kd_weight is None else p.kd_weight
+
+
+def mse(p: Problem, **options: Any) -> Found:
+    x = leaves(p)
+    loss, rows = mk.fused_linear_logit_mse(
+        x[0], x[1], p.ht, p.wt, row_weight=weight_of(p), vocab_size=p.vocab,
+        student_bias=x[2] if len(x) > 2 else None, teacher_bias=p.bt, **options,
+    )  # fmt: skip
+    assert not rows.requires_grad
+    return loss.detach(), rows, *gradients(loss, p, x)
+
+
+def mse_of_logits(p: Problem, dtype: torch.dtype = torch.float64) -> Found:
+    p = p.to(dtype)
+    x = leaves(p)
+    z_s = reference.logits(x[0], x[1], x[2] if len(x) > 2 else None, vocab_size=p.vocab)
+    z_t = reference.logits(p.ht, p.wt, p.bt, vocab_size=p.vocab)
+    loss, rows = reference.linear_logit_mse(z_s, z_t, weight_of(p).to(dtype))
+    return loss.detach(), rows.detach(), *gradients(loss, p, x)
+
+
+def std(p: Problem) -> Found:
+    x = leaves(p)
+    found = mk.logit_std(*x, vocab_size=p.vocab)
+    return found.detach(), *gradients((found * weight_of(p)).sum(), p, x)
+
+
+def std_of_logits(p: Problem, dtype: torch.dtype = torch.float64) -> Found:
+    p = p.to(dtype)
+    x = leaves(p)
+    found = reference.logit_std(
+        reference.logits(x[0], x[1], x[2] if len(x) > 2 else None, vocab_size=p.vocab)
+    )
+    return found.detach(), *gradients((found * weight_of(p).to(dtype)).sum(), p, x)
+
+
+def check_all(got: Found, want: Found, plain: Found, values: int, p: Problem) -> None:
+    """Values and gradients; where models or tokens are equal they vanish but for rounding."""
+    dtype, size = p.hs.dtype, float(p.ws.double().norm()) * 2
+    row = "gradient" if dtype == torch.float32 else "16-bit gradient"
+    for i, (x, y, z) in enumerate(zip(got, want, plain, strict=True)):
+        check(x, y, "value" if i < values else row, z, cancels=size, what=str(i))
+        assert x.dtype == (torch.float32 if i < values else dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", NAMES)
+def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
+    p = problem(name, dtype)
+    if name == "huge" and dtype == torch.float16:
+        p = replace(p, kd_weight=torch.full((6,), 1e-4))  # or the gradient is beyond 65,504
+    check_all(mse(p), mse_of_logits(p), mse_of_logits(p, torch.float32), 2, p)
+    if name not in ("constant", "one_token"):  # where the spread is 0
+        check_all(std(p), std_of_logits(p), std_of_logits(p, torch.float32), 1, p)
+
+
+def with_biases(p: Problem) -> Problem:
+    generator = torch.Generator().manual_seed(5)
+    b = [torch.randn(len(w), generator=generator).to(w.dtype) for w in (p.ws, p.wt)]
+    return replace(p, bs=b[0], bt=b[1], options={})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("which", ["both", "student", "teacher"])
+def test_a_bias_is_one_more_column(which: str, dtype: torch.dtype) -> None:
+    p = with_biases(problem("larger_teacher")).to(dtype)
+    p = replace(p, bs=None if which == "teacher" else p.bs, bt=None if which == "student" else p.bt)
+    check_all(mse(p), mse_of_logits(p), mse_of_logits(p, torch.float32), 2, p)
+    check_all(std(p), std_of_logits(p), std_of_logits(p, torch.float32), 1, p)
+
+
+@given(
+    st.integers(0, 9), st.integers(1, 40), st.integers(1, 40), st.integers(1, 9),
+    st.integers(1, 9), st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_any_shape(n: int, v_s: int, v_t: int, d_s: int, d_t: int, dtype: torch.dtype) -> None:
+    p = _random(n, v_s, v_t, d_s, d_t, seed=n).to(dtype)
+    check_all(mse(p), mse_of_logits(p), mse_of_logits(p, torch.float32), 2, p)
+    if p.vocab > 1:
+        check_all(std(p), std_of_logits(p), std_of_logits(p, torch.float32), 1, p)
+
+
+@pytest.mark.parametrize("eps", LADDER)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: str(d)[6:])
+def test_the_ladder(eps: float, dtype: torch.dtype) -> None:
+    """Near convergence the three forms cancel to ε² of themselves: in fp64 nothing is lost."""
+    p = near_converged(eps).to(dtype)
+    got, want = mse(p), mse_of_logits(p)
+    check(got[0], want[0], "value")
+    for i in (2, 3):
+        error = (got[i].double() - want[i]).norm() / want[i].norm()
+        assert error < ladder_bound(dtype, eps)
+
+
+def test_a_kept_gram_of_the_teacher() -> None:
+    p = with_biases(problem("larger_teacher"))
+    gram = mk.head_gram(p.wt, p.bt, vocab_size=p.vocab, dtype=torch.float64)
+    assert gram.dtype == torch.float64
+    assert all(torch.equal(a, b) for a, b in zip(mse(p, teacher_gram=gram), mse(p), strict=True))
+    with pytest.raises(TypeError, match=r"teacher_gram: expected torch\.float64, got torch\.float"):
+        mse(p, teacher_gram=gram.float())
+    with pytest.raises(ValueError, match=r"teacher_gram: expected shape \(25, 25\)"):
+        mse(p, teacher_gram=gram[1:, 1:])
+    with pytest.raises(ValueError, match=r"dtype: expected None or torch\.float64, got torch\.bf"):
+        mk.head_gram(p.wt, dtype=torch.bfloat16)
+
+
+def test_a_spread_of_zero_has_no_gradient() -> None:
+    for p in (problem("one_token"), replace(problem("aligned"), hs=torch.zeros(32, 64))):
+        assert not any(x.any() for x in std(p))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_broken_row_is_alone_and_without_weight_reaches_nothing(bad: float) -> None:
+    p = replace(problem("aligned"), kd_weight=torch.ones(32))
+    broken = p.hs.clone()
+    broken[3, 5] = bad
+    b = replace(p, hs=broken)
+    for got in (mse(b)[1:], std(b)):
+        assert got[0][3].isnan() and got[0].isfinite().sum() == 31 and got[1][4:].isfinite().all()
+    weight = torch.ones(32).index_fill(0, torch.tensor(3), 0)
+    dead, clean = (replace(x, kd_weight=weight) for x in (b, p))
+    for f in (mse, standard):
+        got, want = f(dead), f(clean)
+        assert all(torch.equal(got[i], want[i]) for i in (0, 2, 3)) and not got[2][3].any()
+
+
+def test_autocast_rounds_what_enters_and_no_more() -> None:
+    p = problem("aligned")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = *mse(p)[:2], std(p)[0]
+    q = p.to(torch.bfloat16)
+    for x, y in zip(got, (*mse(q)[:2], std(q)[0]), strict=True):
+        assert x.dtype == torch.float32 and torch.equal(x, y)
+
+
+# --- z-scored logits ------------------------------------------------------------------------------
+
+
+def standard(p: Problem, backend: str = "eager", **options: Any) -> Found:
+    x = leaves(p)
+    given = {"kd_weight": weight_of(p), "vocab_size": p.vocab, "backend": backend, **options}
+    out = mk.fused_linear_distill(x[0], x[1], p.ht, p.wt, p.labels, standardize=True, **given)
+    return out.loss.detach(), out.kd, *gradients(out.loss, p, x), out.ce
+
+
+def standard_of_logits(
+    p: Problem, dtype: torch.dtype = torch.float64, ce_weight: float = 0.0, **options: Any
+) -> Found:
+    """From the logits, z-scored with torch's own functions."""
+    p = p.to(dtype)
+    x = leaves(p)
+    z_s = reference.logits(x[0], x[1], x[2] if len(x) > 2 else None, vocab_size=p.vocab)
+    z_t = reference.logits(p.ht, p.wt, vocab_size=p.vocab)
+    ce = F.cross_entropy(z_s, p.labels, reduction="none")
+    weight = weight_of(p).to(dtype)
+    scored = (reference.standardize(z) for z in (z_s, z_t))
+    loss, _, kd = reference.linear_distill(*scored, kd_weight=weight, **options)
+    loss = loss + ce_weight * ce.sum()
+    return loss.detach(), kd.detach(), *gradients(loss, p, x), ce.detach()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", ["aligned", "one_row", "larger_student", "small_vocab_size"])
+def test_z_scored_logits(name: str, dtype: torch.dtype, backend: str) -> None:
+    p = problem(name, dtype)
+    options = {"ce_weight": 0.3, "divergence": "jsd", "temperature": 2.0}
+    plain = standard_of_logits(p, torch.float32, **options)
+    got, want = standard(p, backend, **options), standard_of_logits(p, **options)
+    check_all((*got[:2], got[4], *got[2:4]), (*want[:2], want[4], *want[2:4]),
+              (*plain[:2], plain[4], *plain[2:4]), 3, p)  # fmt: skip
+    assert not standard(p, backend)[4].any()
+
+
+def test_the_released_z_score_is_a_temperature(backend: str) -> None:
+    """LLAVADI's code divides by the sample standard deviation, of V − 1."""
+    p = problem("aligned", torch.float64)
+    got = standard(p, backend, temperature=(512 / 511) ** 0.5)
+    z = [reference.logits(h, w) for h, w in ((p.hs, p.ws), (p.ht, p.wt))]
+    z = [(x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-7) for x in z]
+    want = F.kl_div(z[0].log_softmax(-1), z[1].softmax(-1), reduction="none").sum(-1)
+    torch.testing.assert_close(got[1], want, rtol=1e-9, atol=0)
+
+
+def test_z_scores_see_no_scale() -> None:
+    p = problem("aligned")
+    out = [
+        mk.fused_linear_distill(p.hs * s, p.ws, p.ht, p.wt, standardize=True, backend="eager").kd
+        for s in (1.0, 1e3)
+    ]
+    torch.testing.assert_close(*out, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("who", ["student_", "teacher_"])
+@pytest.mark.parametrize("what", ["bias", "softcap"])
+def test_what_a_scaled_hidden_state_does_not_scale_is_refused(who: str, what: str) -> None:
+    p = problem("aligned")
+    given: dict[str, Any] = {who + what: torch.ones(512) if what == "bias" else 5.0}
+    with pytest.raises(ValueError, match=f"{who}{what}: got one beside standardize=True"):
+        mk.fused_linear_distill(p.hs, p.ws, p.ht, p.wt, standardize=True, **given)
+
+
+def test_bad_input_is_named() -> None:
+    p = problem("larger_teacher")
+    heads: dict[str, Any] = {"student_hidden": p.hs, "student_weight": p.ws, "teacher_hidden": p.ht,
+             "teacher_weight": p.wt}  # fmt: skip
+    faults: list[tuple[dict[str, Any], str]] = [
+        ({"teacher_hidden": None}, "teacher_hidden: expected a tensor, got NoneType"),
+        ({"teacher_hidden": p.ht[1:]}, "teacher_hidden: has 9 rows, but student_hidden has 10"),
+        ({"row_weight": torch.ones(3)}, r"row_weight: expected a number or shape \(10,\), got"),
+        ({"vocab_size": 191}, "vocab_size: got 191, expected 1 to 190"),
+        ({"teacher_bias": torch.ones(3)}, "teacher_bias: got 3 entries for a head of 211 tokens"),
+    ]
+    for change, message in faults:
+        with pytest.raises((TypeError, ValueError), match=message):
+            mk.fused_linear_logit_mse(**heads | change)
+    with pytest.raises(ValueError, match="weight: its rows have 24 entries, but hidden has size"):
+        mk.logit_std(p.hs, p.wt)
