@@ -21,7 +21,7 @@ TIMES_EAGER = {"fp32": 1.35, "bf16": 1.8}
 #: The eager backend's speed as a share of eager PyTorch's, at least.
 FALLBACK = 0.9
 #: Its extra memory as a share of eager PyTorch's, at most.
-FALLBACK_MEMORY = 1 / 2
+FALLBACK_MEMORY = 2 / 3
 #: Extra memory as a share of eager PyTorch's, at most.
 MEMORY_SHARE = 1 / 3
 
@@ -77,7 +77,7 @@ def _memory(rows: list[dict[str, Any]], method: str, dtype: str) -> Target:
 
 def _fallback_memory(rows: list[dict[str, Any]], dtype: str) -> Target:
     return _target(
-        f"{dtype}: without a compiler extra memory at most half of eager PyTorch's",
+        f"{dtype}: without a compiler extra memory at most 2/3 of eager PyTorch's",
         _memory_share(rows, "mk-eager", fallback(dtype)),
         "{:.0%} of it", lambda x: x <= FALLBACK_MEMORY,
     )  # fmt: skip

@@ -386,7 +386,7 @@ def test_promises_that_hold() -> None:
         ({"times_eager": 1.5}, 1),  # enough for fp32, not for bf16
         ({"times_eager": 1.3}, 2),
         ({"fallback": 0.89}, 2),
-        ({"fallback_extra": 151}, 2),
+        ({"fallback_extra": 201}, 2),
         ({"extra": 101}, 2),
         ({"share": 1.01}, 2),
         ({"share": float("nan")}, 2),
