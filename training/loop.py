@@ -169,6 +169,18 @@ def _train(
         order=order_of(config.data, dataset, options.batch_size, config.seed),
         callbacks=[make() for make in stage.callbacks],
     )
+    _make_steps(trainer, folder, steps, say)
+    curve = [entry for entry in trainer.state.log_history if "loss" in entry]
+    summary = {"steps": steps, **trainer.meter.summary(), "skipped": trainer.watch.skipped}
+    state = trainer.student_state()
+    on_main(lambda: _finish(model, processor, folder, curve, summary, state))
+    if trainer.stopped_by:
+        raise Interrupted(trainer.stopped_by, f"{folder} is done; the same command continues")
+    return trainer.bare_student() if state is None else None
+
+
+def _make_steps(trainer: DistillTrainer, folder: Path, steps: int, say: Say) -> None:
+    """From the start, or from the newest whole checkpoint, to the last step."""
     resume, ignored = checkpoint.newest(folder)
     for message in ignored:
         say(message)
@@ -183,13 +195,6 @@ def _train(
             f"{folder}: the data ended after step {trainer.state.global_step:,} of {steps:,}; the "
             "stage is not done"
         )
-    curve = [entry for entry in trainer.state.log_history if "loss" in entry]
-    summary = {"steps": steps, **trainer.meter.summary(), "skipped": trainer.watch.skipped}
-    state = trainer.student_state()
-    on_main(lambda: _finish(model, processor, folder, curve, summary, state))
-    if trainer.stopped_by:
-        raise Interrupted(trainer.stopped_by, f"{folder} is done; the same command continues")
-    return trainer.bare_student() if state is None else None
 
 
 def _check_kinds(objective: Objective, dataset: Any) -> None:
