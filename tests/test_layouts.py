@@ -19,6 +19,7 @@ from torch import Tensor
 import mllmkd_kernels as mk
 from mllmkd_kernels import ops, plan
 from mllmkd_kernels.backends import cpu
+from mllmkd_kernels.backends.calls import Head, Options, Targets
 
 # 40 rows are two chunks of the smallest budget, 5 are what Triton's interpreter does in a second;
 # sizes are no multiples of a tile or a vector.
@@ -258,11 +259,11 @@ def test_the_cpp_kernels_check_the_labels_that_they_read() -> None:
     """
     h, w = torch.randn(4, 3), torch.randn(7, 3)
     wrong, right = strided(torch.tensor([0, 1, 9, 2])), strided(torch.tensor([0, 1, 6, 2]))
-    options = (1.0, 0.0, 7, -100, 4)
+    head, options = Head(h, w), Options(vocab=7, chunk=4)
     with pytest.raises(IndexError, match="row 2 has label 9"):
-        cpu.logprob_rows(h, w, None, wrong, *options)
-    want = cpu.logprob_rows(h, w, None, right.contiguous(), *options)
-    assert same([*cpu.logprob_rows(h, w, None, right, *options)], [*want])
+        cpu.logprob_rows(head, Targets(wrong), options)
+    want = cpu.logprob_rows(head, Targets(right.contiguous()), options)
+    assert same([*cpu.logprob_rows(head, Targets(right), options)], [*want])
 
 
 @pytest.fixture(scope="module")
