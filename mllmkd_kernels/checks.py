@@ -140,7 +140,7 @@ def positive(name: str, value: Any, expected: str = "a positive number") -> floa
     """A number, of Python or NumPy, between 0 and infinity, both excluded."""
     if not isinstance(value, Real | torch.SymFloat | torch.SymInt):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
-    if not 0 < value < math.inf:
+    if not 0 < value < math.inf:  # pyright: ignore[reportOperatorIssue]
         raise ValueError(f"{name}: expected {expected}, got {value}")
     return float(value)
 

@@ -175,7 +175,7 @@ def test_images_without_token_types_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{key}: missing; {type(model).__name__} places"):
         head_inputs(model, **batch)
     text = {key: tokens(0)[key] for key in ("input_ids", "attention_mask")}
-    assert head_inputs(model, **text).hidden.shape == (2, 7, D)  # text needs none
+    assert head_inputs(model, **text).hidden.shape == (2, 7, D)  # pyright: ignore[reportArgumentType]
     assert types.shape == batch["input_ids"].shape
 
 
@@ -233,7 +233,7 @@ def test_more_states_than_tokens_are_refused() -> None:
         **{**TEXT, "num_hidden_layers": 1}, vision_config={**VISION, "num_hidden_layers": 1}
     )  # puts its image before the tokens it was given
     with pytest.raises(ValueError, match=r"hidden states \(2, 12, 32\), expected \(2, 7, D\)"):
-        head_inputs(tf.GitForCausalLM(config), **tokens(0), pixel_values=pixels(32))
+        head_inputs(tf.GitForCausalLM(config), **tokens(0), pixel_values=pixels(32))  # pyright: ignore[reportArgumentType]
 
 
 class Headless(tf.LlamaForCausalLM):

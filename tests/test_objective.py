@@ -216,7 +216,7 @@ def test_a_term_of_ones_own_and_its_parameters() -> None:
         "learned.features.map.weight", "learned.features.map.bias"
     ]  # fmt: skip
     assert all(p.grad is not None and p.grad.any() for p in objective.parameters())
-    assert s.hidden.grad.any()
+    assert s.hidden.grad is not None and s.hidden.grad.any()
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])

@@ -64,7 +64,7 @@ def test_layers_and_attention_are_the_models_own() -> None:
     assert torch.equal(norm(got.recorded.layers[-1]), got.hidden)
     assert torch.equal(got.recorded.attention[1], own.attentions[1])
     assert not ours(model)
-    assert torch.equal(got.hidden, mk.head_inputs(model, **batch).hidden)
+    assert torch.equal(got.hidden, mk.head_inputs(model, **batch).hidden)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -83,7 +83,7 @@ def test_router_logits_and_their_gradient(checkpointing: bool) -> None:
     got = mk.head_inputs(model, Needs(router=True), **batch).recorded.router
     assert [x.shape for x in got] == [(batch["input_ids"].numel(), 4)] * 2
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    sum(x.square().sum() for x in got).backward()
+    torch.stack([x.square().sum() for x in got]).sum().backward()
     assert all(gate.weight.grad.any() for gate in gates) and len(got) == 2
     assert model.get_decoder().layers[1].mlp.up_proj.weight.grad.any()
 
