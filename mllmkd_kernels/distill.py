@@ -15,6 +15,7 @@ from torch import Tensor
 from mllmkd_kernels import checks, ops, plan
 from mllmkd_kernels.backends.products import accumulation_dtype
 from mllmkd_kernels.casting import autocast, wants
+from mllmkd_kernels.choose import choose_backend
 from mllmkd_kernels.divergence import Divergence
 from mllmkd_kernels.logits import standardized
 
@@ -184,4 +185,4 @@ def _factored(backend: str, hs: Tensor, acc: torch.dtype) -> bool:
     """See `plan.factored`. Not where the call is traced: there all N share one graph."""
     if torch.compiler.is_compiling():
         return False
-    return plan.factored(plan.choose_backend(backend, hs.device, (acc,))[0], *hs.shape)
+    return plan.factored(choose_backend(backend, hs.device, (acc,))[0], *hs.shape)

@@ -150,25 +150,6 @@ class _Recorder(_StandIn):
         return self.answer.view([1] * (hidden.dim() - 1) + [-1])
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Equal arguments; tensors that each model made for itself are compared by value."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return type(a) is type(b) and a == b
-
-
-def _described(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """A call's arguments as a reader would write them, tensors by shape and dtype."""
-    shown = [("", value) for value in args] + [(f"{k}=", value) for k, value in kwargs.items()]
-    return ", ".join(
-        f"{k}{tuple(v.shape)} {v.dtype}" if isinstance(v, Tensor) else f"{k}{v}" for k, v in shown
-    )
-
-
 # --- finding the parts --------------------------------------------------------------------------
 
 

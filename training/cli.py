@@ -121,12 +121,12 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _methods(options: argparse.Namespace) -> None:
-    known = configuration.method_names()
     if options.stages is not None and options.name in (None, configuration.OWN):
         print("\n".join(settings.describe(type(configuration.load(stages=options.stages)))))
         return
     if options.name is None:
-        print("\n".join(f"  {name:<20}{about}" for name, about in known.items()))
+        known = configuration.method_names().items()
+        print("\n".join(f"  {name:<20}{about}" for name, about in known))
         return
     cls = type(configuration.load(overrides=[f"method={options.name}"]))
     about = configuration.module_of(options.name).__doc__ or ""

@@ -77,7 +77,7 @@ def check_pair(
     Args:
         student, teacher: image-text-to-text models; each runs once on two text tokens.
         student_processor, teacher_processor: theirs.
-        visual: whether a loss compares visual rows (`visual` or `relation` above 0).
+        visual: whether a loss compares visual rows.
         max_length: most tokens of a sample; 0 where it is not known.
 
     Returns:

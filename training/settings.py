@@ -138,8 +138,8 @@ def _validated(cls: type[S], values: Mapping[str, Any], typed: Mapping[Location,
         fault: Any = max(error.errors(), key=rank)
     keys = tuple(fault["loc"])
     if keys in typed and fault["type"] in ("string_type", "tuple_type"):
-        rest, meant = dict(typed), Any
-        meant = rest.pop(keys)
+        rest = dict(typed)
+        meant: Any = rest.pop(keys)
         if fault["type"] == "tuple_type":
             meant = [_parsed(part) for part in meant.split(",") if part.strip()]
         return _validated(cls, _merged(values, _nested(keys, meant)), rest)
