@@ -97,8 +97,14 @@ def distill(x: dict[str, Tensor], backend: str) -> Tensor:
     return mk.fused_linear_distill(
         x["hs"], x["ws"], x["ht"], x["wt"], x["labels"], ce_weight=x["ce_weight"],
         kd_weight=x["kd_weight"], divergence="jsd", temperature=1.5, student_bias=x["bs"],
-        teacher_bias=x["bt"], backend=backend, workspace_mb=SMALLEST,
+        teacher_bias=x["bt"], student_softcap=3.0, backend=backend, workspace_mb=SMALLEST,
     ).loss  # fmt: skip
+
+
+def cross_entropy(x: dict[str, Tensor], backend: str) -> Tensor:
+    return mk.fused_linear_distill(
+        x["hs"], x["ws"], labels=x["labels"], ce_weight=1.0, student_bias=x["bs"], backend=backend
+    ).loss
 
 
 def logprob(x: dict[str, Tensor], backend: str) -> Tensor:
@@ -156,6 +162,7 @@ READS: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
         distill,
         ("hs", "ws", "bs", "ht", "wt", "bt", "labels", "ce_weight", "kd_weight"),
     ),
+    "cross_entropy": (cross_entropy, ("hs", "ws", "bs", "labels")),
     "logprob": (logprob, ("hs", "ws", "bs", "labels")),
     "relation": (relation, ("hs", "ws", "bs", "ht", "wt", "bt", "cu")),
     "features": (features, ("hs", "ht", "cu")),

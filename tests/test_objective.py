@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import HeadInputs, Needs, Objective, RowCounts, RowTerm, rows
+from mllmkd_kernels import terms as supplied
 from mllmkd_kernels.heads import Recorded
 from mllmkd_kernels.methods import llava_kd
 from mllmkd_kernels.operators import Operators
@@ -267,8 +268,10 @@ def test_shares_of_micro_batches_add_up(backend: str) -> None:
     terms = (
         RowTerm("ce", 1.0, "response"), RowTerm("kl", 0.7, "response:cot", "jsd"),
         RowTerm("all", 0.2, "valid", "jsd"), Relation("relation", 1.0),
+        supplied.Affinity("affinity", 3.0), supplied.LogitMse("logit_mse", 0.3),
+        supplied.Features("features", 0.7, sizes=(D_S, D_T)),
     )  # fmt: skip
-    objective = Objective(*terms, diagnostics=True, backend=backend)
+    objective = Objective(*terms, diagnostics=True, backend=backend).double()
     counts = {name: rows.count(name, batch) for name in objective.over.values()}
     whole = objective(s, t, batch)
     parts = []
