@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllmkd_kernels import checks, ops, plan
+from mllmkd_kernels import casting, checks, ops, plan
 from mllmkd_kernels.backends.products import accumulation_dtype
-from mllmkd_kernels.casting import autocast, wants
+from mllmkd_kernels.casting import wants
 from mllmkd_kernels.choose import choose_backend
 from mllmkd_kernels.divergence import Divergence
 from mllmkd_kernels.logits import standardized
@@ -186,7 +186,7 @@ def operands(
         raise ValueError("labels: expected next tokens, because ce_weight is not 0; got None")
     if teacher[0] is None or kd_rows is None:
         teacher, kd_rows = (None, None, None), None
-    heads = *autocast(*student), *autocast(*(None if t is None else t.detach() for t in teacher))
+    heads = casting.heads(student, teacher)
     acc = accumulation_dtype(*heads)
     ce_rows, kd_rows = (None if w is None else w.to(acc) for w in (ce_rows, kd_rows))
     return *heads, None if ce_rows is None else labels, ce_rows, kd_rows
