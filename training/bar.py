@@ -93,3 +93,12 @@ def clock(seconds: float) -> str:
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
     return f"{f'{days} d ' if days else ''}{hour}:{minute:02}:{second:02}"
+
+
+def size(count: float) -> str:
+    """Bytes as a reader takes them: 512 B, 3.9 MB, 2.17 TB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -144,7 +144,7 @@ def _run(options: argparse.Namespace) -> None:
 def _cache(options: argparse.Namespace) -> None:
     config = _config(options)
     _quiet()
-    from training.teacher_cache.command import make
+    from training.teacher_cache.fill import make
 
     make(config, dry_run=options.dry_run)
 

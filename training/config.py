@@ -169,7 +169,6 @@ class TeacherCacheConfig(Section):
         "store image rows too, most of the disk; false is for losses without terms over them",
     )
     dtype: Literal["bf16", "fp16", "fp32"] = setting("bf16", "numbers are stored in")
-    shard_mb: int = setting(512, "MiB of a shard; one is in memory while it is made", gt=0)
     batch_size: int = setting(8, "samples per forward pass of the teacher and device", gt=0)
 
 

@@ -149,7 +149,7 @@ def _train(
     source = asked.model if asked is not None else None
     collator = collator_of(config.data, (model, processor), source, own)
     if stored:
-        source, collator = use_stored(config, stage.name, processor, dataset, collator)
+        source, collator = use_stored(config, stage.name, dataset, collator)
         say(f"{folder.name}: learns from {source.name}; no teacher runs")
     samples = epoch_size(dataset)
     steps = _steps(options, samples)
@@ -280,7 +280,7 @@ def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> Teac
     """The teacher that a stage of the run needs, checked against the student."""
     stored = stored_stages(config)
     for name in stored:  # what is wrong with a later stage's is better known now
-        open_rows(config, name, processor)
+        open_rows(config, name)
     needs = {n: config.objective(n).needs for n in config.stages if n not in stored}
     needs = {name: need for name, need in needs.items() if need.teacher}
     if not needs:

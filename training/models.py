@@ -44,7 +44,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
-from training import sharding
+from training import fingerprint, sharding
 from training.anatomy import positions
 from training.config import ModelConfig, require
 from training.data.template import CHAT_TEMPLATE
@@ -355,6 +355,13 @@ def commit_of(name: str | Path) -> str:
             return "without config.json"  # as that of a processor alone
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{name}: neither a folder nor on the hub: {reason}") from error
+
+
+def marks_of(name: str) -> dict[str, str]:
+    """Fingerprints of a model's files, or the commit that a hub has under its name."""
+    if Path(name).is_dir():
+        return fingerprint.of_folder(Path(name), fingerprint.MODEL_FILES)
+    return {"commit": commit_of(name)}
 
 
 def _check_there(path: str | Path) -> None:

@@ -25,7 +25,7 @@ from training.journal import WriteError
 from training.lock import held
 from training.loop import run
 from training.settings import ConfigError
-from training.teacher_cache import command
+from training.teacher_cache import fill
 from training.trainer import DistillTrainer
 from training.watch import NonFiniteError
 
@@ -163,11 +163,11 @@ def test_another_cache_under_the_same_path_is_named(begun, tmp_path):
     config = tiny.run_config(tmp_path, tmp_path / "out", stages=("dpt",))
     cached = {"path": str(tmp_path / "rows"), "batch_size": 4}
     config = settings.changed(config, teacher_cache=cached)
-    command.make(config, say=quiet)
+    fill.make(config, say=quiet)
     run(config, say=quiet)
     shutil.rmtree(tmp_path / "rows")
     edit_weights(tmp_path / "teacher", "projector")
-    command.make(config, say=quiet)
+    fill.make(config, say=quiet)
     with pytest.raises(ConfigError, match=r"teacher_cache.path, dpt: has changed"):
         run(config, say=quiet)
 
