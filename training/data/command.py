@@ -16,13 +16,11 @@ to read is a run's configuration (--config, --recipe, --set), or a file and a pr
 USES = ("captions", "conversations", "held_out")
 
 
-def add_data(command: argparse.ArgumentParser, recipes: list[str]) -> None:
-    """The options of `data check`."""
+def add_data(command: argparse.ArgumentParser, source: argparse.ArgumentParser) -> None:
+    """The options of `data check`; `source` has those that name a run's configuration."""
     actions = command.add_subparsers(required=True, metavar="check")
-    check = actions.add_parser("check", help="count, and show samples", description=CHECK)
-    check.add_argument("--config", metavar="FILE.yaml", help="configuration of a run")
-    check.add_argument("--recipe", choices=recipes, metavar="NAME", help="a shipped one")
-    check.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    text = "count, and show samples"
+    check = actions.add_parser("check", help=text, description=CHECK, parents=[source])
     check.add_argument("--use", choices=USES, default="conversations", help="which of a run's data")
     check.add_argument("--json", metavar="PATH", help="instead: one source (data.sources.path)")
     check.add_argument("--image-root", default=".", help="folder its image paths start from")
