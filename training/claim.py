@@ -83,7 +83,7 @@ class Claim:
     def check(self, found: Marks) -> None:
         """Compare files with what they were, and note those that come for the first time."""
         for field, marks in found.items():
-            changed = fingerprint.differences(self.known.get(field, marks), marks)
+            changed = settings.differences(self.known.get(field, marks), marks)
             if changed:
                 more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
                 raise ConfigError(

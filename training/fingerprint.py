@@ -63,12 +63,3 @@ def digest(value: Any) -> str:
     """16 hexadecimal digits of a json-able value."""
     text = json.dumps(value, sort_keys=True, default=str)
     return blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """One line `part: stored -> found` for each part that is another one."""
-    return [
-        f"{part}: {stored.get(part)} -> {found.get(part)}"
-        for part in [*stored, *(part for part in found if part not in stored)]
-        if stored.get(part) != found.get(part)
-    ]

@@ -24,7 +24,7 @@ from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.data.records import DataError
 from training.journal import WriteError
-from training.models import CheckpointError, build_model, load_model, load_vlm, marks_of
+from training.models import CheckpointError, build_model, load_vlm, marks_of
 from training.settings import ConfigError
 from training.teacher_cache import fill, store, use
 
@@ -53,7 +53,7 @@ def data(root):
 
 
 def a_pass(root, folder, data, *, dtype="fp32", teacher=None, marks=None, **manifest):
-    model = teacher or load_model(root / "teacher")[0]
+    model = teacher or load_vlm(root / "teacher")[0]
     fields: dict[str, Any] = dict(
         stage="dft",
         template="chat",
@@ -118,7 +118,7 @@ def outcome(root, data, teacher, collator, batches=BATCHES, **weights):
 
 
 def online(root, data, teacher=None, **weights):
-    model = teacher or load_model(root / "teacher")[0]
+    model = teacher or load_vlm(root / "teacher")[0]
     return outcome(root, data, model, Collator(tiny.processor()), **weights)
 
 
@@ -166,7 +166,7 @@ def test_bf16_rows_of_an_fp32_teacher_are_within_their_rounding(root, data, tmp_
     exp(2e), and dKL/dlogits = q - p by exp(2e) - 1 in all; KL itself by 2e max |log p/q|, and e²
     more."""
     rows = filled(root, tmp_path, data, dtype="bf16")
-    teacher, model = load_model(root / "teacher")[0].requires_grad_(False), student(root)
+    teacher, model = load_vlm(root / "teacher")[0].requires_grad_(False), student(root)
     collator = Collator(tiny.processor())
     plain: Any = collator([data[i] for i in (0, 1, 4)])
     batch = use.CachedCollator(collator, rows)([data[i] for i in (0, 1, 4)])
@@ -205,7 +205,7 @@ def test_a_teacher_with_a_batch_of_its_own(root, tmp_path):
     work.fill(ALONE)
     data = items(root, tiny.processor())
     terms, _ = cached(root, data, store.TeacherRows(tmp_path))
-    expected, _ = outcome(root, both, load_model(root / "teacher")[0], work.collator)
+    expected, _ = outcome(root, both, load_vlm(root / "teacher")[0], work.collator)
     torch.testing.assert_close(terms, expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(torch.stack(terms), torch.stack(online(root, data)[0]), rtol=1e-3)
 
@@ -290,7 +290,7 @@ def test_a_pass_of_something_else_is_refused(root, data, tmp_path):
     other = marks_of(str(root / "tower"))
     with pytest.raises(ConfigError, match=r"else \(teacher.config.json: .* teacher.model.safet"):
         a_pass(root, tmp_path, data, marks=other).claim()
-    with pytest.raises(ConfigError, match="dtype: fp32 -> bf16"):
+    with pytest.raises(ConfigError, match="dtype: 'fp32' -> 'bf16'"):
         a_pass(root, tmp_path, data, dtype="bf16").claim()
     a_pass(root, tmp_path, data, samples_per_shard=9).claim()
     assert store.Manifest.read(tmp_path).samples_per_shard == 4, "begun with shards of 4"
@@ -369,7 +369,7 @@ def test_damage_is_named(rows, tmp_path):
     [(float("nan"), "fp32", "NaN or inf"), (1e6, "fp16", "too large for torch.float16")],
 )
 def test_states_that_are_no_numbers(root, data, tmp_path, factor, dtype, why):
-    teacher = load_model(root / "teacher")[0]
+    teacher = load_vlm(root / "teacher")[0]
     teacher.model.language_model.norm.weight.data *= factor
     with pytest.raises(DataError, match=f"sample 's0': the teacher's hidden states are {why}"):
         filled(root, tmp_path, data, teacher=teacher, dtype=dtype)

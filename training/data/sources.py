@@ -30,8 +30,7 @@ from training.data.records import (
     system_of,
     unread_fields,
 )
-from training.paths import is_missing_folder
-from training.settings import ConfigError
+from training.settings import ConfigError, is_missing_folder
 
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 ROWS_AT_ONCE = 1000

@@ -19,7 +19,7 @@ from training.data.dataset import LlavaDataset
 from training.demo.folder import LlavaFolder
 from training.demo.trained import Run
 from training.evaluation.held_out import generate_answer
-from training.models import load_model
+from training.models import load_vlm
 
 GRID = 12  # held-out questions shown
 LABELS = {
@@ -78,7 +78,7 @@ def answer_grid(runs: list[Run], data: LlavaFolder, path: Path) -> None:
     """Held-out images, the question, the true answer and what each model writes, green if right."""
     held_out, answers = None, []
     for run in runs:
-        model, processor = load_model(run.stages[-1].model)
+        model, processor = load_vlm(run.stages[-1].model)
         model.eval()
         held_out = held_out or LlavaDataset(data.json("test"), data.root, processor)
         spread = range(0, len(held_out), max(1, len(held_out) // GRID))

@@ -37,13 +37,13 @@ from training.bar import Bar, size, track
 from training.config import Config, require
 from training.data.collate import Collator
 from training.data.records import DataError
-from training.fingerprint import differences, digest
+from training.fingerprint import digest
 from training.lock import held
 from training.loop import load_data, on_main, processes
 from training.models import DTYPES as MODEL_DTYPES
 from training.models import build_processor, load_processor, load_vlm, marks_of
 from training.pairs import check_processors
-from training.settings import ConfigError
+from training.settings import ConfigError, differences
 from training.teacher_cache.store import (
     DTYPES,
     INDEX,
@@ -371,7 +371,5 @@ def _stored(
 def _changed(stored: Manifest, found: Manifest) -> list[str]:
     """Differences of two manifests by field. What changes nothing of what is stored is left out:
     the size of a shard, the teacher's folder; and what follows from the rest."""
-    free = {"samples_per_shard": 0, "softcap": None, "name": "", "teacher": {}}
-    a, b = (dataclasses.asdict(dataclasses.replace(m, **free)) for m in (stored, found))
-    theirs = differences(stored.teacher, found.teacher)
-    return [*differences(a, b), *(f"teacher.{line}" for line in theirs)]
+    free = {"samples_per_shard": 0, "softcap": None, "name": ""}
+    return differences(*(dataclasses.asdict(m) | free for m in (stored, found)))
