@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import socket
+from typing import Any
 
 import pytest
 import torch
@@ -232,21 +233,36 @@ def test_the_lock_goes_with_a_process_that_is_killed(other, tmp_path):
     assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
-FAILURES = {
-    "a model that is not there": {"model": {"vision": "/nothing/there"}},
-    "data that are not there": {"data": {"captions": "/nothing/there.json"}},
-    "no teacher": {"teacher": None},
-    "a batch that does not divide": {"stage": {"dpt": {"batch_size": 4, "micro_batch": 3}}},
-    "samples too long": {"data": {"max_length": 2}},
+FAILURES: dict[str, tuple[dict[str, Any], str]] = {
+    "a model that is not there": (
+        {"model": {"vision": "/nothing/there"}},
+        "/nothing/there: no such folder",
+    ),
+    "data that are not there": (
+        {"data": {"captions": "/nothing/there.json"}},
+        "field 'file': got no such file",
+    ),
+    "no data": ({"data": {"captions": None}}, r"data.captions: got null"),
+    "no teacher": ({"teacher": None}, r"teacher: got null.*stage dpt"),
+    "a batch that does not divide": (
+        {"stage": {"dpt": {"batch_size": 4, "micro_batch": 3}}},
+        "batch_size: got 4, expected a multiple",
+    ),
+    "samples too long": ({"data": {"max_length": 2}}, "at most max_length 2"),
+    "a tracker that is not installed": (
+        {"report_to": ("trackio",)},
+        r"report_to: got 'trackio', .* pip install trackio",
+    ),
 }
 
 
 @pytest.mark.parametrize("why", FAILURES)
-def test_a_first_try_that_fails_leaves_nothing(why, tmp_path):
+def test_a_first_try_that_fails_leaves_nothing(why, tmp_path, monkeypatch):
     config = tiny.run_config(tmp_path, tmp_path / "new" / "out", stages=("dpt",))
-    failing = settings.changed(config, **FAILURES[why])
-    with pytest.raises(ValueError):
-        run(failing, say=quiet)
+    changes, message = FAILURES[why]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=message):
+        run(settings.changed(config, **changes), say=quiet)
     assert not (tmp_path / "new").exists()
 
 

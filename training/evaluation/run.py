@@ -29,9 +29,8 @@ from training.evaluation.captions import TokenizerName, caption_scores
 from training.evaluation.generate import Answer, Prompt, Writer
 from training.evaluation.predictions import Line, Predictions
 from training.evaluation.questions import Files, Question, checked
-from training.fingerprint import digest, of_files
+from training.fingerprint import MODEL_FILES, digest, of_files, of_folder
 from training.journal import write_whole
-from training.models import marks_of
 from training.settings import ConfigError
 
 PREDICTIONS, SETTINGS, SCORES = "predictions.jsonl", "settings.json", "scores.json"
@@ -135,11 +134,12 @@ def _claim(
         [question.id, prompt.text, *(image.name for image in prompt.images)]
         for question, prompt in zip(questions, prompts, strict=True)
     ]
+    model = Path(options.model)
     images = dict.fromkeys(image for prompt in prompts for image in prompt.images)
     now = {
         "benchmark": options.benchmark,
         "model": options.model,
-        "weights": digest(marks_of(options.model)),
+        "weights": digest(of_folder(model, MODEL_FILES)) if model.is_dir() else None,
         "questions": str(options.files.questions),
         "asked": digest(asked),
         "images": digest(of_files({str(image): image for image in images})),
