@@ -15,6 +15,8 @@ import os
 import shutil
 from pathlib import Path
 
+from training import journal
+
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
 STAGING = ".incomplete"
@@ -24,25 +26,10 @@ def publish(staged: Path, target: Path, keep: int) -> None:
     """Make the staged folder the checkpoint `target`, then remove all but the `keep` newest."""
     sizes = {str(p.relative_to(staged)): p.stat().st_size for p in staged.rglob("*") if p.is_file()}
     (staged / MANIFEST).write_text(json.dumps(sizes, indent=1))
-    sync(staged)
     discard(target)
-    os.replace(staged, target)
-    _sync(target.parent)
+    journal.publish(staged, target)
     for old in _numbered(target.parent)[:-keep]:
         discard(old)
-
-
-def sync(folder: Path) -> None:
-    """Put a folder on the disk, so that it survives a power cut too."""
-    for path in (*folder.rglob("*"), folder):
-        _sync(path)
-
-
-def publish_file(staged: Path, target: Path) -> None:
-    """Make the file `staged` (of the same folder) `target`: whole after a crash, or not there."""
-    _sync(staged)
-    os.replace(staged, target)
-    _sync(target.parent)
 
 
 def discard(folder: Path) -> None:
@@ -107,11 +94,3 @@ def _numbered(folder: Path) -> list[Path]:
     """Checkpoint folders by step, oldest first."""
     found = [p for p in folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=step_of)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -78,7 +78,7 @@ def run(config: Config, say: Say = print) -> list[StageResult]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if not processes().is_main_process:
-        return _run(config, None, _silent)
+        return _run(config, None, lambda message: None)
     with claimed(config) as claim:
         return _run(config, claim, say)
 
@@ -113,10 +113,6 @@ def _run(config: Config, claim: Claim | None, say: Say) -> list[StageResult]:
 def processes() -> PartialState:
     """This process among those of the run."""
     return PartialState(cpu=not torch.accelerator.is_available())
-
-
-def _silent(message: str) -> None:
-    """What the other processes say."""
 
 
 def _train(
@@ -245,7 +241,7 @@ def _finish(
     _write(folder / "summary.json", summary)
     (folder / SCORES).unlink(missing_ok=True)  # of a model that was taken away
     save_model(model, processor, folder / "model", state)
-    checkpoint.sync(folder / "model")  # before what it could be made from again is removed
+    # on the disk before what it could be made from again is removed
     for path in folder.glob(f"{checkpoint.PREFIX}*"):
         shutil.rmtree(path)
 

@@ -13,8 +13,6 @@ happened to be initialised at random.
 
 from __future__ import annotations
 
-import os
-import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,7 +44,7 @@ from training import fingerprint
 from training.anatomy import positions
 from training.config import ModelConfig, require
 from training.data.template import CHAT_TEMPLATE
-from training.journal import writing
+from training.journal import whole
 from training.settings import is_missing_folder
 
 IMAGE_TOKEN = "<image>"
@@ -231,20 +229,11 @@ def save_model(
     path: str | Path,
     state: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write model and processor to `path`: under another name first, then renamed, so `path` is
-    whole or absent. `state` has the weights where the model does not have them whole."""
-    target = Path(path)
-    staging = target.with_name(f".{target.name}.incomplete")
-    shutil.rmtree(staging, ignore_errors=True)
-    with writing(target):
-        try:
-            model.save_pretrained(staging, state_dict=state)
-            processor.save_pretrained(staging)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    """Write model and processor to `path`, which is then whole or absent. `state` has the weights
+    where the model does not have them whole."""
+    with whole(Path(path)) as staged:
+        model.save_pretrained(staged, state_dict=state)
+        processor.save_pretrained(staged)
 
 
 def _language_model(config: ModelConfig, processor: LlavaProcessor) -> Any:

@@ -18,6 +18,7 @@ import importlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,7 @@ class DistillTrainer(mk.DistillMixin, Trainer):
             with StopRequest() as self.stop:
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            if "wandb" in (
-                self.args.report_to or ()
-            ):  # or the next stage would go on in this one's run
+            if "wandb" in (self.args.report_to or ()):  # the next stage is a run of its own
                 importlib.import_module("wandb").finish()
         if self.stopped_by and self.state.global_step < self.state.max_steps:
             step = f"step {self.state.global_step:,} of {self.state.max_steps:,}"
@@ -193,18 +192,12 @@ class DistillTrainer(mk.DistillMixin, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms (means over the steps since the last entry), rates and peak memory."""
         if "loss" in logs:
-            logs |= self.meter.entry(self._total, self._most)
+            ranks: Any = self.accelerator
+            total = partial(ranks.reduce, reduction="sum")
+            logs |= self.meter.entry(total, lambda value: ranks.gather(value).max())
             if self.watch.skipped:
                 logs["skipped"] = self.watch.skipped
         super().log(logs, start_time)
-
-    def _total(self, value: torch.Tensor) -> torch.Tensor:
-        summed: Any = self.accelerator.reduce(value, reduction="sum")
-        return summed
-
-    def _most(self, value: torch.Tensor) -> torch.Tensor:
-        gathered: Any = self.accelerator.gather(value)
-        return gathered.max()
 
     # --- checkpoints ------------------------------------------------------------------------------
 

@@ -275,9 +275,7 @@ def plain(tmp_path_factory):
     return config, run(config, say=lambda _: None)
 
 
-@pytest.mark.parametrize(
-    "option", ["precision=bf16", "grad_checkpointing=true", "report_to=tensorboard"]
-)
+@pytest.mark.parametrize("option", ["precision=bf16", "report_to=tensorboard"])
 def test_options_of_large_runs(plain, tmp_path, option):
     config, expected = plain
     changed = settings.changed(config, out=str(tmp_path / "changed"))

@@ -17,7 +17,7 @@ import torch
 import mllmkd_kernels as mk
 from mllmkd_kernels.batch import ask, run_to_head
 from tests.training import tiny
-from training import checkpoint, settings
+from training import journal, settings
 from training.anatomy import freeze
 from training.config import load
 from training.data.collate import Collator
@@ -242,7 +242,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("renamed", [False, True], ids=["before the rename", "after it"])
 @pytest.mark.parametrize("at", range(6))
 def test_a_killed_pass_goes_on(root, data, rows, tmp_path, monkeypatch, at, renamed):
-    publish, seen = checkpoint.publish_file, []
+    publish, seen = journal.publish, []
 
     def kill(staged, target):
         seen.append(target)
@@ -254,11 +254,11 @@ def test_a_killed_pass_goes_on(root, data, rows, tmp_path, monkeypatch, at, rena
             raise Killed
 
     work = a_pass(root, tmp_path, data)
-    monkeypatch.setattr(checkpoint, "publish_file", kill)
+    monkeypatch.setattr(journal, "publish", kill)
     with pytest.raises(Killed):
         work.claim()
         work.fill(ALONE)
-    monkeypatch.setattr(checkpoint, "publish_file", publish)
+    monkeypatch.setattr(journal, "publish", publish)
     whole = {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("shard-*")}
     work.claim()
     assert not list(tmp_path.glob(".*")), "nothing half-written stays"

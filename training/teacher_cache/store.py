@@ -17,7 +17,7 @@ data-loader worker asks.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -29,10 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import mllmkd_kernels as mk
-from training import checkpoint
 from training.data.item import IGNORE
 from training.data.records import DataError
-from training.journal import writing
+from training.journal import whole, write_whole
 from training.models import CheckpointError
 
 VERSION = 2
@@ -94,8 +93,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Into `folder`, whole or not at all."""
-        text = json.dumps(asdict(self), indent=1)
-        _publish(folder / MANIFEST, lambda staged: staged.write_text(text))
+        write_whole(folder / MANIFEST, json.dumps(asdict(self), indent=1))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -130,14 +128,16 @@ def write_shard(
     counts = [[mark.response, mark.visual * visual] for mark in marks]
     keys = torch.tensor([mark.key for mark in marks])
     tensors = {"hidden": hidden, "keys": keys, "counts": torch.tensor(counts)}
-    _publish(target, lambda staged: save_file(tensors, staged))
+    with whole(target) as staged:
+        save_file(tensors, staged)
 
 
 def write_head(folder: Path, head: mk.HeadInputs) -> None:
     """The teacher's head, in the dtype it has."""
     parts = {"weight": head.weight, "bias": head.bias}
     tensors = {n: t.detach().cpu().contiguous() for n, t in parts.items() if t is not None}
-    _publish(folder / HEAD, lambda staged: save_file(tensors, staged))
+    with whole(folder / HEAD) as staged:
+        save_file(tensors, staged)
 
 
 def read_head(folder: Path, softcap: float | None) -> mk.HeadInputs:
@@ -221,11 +221,3 @@ def _opened(file: Path) -> Any:
             f"{file}: cannot be read ({error}); remove it, and `python -m training cache` makes it "
             "again"
         ) from None
-
-
-def _publish(target: Path, save: Callable[[Path], Any]) -> None:
-    """Write a file under another name, then make it `target`."""
-    staged = target.with_name(f".{target.name}.incomplete")
-    with writing(target):
-        save(staged)
-        checkpoint.publish_file(staged, target)

@@ -74,27 +74,6 @@ def test_a_packed_run_has_the_curve_of_a_padded_one(root: Path) -> None:
     assert packed == pytest.approx(padded, rel=1e-3)
 
 
-def test_a_streamed_run_goes_on_as_it_was(root: Path, monkeypatch: Any) -> None:
-    names = list(tiny.COLOURS)
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"say {name}"},
-                {"role": "assistant", "content": f"this is {name}"},
-            ]
-        }
-        for name in names
-    ]
-    (root / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    data = {"sources": [{"path": str(root / "rows.jsonl"), "stream": True}], "shuffle_buffer": 3}
-    whole = losses(config(root, "stream", **data))
-    assert stopped_then_continued(config(root, "stream-again", **data), monkeypatch) == whole
-    endless = config(root, "endless", **data)
-    endless = settings.changed(endless, stage={"sft": {"steps": None}})
-    with pytest.raises(settings.ConfigError, match="a streamed source has no epochs"):
-        run(endless, say=lambda _: None)
-
-
 def test_a_streamed_run_sees_all_images_of_a_batch(root: Path) -> None:
     """They are more than its samples: two images a row."""
     paths = [str(root / "images" / f"{name}.png") for name in list(tiny.COLOURS)[:2]]
@@ -107,6 +86,10 @@ def test_a_streamed_run_sees_all_images_of_a_batch(root: Path) -> None:
     data = {"sources": [{"path": str(root / "two.jsonl"), "stream": True}]}
     indexed = {"sources": [{"path": str(root / "two.jsonl")}]}  # all rows are alike: so is the run
     assert losses(config(root, "two", **data)) == losses(config(root, "indexed", **indexed))
+    endless = config(root, "endless", **data)
+    endless = settings.changed(endless, stage={"sft": {"steps": None}})
+    with pytest.raises(settings.ConfigError, match="a streamed source has no epochs"):
+        run(endless, say=lambda _: None)
 
 
 class Short(IterableDataset[Any]):
