@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -146,16 +146,18 @@ class Job:
 
 def _job(config: Config, stage: Stage, processors: tuple[Any, Any], path: Path, name: str) -> Job:
     options, folder = config.teacher_cache, path / stage.name
-    dataset = load_data(config, processors[0], stage, processors[1])
-    if not isinstance(dataset, Sized):
+    dataset: Any = load_data(config, processors[0], stage, processors[1])
+    if not hasattr(dataset, "__len__"):
         raise ConfigError(
             f"data: the {stage.data} are a stream, expected data that can be counted; save them to "
             "disk first, or run the teacher online (teacher_cache.path=null)"
         )
     samples, chosen = len(dataset), spread(len(dataset), COUNTED)
-    some: Any = Subset(dataset, chosen)
     loader = DataLoader(
-        some, batch_size=1, num_workers=config.data.workers, collate_fn=_mark_of_one
+        Subset(dataset, chosen),
+        batch_size=1,
+        num_workers=config.data.workers,
+        collate_fn=_mark_of_one,
     )
     marks = list(track(loader, "reading samples", "samples"))
     response = fmean(mark.response for mark in marks)
@@ -372,4 +374,4 @@ def _changed(stored: Manifest, found: Manifest) -> list[str]:
     """Differences of two manifests by field. What changes nothing of what is stored is left out:
     the size of a shard, the teacher's folder; and what follows from the rest."""
     free = {"samples_per_shard": 0, "softcap": None, "name": ""}
-    return differences(*(dataclasses.asdict(m) | free for m in (stored, found)))
+    return differences(dataclasses.asdict(stored) | free, dataclasses.asdict(found) | free)
