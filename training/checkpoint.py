@@ -11,7 +11,6 @@ listed (a full disk, a broken copy), is passed over on resume with a message.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -26,20 +25,9 @@ def publish(staged: Path, target: Path, keep: int) -> None:
     """Make the staged folder the checkpoint `target`, then remove all but the `keep` newest."""
     sizes = {str(p.relative_to(staged)): p.stat().st_size for p in staged.rglob("*") if p.is_file()}
     (staged / MANIFEST).write_text(json.dumps(sizes, indent=1))
-    discard(target)
     journal.publish(staged, target)
     for old in _numbered(target.parent)[:-keep]:
-        discard(old)
-
-
-def discard(folder: Path) -> None:
-    """Remove a checkpoint; renamed first, so that a kill half-way leaves no half checkpoint."""
-    if folder.exists():
-        doomed = folder.parent / STAGING / f"discarded-{folder.name}"
-        shutil.rmtree(doomed, ignore_errors=True)
-        doomed.parent.mkdir(exist_ok=True)
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed)
+        journal.remove(old)  # half removed, it is no checkpoint
 
 
 def not_written(staged: Path, target: Path, error: BaseException) -> str:

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.training import tiny
+from tests.training.tiny import Killed, killed, quiet
 from training import settings
 from training.cli import main
 from training.config import SourceConfig
@@ -31,14 +32,6 @@ from training.trainer import DistillTrainer
 from training.watch import NonFiniteError
 
 
-class Killed(BaseException):
-    """As SIGKILL: nothing of the run happens after it."""
-
-
-def quiet(message):
-    pass
-
-
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     """Data and models, and a run over them that was killed after its first checkpoint."""
@@ -46,21 +39,6 @@ def begun(tmp_path_factory):
     killed(resumed(root), 3)
     assert (root / "out" / "1-dpt" / "checkpoint-2").is_dir()
     return root
-
-
-def killed(config, step):
-    """Run until so many steps are made."""
-    original = DistillTrainer.compute_loss
-
-    def compute_loss(self, *args, **kwargs):
-        if self.state.global_step == step:
-            raise Killed
-        return original(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DistillTrainer, "compute_loss", compute_loss)
-        with pytest.raises(Killed):
-            run(config, say=quiet)
 
 
 @pytest.fixture

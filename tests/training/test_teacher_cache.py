@@ -17,11 +17,13 @@ import torch
 import mllmkd_kernels as mk
 from mllmkd_kernels.batch import ask, run_to_head
 from tests.training import tiny
+from tests.training.tiny import Killed
 from training import journal, settings
 from training.anatomy import freeze
 from training.config import load
 from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
+from training.data.packing import PackedCollator
 from training.data.records import DataError
 from training.journal import WriteError
 from training.models import CheckpointError, build_model, load_vlm, marks_of
@@ -143,6 +145,13 @@ def test_fp32_rows_train_as_the_teacher_does(root, data, rows, weights):
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-5 * scale)
 
 
+def test_packed_micro_batches(root, data, rows):
+    """Their rows lie in another order than padded ones do."""
+    collator = use.CachedCollator(PackedCollator(tiny.processor()), rows)
+    terms, _ = outcome(root, data, use.CachedTeacher(rows), collator)
+    torch.testing.assert_close(terms, online(root, data)[0], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_the_teacher_computes_in_is_stored_exactly(root, data, tmp_path, dtype):
     """The same bits, where the teacher sees the same batches as in the pass."""
@@ -233,10 +242,6 @@ def test_shards_and_manifest_say_what_is_there(root, data, rows):
 
 
 # --- a pass that is killed -----------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """As SIGKILL: nothing of the pass runs after it."""
 
 
 @pytest.mark.parametrize("renamed", [False, True], ids=["before the rename", "after it"])

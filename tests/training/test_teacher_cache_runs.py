@@ -14,6 +14,7 @@ from mllmkd_kernels.llava_kd import TERMS
 from tests.training import tiny
 from tests.training.test_recipes import root as recipes_root
 from tests.training.test_recipes import shrunk
+from tests.training.tiny import killed, quiet
 from training import settings
 from training.bar import size
 from training.cli import main
@@ -23,17 +24,8 @@ from training.loop import run
 from training.models import load_vlm
 from training.settings import ConfigError
 from training.teacher_cache import fill, store
-from training.trainer import DistillTrainer
 
 recipe_data = recipes_root  # the fixture, for the classes that recipes name
-
-
-class Killed(BaseException):
-    """As SIGKILL: nothing of the run happens after it."""
-
-
-def quiet(message):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +49,7 @@ def caching(root, path, **options):
     return settings.changed(config, stage=stage, data={"held_out": None}, teacher_cache=cache)
 
 
-def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, monkeypatch, capsys):
+def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, capsys):
     config = caching(root, tmp_path)
     online = settings.changed(
         config, out=str(tmp_path / "online"), teacher_cache={"path": None, "dtype": "bf16"}
@@ -77,17 +69,8 @@ def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, monkeypatch,
             # fp32 states of batches of other lengths, then optimiser steps on them
             assert entry == pytest.approx(other, rel=1e-3, abs=1e-6)
 
-    save = DistillTrainer._save_checkpoint
-
-    def kill(self, *arguments):
-        save(self, *arguments)
-        if self.state.global_step == 4:
-            raise Killed
-
     again = settings.changed(alone, out=str(tmp_path / "again"))
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(DistillTrainer, "_save_checkpoint", kill)
-        run(again, say=quiet)
+    killed(again, 5)
     assert curves(run(again, say=quiet)) == whole
 
 
@@ -131,12 +114,6 @@ def test_other_classes(name, recipe_data, tmp_path):
     config = settings.changed(shrunk(name, recipe_data), stages=("dft",))
     visual = bool(config.of_stage("dft").loss.visual)
     same_with_and_without_the_teacher(config, tmp_path, visual=visual)
-
-
-def test_packed_micro_batches(root, tmp_path):
-    config = tiny.run_config(root, tmp_path, stages=("dft",))
-    data, stage = {"packing": True, "held_out": None}, {"dft": {"micro_batch": 2}}
-    same_with_and_without_the_teacher(settings.changed(config, data=data, stage=stage), tmp_path)
 
 
 def test_the_cost_is_known_before(root, tmp_path, monkeypatch):

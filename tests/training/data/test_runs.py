@@ -11,7 +11,7 @@ import pytest
 from torch.utils.data import IterableDataset
 
 from tests.training import tiny
-from training import loop, settings, trainer
+from training import loop, settings
 from training.config import Config
 from training.data.records import DataError
 from training.loop import run
@@ -36,23 +36,7 @@ def losses(config: Config) -> list[float]:
     return [entry["loss"] for entry in result.history]
 
 
-def stopped_then_continued(config: Config, monkeypatch: Any) -> list[float]:
-    """The curve of a run that dies in step 4 and is started again."""
-    original = trainer.DistillTrainer.compute_loss
-
-    def dies(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 3:
-            raise RuntimeError("died")
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.DistillTrainer, "compute_loss", dies)
-        with pytest.raises(RuntimeError, match="died"):
-            run(config, say=lambda _: None)
-    return losses(config)
-
-
-def test_a_grouped_weighted_run_goes_on_as_it_was(root: Path, monkeypatch: Any) -> None:
+def test_a_grouped_weighted_run_goes_on_as_it_was(root: Path) -> None:
     data = {
         "sources": [
             {"path": str(root / "data.json"), "weight": 0.5},
@@ -61,7 +45,9 @@ def test_a_grouped_weighted_run_goes_on_as_it_was(root: Path, monkeypatch: Any) 
         "order": "grouped",
     }
     whole = losses(config(root, "whole", **data))
-    assert stopped_then_continued(config(root, "again", **data), monkeypatch) == whole
+    again = config(root, "again", **data)
+    tiny.killed(again, 3)
+    assert losses(again) == whole
     shuffled = losses(config(root, "shuffled", **data | {"order": "shuffled"}))
     assert len(whole) == 5 and whole != shuffled
 
