@@ -80,7 +80,7 @@ def test_the_prompt_is_generation_s(name: str) -> None:
     # "\n" as the answer's first letters would join with the prompt's if they were tokenised with it
     asked = sample(("What is this?<image>", "\n\nblue"), images=1)
     seen = one.see([BLUE])
-    assert one.prompt(asked, seen) == made["input_ids"][0].tolist()
+    assert one.prompt(asked, seen)["input_ids"].tolist() == made["input_ids"][0].tolist()
     assert seen.inputs.keys() == made.keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}
     for key, tensor in seen.inputs.items():
         assert torch.equal(tensor, made[key])
