@@ -81,7 +81,8 @@ class Writer:
         if not model.can_generate():
             kind = type(model).__name__
             raise ConfigError(f"model: got a {kind}, expected one that can generate text")
-        self.model, self.tokenizer = model, processor.tokenizer
+        self.model, self.processor = model, processor
+        self.tokenizer = processor.tokenizer
         longest = (positions(model.config) or ENDLESS) - max_new_tokens
         if longest < 1:
             raise ConfigError(
