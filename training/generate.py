@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +27,7 @@ from training.data.collate import Collator
 from training.data.encoding import Encoding, Images
 from training.data.item import Item
 from training.data.records import DataError, Sample
-from training.fingerprint import MODEL_FILES, of_folder
-from training.models import commit_of, load_vlm
+from training.models import load_vlm
 from training.settings import ConfigError
 
 IMAGES_MB = 256  # of processed images kept in memory: small sets are asked about again and again
@@ -176,9 +174,3 @@ def load(path: str) -> tuple[Any, Any]:
     """A saved model, on this machine's accelerator if it has one, and its processor."""
     model, processor = load_vlm(path)
     return model.to(torch.accelerator.current_accelerator() or "cpu"), processor
-
-
-def weights_of(path: str) -> dict[str, str]:
-    """Marks of a model's files (`training.fingerprint`), or the commit that a hub has of it."""
-    folder = Path(path)
-    return of_folder(folder, MODEL_FILES) if folder.is_dir() else {"commit": commit_of(path)}

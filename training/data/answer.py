@@ -33,9 +33,10 @@ from training.data.dataset import present
 from training.data.records import IMAGE_MARK, DataError, Place, Sample, fault, shown
 from training.data.rewrite import open_entries
 from training.fingerprint import digest, of_file, of_files, of_folder, same_request
-from training.generate import Answer, Asked, Writer, load, weights_of
+from training.generate import Answer, Asked, Writer, load
 from training.journal import Journal, write_whole
 from training.lock import held
+from training.models import marks_of
 from training.settings import ConfigError
 
 REQUEST, ANSWERS, REPORT = "request.json", "answers.jsonl", "report.json"
@@ -223,7 +224,7 @@ class _Answering:
         marks = of_folder(data) if data.is_dir() else of_file(data) if data.is_file() else ""
         return {
             **{name: value for name, value in asdict(request).items() if name != "out"},
-            "weights": digest(weights_of(request.teacher)),
+            "weights": digest(marks_of(request.teacher)),
             "content": digest(marks),
             "images": digest(of_files({n: path for n, path in images.items() if path.is_file()})),
         }

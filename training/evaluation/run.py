@@ -30,8 +30,9 @@ from training.evaluation.captions import TokenizerName, caption_scores
 from training.evaluation.predictions import Line, Predictions
 from training.evaluation.questions import Files, Question, checked
 from training.fingerprint import digest, of_files, same_request
-from training.generate import Asked, Writer, weights_of
+from training.generate import Asked, Writer
 from training.journal import write_whole
+from training.models import marks_of
 from training.settings import ConfigError
 
 PREDICTIONS, SETTINGS, SCORES = "predictions.jsonl", "settings.json", "scores.json"
@@ -136,7 +137,7 @@ def _claim(
     now = {
         "benchmark": options.benchmark,
         "model": options.model,
-        "weights": digest(weights_of(options.model)),
+        "weights": digest(marks_of(options.model)),
         "questions": str(options.files.questions),
         "asked": digest(asked),
         "images": digest(of_files({str(image): image for image in images})),
