@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from mllmkd_kernels.methods import Stage
 from training import config as configuration
 from training import settings
-from training.config import Config
-from training.data.command import add_data, check_data
+from training.data.command import add_data
 from training.demo.recipes import DemoConfig
 from training.evaluation.command import add_eval, add_export, evaluate, export
-from training.recipes import names, recipe, summaries
+from training.recipes import configured, names, summaries
 
 EPILOG = (
     "Recipes (--recipe NAME):\n\n{}\n\n"
@@ -94,9 +93,8 @@ def _parser(stages: tuple[Stage, ...] | None) -> argparse.ArgumentParser:
             command.add_argument(
                 "--dry-run", action="store_true", help="print what it would cost on disk, no more"
             )
-    command = commands.add_parser("data", help="look at a data set: data check")
+    command = commands.add_parser("data", help="look at a data set, or have it answered")
     add_data(command, source)
-    command.set_defaults(function=_configured, command="data")
     command = commands.add_parser("eval", help="score a saved model: held-out data, a benchmark")
     add_eval(command)
     command.set_defaults(function=evaluate)
@@ -116,11 +114,6 @@ def _parser(stages: tuple[Stage, ...] | None) -> argparse.ArgumentParser:
     return parser
 
 
-def _config(options: argparse.Namespace) -> Config:
-    base = recipe(options.recipe) if options.recipe else None
-    return configuration.load(options.config, options.set, base, options.stages)
-
-
 def _methods(options: argparse.Namespace) -> None:
     if options.stages is not None and options.name in (None, configuration.OWN):
         print("\n".join(settings.describe(type(configuration.load(stages=options.stages)))))
@@ -136,11 +129,9 @@ def _methods(options: argparse.Namespace) -> None:
 
 def _configured(options: argparse.Namespace) -> None:
     """The commands that are told a run's configuration."""
-    config = _config(options)
+    config = configured(options)
     if options.command == "show":
         print(settings.dump(config), end="")
-    elif options.command == "data":
-        check_data(options, config)
     elif options.command == "cache":
         from training.teacher_cache.fill import make
 

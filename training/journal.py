@@ -26,10 +26,10 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, entry: Mapping[str, Any]) -> None:
-        """Add one line."""
+    def append(self, *entries: Mapping[str, Any]) -> None:
+        """Add a line each."""
         with writing(self.path), self.path.open("a") as file:
-            file.write(_line(entry))
+            file.writelines(map(_line, entries))
 
     def write(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Make these the whole content."""
