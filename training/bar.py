@@ -35,13 +35,21 @@ class Bar(AbstractContextManager[Any]):
         unit: of what, in the plural.
         done: how many were done by an earlier process.
         show: False where another process shows it.
+        leave: whether a terminal keeps it when it is over.
 
     Attributes:
         note: told with the rest.
     """
 
     def __init__(
-        self, title: str, total: int, unit: str, *, done: int = 0, show: bool = True
+        self,
+        title: str,
+        total: int,
+        unit: str,
+        *,
+        done: int = 0,
+        show: bool = True,
+        leave: bool = False,
     ) -> None:
         self.title, self.total, self.unit, self.done = title, total, unit, done
         self.show, self.note = show, ""
@@ -49,7 +57,7 @@ class Bar(AbstractContextManager[Any]):
         self._said = self._start
         self._bar = None
         if show and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=done, desc=title, unit=unit, leave=False)
+            self._bar = tqdm(total=total, initial=done, desc=title, unit=unit, leave=leave)
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
@@ -65,7 +73,9 @@ class Bar(AbstractContextManager[Any]):
             self.tell()
 
     def tell(self) -> None:
-        """A line now, where there is no terminal."""
+        """Show the note now; where there is no terminal, by a line."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(self.note)
         if not self.show or self._bar is not None:
             return
         self._said = time.perf_counter()

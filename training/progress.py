@@ -32,7 +32,7 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start where the run does, which after a resume is not step 0."""
         first, done = state.is_world_process_zero, state.global_step
-        self.bar = Bar(self.title, state.max_steps, "steps", done=done, show=first)
+        self.bar = Bar(self.title, state.max_steps, "steps", done=done, show=first, leave=True)
         if first:
             self.journal.write(entry for entry in state.log_history if "loss" in entry)
 
