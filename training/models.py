@@ -45,7 +45,6 @@ from training.anatomy import positions
 from training.config import ModelConfig, require
 from training.data.template import CHAT_TEMPLATE
 from training.journal import whole
-from training.settings import is_missing_folder
 
 IMAGE_TOKEN = "<image>"
 # Any class of AutoModelForImageTextToText, and of AutoProcessor: what they have in common (a
@@ -319,6 +318,14 @@ def marks_of(name: str) -> dict[str, str]:
     if Path(name).is_dir():
         return fingerprint.of_folder(Path(name), fingerprint.MODEL_FILES)
     return {"commit": commit_of(name)}
+
+
+def is_missing_folder(name: str | Path) -> bool:
+    """Whether `name` is not there and cannot be a name on a hub, ``NAME`` or ``OWNER/NAME``. What
+    can only be a folder is never looked up there: each of its files would be, again and again."""
+    text = str(name)
+    local = isinstance(name, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1
+    return local and not Path(text).exists()
 
 
 def _check_there(path: str | Path) -> None:

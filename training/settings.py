@@ -80,14 +80,6 @@ def home(value: str, where: str) -> str:
     return path
 
 
-def is_missing_folder(name: str | Path) -> bool:
-    """Whether `name` is not there and cannot be a name on a hub, ``NAME`` or ``OWNER/NAME``. What
-    can only be a folder is never looked up there: each of its files would be, again and again."""
-    text = str(name)
-    local = isinstance(name, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1
-    return local and not Path(text).exists()
-
-
 # --- values in -----------------------------------------------------------------------------------
 
 
