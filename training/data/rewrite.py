@@ -104,10 +104,11 @@ def open_entries(path: str, image_root: str) -> LlavaEntries | MessageRows:
 def _closed(raw: Any, form: Form = LLAVA) -> Any:
     """An entry with an answer to its last question, if that is open."""
     talk = raw.get(form.messages) if isinstance(raw, Mapping) else None
-    last = talk[-1] if isinstance(talk, (list, tuple)) and talk else None
-    if not isinstance(last, Mapping) or last.get(form.role) != form.roles[0]:
+    if not isinstance(talk, list) or not talk or not isinstance(talk[-1], Mapping):
         return raw
-    return {**raw, form.messages: [*talk, _message(last, form, OPEN)]}
+    if talk[-1].get(form.role) != form.roles[0] or form.text not in talk[-1]:
+        return raw
+    return {**raw, form.messages: [*talk, _message(talk[-1], form, OPEN)]}
 
 
 def _answered(talk: Sequence[Any], form: Form, sample: Sample) -> list[Any]:
