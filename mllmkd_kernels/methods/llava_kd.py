@@ -26,6 +26,7 @@ from mllmkd_kernels.divergence import Divergence
 from mllmkd_kernels.methods.stage import PROJECTOR, WHOLE, Stage
 from mllmkd_kernels.objective import Objective, RowTerm
 from mllmkd_kernels.terms.relation import Relation
+from mllmkd_kernels.terms.smoothing import Smoothing
 
 
 def objective(
@@ -60,14 +61,24 @@ def objective(
     )
 
 
-def supervised(ce: float = 1.0, **settings: Any) -> Objective:
+def supervised(ce: float = 1.0, smoothing: float = 0.0, **settings: Any) -> Objective:
     """L_reg alone; no teacher.
 
     Args:
         ce: weight of L_reg.
+        smoothing: share of it that goes to smoothed labels, 0 to 1.
         **settings: see `Settings`.
+
+    Raises:
+        ValueError: smoothing is no share.
     """
-    return Objective(RowTerm("ce", ce, "response"), **settings)
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"smoothing: got {smoothing}, expected 0 to 1")
+    return Objective(
+        RowTerm("ce", ce * (1 - smoothing), "response"),
+        Smoothing("smoothing", ce * smoothing),
+        **settings,
+    )
 
 
 #: Of the released scripts, where the projector alone trains and where the LM does too.
