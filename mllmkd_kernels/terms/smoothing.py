@@ -39,8 +39,8 @@ class Smoothing:
         out = settings.operators.distill(
             hidden, s.weight, hidden.new_zeros(len(hidden), 1), s.weight.new_zeros(view.vocab, 1),
             torch.full_like(chosen.labels, settings.ignore_index),
-            ce_weight=0.0, kd_weight=1 / view.count(self.over), ignore_index=settings.ignore_index,
+            ce_weight=0.0, kd_weight=1.0, ignore_index=settings.ignore_index,
             student_bias=s.bias, student_softcap=s.softcap, vocab_size=view.vocab,
             backend=settings.backend, workspace_mb=settings.workspace_mb,
         )  # fmt: skip
-        return out.loss
+        return out.loss / view.count(self.over)
