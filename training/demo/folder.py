@@ -29,7 +29,8 @@ from training.data.records import IMAGE_MARK
 from training.demo.words import collect_words
 
 Record = dict[str, Any]
-SPLITS = ("pretrain", "train", "student_pretrain", "student_train", "student_questions", "test")
+LABELLED = ("pretrain", "train", "student_pretrain", "student_train", "test")
+SPLITS = (*LABELLED, "student_questions")
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,7 @@ class LlavaFolder:
 
     def words(self) -> list[str]:
         """Every word of its questions and answers, held-out ones included (they are templates)."""
-        answered = (split for split in SPLITS if split != "student_questions")
-        return collect_words(*(self.json(split) for split in answered))
+        return collect_words(*(self.json(split) for split in LABELLED))
 
 
 def record(name: str, image: str, kind: str, question: str, answer: str) -> Record:
