@@ -24,7 +24,7 @@ from types import ModuleType
 import numpy as np
 
 from training.bar import Bar
-from training.demo.folder import LlavaFolder, Record, more_questions, record, write_folder
+from training.demo.folder import LlavaFolder, Record, more_questions, record, unseen, write_folder
 
 KINDS = ("colour", "shape", "yesno", "negated")
 CAPTION_QUESTION = "describe the image"
@@ -96,6 +96,7 @@ def write_easy_vqa(
             "student_pretrain": captions(student),
             "student_train": student,
             "student_questions": more_questions(student, per_image, seed),
+            "dev": unseen(train, student),
             "test": _questions("test", *package.get_test_questions()),
         }
 

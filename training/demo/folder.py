@@ -5,6 +5,8 @@
     student_pretrain.json  student_train.json    the limited subset students learn from
     student_questions.json                       more questions about its images, unanswered
     test.json                                    held out; every entry has its "kind"
+    dev.json                                     training questions about other images, to choose
+                                                 settings by: the students have not seen them
     dataset.json                                 what the folder was made from
 
 ``student_pretrain.json`` holds only what ``student_train.json`` says too, so that a student with a
@@ -29,7 +31,7 @@ from training.data.records import IMAGE_MARK
 from training.demo.words import collect_words
 
 Record = dict[str, Any]
-LABELLED = ("pretrain", "train", "student_pretrain", "student_train", "test")
+LABELLED = ("pretrain", "train", "student_pretrain", "student_train", "test", "dev")
 SPLITS = (*LABELLED, "student_questions")
 
 
@@ -61,6 +63,12 @@ def record(name: str, image: str, kind: str, question: str, answer: str) -> Reco
         {"from": "gpt", "value": answer},
     ]
     return {"id": name, "image": image, "kind": kind, "conversations": turns}
+
+
+def unseen(train: Sequence[Record], student: Sequence[Record], limit: int = 2_000) -> list[Record]:
+    """The last training questions, at most `limit`, about images that the students do not see."""
+    seen = {entry["image"] for entry in student}
+    return [entry for entry in train if entry["image"] not in seen][-limit:]
 
 
 def more_questions(entries: Sequence[Record], per_image: int, seed: int) -> list[Record]:

@@ -31,6 +31,9 @@ class DemoConfig(Section):
         1, "students of each kind; with 3 or more the table has mean and spread", gt=0
     )
     data: Literal["scenes", "easy-vqa"] = setting("scenes", "which data")
+    held_out: Literal["test", "dev"] = setting(
+        "test", "what is held out; dev: of the teacher's training questions, to choose settings by"
+    )
     garments: str | None = setting(
         None, "folder of Fashion-MNIST's four files; null: the Debian package"
     )
@@ -79,7 +82,7 @@ class DemoConfig(Section):
     @property
     def answered(self) -> Path:
         """Where its answers to the students' questions are."""
-        return self.folder / "answered.json"
+        return self.folder / "answered" / "data.json"
 
 
 def demo_teacher(demo: DemoConfig) -> Config:
@@ -191,7 +194,7 @@ def _run(
         "teacher": teacher,
         "model": model,
         "data": {
-            "sources": [*sources, {"path": str(data / "test.json"), "use": "held_out"}],
+            "sources": [*sources, {"path": str(data / f"{demo.held_out}.json"), "use": "held_out"}],
             "image_root": str(data),
             "image_cache_mb": 1_500,
         },

@@ -14,7 +14,7 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,11 @@ def write_report(config: DemoConfig, runs: list[Run], data: LlavaFolder, seconds
     pictures.stage_accuracy(runs, folder / "stages.png")
     shown = [run for run in first if run.name != EQUAL_TIME]
     pictures.answer_grid(shown, data, folder / "answers.png")
-    _write_rows(runs, folder)
+    write_rows(runs, folder)
     text = _markdown(config, rows, verdict, data, seconds)
     (folder / "report.md").write_text(text, encoding="utf-8")
     console = Console()
-    console.print(_terminal_table(rows))
+    console.print(terminal_table(*on_its_side(*table(rows))))
     console.print(verdict, highlight=False, soft_wrap=True)
     end = f"whole demo: {seconds:.0f} s; report: {folder / 'report.md'}"
     console.print(end, highlight=False, soft_wrap=True)
@@ -150,18 +150,29 @@ def _cell(column: str, seeds: list[dict[str, float]]) -> str:
     return mean
 
 
-def _terminal_table(rows: dict[str, list[dict[str, float]]]) -> Table:
-    """The table on its side: models are few, figures many, terminals narrow."""
-    header, lines = table(rows)
+def on_its_side(header: list[str], lines: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table whose models are columns, for few models and narrow pages."""
+    first, *others = zip(header, *lines, strict=True)
+    return list(first), [list(line) for line in others]
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *lines))
+
+
+def terminal_table(header: list[str], lines: list[list[str]]) -> Table:
+    """A table for the terminal."""
     shown = Table(title="held-out exact match, perplexity, final loss terms, cost")
-    for name in ("", *(line[0] for line in lines)):
-        shown.add_column(name, justify="right" if name else "left")
-    for i, title in enumerate(header[1:], 1):
-        shown.add_row(title, *(line[i] for line in lines))
+    for i, title in enumerate(header):
+        shown.add_column(title, justify="right" if i else "left")
+    for line in lines:
+        shown.add_row(*line)
     return shown
 
 
-def _write_rows(runs: list[Run], folder: Path) -> None:
+def write_rows(runs: Sequence[Run], folder: Path) -> None:
+    """Write table.json and table.csv, a row a run."""
     records: list[dict[str, Any]] = [{"model": r.name, "seed": r.seed, **r.row()} for r in runs]
     (folder / "table.json").write_text(
         json.dumps({"machine": machine(), "runs": records}, indent=1)
@@ -195,12 +206,7 @@ def _markdown(
     data: LlavaFolder,
     seconds: float,
 ) -> str:
-    header, lines = table(rows)
-    # on its side, like the terminal's: models are columns
-    sides = list(zip(header, *lines, strict=True))
-    grid = [sides[0], ("---",) * len(sides[0]), *sides[1:]]
     tower = json.loads((config.folder / "tower" / "tower.json").read_text())
-    answered = json.loads(config.answered.with_suffix(".report.json").read_text())
     entries = data.settings()["entries"]
     facts = "\n".join(f"- {name}: {value}" for name, value in machine().items())
     changed = "\n".join(f"- {line}" for line in settings.differences(DemoConfig(), config))
@@ -208,16 +214,16 @@ def _markdown(
 
 **{verdict}**
 
-{chr(10).join("| " + " | ".join(row) + " |" for row in grid)}
+{markdown(*on_its_side(*table(rows)))}
 
 Exact match on {entries["test"]} held-out questions ("{CAPTION}" counts only if every word is
 right), {"mean ± standard deviation of the seeds" if config.seeds > 1 else "95% interval"} where
 there is one; perplexity of their answers; loss terms unweighted, mean over the last logged steps of
 the last stage; tokens/s of the last stage. The teacher learned from {entries["train"]} questions;
 students from {entries["student_train"]} of them (their captions are among those), the distilled one
-also from the teacher's answers to {entries["student_questions"]} more about the same images, which
-took {answered["seconds"]:.0f} s, and "no label" from those answers alone. SFT students have weight
-decay {config.weight_decay:g}, label smoothing {config.smoothing:g} and dropout {config.dropout:g}.
+also from the teacher's answers to {entries["student_questions"]} more about the same images, "no
+label" from those answers alone. SFT students have weight decay {config.weight_decay:g}, label
+smoothing {config.smoothing:g} and dropout {config.dropout:g}.
 {_LIMITS.format(accuracy=tower["accuracy"])}
 
 ![loss curves](loss.png)

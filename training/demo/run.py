@@ -26,6 +26,7 @@ from contextlib import contextmanager
 import torch
 from rich.console import Console
 
+from training.data.answer import Request, answer
 from training.data.dataset import LlavaDataset
 from training.demo import recipes
 from training.demo.easy_vqa import write_easy_vqa
@@ -62,6 +63,17 @@ def demo(config: DemoConfig) -> Report:
 def _demo(config: DemoConfig) -> Report:
     """`demo`, in a folder that no other writes to."""
     start = time.perf_counter()
+    folder, teacher = prepared(config)
+    runs = [teacher]
+    for seed in range(config.seeds):
+        runs += students(config, seed)
+    with part("report"):
+        report = write_report(config, runs, folder, time.perf_counter() - start)
+    return report
+
+
+def prepared(config: DemoConfig) -> tuple[LlavaFolder, Run]:
+    """What students are trained from: data, tower, teacher and its answers, made or reused."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with part("data"):
@@ -69,14 +81,10 @@ def _demo(config: DemoConfig) -> Report:
     with part("vision tower"):
         make_tower(config, folder)
     with part("teacher: PT, SFT"):
-        runs = [Run(TEACHER, 0, run(recipes.demo_teacher(config), say))]
+        teacher = Run(TEACHER, 0, run(recipes.demo_teacher(config), say))
     with part("the teacher answers"):
         answer_questions(config)
-    for seed in range(config.seeds):
-        runs += students(config, seed)
-    with part("report"):
-        report = write_report(config, runs, folder, time.perf_counter() - start)
-    return report
+    return folder, teacher
 
 
 def students(config: DemoConfig, seed: int) -> list[Run]:
@@ -115,6 +123,22 @@ def make_data(config: DemoConfig) -> LlavaFolder:
         per_image=config.per_image,
         garments=config.garments,
     )
+
+
+def answer_questions(config: DemoConfig) -> None:
+    """The teacher's answers to the students' questions, in `out/answered`, written or reused."""
+    data = config.folder / "data"
+    asked = str(data / "student_questions.json")
+    request = Request(
+        str(config.teacher),
+        asked,
+        config.answered.parent,
+        image_root=str(data),
+        batch_size=256,
+        max_new_tokens=16,
+    )
+    _, found = answer(request)
+    say(f"{config.answered}: {found.written} of {found.entries} questions answered")
 
 
 def make_tower(config: DemoConfig, folder: LlavaFolder) -> None:

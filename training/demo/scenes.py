@@ -31,6 +31,7 @@ from training.demo.folder import (
     Record,
     more_questions,
     record,
+    unseen,
     write_folder,
     write_lines,
 )
@@ -142,6 +143,7 @@ def write_scenes(
             "student_pretrain": [entry for entry in student if entry["kind"] == "caption"],
             "student_train": student,
             "student_questions": more_questions(student, per_image, seed),
+            "dev": unseen(train.questions, student),
             "test": test.questions,
         }
 

@@ -92,7 +92,7 @@ def true_answer(question: str, names: list[str]) -> str:
     return "yes" if question.removeprefix("is there any ") in names else "no"
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", LABELLED)
 def test_answers_follow_from_the_labels_of_the_photos_in_the_picture(
     folder: LlavaFolder, split: str
 ) -> None:
