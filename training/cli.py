@@ -15,7 +15,7 @@ from mllmkd_kernels.methods import Stage
 from training import config as configuration
 from training import settings
 from training.config import Config
-from training.data.command import add_data, check_data
+from training.data.command import add_data
 from training.demo.recipes import DemoConfig
 from training.evaluation.command import add_eval, add_export, evaluate, export
 from training.recipes import names, recipe, summaries
@@ -93,7 +93,7 @@ def _parser(stages: tuple[Stage, ...] | None) -> argparse.ArgumentParser:
             command.add_argument(
                 "--dry-run", action="store_true", help="print what it would cost on disk, no more"
             )
-    command = commands.add_parser("data", help="look at a data set: data check")
+    command = commands.add_parser("data", help="look at a data set, or have it answered")
     add_data(command, names())
     command.set_defaults(function=_data)
     command = commands.add_parser("eval", help="score a saved model: held-out data, a benchmark")
@@ -158,9 +158,8 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _data(options: argparse.Namespace) -> None:
-    config = _config(options)
     _quiet()
-    check_data(options, config)
+    options.action(options)
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -44,7 +44,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
-from training import sharding
+from training import fingerprint, sharding
 from training.anatomy import positions
 from training.config import ModelConfig, require
 from training.data.template import CHAT_TEMPLATE
@@ -146,15 +146,6 @@ def load_vlm(
 
 
 _FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-
-
-def load_model(
-    path: str | Path, processor: str | None = None
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """`load_vlm` where it has to be a LLaVA; `CheckpointError` if it is another architecture."""
-    _check_kind(path, ("llava",), "'llava'")
-    loaded: Any = load_vlm(path, processor)
-    return loaded
 
 
 def load_state(model: nn.Module, state: dict[str, torch.Tensor], origin: str | Path) -> None:
@@ -356,6 +347,13 @@ def commit_of(name: str | Path) -> str:
             return "without config.json"  # as that of a processor alone
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{name}: neither a folder nor on the hub: {reason}") from error
+
+
+def marks_of(name: str) -> dict[str, str]:
+    """Fingerprints of a model's files, or the commit that a hub has under its name."""
+    if Path(name).is_dir():
+        return fingerprint.of_folder(Path(name), fingerprint.MODEL_FILES)
+    return {"commit": commit_of(name)}
 
 
 def _check_there(path: str | Path) -> None:

@@ -35,7 +35,6 @@ from training.models import (
     CheckpointError,
     assemble,
     build_model,
-    load_model,
     load_processor,
     load_state,
     load_tower,
@@ -249,14 +248,14 @@ class TestBrokenCheckpoints:
     def test_no_config(self, tmp_path):
         tmp_path.joinpath("empty").mkdir()
         with pytest.raises(CheckpointError, match=r"no config.json"):
-            load_model(tmp_path / "empty")
+            load_vlm(tmp_path / "empty")
 
     def test_no_such_model(self, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or it tries again
         with pytest.raises(CheckpointError, match=r"nobody/nothing: neither a folder nor"):
             load_vlm("nobody/nothing")
 
-    @pytest.mark.parametrize("load", [load_vlm, load_model, load_processor])
+    @pytest.mark.parametrize("load", [load_vlm, load_processor])
     def test_no_such_folder(self, load, tmp_path):
         with pytest.raises(CheckpointError, match=r"nothing: no such folder$"):
             load(str(tmp_path / "nothing"))
@@ -279,32 +278,28 @@ class TestBrokenCheckpoints:
         with pytest.raises(CheckpointError, match="expected an image-text-to-text model"):
             load_vlm(tower)
 
-    def test_another_architecture(self, tower):
-        with pytest.raises(CheckpointError, match="model_type is 'siglip_vision_model'"):
-            load_model(tower)
-
     def test_missing_weight(self, saved):
         self.change(saved, lambda state: state.pop("language_model.lm_head.weight"))
         with pytest.raises(CheckpointError, match=r"missing_keys: lm_head.weight"):
-            load_model(saved)
+            load_vlm(saved)
 
     def test_surplus_weight(self, saved):
         self.change(saved, lambda state: state.update({"language_model.extra": torch.zeros(1)}))
         with pytest.raises(CheckpointError, match=r"unexpected_keys: .*extra"):
-            load_model(saved)
+            load_vlm(saved)
 
     def test_other_shape(self, saved):
         config = json.loads((saved / "config.json").read_text())
         config["text_config"]["vocab_size"] += 1
         (saved / "config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match=r"lm_head.weight"):
-            load_model(saved)
+            load_vlm(saved)
 
     def test_cut_short(self, saved):
         weights = saved / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
         with pytest.raises(CheckpointError, match="cannot be loaded"):
-            load_model(saved)
+            load_vlm(saved)
 
 
 def test_load_state_names_what_differs(built, tower):

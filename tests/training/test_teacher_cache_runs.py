@@ -20,7 +20,7 @@ from training.cli import main
 from training.config import Config
 from training.data.dataset import LlavaDataset
 from training.loop import run
-from training.models import load_model
+from training.models import load_vlm
 from training.settings import ConfigError
 from training.teacher_cache import command, cost, identity
 from training.trainer import DistillTrainer
@@ -150,7 +150,7 @@ def test_the_cost_is_known_before(root, tmp_path, monkeypatch):
     marks = [identity.mark_of(item) for item in data]
     total = sum(mark.response + mark.visual for mark in marks)
     found = counted(tmp_path / "not" / "there")
-    head = 24 * load_model(root / "teacher")[0].lm_head.weight.shape[0] * 4
+    head = 24 * load_vlm(root / "teacher")[0].lm_head.weight.shape[0] * 4
     assert found.total == total * 24 * 4 + 14 * cost.INDEX + head and found.stored == 0
     written = 0
     for file in (tmp_path / "rows" / "dft").glob("*.safetensors"):

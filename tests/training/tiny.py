@@ -87,6 +87,18 @@ def write_teacher(path: Path, tower: Path) -> Path:
     return path
 
 
+def write_talker(path: Path, tower: Path) -> Path:
+    """A model that says different things to different prompts, and mostly stops by itself."""
+    model, its_processor = build_model(model_config(tower, 32), 0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and "vision_tower" not in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.5)
+    save_model(model, its_processor, path)
+    return path
+
+
 def run_config(
     root: Path, out: Path, *, stages: tuple[str, ...] = ("dpt", "sft", "dft"), samples: int = 14
 ) -> Config:

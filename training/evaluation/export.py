@@ -66,10 +66,16 @@ def export_model(model: Any, processor: Any, out: Path) -> str:
     Raises:
         ConfigError: `out` is there and not empty, or the processor has no usable chat template.
     """
-    from training.evaluation.generate import check_template
+    from training.data.chat import ChatEncoder
     from training.models import save_model
 
-    check_template(processor)
+    if processor.chat_template is None:
+        name = type(processor).__name__
+        raise ConfigError(
+            f"processor: got a {name} without chat_template, expected one: save it with the "
+            "template that the model was trained with (chat_template.jinja in its folder)"
+        )
+    ChatEncoder(processor)  # refuses a template that shows no image, or rewrites what was said
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"out: {out} is not empty, expected a new folder")
     out.mkdir(parents=True, exist_ok=True)

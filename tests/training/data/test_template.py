@@ -157,7 +157,7 @@ def test_prompt_is_what_training_saw_before_the_answer(template: str) -> None:
     encoder = ChatEncoder(processor(), template)  # type: ignore[arg-type]
     one = sample("<image>\nwhat is it", "a coat", image="a.png")
     ids, labels = encode(encoder, one)
-    prompt = encoder.prompt(one, encoder.see([PICTURE]))
+    prompt = encoder.prompt(one, encoder.see([PICTURE]))["input_ids"].tolist()
     assert ids[: len(prompt)] == prompt
     assert labels[len(prompt) - 1] == -100 and labels[len(prompt)] != -100
 
