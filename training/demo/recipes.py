@@ -85,6 +85,13 @@ class DemoConfig(Section):
         return self.folder / "answered" / "data.json"
 
 
+class StudyConfig(DemoConfig):
+    """The demo's sizes, steps and data; and which rows."""
+
+    seeds: int = setting(3, "students of each row", gt=0)
+    rows: tuple[str, ...] = setting((), "names of the rows; empty: all")
+
+
 def demo_teacher(demo: DemoConfig) -> Config:
     """192 wide, 4 layers, on all the training data: PT, then SFT."""
     shared = {"batch_size": demo.batch_size, "warmup": 0.05}
@@ -163,7 +170,9 @@ def student(
         del sources[0]
     found = str(demo.teacher) if teacher else None
     sizes = {"hidden": 64, "layers": 2, **model}
-    return _run(demo, f"seed{seed}/{name}", method, stages, sources, sizes, seed=seed, teacher=found)
+    return _run(
+        demo, f"seed{seed}/{name}", method, stages, sources, sizes, seed=seed, teacher=found
+    )
 
 
 def entries(file: Path) -> int:

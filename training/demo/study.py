@@ -25,6 +25,7 @@ from training.demo.recipes import (
     ANSWERED,
     LABELLED,
     DemoConfig,
+    StudyConfig,
     demo_distilled,
     demo_sft,
     optimised,
@@ -35,7 +36,7 @@ from training.demo.run import part, prepared, say
 from training.demo.trained import Run
 from training.lock import held
 from training.loop import run
-from training.settings import ConfigError, setting
+from training.settings import ConfigError
 
 BOTH = (LABELLED, ANSWERED)
 
@@ -107,13 +108,6 @@ ROWS = (
         **_ADI,
     ),
 )  # fmt: skip
-
-
-class StudyConfig(DemoConfig):
-    """The demo's sizes, steps and data; and which rows."""
-
-    seeds: int = setting(3, "students of each row", gt=0)
-    rows: tuple[str, ...] = setting((), "names of the rows; empty: all")
 
 
 def study(config: StudyConfig) -> None:
