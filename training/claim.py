@@ -49,7 +49,6 @@ FREE = frozenset(
         "data.image_cache_mb",
         "teacher_cache.visual",  # of the writing; what was written says its manifest
         "teacher_cache.dtype",
-        "teacher_cache.shard_mb",
         "teacher_cache.batch_size",
     }
 )
@@ -84,7 +83,7 @@ class Claim:
     def check(self, found: Marks) -> None:
         """Compare files with what they were, and note those that come for the first time."""
         for field, marks in found.items():
-            changed = fingerprint.differences(self.known.get(field, marks), marks)
+            changed = settings.differences(self.known.get(field, marks), marks)
             if changed:
                 more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
                 raise ConfigError(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from training.journal import write_whole
-from training.settings import ConfigError
+from training.settings import ConfigError, differences
 
 BLOCKS, BLOCK = 1024, 16 << 10
 CONTENTS = 256  # files of a folder whose contents count
@@ -79,12 +79,3 @@ def same_request(file: Path, now: Mapping[str, Any], begun: bool) -> None:
             "remove the folder or name another"
         )
     write_whole(file, json.dumps(now, indent=1))
-
-
-def differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """One line `part: stored -> found` for each part that is another one."""
-    return [
-        f"{part}: {stored.get(part)} -> {found.get(part)}"
-        for part in [*stored, *(part for part in found if part not in stored)]
-        if stored.get(part) != found.get(part)
-    ]

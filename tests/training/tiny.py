@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from transformers import LlavaProcessor, SiglipVisionConfig, SiglipVisionModel
@@ -16,7 +18,9 @@ from transformers import LlavaProcessor, SiglipVisionConfig, SiglipVisionModel
 from training import settings
 from training.config import Config, ModelConfig, load
 from training.demo.words import build_processor
+from training.loop import run
 from training.models import build_model, save_model
+from training.trainer import DistillTrainer
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200), "grey": (90, 90, 90)}
 WORDS = [*COLOURS, "what", "colour", "and", "this", "is", "say"]
@@ -125,3 +129,26 @@ def run_config(
         "threads": 1,
     }
     return settings.build(type(load()), values)
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing happens after it."""
+
+
+def quiet(message: str) -> None:
+    """What nobody reads."""
+
+
+def killed(config: Config, step: int) -> None:
+    """Run until so many steps are made."""
+    original = DistillTrainer.compute_loss
+
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DistillTrainer, "compute_loss", compute_loss)
+        with pytest.raises(Killed):
+            run(config, say=quiet)

@@ -137,8 +137,8 @@ class _Answering:
         out, report = self.request.out, self.report
         self._check_left("entries that can be asked")
         journal = Journal(out / ANSWERS)
-        same_request(out / REQUEST, self._identity(), journal.path.is_file())
         kept = journal.read()
+        same_request(out / REQUEST, self._identity(), bool(kept))
         journal.write(kept)  # without a line that was cut short
         total = sum(len(sample.turns) for sample in self.samples.values())
         done = sum(len(line["entries"]) for line in kept)
@@ -175,10 +175,10 @@ class _Answering:
                 temperature=request.temperature,
                 top_p=request.top_p,
             )
+            self.controls = Controls(self.writer.processor)
         asked = [self._asked(i) for i in batch]
         answers = self.writer.write(asked, seed=request.seed * 1_000_003 + number)
-        controls = Controls(self.writer.processor)
-        return [_learnable(*pair, controls) for pair in zip(answers, asked, strict=True)]
+        return [_learnable(*pair, self.controls) for pair in zip(answers, asked, strict=True)]
 
     def _asked(self, i: int) -> Asked:
         sample, said, source = self.samples[i], self.said[i], self.entries.source

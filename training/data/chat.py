@@ -197,6 +197,8 @@ class ChatEncoder:
         whole = "".join(
             f"{before}{answer}" for before, answer in zip(around, [*answers, ""], strict=True)
         )
+        if answers == marked:  # a first question's prompt: nothing was said yet
+            return pieces
         if (rendered := self.render(self.messages(sample, answers))) != whole:
             where = first_difference(whole, rendered)
             raise fault(sample.place, "conversations", where, "answers rendered as they are")

@@ -8,9 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from training import config as configuration
 from training.config import Config, DataConfig, SourceConfig
-from training.recipes import recipe
+from training.recipes import configured
 from training.settings import ConfigError
 
 CHECK = """Read a data set as training would: count what would be skipped and why, how long samples
@@ -24,14 +23,13 @@ which an answer was empty or, without --keep-cut, cut at --max-new-tokens."""
 USES = ("captions", "conversations", "held_out")
 
 
-def add_data(command: argparse.ArgumentParser, recipes: list[str]) -> None:
-    """The options of `data check` and `data answer`."""
+def add_data(command: argparse.ArgumentParser, source: argparse.ArgumentParser) -> None:
+    """The options of `data check` and `data answer`; `source` has those that name a run's
+    configuration."""
     actions = command.add_subparsers(required=True, metavar="check | answer")
     _add_answer(actions.add_parser("answer", help="have a teacher answer it", description=ANSWER))
-    check = actions.add_parser("check", help="count, and show samples", description=CHECK)
-    check.add_argument("--config", metavar="FILE.yaml", help="configuration of a run")
-    check.add_argument("--recipe", choices=recipes, metavar="NAME", help="a shipped one")
-    check.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    text = "count, and show samples"
+    check = actions.add_parser("check", help=text, description=CHECK, parents=[source])
     check.add_argument("--use", choices=USES, default="conversations", help="which of a run's data")
     check.add_argument("--json", metavar="PATH", help="instead: one source (data.sources.path)")
     check.add_argument("--image-root", default=".", help="folder its image paths start from")
@@ -42,7 +40,7 @@ def add_data(command: argparse.ArgumentParser, recipes: list[str]) -> None:
     check.add_argument("--limit", type=int, help="read only so many entries of each source")
     check.add_argument("--html", default="data-check.html", help="the page (data-check.html)")
     check.add_argument("--json-out", metavar="FILE", help="the figures as json, too")
-    check.set_defaults(action=check_data)
+    check.set_defaults(function=check_data)
 
 
 def _add_answer(command: argparse.ArgumentParser) -> None:
@@ -60,7 +58,7 @@ def _add_answer(command: argparse.ArgumentParser) -> None:
     add("--history", choices=choices, default="own", help="earlier answers: its own, the data's")
     add("--keep-cut", action="store_true", help="keep conversations with an answer that was cut")
     add("--limit", type=int, help="only the first so many entries")
-    command.set_defaults(action=answer_data)
+    command.set_defaults(function=answer_data)
 
 
 def answer_data(options: argparse.Namespace) -> None:
@@ -86,8 +84,7 @@ def check_data(options: argparse.Namespace) -> None:
     from training.journal import write_whole
     from training.models import known_positions
 
-    base = recipe(options.recipe) if options.recipe else None
-    config = configuration.load(options.config, options.set, base, options.stages)
+    config = configured(options)
     if options.samples < 0 or (options.limit is not None and options.limit < 1):
         raise ConfigError("--samples, --limit: expected 0 or more, and 1 or more")
     data, use = config.data, options.use

@@ -13,8 +13,6 @@ they were. Entries without new answers are left out.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from training.config import SourceConfig
 from training.data.messages import CHAT
 from training.data.records import LLAVA, DataError, Form, Sample, checked, read_entries
 from training.data.sources import LlavaSource, MessagesSource, Source, open_source
-from training.journal import write_whole, writing
+from training.journal import whole, write_whole
 
 OPEN = "?"  # stands for the answer to an open question while it is read
 
@@ -78,13 +76,9 @@ class MessageRows:
         """The rows of these numbers with these samples' answers."""
         talks = [_answered(self._talks[i], CHAT, sample) for i, sample in samples.items()]
         rows = self._with(self.rows.select(list(samples)), talks)
-        target, staging = folder / self.name, folder / f".{self.name}.incomplete"
         save = {".parquet": rows.to_parquet, ".jsonl": rows.to_json}
-        with writing(target):
-            shutil.rmtree(staging, ignore_errors=True)
-            save.get(target.suffix, rows.save_to_disk)(staging)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(staging, target)
+        with whole(folder / self.name) as staged:
+            save.get(Path(self.name).suffix, rows.save_to_disk)(staged)
 
     def _with(self, rows: Any, talks: list[Any]) -> Any:
         """Rows with these messages."""
@@ -110,10 +104,11 @@ def open_entries(path: str, image_root: str) -> LlavaEntries | MessageRows:
 def _closed(raw: Any, form: Form = LLAVA) -> Any:
     """An entry with an answer to its last question, if that is open."""
     talk = raw.get(form.messages) if isinstance(raw, Mapping) else None
-    last = talk[-1] if isinstance(talk, (list, tuple)) and talk else None
-    if not isinstance(last, Mapping) or last.get(form.role) != form.roles[0]:
+    if not isinstance(talk, list) or not talk or not isinstance(talk[-1], Mapping):
         return raw
-    return {**raw, form.messages: [*talk, _message(last, form, OPEN)]}
+    if talk[-1].get(form.role) != form.roles[0] or form.text not in talk[-1]:
+        return raw
+    return {**raw, form.messages: [*talk, _message(talk[-1], form, OPEN)]}
 
 
 def _answered(talk: Sequence[Any], form: Form, sample: Sample) -> list[Any]:

@@ -27,11 +27,11 @@ from training.data.images import open_image
 from training.data.records import IMAGE_MARK, Place, Sample, fault
 from training.evaluation.benchmarks import BENCHMARKS, Benchmark, ask
 from training.evaluation.captions import TokenizerName, caption_scores
-from training.evaluation.predictions import Line, Predictions
+from training.evaluation.predictions import Line, read_answers
 from training.evaluation.questions import Files, Question, checked
 from training.fingerprint import digest, of_files, same_request
 from training.generate import Asked, Writer
-from training.journal import write_whole
+from training.journal import Journal, write_whole
 from training.models import marks_of
 from training.settings import ConfigError
 
@@ -75,11 +75,11 @@ def run_benchmark(
     most = options.max_new_tokens or benchmark.max_new_tokens
     _claim(options, questions, prompts, most)
     questions = questions[: options.limit]
-    kept = Predictions(options.out / PREDICTIONS)
-    if kept.check(questions) < len(questions):
+    lines = read_answers(options.out / PREDICTIONS)
+    if len(lines) < len(questions):
         writer = Writer(*load(options.model), most)
-        _write_answers(writer, kept, questions, prompts, options)
-    found = _scored(benchmark, options, questions, kept.lines[: len(questions)])
+        lines += _write_answers(writer, lines, questions, prompts, options)
+    found = _scored(benchmark, options, questions, lines[: len(questions)])
     write_whole(options.out / SCORES, json.dumps(found, indent=1))
     (console or Console()).print(_table(found))
     return found
@@ -87,19 +87,21 @@ def run_benchmark(
 
 def _write_answers(
     writer: Writer,
-    kept: Predictions,
+    kept: Sequence[Line],
     questions: Sequence[Question],
     prompts: Sequence[str],
     options: Options,
-) -> None:
-    """Answer the questions that have none yet, a batch at a time."""
-    done, size = len(kept.lines), options.batch_size
+) -> list[Line]:
+    """Answer the questions that have none yet, a batch at a time; what is written of them."""
+    done, size, new = len(kept), options.batch_size, []
+    journal = Journal(options.out / PREDICTIONS)
+    journal.write(kept)  # without a line that was cut short
     with Bar(options.benchmark, len(questions), "questions", done=done) as bar:
         for start in range(done, len(questions), size):
             part = slice(start, min(start + size, len(questions)))
             asked = zip(questions[part], prompts[part], strict=True)
             answers = writer.write([_asked(*pair, options.files.questions) for pair in asked])
-            kept.append(
+            lines = [
                 {
                     "question_id": question.id,
                     "question": question.text,
@@ -111,8 +113,11 @@ def _write_answers(
                 for question, prompt, answer in zip(
                     questions[part], prompts[part], answers, strict=True
                 )
-            )
+            ]
+            journal.append(*lines)
+            new += lines
             bar.advance(len(answers))
+    return new
 
 
 def _asked(question: Question, prompt: str, file: Path) -> Asked:

@@ -254,3 +254,25 @@ def talk(*contents: Any) -> list[dict[str, Any]]:
 def test_requests_that_cannot_be(wrong: Any, message: str, root: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         answer(request(root, tmp_path / "out", **wrong))
+
+
+def test_what_is_typed_wrongly(root: Path, tmp_path: Path, capsys: Any) -> None:
+    """A line on stderr; open questions are for `data answer` alone."""
+    data, teacher = str(root / "open.json"), str(root / "teacher")
+    typed = ["data", "answer", "--out", str(tmp_path / "out"), "--image-root", str(root)]
+    for more, message in (
+        (["--json", data, "--teacher", "/no/model"], "/no/model: no such folder"),
+        (["--json", "/no/data.json", "--teacher", teacher], "/no/data.json: field 'file': got no"),
+        (["--json", "/no/rows", "--teacher", teacher], "/no/rows: no such file or folder"),
+        (["--json", data, "--teacher", str(root / "tower")], "expected an image-text-to-text"),
+        (["--json", data, "--teacher", teacher, "--max-new-tokens", "4096"], "got 4096, expected"),
+    ):
+        assert main([*typed, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("data*"))
+    # a try that answered nothing binds nobody
+    assert main([*typed, "--json", data, "--teacher", teacher, "--limit", "2", "--keep-cut"]) == 0
+    assert "written            2" in capsys.readouterr().out
+    check = ["data", "check", "--json", data, "--image-root", str(root), "--processor", teacher]
+    assert main([*check, "--html", str(tmp_path / "page.html")]) == 0
+    assert "2 x conversations: expected an answer to every question" in capsys.readouterr().out

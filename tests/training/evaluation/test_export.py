@@ -17,7 +17,7 @@ from tests.training import tiny
 from training.cli import main
 from training.evaluation import export
 from training.evaluation.benchmarks import BENCHMARKS
-from training.evaluation.predictions import Predictions
+from training.journal import Journal
 from training.models import load_vlm
 from training.settings import ConfigError
 
@@ -79,8 +79,8 @@ def test_image_sizes_are_passed_on():
 
 
 def test_submissions(tmp_path, capsys):
-    kept = Predictions(tmp_path / "predictions.jsonl")
-    kept.append(
+    kept = Journal(tmp_path / "predictions.jsonl")
+    kept.write(
         {"question_id": i, "question": "Is it?", "prompt": "", "answer": answer, "ended": True}
         for i, answer in enumerate(["The Dog.", "two"])
     )
