@@ -40,7 +40,7 @@ class Smoothing:
         """This micro-batch's share of the mean."""
         s, settings, chosen = view.student, view.settings, view.rows(self.over)
         hidden = take_rows(s.hidden, chosen.student)
-        out = settings.operators.distill(
+        out = settings.functions.distill(
             hidden, s.weight, hidden.new_zeros(len(hidden), 1), s.weight.new_zeros(view.vocab, 1),
             torch.full_like(chosen.labels, settings.ignore_index),
             ce_weight=0.0, kd_weight=1.0, ignore_index=settings.ignore_index,
