@@ -102,6 +102,7 @@ def _run(config: Config, claim: Claim | None, say: Say) -> list[StageResult]:
         folder = out / f"{number}-{name}"
         trained = None
         if (folder / "model").is_dir():
+            on_main(lambda folder=folder: _remove_checkpoints(folder))  # a kill may have left some
             say(f"{folder}: already done")
         else:
             trained = _train(config, claim, number, model, processor, teacher, say)
@@ -241,7 +242,10 @@ def _finish(
     _write(folder / "summary.json", summary)
     (folder / SCORES).unlink(missing_ok=True)  # of a model that was taken away
     save_model(model, processor, folder / "model", state)
-    # on the disk before what it could be made from again is removed
+    _remove_checkpoints(folder)  # the model, which could be made from them again, is on the disk
+
+
+def _remove_checkpoints(folder: Path) -> None:
     for path in folder.glob(f"{checkpoint.PREFIX}*"):
         shutil.rmtree(path)
 
