@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -370,10 +370,10 @@ def _result(
             size = config.eval_batch_size
             title = f"{folder.name} held-out"
             found = evaluate(model, held_out, Collator(processor), batch_size=size, title=title)
-            _write(file, found.to_dict())
+            _write(file, asdict(found))
 
         on_main(score)
-        scores = Scores.from_dict(_read(file))
+        scores = Scores(**_read(file))
         say(f"{folder}: {scores}")
     history, summary = Journal(folder / LOG).read(), _read(folder / "summary.json")
     return StageResult(name, folder / "model", history, summary, scores)

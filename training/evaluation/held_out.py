@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,15 +51,6 @@ class Scores:
         """Accuracy over all samples that are questions, that is, not captions."""
         asked = {kind: n for kind, n in self.counts.items() if kind != CAPTION}
         return sum(self.kinds[k] * n for k, n in asked.items()) / max(sum(asked.values()), 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for json."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Scores:
-        """The inverse of `to_dict`."""
-        return cls(**values)
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in self.kinds.items())
