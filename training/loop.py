@@ -309,6 +309,7 @@ def _arguments(config: Config, options: StageConfig, steps: int, folder: Path) -
         lr_scheduler_type=options.schedule,
         warmup_steps=math.ceil(options.warmup * steps),
         weight_decay=options.weight_decay,
+        adam_beta2=options.beta2,
         max_grad_norm=options.clip,
         logging_steps=config.log_steps,
         logging_nan_inf_filter=False,  # a NaN in the loss curve is to be seen
