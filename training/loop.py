@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,7 @@ def _run(config: Config, claim: Claim | None, say: Say) -> list[StageResult]:
         folder = out / f"{number}-{name}"
         trained = None
         if (folder / "model").is_dir():
+            on_main(lambda folder=folder: _remove_checkpoints(folder))  # a kill may have left some
             say(f"{folder}: already done")
         else:
             trained = _train(config, claim, number, model, processor, teacher, say)
@@ -241,7 +242,10 @@ def _finish(
     _write(folder / "summary.json", summary)
     (folder / SCORES).unlink(missing_ok=True)  # of a model that was taken away
     save_model(model, processor, folder / "model", state)
-    # on the disk before what it could be made from again is removed
+    _remove_checkpoints(folder)  # the model, which could be made from them again, is on the disk
+
+
+def _remove_checkpoints(folder: Path) -> None:
     for path in folder.glob(f"{checkpoint.PREFIX}*"):
         shutil.rmtree(path)
 
@@ -367,10 +371,10 @@ def _result(
             size = config.eval_batch_size
             title = f"{folder.name} held-out"
             found = evaluate(model, held_out, Collator(processor), batch_size=size, title=title)
-            _write(file, found.to_dict())
+            _write(file, asdict(found))
 
         on_main(score)
-        scores = Scores.from_dict(_read(file))
+        scores = Scores(**_read(file))
         say(f"{folder}: {scores}")
     history, summary = Journal(folder / LOG).read(), _read(folder / "summary.json")
     return StageResult(name, folder / "model", history, summary, scores)

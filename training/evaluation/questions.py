@@ -70,8 +70,8 @@ def read_vqav2(files: Files) -> list[Question]:
         number = entry.take("question_id", int)
         if file is not None and number not in known:
             raise fault(entry.place, "question_id", number, f"a question that {file} answers")
-        text = entry.take("question", str)
-        found.append(Question(number, text, (image,), *known.get(number, ())))
+        said, kind = known.get(number, ((), ""))
+        found.append(Question(number, entry.take("question", str), (image,), said, kind))
     return found
 
 
