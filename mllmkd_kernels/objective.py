@@ -10,6 +10,7 @@ only a method's file says (`methods/`).
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -110,6 +111,7 @@ class Objective(nn.Module):
         self._sweeps = sweeps(rows)
         answers = [term for term in rows if term.rows.startswith("response")]
         self._watched = answers[-1] if self.settings.diagnostics and answers else None
+        self._reports: dict[str, list[str]] = {}
         self.over = {name: term.over for name, term in self.terms.items()}
         if watched := self._watched:
             compared = any(sweep.has(watched) and sweep.divergence for sweep in self._sweeps)
@@ -126,6 +128,20 @@ class Objective(nn.Module):
         for term in self.learned.values():
             if build := getattr(term, "build", None):
                 build(student, teacher)
+
+    def watch(self, student: nn.Module) -> None:
+        """With diagnostics, terms that report on parts of the student name them: what is then
+        among the means.
+        """
+        for name in itertools.chain(*self._reports.values()):
+            del self.over[name]
+        self._reports = {
+            term.name: watch(student)
+            for term in self.terms.values()
+            if self.settings.diagnostics and (watch := getattr(term, "watch", None))
+        }
+        for name, reported in self._reports.items():
+            self.over |= dict.fromkeys(reported, self.terms[name].over)
 
     def forward(
         self,
@@ -171,6 +187,9 @@ class Objective(nn.Module):
                     )
                 losses.append(term.weight * value)
                 means[name] = value.detach()
+                if name in self._reports:
+                    report: Any = term
+                    means |= report.watched(view)
         return Losses(
             functools.reduce(operator.add, losses), {name: means[name] for name in self.over}
         )
