@@ -297,7 +297,7 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         learned.detach(student)
         if not isinstance(self.objective, Objective):
             return
-        self.objective.watch(student)
+        self.objective.report_on(student)
         if not len(self.objective.learned):
             return
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:

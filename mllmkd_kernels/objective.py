@@ -129,16 +129,16 @@ class Objective(nn.Module):
             if build := getattr(term, "build", None):
                 build(student, teacher)
 
-    def watch(self, student: nn.Module) -> None:
-        """With diagnostics, terms that report on parts of the student name them: what is then
-        among the means.
+    def report_on(self, student: nn.Module) -> None:
+        """With diagnostics, terms that report on parts of the student name them; from then on they
+        are among the means.
         """
         for name in itertools.chain(*self._reports.values()):
             del self.over[name]
         self._reports = {
-            term.name: watch(student)
+            term.name: report_on(student)
             for term in self.terms.values()
-            if self.settings.diagnostics and (watch := getattr(term, "watch", None))
+            if self.settings.diagnostics and (report_on := getattr(term, "report_on", None))
         }
         for name, reported in self._reports.items():
             self.over |= dict.fromkeys(reported, self.terms[name].over)
@@ -188,8 +188,8 @@ class Objective(nn.Module):
                 losses.append(term.weight * value)
                 means[name] = value.detach()
                 if name in self._reports:
-                    report: Any = term
-                    means |= report.watched(view)
+                    reporter: Any = term
+                    means |= reporter.report(view)
         return Losses(
             functools.reduce(operator.add, losses), {name: means[name] for name in self.over}
         )

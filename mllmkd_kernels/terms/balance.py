@@ -41,15 +41,15 @@ class Balance:
         mask = None if self.padding else self._tokens(view)
         return balance_loss(view.student.recorded.router, mask) * view.share(self.over)
 
-    def watch(self, student: Any) -> list[str]:
-        """Names of what `watched` then gives: ``load/L/E`` of expert E in layer L."""
+    def report_on(self, student: Any) -> list[str]:
+        """Names of what `report` then gives: ``load/L/E`` of expert E in layer L."""
         self._loads = [
             (gate.top_k, [f"load/{layer}/{i}" for i in range(len(gate.weight))])
             for layer, gate in routers(student).items()
         ]
         return [name for _, names in self._loads for name in names]
 
-    def watched(self, view: View) -> dict[str, Tensor]:
+    def report(self, view: View) -> dict[str, Tensor]:
         """This micro-batch's part in the share of tokens that goes to each expert, 1 / E of each
         where the load is even; a token counts 1 / k for each of its k experts.
         """
