@@ -80,7 +80,7 @@ _TUNING = {"lr": 2e-5, "batch_size": 256, "beta2": 0.98}
 
 STAGES = (
     Stage(
-        "init", PROJECTOR, "captions", "pretrain", supervised,
+        "init", PROJECTOR, "captions", "chat", supervised,
         title="initialisation: projector, CE on captions",
         defaults={"lr": 1e-4, "batch_size": 512, "beta2": 0.98},
     ),
