@@ -104,6 +104,8 @@ def _run(config: Config, claim: Claim | None, say: Say) -> list[StageResult]:
         if (folder / "model").is_dir():
             say(f"{folder}: already done")
         else:
+            if (made := config.table[name].student) is not None:
+                model = made(model, **settings.arguments(config.of_stage(name).student))
             trained = _train(config, claim, number, model, processor, teacher, say)
         model = trained or load_vlm(folder / "model", dtype=torch.float32)[0]
         results.append(_result(config, claim, name, model, processor, folder, say))
@@ -133,8 +135,6 @@ def _train(
     stage = config.table[config.stages[number - 1]]
     folder = Path(config.out) / f"{number}-{stage.name}"
     options, objective = config.of_stage(stage.name), config.objective(stage.name)
-    if stage.student is not None:
-        model = stage.student(model, **settings.arguments(options.student))
     freeze(model, *stage.trains)
     if config.grad_checkpointing:
         recompute_activations(model)
