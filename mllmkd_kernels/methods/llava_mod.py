@@ -37,6 +37,7 @@ from typing import Any, Literal
 
 from mllmkd_kernels.divergence import Divergence
 from mllmkd_kernels.methods.stage import PROJECTOR, SPARSE, WHOLE, Stage
+from mllmkd_kernels.methods.supervised import supervised
 from mllmkd_kernels.objective import Objective, RowTerm
 from mllmkd_kernels.terms import Balance
 from mllmkd_kernels.upcycle import upcycle, upcycled_config
@@ -68,11 +69,6 @@ def mimic(
         Balance("balance", balance, padding),
         **settings,
     )
-
-
-def supervised(ce: float = 1.0, **settings: Any) -> Objective:
-    """L_ce alone; no teacher."""
-    return Objective(RowTerm("ce", ce, "response"), **settings)
 
 
 #: Of the paper.
