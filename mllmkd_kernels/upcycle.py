@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mllmkd_kernels.models import path_of
 
@@ -57,15 +57,16 @@ def upcycle(model: Any, experts: int = 4, top_k: int = 2, every: int = 2, *, see
     """
     if not hasattr(model, "save_pretrained") or not hasattr(model, "get_decoder"):
         got = type(model).__name__
-        raise TypeError(
-            f"model: got a {got}, expected a causal or vision-language transformers model"
-        )
+        raise TypeError(f"model: got a {got}, expected a causal or vision-language model")
     config = upcycled_config(model.config, experts, top_k, every)
     state = _state(model, config.get_text_config(decoder=True), seed)
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-        twin = _class_of(model, config)(config)
-    _check_names(model, state, twin)
+    twin = _empty(model, config)
+    if odd := sorted(state.keys() ^ twin.state_dict().keys()):
+        raise ValueError(
+            f"model: the weights of this {type(model).__name__} are not those of a "
+            f"{type(twin).__name__} ({', '.join(odd[:3])}), expected no biases, adapters or "
+            "quantised weights that it does not have"
+        )
     twin.load_state_dict(state, assign=True)
     twin.tie_weights()
     for name, buffer in model.named_buffers():  # also those that no state has
@@ -85,11 +86,14 @@ def upcycled_config(config: Any, experts: int = 4, top_k: int = 2, every: int = 
     from transformers import CONFIG_MAPPING  # importing the package must not import transformers
 
     text = config.get_text_config(decoder=True)
-    _check(text, experts, top_k, every)
+    layers = range(text.num_hidden_layers)
+    _check_text(text)
+    _check_number("experts", experts, 2)
+    _check_number("top_k", top_k, 1, experts)
+    _check_number("every", every, 1, len(layers))
     kind, more = _TWINS[text.model_type]
-    values = {
-        key: x for key, x in text.to_dict().items() if key not in ("model_type", "architectures")
-    }
+    values = text.to_dict()
+    del values["model_type"], values["architectures"]
     twin: Any = CONFIG_MAPPING[kind](
         **values | more,
         num_experts=experts,
@@ -97,7 +101,7 @@ def upcycled_config(config: Any, experts: int = 4, top_k: int = 2, every: int = 
         norm_topk_prob=True,
         moe_intermediate_size=text.intermediate_size,
         decoder_sparse_step=1,
-        mlp_only_layers=[i for i in range(text.num_hidden_layers) if i % every],
+        mlp_only_layers=[i for i in layers if i % every],
     )
     twin._attn_implementation = text._attn_implementation
     if text is config:
@@ -108,77 +112,70 @@ def upcycled_config(config: Any, experts: int = 4, top_k: int = 2, every: int = 
     return whole
 
 
-def _check(text: Any, experts: int, top_k: int, every: int) -> None:
-    """Refuse, by name, what has no twin."""
-    kind, layers = text.model_type, text.num_hidden_layers
-    if kind not in _TWINS:
+def _check_text(text: Any) -> None:
+    """Refuse a text model that has no twin."""
+    if (kind := text.model_type) not in _TWINS:
         why = "is a mixture of experts already" if hasattr(text, "num_experts") else "has no twin"
         raise ValueError(
             f"model: its text model is a {kind!r}, which {why}; expected one of {', '.join(_TWINS)}"
         )
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         raise ValueError("model: has layers of sliding attention, expected full attention")
-    for name, value, least, most in (
-        ("experts", experts, 2, None),
-        ("top_k", top_k, 1, experts),
-        ("every", every, 1, layers),
-    ):
-        if value < least or (most is not None and value > most):
-            limit = f"at least {least}" if most is None else f"{least} to {most}"
-            raise ValueError(f"{name}: got {value}, expected {limit}")
     for name in ("hidden_size", "intermediate_size"):
         if (size := getattr(text, name)) % _ALIGNED:
             raise ValueError(f"model: its {name} is {size}, expected a multiple of {_ALIGNED}")
 
 
-def _class_of(model: Any, config: Any) -> Any:
-    """A vision-language model keeps its class; a causal LM is its text model."""
+def _check_number(name: str, value: int, least: int, most: int | None = None) -> None:
+    if value < least or (most is not None and value > most):
+        limit = f"at least {least}" if most is None else f"{least} to {most}"
+        raise ValueError(f"{name}: got {value}, expected {limit}")
+
+
+def _empty(model: Any, config: Any) -> Any:
+    """A model of that configuration without memory: of the same class, unless that is a text
+    model's own.
+    """
     from transformers import AutoModelForCausalLM
 
-    if config.get_text_config(decoder=True) is not config:
-        return type(model)
-    return AutoModelForCausalLM._model_mapping[type(config)]
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        if config.get_text_config(decoder=True) is config:
+            return AutoModelForCausalLM.from_config(config)
+        return type(model)(config)
 
 
 def _state(model: Any, text: Any, seed: int) -> dict[str, Tensor]:
     """The twin's state: copies, and for each mixture its experts and its router."""
     state = {name: x.detach().clone() for name, x in model.state_dict().items()}
-    layers, generator = model.get_decoder().layers, torch.Generator().manual_seed(seed)
-    for index in sorted(set(range(len(layers))) - set(text.mlp_only_layers)):
-        place = f"{path_of(model, layers[index])}.mlp."
-        names = [name for name in state if name.startswith(place)]
-        if sorted(names) != sorted(place + name for name in _DENSE):
-            found = ", ".join(name.removeprefix(place) for name in names)
-            raise ValueError(f"model: {place[:-1]} has {found}, expected {', '.join(_DENSE)}")
+    generator = torch.Generator().manual_seed(seed)
+    for number, layer in enumerate(model.get_decoder().layers):
+        if number in text.mlp_only_layers:
+            continue
+        place = f"{path_of(model, layer)}.mlp."
+        found = [name.removeprefix(place) for name in state if name.startswith(place)]
+        if sorted(found) != sorted(_DENSE):
+            expected = ", ".join(_DENSE)
+            raise ValueError(f"model: {place[:-1]} has {', '.join(found)}, expected {expected}")
         dense = [state.pop(place + name) for name in _DENSE]
-        state |= {place + name: x for name, x in _mixture(dense, text, generator)}
+        state |= {place + name: x for name, x in _mixture(*dense, text, generator)}
     return state
 
 
 def _mixture(
-    dense: list[Tensor],  # (I, D), (I, D), (D, I)
+    gate: Tensor,  # (I, D)
+    up: Tensor,  # (I, D)
+    down: Tensor,  # (D, I)
     text: Any,
     generator: torch.Generator,
 ) -> Iterator[tuple[str, Tensor]]:
-    gate, up, down = dense
-    if not gate.is_floating_point():
-        raise ValueError(f"model: has weights of {gate.dtype}, expected floating-point ones")
-    E, D = text.num_experts, text.hidden_size
-    yield "experts.gate_up_proj", torch.cat((gate, up)).repeat(E, 1, 1)  # (E, 2 I, D)
-    yield "experts.down_proj", down.repeat(E, 1, 1)  # (E, D, I)
-    router = torch.empty(E, D).uniform_(-(D**-0.5), D**-0.5, generator=generator)
+    experts, width = text.num_experts, text.hidden_size
+    yield "experts.gate_up_proj", torch.cat((gate, up)).repeat(experts, 1, 1)  # (E, 2 I, D)
+    yield "experts.down_proj", down.repeat(experts, 1, 1)  # (E, D, I)
+    limit = width**-0.5
+    router = torch.empty(experts, width).uniform_(-limit, limit, generator=generator)
     yield "gate.weight", router.to(gate)
     if getattr(text, "shared_expert_intermediate_size", None) == 0:
-        for name, like in zip(_DENSE, dense, strict=True):
-            yield f"shared_expert.{name}", like.new_empty(*((0, D) if like is not down else (D, 0)))
-        yield "shared_expert_gate.weight", gate.new_zeros(1, D)
-
-
-def _check_names(model: nn.Module, state: dict[str, Tensor], twin: nn.Module) -> None:
-    odd = sorted(state.keys() ^ twin.state_dict().keys())
-    if odd:
-        name, kind = type(model).__name__, type(twin).__name__
-        raise ValueError(
-            f"model: the weights of this {name} are not those of a {kind} ({', '.join(odd[:3])}), "
-            "expected no biases, adapters or quantised weights that it does not have"
-        )
+        for name, shape in zip(_DENSE, ((0, width), (0, width), (width, 0)), strict=True):
+            yield f"shared_expert.{name}", gate.new_empty(shape)
+        yield "shared_expert_gate.weight", gate.new_zeros(1, width)

@@ -27,7 +27,8 @@ from tests.test_trainer_mixin import arguments
 from tests.test_trainer_objective import MixedTrainer
 from tests.tolerances import check
 
-E, LAYERS, D2S = 4, 2, {"ce": 1.0, "balance": 0.01}
+E, LAYERS = 4, 2
+D2S: dict[str, Any] = {"ce": 1.0, "balance": 0.01}
 
 
 def models() -> tuple[HeadInputs, HeadInputs, list[Tensor]]:

@@ -135,7 +135,7 @@ def test_weights_that_the_twin_has_no_place_for_are_refused() -> None:
         mk.upcycle(sliding)
     with pytest.raises(ValueError, match="is a 'qwen2_moe', which is a mixture of experts already"):
         mk.upcycle(mk.upcycle(llama()))
-    with pytest.raises(TypeError, match="got a Linear, expected a causal or vision-language"):
+    with pytest.raises(TypeError, match="got a Linear, expected a causal or vision-lang"):
         mk.upcycle(torch.nn.Linear(2, 2))
 
 

@@ -35,7 +35,7 @@ from training.loop import run
 from training.models import build_model, load_vlm
 from training.trainer import DistillTrainer, Policies
 
-STAGES = load().table | load(overrides=["method=llava-mod"]).table
+STAGES = {**load().table, **load(overrides=["method=llava-mod"]).table}
 # Samples 4 and 9 have no image, 3, 8 and 13 two. Two processes take batches of two in turn.
 ORDERS = {
     "uneven": [4, 9, 0, 1, 3, 8, 2, 13],  # the first process starts with text alone
