@@ -92,9 +92,10 @@ def upcycled_config(config: Any, experts: int = 4, top_k: int = 2, every: int = 
     _check_number("top_k", top_k, 1, experts)
     _check_number("every", every, 1, len(layers))
     kind, more = _TWINS[text.model_type]
+    twin_config: Any = CONFIG_MAPPING[kind]
     values = text.to_dict()
     del values["model_type"], values["architectures"]
-    twin: Any = CONFIG_MAPPING[kind](
+    twin = twin_config(
         **values | more,
         num_experts=experts,
         num_experts_per_tok=top_k,

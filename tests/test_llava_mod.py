@@ -56,7 +56,8 @@ def per_layer(router: Tensor) -> Tensor:
     """E Σ_e share_e mean_e of tokens whose first expert is e, term by term."""
     p = router.softmax(-1)
     first = router.argmax(-1)
-    return E * sum((first == e).double().mean() * p[:, e].mean() for e in range(E))
+    shares = [(first == e).double().mean() * p[:, e].mean() for e in range(E)]
+    return E * torch.stack(shares).sum()
 
 
 def test_the_papers_terms_and_their_gradients() -> None:

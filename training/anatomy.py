@@ -85,8 +85,8 @@ def anatomy(model: nn.Module) -> Anatomy:
             roles[name] = "objective"
         elif found:
             role = places[max(found, key=len)]
-            inner = [each for part, each in _MIXTURE.items() if part in name]
-            roles[name] = inner[0] if inner and role == "language" else role
+            inner: list[Role] = [each for part, each in _MIXTURE.items() if part in name]
+            roles[name] = inner[0] if role == "language" and inner else role
         else:
             odd.append(name)
     missing = [role for role in ("vision", "projector", "language") if role not in roles.values()]

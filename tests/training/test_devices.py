@@ -80,8 +80,8 @@ def one_step(root: Path, out: Path, wrapper: str, stage: str, order: str, accumu
     student, processor = build_model(tiny.model_config(root / "tower", layers=2), 0)
     student.lm_head.weight.data *= 4  # losses that differ from sample to sample
     teacher, _ = load_vlm(root / "teacher")
-    if STAGES[stage].student is not None:
-        student = STAGES[stage].student(student)
+    if (made := STAGES[stage].student) is not None:
+        student = made(student)
         student.set_experts_implementation("eager")  # grouped_mm knows no fp64
     freeze(student, *STAGES[stage].trains)
     objective = STAGES[stage].objective(backend="eager")
