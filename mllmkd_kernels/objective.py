@@ -32,7 +32,11 @@ SAYS = ("name", "weight", "over", "needs")
 
 
 class Term(Protocol):
-    """A summand of the loss that is no row term; it may be an `nn.Module` with parameters."""
+    """A summand of the loss that is no row term; it may be an `nn.Module` with parameters.
+
+    One that reports on parts of the student, with diagnostics, also has `report_on(student)`, which
+    gives names, and `report(view)`, by these names this micro-batch's shares of means.
+    """
 
     @property
     def name(self) -> str:

@@ -105,7 +105,8 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 
 def freeze(model: nn.Module, *trained: str) -> list[str]:
-    """Let exactly the parameters of these roles require gradients; return their names.
+    """Let exactly the parameters of these roles that have numbers (a mixture's shared expert of
+    width 0 has none) require gradients; return their names.
 
     Raises:
         ValueError: no parameter has one of the roles.
@@ -114,7 +115,7 @@ def freeze(model: nn.Module, *trained: str) -> list[str]:
     if absent := [role for role in trained if role not in parts.roles.values()]:
         known = ", ".join(dict.fromkeys(parts.roles.values()))
         raise ValueError(f"trains: got {', '.join(absent)}, expected some of {known}")
-    names = parts.parameters(*trained)
+    names = [name for name in parts.parameters(*trained) if model.get_parameter(name).numel()]
     model.requires_grad_(False)
     for name in names:
         model.get_parameter(name).requires_grad_(True)

@@ -89,6 +89,7 @@ def test_language_is_experts_and_routers_too(tmp_path: Path) -> None:
     assert experts == [f"{place}.{kind}" for place in places for kind in kinds]
     assert router == [f"{place}.gate.weight" for place in places]
     assert set(whole) > {*experts, *router, "lm_head.weight"}
+    assert not [name for name in whole if ".shared_expert." in name]  # which has no numbers
 
 
 @pytest.mark.parametrize(
