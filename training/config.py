@@ -48,6 +48,7 @@ class ModelConfig(Section):
     hidden: int = setting(64, "new LM: hidden size D", gt=0)
     layers: int = setting(2, "new LM: number of layers", gt=0)
     heads: int = setting(4, "new LM: number of attention heads", gt=0)
+    dropout: float = setting(0.0, "new LM: dropout of its attention in training", ge=0, lt=1)
     vocab_size: int | None = setting(
         None, "new LM: rows of the lm_head; null: as many as the tokenizer has", gt=0
     )
@@ -148,7 +149,9 @@ class StageConfig(Section):
     weight_decay: float = setting(
         0.0, "AdamW's weight decay, not applied to biases and norms", ge=0
     )
-    beta2: float = setting(0.999, "AdamW's decay of the squared gradients", gt=0, lt=1)
+    beta2: float = setting(
+        0.999, "AdamW's decay of squared gradients; 0.95 where a model is new", gt=0, lt=1
+    )
     clip: float = setting(1.0, "gradient norm is clipped to this; 0: no clipping", ge=0)
     loss: Any = section(Section, "the arguments of the stage's objective")
     student: Any = section(Section, "the arguments of what is made of the student")
