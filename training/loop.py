@@ -96,6 +96,7 @@ def _run(config: Config, claim: Claim | None, say: Say) -> list[StageResult]:
     processes().wait_for_everyone()  # the claim is checked
     out = Path(config.out)
     model, processor = build_model(config.model, config.seed)
+    _check_students(config, model)
     teacher = _teacher(config, model, processor, say)
     results = []
     for number, name in enumerate(config.stages, 1):
@@ -105,6 +106,8 @@ def _run(config: Config, claim: Claim | None, say: Say) -> list[StageResult]:
             on_main(lambda folder=folder: _remove_checkpoints(folder))  # a kill may have left some
             say(f"{folder}: already done")
         else:
+            if (made := config.table[name].student) is not None:
+                model = made(model, **settings.arguments(config.of_stage(name).student))
             trained = _train(config, claim, number, model, processor, teacher, say)
         model = trained or load_vlm(folder / "model", dtype=torch.float32)[0]
         results.append(_result(config, claim, name, model, processor, folder, say))
@@ -130,8 +133,6 @@ def _train(
     stage = config.table[config.stages[number - 1]]
     folder = Path(config.out) / f"{number}-{stage.name}"
     options, objective = config.of_stage(stage.name), config.objective(stage.name)
-    if stage.student is not None:
-        model = stage.student(model, **settings.arguments(options.student))
     freeze(model, *stage.trains)
     if config.grad_checkpointing:
         recompute_activations(model)
@@ -285,9 +286,22 @@ def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> Teac
     return Teacher(teacher, its_processor if report.own_batch else None)
 
 
+def _check_students(config: Config, model: Vlm) -> None:
+    """What a later stage makes of the student has to be possible: better known now."""
+    found = model.config
+    for name in config.stages:
+        if (fits := config.table[name].fits) is None:
+            continue
+        try:
+            found = fits(found, **settings.arguments(config.of_stage(name).student))
+        except ValueError as error:
+            raise settings.ConfigError(f"stage.{name}.student: {error}") from error
+
+
 def check(config: Config, say: Say = print) -> None:
     """What `run` looks at before its first step, and nothing else."""
     model, processor = build_model(config.model, config.seed)
+    _check_students(config, model)
     if _teacher(config, model, processor, say) is None:
         say(f"no stage of {', '.join(config.stages)} compares with a teacher: nothing to check")
 

@@ -35,7 +35,7 @@ from training.loop import run
 from training.models import build_model, load_vlm
 from training.trainer import DistillTrainer, Policies
 
-STAGES = load().table
+STAGES = {**load().table, **load(overrides=["method=llava-mod"]).table}
 # Samples 4 and 9 have no image, 3, 8 and 13 two. Two processes take batches of two in turn.
 ORDERS = {
     "uneven": [4, 9, 0, 1, 3, 8, 2, 13],  # the first process starts with text alone
@@ -45,6 +45,7 @@ ORDERS = {
 CASES = [
     ("ddp", "sft", "uneven", 1), ("ddp", "dft", "no-image", 2), ("ddp", "dpt", "no-image", 1),
     ("fsdp2", "dft", "uneven", 2), ("fsdp2", "dft", "no-image", 1), ("fsdp2", "dpt", "no-image", 2),
+    ("ddp", "d2s", "uneven", 2), ("fsdp2", "d2s", "no-image", 1),
 ]  # fmt: skip
 CONFIGURATIONS = Path(training.loop.__file__).parent / "accelerate"
 # Row weights are fp32 beside fp64 models too: 6e-8 each, of terms whose gradients partly cancel.
@@ -79,6 +80,9 @@ def one_step(root: Path, out: Path, wrapper: str, stage: str, order: str, accumu
     student, processor = build_model(tiny.model_config(root / "tower", layers=2), 0)
     student.lm_head.weight.data *= 4  # losses that differ from sample to sample
     teacher, _ = load_vlm(root / "teacher")
+    if (made := STAGES[stage].student) is not None:
+        student = made(student)
+        student.set_experts_implementation("eager")  # grouped_mm knows no fp64
     freeze(student, *STAGES[stage].trains)
     objective = STAGES[stage].objective(backend="eager")
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -122,7 +126,8 @@ def work(root: Path) -> Any:
         FSDP_STATE_DICT_TYPE="FULL_STATE_DICT", FSDP_RESHARD_AFTER_FORWARD="true",
     )  # fmt: skip
     return {case: one_step(root, root / "out", *case) for case in CASES} | {
-        "run": interrupted_run(run_config(root, root / "fsdp2"), pretend_fsdp)
+        "run": interrupted_run(run_config(root, root / "fsdp2"), pretend_fsdp),
+        "sparse": interrupted_run(sparse_config(root, root / "sparse"), pretend_fsdp),
     }
 
 
@@ -131,6 +136,15 @@ def run_config(root: Path, out: Path, stages: tuple[str, ...] = ("dpt", "dft")) 
     config = tiny.run_config(root, out, stages=stages)
     plan = {"steps": 4, "batch_size": 4, "micro_batch": 1}
     return settings.changed(config, stage=dict.fromkeys(stages, plan))
+
+
+def sparse_config(root: Path, out: Path) -> Config:
+    """A stage in which a student that has become a mixture of experts trains those."""
+    values = settings.to_dict(run_config(root, out, ("dft",)))
+    plan = values["stage"]["dft"] | {"loss": {"backend": "eager"}, "student": {"every": 1}}
+    del values["stages"], values["method"]
+    values |= {"method": "llava-mod", "stages": ["d2s"], "stage": {"d2s": plan}}
+    return settings.build(load(overrides=["method=llava-mod"]).__class__, values)
 
 
 def interrupted_run(config: Config, select: Callable[[], None]) -> Any:
@@ -177,8 +191,10 @@ def ranks(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_loss_and_gradients_are_those_of_one_process(ranks, root: Path, case: Any) -> None:
-    wrapper, stage, order, _ = case
-    want, history, _ = one_step(root, root / "out", "none", stage, order, 1)
+    wrapper, stage, order, accumulate = case
+    # a balance is of a micro-batch: there the same ones are compared
+    parts = 2 * accumulate if "balance" in STAGES[stage].objective().names else 1
+    want, history, _ = one_step(root, root / "out", "none", stage, order, parts)
     for rank in ranks:
         got, _, kind = rank[case]
         assert kind == ("FSDP" if wrapper == "fsdp2" else "MULTI_CPU")
@@ -197,6 +213,12 @@ def test_a_stopped_fsdp2_run_goes_on_and_leaves_ordinary_folders(ranks, root: Pa
     assert "pytorch_model_fsdp.bin" not in files
     assert curves == same and quiet == []
     check_run(root, run_config(root, root / "fsdp2"), said, curves)
+
+
+def test_a_stopped_fsdp2_run_of_experts_does_too(ranks, root: Path) -> None:
+    said, _, curves = ranks[0]["sparse"]
+    check_run(root, sparse_config(root, root / "sparse"), said, curves)
+    assert any("parameters train (experts, projector, router)" in line for line in said)
 
 
 def check_run(root: Path, config: Config, said: list[str], curves: Any) -> None:
