@@ -158,6 +158,7 @@ def _train(
         _arguments(config, options, steps, folder),
         teacher=source,
         objective=objective,
+        view=config.view(stage.name),
         processor=processor,
         dataset=dataset,
         collator=collator,

@@ -53,6 +53,7 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         student, args: what is trained, and how.
         teacher: what the objective compares with; see `mllmkd_kernels.DistillMixin`.
         objective: what is minimised.
+        view: what becomes of a batch first; see `mllmkd_kernels.DistillMixin`.
         processor, dataset, collator: the data; the processor is saved beside the student.
         title, place: of the stage, for the progress.
         on_nan, skip_limit: see `training.watch`.
@@ -77,6 +78,7 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         skip_limit: int = 5,
         say: Callable[[str], None] = print,
         order: torch.utils.data.Sampler[int] | None = None,
+        view: mk.BatchView | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.order = order
@@ -88,6 +90,7 @@ class DistillTrainer(mk.DistillMixin, Trainer):
             processing_class=processor,
             teacher=teacher,
             objective=objective,
+            view=view,
             callbacks=callbacks,
         )
         self.student = student
@@ -244,7 +247,7 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
-            state = {"meter": self.meter.state(), "watch": self.watch.state()}
+            state = {"meter": self.meter.state(), "watch": self.watch.state(), "notes": self.notes}
             (staged / self._sums_file).write_text(json.dumps(state))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -265,6 +268,7 @@ class DistillTrainer(mk.DistillMixin, Trainer):
             state = json.loads(file.read_text())
             self.meter.load(state["meter"])
             self.watch.load(state["watch"], checkpoint.step_of(path))
+            self.notes.update(state.get("notes", {}))
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mllmkd_kernels.drawn import BatchView
 from mllmkd_kernels.objective import Objective
 
 #: Roles of parameters; a transform of the student may add more ("experts", "router").
@@ -27,6 +28,7 @@ class Stage:
         objective: section `loss`: () -> what is minimised.
         student: section `student`: (model) -> the model that is trained; None for the model as it
             is.
+        view: section `view`: () -> what becomes of a batch before it is counted, or None.
         callbacks: () -> a `transformers.TrainerCallback`, each.
         title: in a few words.
         defaults: of the stage's settings, where the method has others than the trainer.
@@ -39,6 +41,7 @@ class Stage:
     template: str
     objective: Callable[..., Objective]
     student: Callable[..., Any] | None = None
+    view: Callable[..., BatchView | None] | None = None
     callbacks: tuple[Callable[..., Any], ...] = ()
     title: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
