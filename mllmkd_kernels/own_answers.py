@@ -223,7 +223,7 @@ def _refuse(batch: Batch, moment: Moment) -> None:
     ]
     for name, given, why in (
         ("student", not moment.whole, "weights in pieces (FSDP, DeepSpeed stage 3), expected DDP"),
-        ("teacher", batch.get("teacher"), "a batch of its own, expected one tokenizer for both"),
+        ("teacher", batch.get("teacher"), "a batch of its own, expected the student's processor"),
         ("teacher_hidden", "teacher_hidden" in batch, "stored rows, expected a teacher that runs"),
         ("position_ids", "position_ids" in batch, "packed rows, expected padded ones"),
         (", ".join(strange), strange, "values of tokens, unknown for those of a new answer"),

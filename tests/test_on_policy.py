@@ -23,7 +23,7 @@ from mllmkd_kernels.batch import counts_of, image_token_id
 from tests import pair
 from tests.gloo import on_ranks
 from tests.test_trainer_mixin import MixedTrainer, arguments, copied, moved
-from tests.tiny_models import IMAGE, V
+from tests.tiny_models import IMAGE, V, build
 
 NEW = 5
 LIKELIEST = on_policy(1.0, NEW, temperature=1e-6)
@@ -50,12 +50,11 @@ def written_out(student: Any, sample: dict[str, Any], stops: tuple[int, ...] = (
 
 def left_padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same samples, padding first."""
-    moved = dict(batch)
+    other = {name: value.clone() for name, value in batch.items()}
     for i, mask in enumerate(batch["attention_mask"].bool()):
         for name in ("input_ids", "labels", "attention_mask"):
-            moved[name] = moved[name].clone()
-            moved[name][i] = torch.cat((batch[name][i][~mask], batch[name][i][mask]))
-    return moved
+            other[name][i] = torch.cat((batch[name][i][~mask], batch[name][i][mask]))
+    return other
 
 
 @pytest.mark.parametrize("laid", [dict, left_padded], ids=["right", "left"])
@@ -87,6 +86,27 @@ def test_an_answer_follows_its_own_prompt(laid: Callable[..., Any]) -> None:
         "own_empty": sum(own[0] in stops for own in truth),
     }
     assert 0 < moment.notes["own_cut"] < 8 and moment.notes["own_empty"] > 0
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2.5-vl", "smolvlm", "gemma3", "gemma2-softcap", "paligemma2-softcap"]
+)
+def test_what_is_written_is_what_the_whole_forward_says(name: str) -> None:
+    """Entries of one value a token, three positions a token, attention both ways in a prompt."""
+    student, batch = build(name)
+    student.lm_head.weight.data *= 1 if "softcap" in name else 20  # no two tokens alike
+    answers = batch["attention_mask"].bool().clone()
+    answers[:, :-3] = False
+    labels = batch["input_ids"].masked_fill(~answers, -100)
+    own = LIKELIEST({**batch, "labels": labels}, Moment(student))
+    with torch.no_grad():
+        inputs = {k: v for k, v in own.items() if k not in ("labels", "on_policy")}
+        logits = student(**inputs).logits[:, :-1]
+    chosen = own["labels"][:, 1:] != -100
+    borders = [96, 97, 98] if name == "qwen2.5-vl" else []
+    logits[..., [*borders, IMAGE] if "pixel_values" in own else []] = -torch.inf
+    assert torch.equal(logits[chosen].argmax(-1), own["labels"][:, 1:][chosen])
+    assert chosen.sum() > NEW
 
 
 def test_the_last_of_several_answers_is_written() -> None:

@@ -173,6 +173,13 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         with sharding.touched(student, self._projector):
             return super().distill(student, batch, counts)
 
+    def seen(self, *args: Any, **kwargs: Any) -> Any:
+        """The mixin's; what a view cannot do with these data is the configuration's fault."""
+        try:
+            return super().seen(*args, **kwargs)
+        except ValueError as error:
+            raise ConfigError(f"view: {error}") from error
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The mixin's, seen before it runs by the forecast."""
         self.forecast.first_batch(inputs)
