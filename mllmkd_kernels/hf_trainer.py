@@ -19,7 +19,7 @@ The trainer keeps its model, data, optimiser, checkpoints and wrappers; the mixi
 
 The teacher is an attribute of the trainer, not of its model: no optimiser, checkpoint or wrapper
 sees it. Terms with parameters of their own are the student's while it trains (`learned`). Left out:
-context and sequence parallelism; teachers sharded over devices; such terms under FSDP, DeepSpeed.
+context and sequence parallelism; teachers sharded over devices; such terms under DeepSpeed.
 """
 
 from __future__ import annotations
@@ -304,10 +304,11 @@ class DistillMixin(DrawsThroughView, StepCounts, LoadsItsCheckpoints):
         learned.detach(student)
         if not isinstance(self.objective, Objective) or not len(self.objective.learned):
             return
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        fsdp: Any = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if self.is_deepspeed_enabled or (fsdp is not None and fsdp.fsdp_version < 2):
             raise ValueError(
                 f"objective: its terms {list(self.objective.learned)} have parameters, which are "
-                "not whole where FSDP or DeepSpeed shards them; expected one process a GPU, or DDP"
+                "not whole in the loss under FSDP1 or DeepSpeed; expected DDP or FSDP2"
             )
         # one that is no model may say its own
         known = hidden_size(teacher) if isinstance(teacher, nn.Module) else None
@@ -318,7 +319,10 @@ class DistillMixin(DrawsThroughView, StepCounts, LoadsItsCheckpoints):
                 f"{list(self.objective.learned)} are made for"
             )
         self.objective.build(hidden_size(student), known)
-        learned.attach(student, self.objective.learned.to(self.args.device))
+        terms = self.objective.learned.to(self.args.device)
+        if fsdp is not None:  # which gathers what trains in one dtype
+            terms.to(next(p.dtype for p in student.parameters() if p.requires_grad))
+        learned.attach(student, terms)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

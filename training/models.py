@@ -44,7 +44,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
-from training import sharding
+from mllmkd_kernels.pieces import load_whole
 from training.anatomy import positions
 from training.config import ModelConfig, require
 from training.data.template import CHAT_TEMPLATE
@@ -175,7 +175,7 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], origin: str | P
     faults = {name: keys for name, keys in faults.items() if keys}
     if faults:
         raise CheckpointError(f"{origin}: another architecture: {_listed(faults)}")
-    sharding.load_whole(model, state)
+    load_whole(model, state)
 
 
 def load_tower(path: str) -> PreTrainedModel:

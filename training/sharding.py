@@ -27,9 +27,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from training.anatomy import Anatomy
@@ -143,17 +141,3 @@ def same_modules(accelerator: Accelerator, with_images: list[bool]) -> None:
 def _stage(accelerator: Accelerator) -> int:
     plugin: Any = accelerator.state.deepspeed_plugin
     return plugin.deepspeed_config["zero_optimization"]["stage"]
-
-
-def whole(x: Any) -> Any:
-    """A number or tensor, gathered where FSDP2 has it in pieces. All processes must call it."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def load_whole(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Copy whole weights, which every process has, into a model that may be sharded."""
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        values: dict[str, Any] = dict(state)
-        set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True))
-    else:
-        model.load_state_dict(state)

@@ -30,6 +30,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import learned
+from mllmkd_kernels.pieces import whole
 from training import checkpoint, sharding
 from training.anatomy import anatomy
 from training.data.stream import StreamDataset
@@ -299,7 +300,7 @@ class Policies(TrainerCallback):
         if self.trainer.is_deepspeed_enabled:
             return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not self.trainer.close(sharding.whole(torch.nn.utils.get_total_norm(gradients))):
+        if not self.trainer.close(whole(torch.nn.utils.get_total_norm(gradients))):
             model.zero_grad(set_to_none=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

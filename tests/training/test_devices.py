@@ -18,24 +18,26 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, TrainingArguments
 
 import training.loop
+from mllmkd_kernels import learned
 from tests.gloo import on_ranks
 from tests.tolerances import relative_error
 from tests.training import tiny
 from training import settings, sharding
 from training.anatomy import Anatomy, freeze
-from training.config import Config, load
+from training.config import Config, class_for, load
 from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.loop import run
 from training.models import build_model, load_vlm
 from training.trainer import DistillTrainer, Policies
 
-STAGES = load().table
+STAGES = {**load().table, "kd": load(overrides=["method=llavadi"]).table["kd"]}
 # Samples 4 and 9 have no image, 3, 8 and 13 two. Two processes take batches of two in turn.
 ORDERS = {
     "uneven": [4, 9, 0, 1, 3, 8, 2, 13],  # the first process starts with text alone
@@ -45,6 +47,7 @@ ORDERS = {
 CASES = [
     ("ddp", "sft", "uneven", 1), ("ddp", "dft", "no-image", 2), ("ddp", "dpt", "no-image", 1),
     ("fsdp2", "dft", "uneven", 2), ("fsdp2", "dft", "no-image", 1), ("fsdp2", "dpt", "no-image", 2),
+    ("fsdp2", "kd", "uneven", 2),
 ]  # fmt: skip
 CONFIGURATIONS = Path(training.loop.__file__).parent / "accelerate"
 # Row weights are fp32 beside fp64 models too: 6e-8 each, of terms whose gradients partly cancel.
@@ -122,7 +125,8 @@ def work(root: Path) -> Any:
         FSDP_STATE_DICT_TYPE="FULL_STATE_DICT", FSDP_RESHARD_AFTER_FORWARD="true",
     )  # fmt: skip
     return {case: one_step(root, root / "out", *case) for case in CASES} | {
-        "run": interrupted_run(run_config(root, root / "fsdp2"), pretend_fsdp)
+        "run": interrupted_run(run_config(root, root / "fsdp2"), pretend_fsdp),
+        "features": interrupted_run(features_config(root, root / "features"), pretend_fsdp),
     }
 
 
@@ -131,6 +135,15 @@ def run_config(root: Path, out: Path, stages: tuple[str, ...] = ("dpt", "dft")) 
     config = tiny.run_config(root, out, stages=stages)
     plan = {"steps": 4, "batch_size": 4, "micro_batch": 1}
     return settings.changed(config, stage=dict.fromkeys(stages, plan))
+
+
+def features_config(root: Path, out: Path) -> Config:
+    """A stage whose objective has parameters of its own."""
+    like = settings.to_dict(run_config(root, out, ("dft",)))
+    kept = ("out", "teacher", "model", "data", "log_steps", "save_steps", "threads")
+    plan = {k: like["stage"]["dft"][k] for k in ("steps", "batch_size", "micro_batch", "lr")}
+    values = {"method": "llavadi", "stages": ["kd"], "stage": {"kd": plan}}
+    return settings.build(class_for(values), {**values, **{name: like[name] for name in kept}})
 
 
 def interrupted_run(config: Config, select: Callable[[], None]) -> Any:
@@ -197,6 +210,15 @@ def test_a_stopped_fsdp2_run_goes_on_and_leaves_ordinary_folders(ranks, root: Pa
     assert "pytorch_model_fsdp.bin" not in files
     assert curves == same and quiet == []
     check_run(root, run_config(root, root / "fsdp2"), said, curves)
+
+
+def test_what_an_objective_learns_is_sharded_kept_and_in_no_student(ranks, root: Path) -> None:
+    (said, files, curves), (_, _, same) = (rank["features"] for rank in ranks)
+    assert learned.FILE in files and curves == same
+    config = features_config(root, root / "features")
+    check_run(root, config, said, curves)
+    model = Path(config.out) / "1-kd" / "model" / "model.safetensors"
+    assert not any(learned.PLACE in name for name in load_file(model))
 
 
 def check_run(root: Path, config: Config, said: list[str], curves: Any) -> None:
