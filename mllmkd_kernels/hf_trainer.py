@@ -308,7 +308,7 @@ class DistillMixin(DrawsThroughView, StepCounts, LoadsItsCheckpoints):
         if self.is_deepspeed_enabled or (fsdp is not None and fsdp.fsdp_version < 2):
             raise ValueError(
                 f"objective: its terms {list(self.objective.learned)} have parameters, which are "
-                "not whole in the loss under FSDP1 or DeepSpeed; expected DDP or FSDP2"
+                "not whole under FSDP1 and not tried under DeepSpeed; expected DDP or FSDP2"
             )
         # one that is no model may say its own
         known = hidden_size(teacher) if isinstance(teacher, nn.Module) else None
