@@ -30,7 +30,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from mllmkd_kernels import pieces
 from training.anatomy import Anatomy
+from training.models import CheckpointError
 from training.settings import ConfigError
 
 _SHIPPED = "training/accelerate/fsdp2.yaml"
@@ -141,3 +143,13 @@ def same_modules(accelerator: Accelerator, with_images: list[bool]) -> None:
 def _stage(accelerator: Accelerator) -> int:
     plugin: Any = accelerator.state.deepspeed_plugin
     return plugin.deepspeed_config["zero_optimization"]["stage"]
+
+
+def load_whole(model: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
+    """Copy whole weights, which every process has, into a model that may be sharded; raises
+    `CheckpointError` naming `origin` and the keys that are missing, surplus or misshapen."""
+    try:
+        pieces.load_whole(model, state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{origin}: another architecture: {reason:.1000}") from error

@@ -27,8 +27,8 @@ from __future__ import annotations
 from typing import Any
 
 from mllmkd_kernels.divergence import Divergence
-from mllmkd_kernels.methods.llava_kd import supervised
 from mllmkd_kernels.methods.stage import PROJECTOR, WHOLE, Stage
+from mllmkd_kernels.methods.supervised import PRETRAINING, TUNING, supervised
 from mllmkd_kernels.objective import Objective, RowTerm
 from mllmkd_kernels.own_answers import on_policy
 
@@ -55,22 +55,18 @@ def objective(
     )
 
 
-#: As the methods beside it.
-_PRETRAINING = {"lr": 1e-3, "batch_size": 256}
-_TUNING = {"lr": 2e-5, "batch_size": 128}
-
 STAGES = (
     Stage(
         "pt", PROJECTOR, "captions", "pretrain", supervised,
-        title="pre-training: projector, CE on captions", defaults=_PRETRAINING,
+        title="pre-training: projector, CE on captions", defaults=PRETRAINING,
     ),
     Stage(
         "sft", WHOLE, "conversations", "chat", supervised,
-        title="supervised fine-tuning: projector and LM, CE", defaults=_TUNING,
+        title="supervised fine-tuning: projector and LM, CE", defaults=TUNING,
     ),
     Stage(
         "gkd", WHOLE, "conversations", "chat", objective, view=on_policy,
         title="on-policy distillation: projector and LM, JSD on own and given answers",
-        defaults=_TUNING,
+        defaults=TUNING,
     ),
 )  # fmt: skip
