@@ -152,7 +152,7 @@ def _answers(
         suppress_tokens=_unwritable(moment, stops) or None,
     )  # fmt: skip
     seed = moment.random(moment.rank).getrandbits(63)
-    with in_eval(student), torch.no_grad(), _seeded(ids.device, seed):
+    with in_eval(student), torch.no_grad(), seeded(seed, ids.device):
         sequences = student.generate(**inputs, generation_config=config)
     written = sequences[:, inputs["input_ids"].shape[1] :]
     ends = torch.isin(written, written.new_tensor(stops))
@@ -165,11 +165,11 @@ def _padded(rows: list[Tensor], value: int, side: str) -> Tensor:
 
 
 @contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """The global generators, which `generate` draws from, begin at a seed, and are put back."""
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's generators as after `manual_seed`, and afterwards as they were."""
     devices = [] if device.type == "cpu" else [device]
-    kind = torch.accelerator.current_accelerator() if devices else None
-    with torch.random.fork_rng(devices, device_type=kind.type if kind else "cuda"):
+    kind = "cuda" if device.type == "cpu" else device.type
+    with torch.random.fork_rng(devices, device_type=kind):
         torch.manual_seed(seed)
         yield
 

@@ -15,7 +15,7 @@ from tests.training import tiny
 from training.config import load
 from training.loop import run
 from training.settings import ConfigError
-from training.teacher_cache.command import make
+from training.teacher_cache.fill import make
 from training.trainer import DistillTrainer
 
 OWN = ("own_answers", "own_cut", "own_empty")
