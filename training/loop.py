@@ -159,6 +159,7 @@ def _train(
         arguments,
         teacher=source,
         objective=objective,
+        view=config.view(stage.name),
         processor=processor,
         dataset=dataset,
         collator=collator,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mllmkd_kernels.drawn import BatchView
 from mllmkd_kernels.objective import Objective
 
 #: Roles of parameters; a mixture of experts also has "experts" and "router", of its "language".
@@ -30,6 +31,7 @@ class Stage:
             is.
         fits: (configuration of the model, arguments of `student`) -> that of what `student` makes
             of it, or `ValueError`: asked before the first stage of a run.
+        view: section `view`: () -> what becomes of a batch before it is counted, or None.
         callbacks: () -> a `transformers.TrainerCallback`, each.
         title: in a few words.
         defaults: of the stage's settings, where the method has others than the trainer.
@@ -43,6 +45,7 @@ class Stage:
     objective: Callable[..., Objective]
     student: Callable[..., Any] | None = None
     fits: Callable[..., Any] | None = None
+    view: Callable[..., BatchView | None] | None = None
     callbacks: tuple[Callable[..., Any], ...] = ()
     title: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)

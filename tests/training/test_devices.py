@@ -18,24 +18,30 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, TrainingArguments
 
 import training.loop
+from mllmkd_kernels import learned
 from tests.gloo import on_ranks
 from tests.tolerances import relative_error
 from tests.training import tiny
 from training import settings, sharding
 from training.anatomy import Anatomy, freeze
-from training.config import Config, load
+from training.config import Config, class_for, load
 from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.loop import run
 from training.models import build_model, load_vlm
 from training.trainer import DistillTrainer, Policies
 
-STAGES = {**load().table, **load(overrides=["method=llava-mod"]).table}
+_OF_OTHERS = {
+    **load(overrides=["method=llava-mod"]).table,
+    **load(overrides=["method=llavadi"]).table,
+}
+STAGES = {**_OF_OTHERS, **load().table}
 # Samples 4 and 9 have no image, 3, 8 and 13 two. Two processes take batches of two in turn.
 ORDERS = {
     "uneven": [4, 9, 0, 1, 3, 8, 2, 13],  # the first process starts with text alone
@@ -46,6 +52,7 @@ CASES = [
     ("ddp", "sft", "uneven", 1), ("ddp", "dft", "no-image", 2), ("ddp", "dpt", "no-image", 1),
     ("fsdp2", "dft", "uneven", 2), ("fsdp2", "dft", "no-image", 1), ("fsdp2", "dpt", "no-image", 2),
     ("ddp", "d2s", "uneven", 2), ("fsdp2", "d2s", "no-image", 1),
+    ("fsdp2", "kd", "uneven", 2),
 ]  # fmt: skip
 CONFIGURATIONS = Path(training.loop.__file__).parent / "accelerate"
 # Row weights are fp32 beside fp64 models too: 6e-8 each, of terms whose gradients partly cancel.
@@ -128,6 +135,7 @@ def work(root: Path) -> Any:
     return {case: one_step(root, root / "out", *case) for case in CASES} | {
         "run": interrupted_run(run_config(root, root / "fsdp2"), pretend_fsdp),
         "sparse": interrupted_run(sparse_config(root, root / "sparse"), pretend_fsdp),
+        "features": interrupted_run(features_config(root, root / "features"), pretend_fsdp),
     }
 
 
@@ -140,11 +148,22 @@ def run_config(root: Path, out: Path, stages: tuple[str, ...] = ("dpt", "dft")) 
 
 def sparse_config(root: Path, out: Path) -> Config:
     """A stage in which a student that has become a mixture of experts trains those."""
-    values = settings.to_dict(run_config(root, out, ("dft",)))
-    plan = values["stage"]["dft"] | {"loss": {"backend": "eager"}, "student": {"every": 1}}
-    del values["stages"], values["method"]
-    values |= {"method": "llava-mod", "stages": ["d2s"], "stage": {"d2s": plan}}
-    return settings.build(load(overrides=["method=llava-mod"]).__class__, values)
+    more = {"loss": {"backend": "eager"}, "student": {"every": 1}}
+    return config_of(root, out, "llava-mod", "d2s", more)
+
+
+def features_config(root: Path, out: Path) -> Config:
+    """A stage whose objective has parameters of its own."""
+    return config_of(root, out, "llavadi", "kd", {})
+
+
+def config_of(root: Path, out: Path, method: str, stage: str, more: dict[str, Any]) -> Config:
+    """One stage of another method, otherwise as `run_config`."""
+    like = settings.to_dict(run_config(root, out, ("dft",)))
+    kept = ("out", "teacher", "model", "data", "log_steps", "save_steps", "threads")
+    plan = {k: like["stage"]["dft"][k] for k in ("steps", "batch_size", "micro_batch", "lr")}
+    values = {"method": method, "stages": [stage], "stage": {stage: plan | more}}
+    return settings.build(class_for(values), {**values, **{name: like[name] for name in kept}})
 
 
 def interrupted_run(config: Config, select: Callable[[], None]) -> Any:
@@ -219,6 +238,15 @@ def test_a_stopped_fsdp2_run_of_experts_does_too(ranks, root: Path) -> None:
     said, _, curves = ranks[0]["sparse"]
     check_run(root, sparse_config(root, root / "sparse"), said, curves)
     assert any("parameters train (experts, projector, router)" in line for line in said)
+
+
+def test_what_an_objective_learns_is_sharded_kept_and_in_no_student(ranks, root: Path) -> None:
+    (said, files, curves), (_, _, same) = (rank["features"] for rank in ranks)
+    assert learned.FILE in files and curves == same
+    config = features_config(root, root / "features")
+    check_run(root, config, said, curves)
+    model = Path(config.out) / "1-kd" / "model" / "model.safetensors"
+    assert not any(learned.PLACE in name for name in load_file(model))
 
 
 def check_run(root: Path, config: Config, said: list[str], curves: Any) -> None:
