@@ -54,7 +54,11 @@ class Term(Protocol):
         ...
 
     def __call__(self, view: View) -> Tensor:
-        """This micro-batch's share of the step's mean: see `View.count` and `View.share`."""
+        """This micro-batch's share of the step's mean: see `View.count` and `View.share`.
+
+        A term with a tuple of names `seen` gives, with diagnostics, besides that the shares of
+        further means, over the same: (share, {name: share}).
+        """
         ...
 
 
@@ -115,6 +119,9 @@ class Objective(nn.Module):
             compared = any(sweep.has(watched) and sweep.divergence for sweep in self._sweeps)
             seen = DIAGNOSTICS if compared else DIAGNOSTICS[:1]
             self.over |= dict.fromkeys(seen, watched.over)
+        if self.settings.diagnostics:
+            for term in kept:
+                self.over |= dict.fromkeys(getattr(term, "seen", ()), term.over)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -163,14 +170,16 @@ class Objective(nn.Module):
             means |= found
         for name, term in self.terms.items():
             if not isinstance(term, RowTerm):
-                value = term(view)
+                value, seen = term(view), {}
+                if isinstance(value, tuple):
+                    value, seen = value
                 if value.ndim:
                     raise ValueError(
                         f"{name}: gave a tensor of shape {tuple(value.shape)}, expected a share of "
                         "a mean, without dimensions: a sum over its rows / view.count(over)"
                     )
                 losses.append(term.weight * value)
-                means[name] = value.detach()
+                means |= {name: value.detach(), **seen}
         return Losses(
             functools.reduce(operator.add, losses), {name: means[name] for name in self.over}
         )

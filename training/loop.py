@@ -30,7 +30,7 @@ from transformers import TrainingArguments
 
 from mllmkd_kernels.methods import Stage
 from mllmkd_kernels.objective import Objective
-from mllmkd_kernels.rows import UNITS, kind_of
+from mllmkd_kernels.rows import PAIR, UNITS, kind_of
 from training import checkpoint, settings
 from training.anatomy import freeze, positions
 from training.claim import Claim, claimed
@@ -143,7 +143,7 @@ def _train(
     dataset = load_data(config, processor, stage, own)
     if claim is not None:
         claim.check_data(stage.data, dataset)
-    _check_kinds(objective, dataset)
+    _check_kinds(objective, dataset, config.data.packing)
     for note in (*dataset.encoding.notes, *_too_long(model, dataset)):
         say(f"{folder.name}: {note}")
     source = asked.model if asked is not None else None
@@ -197,11 +197,18 @@ def _make_steps(trainer: DistillTrainer, folder: Path, steps: int, say: Say) -> 
         )
 
 
-def _check_kinds(objective: Objective, dataset: Any) -> None:
-    """Refuse rows of a kind that no sample is of: the mean over them would be 0 in every step."""
+def _check_kinds(objective: Objective, dataset: Any, packing: bool) -> None:
+    """Refuse rows of a kind that no sample is of: the mean over them would be 0 in every step; and
+    samples packed, of which nobody knows then where one of a kind ends.
+    """
+    if packing and objective.needs.views:
+        names = [name for name, term in objective.terms.items() if term.needs.views]
+        raise settings.ConfigError(
+            f"data.packing: got true, expected false: {', '.join(names)} tells samples apart"
+        )
     if (samples := getattr(dataset, "samples", None)) is None:  # a stream is not counted
         return
-    there = {sample.kind for sample in samples}
+    there = set(PAIR) if dataset.encoding.pairs else {sample.kind for sample in samples}
     for name in set(objective.over.values()) - set(UNITS):
         if (kind := kind_of(name)[1]) and kind not in there:
             known = ", ".join(sorted(map(str, there)))
@@ -269,10 +276,16 @@ def on_main(work: Callable[[], None]) -> None:
 
 def load_data(config: Config, processor: Any, stage: Stage, teacher: Any = None) -> Any:
     """The data of a stage, encoded with its template; also as a teacher's own processor does, if
-    there is one."""
+    there is one; as pairs where the objective compares two answers."""
     template: Any = stage.template
     return open_data(
-        config.data, processor, stage.data, template, teacher=teacher, seed=config.seed
+        config.data,
+        processor,
+        stage.data,
+        template,
+        teacher=teacher,
+        seed=config.seed,
+        pairs="rejected" in config.objective(stage.name).needs.views,
     )
 
 

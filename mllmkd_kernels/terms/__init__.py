@@ -3,6 +3,7 @@
 from mllmkd_kernels.terms.affinity import Affinity
 from mllmkd_kernels.terms.features import Features
 from mllmkd_kernels.terms.logits import LogitMse
+from mllmkd_kernels.terms.preference import Preference
 from mllmkd_kernels.terms.relation import Relation
 
-__all__ = ["Affinity", "Features", "LogitMse", "Relation"]
+__all__ = ["Affinity", "Features", "LogitMse", "Preference", "Relation"]

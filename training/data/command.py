@@ -13,7 +13,7 @@ from training.settings import ConfigError
 CHECK = """Read a data set as training would: count what would be skipped and why, how long samples
 are and how much of them is trained, and write a page that shows some of them token by token. What
 to read is a run's configuration (--config, --recipe, --set), or a file and a processor."""
-USES = ("captions", "conversations", "held_out")
+USES = ("captions", "conversations", "preferences", "held_out")
 
 
 def add_data(command: argparse.ArgumentParser, recipes: list[str]) -> None:
@@ -51,7 +51,10 @@ def check_data(options: argparse.Namespace, config: Config) -> None:
         data = DataConfig(sources=(one,), image_root=options.image_root)
     processor = _processor(options, config)
     template: Any = "pretrain" if use == "captions" else "chat"
-    encoding = Encoding(processor, template=template, max_length=config.data.max_length)
+    pairs = use == "preferences"
+    encoding = Encoding(
+        processor, template=template, max_length=config.data.max_length, pairs=pairs
+    )
     sources = _sources(data, use)
     report = read_data(
         sources,

@@ -135,6 +135,7 @@ class SampleDataset(Dataset[Item]):
         """The entry if it is sound, else its fault: cheap checks, or with skip_bad all of them."""
         if isinstance(entry, DataError):
             raise entry
+        self.encoding.admit(entry)
         for i, image in enumerate(entry.images):
             if image not in faults:
                 faults[image] = source.missing(entry, i)

@@ -1,7 +1,7 @@
 """Which data does a configuration name, and in which order is it trained on?
 
-A use (`captions`, `conversations`, `held_out`) is either a LLaVA file of its own field, or all
-`data.sources` of that use. They are indexed, or all of them streamed.
+A use (`captions`, `conversations`, `preferences`, `held_out`) is either a LLaVA file of its own
+field, or all `data.sources` of that use. They are indexed, or all of them streamed.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ def open_data(
     *,
     teacher: Any = None,
     seed: int = 0,
+    pairs: bool = False,
 ) -> Data:
-    """The data of a use as items of a processor, and of the teacher's if it is given one.
+    """The data of a use as items of a processor, and of the teacher's if it is given one; of pairs
+    of answers, or of single ones.
 
     Raises:
         ConfigError: no data, two answers to which data, or a stream that cannot be had.
@@ -50,6 +52,7 @@ def open_data(
         "template": template,
         "max_length": config.max_length,
         "image_cache_mb": config.image_cache_mb,
+        "pairs": pairs,
     }
     if any(one.stream for _, one in chosen):
         return _stream(config, chosen, Encoding(processor, **options), seed, use)

@@ -19,8 +19,8 @@ import torch
 from transformers import GenerationConfig
 
 from training.data.controls import Controls
+from training.data.faults import Place, fault, named, shown
 from training.data.images import open_image
-from training.data.records import Place, fault, named, shown
 from training.models import load_vlm
 from training.settings import ConfigError
 
