@@ -40,6 +40,7 @@ from mllmkd_kernels.batch import (
     forward_through,
     image_token_id,
 )
+from mllmkd_kernels.experts import check_adapters
 from mllmkd_kernels.llava_kd import LlavaKDLoss, LlavaKDOutput
 from mllmkd_kernels.models import hidden_size
 from mllmkd_kernels.objective import Losses, Objective
@@ -292,8 +293,12 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
     def _attach(self, teacher: Teacher | None) -> None:
         """The parameters of the objective's own become the student's."""
         student: Any = self.accelerator.unwrap_model(self.model)
+        check_adapters(student)
         learned.detach(student)
-        if not isinstance(self.objective, Objective) or not len(self.objective.learned):
+        if not isinstance(self.objective, Objective):
+            return
+        self.objective.report_on(student)
+        if not len(self.objective.learned):
             return
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(

@@ -10,6 +10,7 @@ only a method's file says (`methods/`).
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -54,11 +55,7 @@ class Term(Protocol):
         ...
 
     def __call__(self, view: View) -> Tensor:
-        """This micro-batch's share of the step's mean: see `View.count` and `View.share`.
-
-        A term with a tuple of names `seen` gives, with diagnostics, besides that the shares of
-        further means, over the same: (share, {name: share}).
-        """
+        """This micro-batch's share of the step's mean: see `View.count` and `View.share`."""
         ...
 
 
@@ -114,14 +111,12 @@ class Objective(nn.Module):
         self._sweeps = sweeps(rows)
         answers = [term for term in rows if term.rows.startswith("response")]
         self._watched = answers[-1] if self.settings.diagnostics and answers else None
+        self._reports: dict[str, list[str]] = {}
         self.over = {name: term.over for name, term in self.terms.items()}
         if watched := self._watched:
             compared = any(sweep.has(watched) and sweep.divergence for sweep in self._sweeps)
             seen = DIAGNOSTICS if compared else DIAGNOSTICS[:1]
             self.over |= dict.fromkeys(seen, watched.over)
-        if self.settings.diagnostics:
-            for term in kept:
-                self.over |= dict.fromkeys(getattr(term, "seen", ()), term.over)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -133,6 +128,20 @@ class Objective(nn.Module):
         for term in self.learned.values():
             if build := getattr(term, "build", None):
                 build(student, teacher)
+
+    def report_on(self, student: nn.Module) -> None:
+        """With diagnostics, terms that report on parts of the student name them; from then on they
+        are among the means.
+        """
+        for name in itertools.chain(*self._reports.values()):
+            del self.over[name]
+        self._reports = {
+            term.name: report_on(student)
+            for term in self.terms.values()
+            if self.settings.diagnostics and (report_on := getattr(term, "report_on", None))
+        }
+        for name, reported in self._reports.items():
+            self.over |= dict.fromkeys(reported, self.terms[name].over)
 
     def forward(
         self,
@@ -170,16 +179,17 @@ class Objective(nn.Module):
             means |= found
         for name, term in self.terms.items():
             if not isinstance(term, RowTerm):
-                value, seen = term(view), {}
-                if isinstance(value, tuple):
-                    value, seen = value
+                value = term(view)
                 if value.ndim:
                     raise ValueError(
                         f"{name}: gave a tensor of shape {tuple(value.shape)}, expected a share of "
                         "a mean, without dimensions: a sum over its rows / view.count(over)"
                     )
                 losses.append(term.weight * value)
-                means |= {name: value.detach(), **seen}
+                means[name] = value.detach()
+                if name in self._reports:
+                    reporter: Any = term
+                    means |= reporter.report(view)
         return Losses(
             functools.reduce(operator.add, losses), {name: means[name] for name in self.over}
         )

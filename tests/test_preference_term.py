@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mllmkd_kernels import HeadInputs, Objective, RowTerm
 from mllmkd_kernels.rows import PAIR
 from mllmkd_kernels.terms import Preference
+from mllmkd_kernels.terms.preference import REPORTED
 from tests import pair
 from tests.test_llava_kd import D_S, D_T, T, V
 from tests.test_trainer_mixin import MixedTrainer, arguments, copied, moved
 from tests.tolerances import check, relative_error
 
 FORMS = ("kto_pair", "sigmoid", "hinge", "ipo")
-SEEN = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
 
 
 def problem(pairs: int) -> tuple[HeadInputs, HeadInputs, dict[str, Any]]:
@@ -75,7 +75,9 @@ def published(
 
 def objective(form: str = "sigmoid", beta: float = 0.1, detach: bool = True) -> Objective:
     term = Preference("preference", 2.0, form, beta, detach)
-    return Objective(term, backend="eager", diagnostics=True)
+    made = Objective(term, backend="eager", diagnostics=True)
+    made.report_on(nn.Identity())  # as a trainer does
+    return made
 
 
 @pytest.mark.parametrize("detach", [True, False])
@@ -85,7 +87,7 @@ def test_loss_gradients_and_what_is_logged(pairs: int, form: str, detach: bool) 
     s, t, batch = problem(pairs)
     want, better, worse = published(s, t, batch["labels"], form, 0.2, detach)
     got = objective(form, 0.2, detach)(s, t, batch)
-    assert tuple(got.terms) == ("preference", *SEEN)
+    assert tuple(got.terms) == ("preference", *REPORTED)
     check(got.terms["preference"], want.detach(), "fp32 weights")
     leaves = (s.hidden, s.weight, s.bias)
     both = (torch.autograd.grad(x, leaves) for x in (got.loss, 2 * want))
@@ -93,7 +95,7 @@ def test_loss_gradients_and_what_is_logged(pairs: int, form: str, detach: bool) 
         check(a, b, "fp32 weights")
     margin = better - worse
     expected = (better.mean(), worse.mean(), margin.mean(), (margin > 0).double().mean())
-    for name, value in zip(SEEN, expected, strict=True):
+    for name, value in zip(REPORTED, expected, strict=True):
         check(got.terms[name], value, "fp32 weights", what=name)
 
 
@@ -137,16 +139,16 @@ def test_a_teacher_of_its_own_tokens_and_one_of_stored_rows() -> None:
 def test_each_pair_of_a_step_counts_alike() -> None:
     """Three micro-batches of unlike sizes, longer and shorter answers: shares of one mean."""
     s, t, batch = problem(6)
-    whole, loss, total = objective()(s, t, batch), 0.0, dict.fromkeys(SEEN, 0.0)
+    whole, loss, total = objective()(s, t, batch), 0.0, dict.fromkeys(REPORTED, 0.0)
     for pairs in ([0], [1, 2, 3], [4, 5]):
         at = torch.tensor([*pairs, *(6 + i for i in pairs)])
         part = {"labels": batch["labels"][at], "kind": [batch["kind"][i] for i in at]}
         parts = (replace(head, hidden=head.hidden[at]) for head in (s, t))
         got = objective()(*parts, part, {"pairs": torch.tensor(6)})
         loss += float(got.loss.detach())
-        total = {name: total[name] + float(got.terms[name]) for name in SEEN}
+        total = {name: total[name] + float(got.terms[name]) for name in REPORTED}
     assert loss == pytest.approx(float(whole.loss.detach()), rel=1e-6)
-    assert total == pytest.approx({name: float(whole.terms[name]) for name in SEEN}, rel=1e-6)
+    assert total == pytest.approx({name: float(whole.terms[name]) for name in REPORTED}, rel=1e-6)
 
 
 def test_what_is_no_batch_of_pairs_is_refused() -> None:
@@ -206,7 +208,7 @@ def test_any_trainer_accumulates_to_the_big_batchs_step(form: str, tmp_path: Pat
     whole, expected = run(tmp_path, form, 8)
     parts, step = run(tmp_path, form, 2)
     first, second = whole.state.log_history[0], parts.state.log_history[0]
-    for name in ("ce", *SEEN):
+    for name in ("ce", *REPORTED):
         assert second[name] == pytest.approx(first[name], rel=1e-4), name
     if form != "kto_pair":
         assert second["preference"] == pytest.approx(first["preference"], rel=1e-4)

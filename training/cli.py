@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from mllmkd_kernels.methods import Stage
@@ -193,6 +194,8 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():  # read when `datasets` is imported
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # of a mixture's shared expert, which may have width 0
+    warnings.filterwarnings("ignore", "Initializing zero-element tensors")
     from transformers.utils import logging
 
     logging.disable_progress_bar()

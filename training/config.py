@@ -149,6 +149,7 @@ class StageConfig(Section):
     weight_decay: float = setting(
         0.0, "AdamW's weight decay, not applied to biases and norms", ge=0
     )
+    beta2: float = setting(0.999, "AdamW's decay of the squared gradients", gt=0, lt=1)
     clip: float = setting(1.0, "gradient norm is clipped to this; 0: no clipping", ge=0)
     loss: Any = section(Section, "the arguments of the stage's objective")
     student: Any = section(Section, "the arguments of what is made of the student")

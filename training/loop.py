@@ -95,6 +95,7 @@ def _run(config: Config, claim: Claim | None, say: Say) -> list[StageResult]:
     processes().wait_for_everyone()  # the claim is checked
     out = Path(config.out)
     model, processor = build_model(config.model, config.seed)
+    _check_students(config, model)
     teacher = _teacher(config, model, processor, say)
     results = []
     for number, name in enumerate(config.stages, 1):
@@ -308,9 +309,22 @@ def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> Teac
     return Teacher(teacher, its_processor if report.own_batch else None)
 
 
+def _check_students(config: Config, model: Vlm) -> None:
+    """What a later stage makes of the student has to be possible: better known now."""
+    found = model.config
+    for name in config.stages:
+        if (fits := config.table[name].fits) is None:
+            continue
+        try:
+            found = fits(found, **settings.arguments(config.of_stage(name).student))
+        except ValueError as error:
+            raise settings.ConfigError(f"stage.{name}.student: {error}") from error
+
+
 def check(config: Config, say: Say = print) -> None:
     """What `run` looks at before its first step, and nothing else."""
     model, processor = build_model(config.model, config.seed)
+    _check_students(config, model)
     if _teacher(config, model, processor, say) is None:
         say(f"no stage of {', '.join(config.stages)} compares with a teacher: nothing to check")
 
@@ -332,6 +346,7 @@ def _arguments(config: Config, options: StageConfig, steps: int, folder: Path) -
         lr_scheduler_type=options.schedule,
         warmup_steps=math.ceil(options.warmup * steps),
         weight_decay=options.weight_decay,
+        adam_beta2=options.beta2,
         max_grad_norm=options.clip,
         logging_steps=config.log_steps,
         logging_nan_inf_filter=False,  # a NaN in the loss curve is to be seen

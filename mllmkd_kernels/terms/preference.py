@@ -10,8 +10,6 @@ optimiser step counts alike, whatever its length and in whichever micro-batch it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -23,9 +21,9 @@ from mllmkd_kernels.rows import PAIR, entry
 from mllmkd_kernels.view import View
 
 ROWS = tuple(f"response:{kind}" for kind in PAIR)
+REPORTED = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
 
 
-@dataclass(frozen=True)
 class Preference:
     """See above; over a batch of the chosen answers and then the rejected ones in the same order,
     which one forward of each model reads.
@@ -33,55 +31,61 @@ class Preference:
     The K of "kto_pair" is a mean over this micro-batch, on this rank: with a single pair in it, it
     is the pair's own other half, so that the loss compares the two answers as the others do.
 
-    Attributes:
-        name, weight, over: as of every `Term`.
+    Args:
+        name, weight: as of every `Term`.
         kind, beta, detach_baseline: as in `preference_loss`.
-        seen: with diagnostics β r of both answers, their difference, and the share of pairs in
-            which it is above 0.
 
     Raises:
         ValueError, TypeError: no such kind, a β that is not above 0.
     """
 
-    name: str
-    weight: float
-    kind: str = "kto_pair"
-    beta: float = 0.1
-    detach_baseline: bool = True
-    over: str = "pairs"
-    seen = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
+    over = "pairs"
+    needs = Needs(rows=frozenset(ROWS), views=frozenset({"kind", "rejected"}))
 
-    def __post_init__(self) -> None:
-        check_kind(self.kind, self.beta)
+    def __init__(
+        self,
+        name: str,
+        weight: float,
+        kind: str = "kto_pair",
+        beta: float = 0.1,
+        detach_baseline: bool = True,
+    ) -> None:
+        self.name, self.weight, self.kind = name, weight, kind
+        self.beta, self.detach_baseline = check_kind(kind, beta), detach_baseline
+        self._rewards: tuple[Tensor, ...] = ()  # of both answers, as the last call found them
 
-    @property
-    def needs(self) -> Needs:
-        """The teacher's rows of both answers, and batches that have both."""
-        return Needs(rows=frozenset(ROWS), views=frozenset({"kind", "rejected"}))
-
-    def __call__(self, view: View) -> tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's share of the mean, and of the means of `seen`.
+    def __call__(self, view: View) -> Tensor:
+        """This micro-batch's share of the mean.
 
         Raises:
             ValueError: the batch is not one of pairs.
         """
         _check_order(view)
-        chosen, rejected = self._log_probabilities(view, view.student, "student")
+        ours = self._log_probabilities(view, view.student, "student")
         assert view.teacher is not None
         with torch.no_grad():
             theirs = self._log_probabilities(view, view.teacher, "teacher")
+        self._rewards = tuple(
+            self.beta * (a.detach() - b) for a, b in zip(ours, theirs, strict=True)
+        )
         value = preference_loss(
-            chosen, rejected, *theirs,
+            *ours, *theirs,
             kind=self.kind, beta=self.beta, detach_baseline=self.detach_baseline,
         )  # fmt: skip
-        share = value * view.share(self.over)
-        if not view.settings.diagnostics:
-            return share, {}
-        ours = torch.stack((chosen, rejected)).detach()
-        better, worse = self.beta * (ours - torch.stack(theirs))
+        return value * view.share(self.over)
+
+    def report_on(self, student: object) -> list[str]:
+        """Names of what `report` gives."""
+        return list(REPORTED)
+
+    def report(self, view: View) -> dict[str, Tensor]:
+        """This micro-batch's part in the means of β r of both answers, of their difference, and in
+        the share of pairs whose chosen answer has the larger one.
+        """
+        better, worse = self._rewards
         found = (better, worse, better - worse, (better > worse).to(better.dtype))
         pairs = view.count(self.over)
-        return share, {name: x.sum() / pairs for name, x in zip(self.seen, found, strict=True)}
+        return {name: x.sum() / pairs for name, x in zip(REPORTED, found, strict=True)}
 
     @staticmethod
     def _log_probabilities(view: View, head: HeadInputs, who: str) -> tuple[Tensor, Tensor]:
