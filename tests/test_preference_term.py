@@ -156,6 +156,8 @@ def test_what_is_no_batch_of_pairs_is_refused() -> None:
     for kinds in (["chosen", "rejected"] * 2, ["chosen"] * 4, ["", "", "", ""]):
         with pytest.raises(ValueError, match=r"kind: got .*expected of a batch of pairs 'chosen'"):
             objective()(s, t, {**batch, "kind": kinds})
+    with pytest.raises(ValueError, match="kind: got 2 words for a batch of 4 rows"):
+        objective()(s, t, {**batch, "kind": list(PAIR)})
     with pytest.raises(ValueError, match="kind: missing; the batch has"):
         objective()(s, t, {"labels": batch["labels"]})
     with pytest.raises(ValueError, match="kind: got 'dpo', expected one of kto_pair"):

@@ -36,7 +36,14 @@ from training.anatomy import freeze, positions
 from training.claim import Claim, claimed
 from training.config import Config, StageConfig, require
 from training.data.collate import Collator
-from training.data.load import collator_of, epoch_size, has_data, open_data, order_of
+from training.data.load import (
+    collator_of,
+    epoch_size,
+    has_data,
+    open_data,
+    order_of,
+    require_data,
+)
 from training.data.records import DataError
 from training.evaluation.held_out import Scores, evaluate
 from training.interrupt import Interrupted
@@ -94,6 +101,7 @@ def _run(config: Config, claim: Claim | None, say: Say) -> list[StageResult]:
     """`run`, with the claim on its folder in the first process."""
     processes().wait_for_everyone()  # the claim is checked
     out = Path(config.out)
+    _check_data(config)
     model, processor = build_model(config.model, config.seed)
     _check_students(config, model)
     teacher = _teacher(config, model, processor, say)
@@ -309,6 +317,12 @@ def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> Teac
     return Teacher(teacher, its_processor if report.own_batch else None)
 
 
+def _check_data(config: Config) -> None:
+    """Every stage has data: what is wrong with a later one is better known now."""
+    for name in config.stages:
+        require_data(config.data, config.table[name].data)
+
+
 def _check_students(config: Config, model: Vlm) -> None:
     """What a later stage makes of the student has to be possible: better known now."""
     found = model.config
@@ -323,6 +337,7 @@ def _check_students(config: Config, model: Vlm) -> None:
 
 def check(config: Config, say: Say = print) -> None:
     """What `run` looks at before its first step, and nothing else."""
+    _check_data(config)
     model, processor = build_model(config.model, config.seed)
     _check_students(config, model)
     if _teacher(config, model, processor, say) is None:

@@ -29,6 +29,12 @@ def has_data(config: DataConfig, use: str) -> bool:
     return getattr(config, use) is not None or any(one.use == use for one in config.sources)
 
 
+def require_data(config: DataConfig, use: str) -> None:
+    """`ConfigError` where there is no data of a use."""
+    if not has_data(config, use):
+        require(None, f"data.{use}", "a stage's data")
+
+
 def open_data(
     config: DataConfig,
     processor: Any,
@@ -72,8 +78,8 @@ def sources_of(config: DataConfig, use: str) -> list[Source]:
             raise ConfigError(f"data.sources[{i}].stream: got true, expected false to read it here")
     if chosen:
         return [open_source(one, f"data.sources[{i}]", config.image_root) for i, one in chosen]
-    path = require(getattr(config, use), f"data.{use}", "this stage's data")
-    return [LlavaSource(path, config.image_root)]
+    require_data(config, use)
+    return [LlavaSource(getattr(config, use), config.image_root)]
 
 
 def _chosen(config: DataConfig, use: str) -> list[tuple[int, SourceConfig]]:

@@ -5,7 +5,7 @@ Under one prompt, with the images of the entry, which both answers are to::
     conversations or messages, and `rejected`              LLaVA; `rejected_response` and
                                                            `rejected_messages` of ms-swift
     conversations or messages or `prompt`, and `chosen` and `rejected`      TRL, LLaMA-Factory
-    `chosen` and `rejected`, each a whole conversation     TRL, UltraFeedback
+    `chosen` and `rejected`, each a whole conversation     LLaVA-MoD, TRL, UltraFeedback
     `question` (or `prompt`), `chosen`, `rejected`: texts  RLAIF-V, MMPR
     conversations, `output_1`, `output_2`, `preference`    LLaVA-RLHF
 

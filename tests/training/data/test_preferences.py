@@ -25,6 +25,7 @@ from training.data.load import open_data
 from training.data.records import DataError, Sample, read_samples
 from training.data.sources import LlavaSource, open_source
 from training.data.stream import StreamDataset
+from training.watch import sizes_of
 
 ASKED, BETTER, WORSE = "what is this", "a coat", "a bag"
 TURN = ("<image>\n" + ASKED, BETTER)
@@ -47,6 +48,12 @@ LLAVA = {
     "ms-swift": entry(*TURN, image="a.png", rejected_response=WORSE),
     "ms-swift, whole": entry(*TURN, image="a.png", rejected_messages=[HUMAN, gpt(WORSE)]),
     "LLaMA-Factory": entry(TURN[0], image="a.png", chosen=gpt(BETTER), rejected=gpt(WORSE)),
+    "LLaVA-MoD": {
+        "id": "e1",
+        "image": "a.png",
+        "chosen": [HUMAN, gpt(BETTER)],
+        "rejected": [HUMAN, gpt(WORSE)],
+    },
     "RLAIF-V": {"image": "a.png", "question": ASKED, "chosen": BETTER, "rejected": WORSE},
     "MMPR": {"image": "a.png", "question": TURN[0], "chosen": BETTER, "rejected": WORSE},
     "LLaVA-RLHF": entry(
@@ -190,6 +197,7 @@ def test_a_batch_has_the_better_answers_and_then_the_worse_ones(folder: Path) ->
     items: Any = [pairs[i] for i in range(3)]
     batch: Any = collate(items)
     assert batch["sample_ids"] == ["one", "talk", "longer"]
+    assert int(sizes_of(batch)[2]) == 3  # what rates count: pairs, not answers
     assert batch["kind"] == ["chosen"] * 3 + ["rejected"] * 3
     for b in (batch, batch["teacher"]):
         assert len(b["input_ids"]) == len(b["pixel_values"]) == len(b["image_lens"]) == 6
