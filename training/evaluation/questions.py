@@ -8,6 +8,7 @@
     llava      LLaVA json: the first turn of each entry, its answer word for word
     coco       captions_val2014.json; also NoCaps' file, which has the same form
     karpathy   dataset_coco.json, one split of it
+    chair      instances_val2014.json, and captions_val2014.json
 
 Files and fields are checked as they are read: a fault names the file, the entry, the field, what
 came and what was expected. Every image is looked for before a model answers anything.
@@ -41,8 +42,9 @@ class Files:
 
     questions: Path
     images: Path  # the folder that its image names start from
-    annotations: Path | None = None  # VQAv2's answers
+    annotations: Path | None = None  # VQAv2's answers, CHAIR's captions
     split: str | None = None  # of a file that has several
+    synonyms: Path | None = None  # CHAIR's words for categories
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +166,7 @@ def read_llava(files: Files) -> list[Question]:
 def read_coco(files: Files) -> list[Question]:
     """Images of a COCO caption file with what people wrote of each (NoCaps: the same form)."""
     place, top = _object(files.questions)
-    captions: dict[int, list[str]] = {}
-    for at, entry in _entries(top, "annotations", place) if "annotations" in top else ():
-        image = _take(entry, "image_id", int, at)
-        captions.setdefault(image, []).append(_take(entry, "caption", str, at))
+    captions = _captions(top, place) if "annotations" in top else {}
     found = []
     for at, entry in _entries(top, "images", place):
         number = _take(entry, "id", int, at)
@@ -189,6 +188,38 @@ def read_karpathy(files: Files) -> list[Question]:
         image = files.images / _take(entry, "filepath", str, at) / _take(entry, "filename", str, at)
         said = [_take(one, "raw", str, at) for one in _take(entry, "sentences", list, at)]
         found.append(Question(_take(entry, "cocoid", int, at), "", (image,), tuple(said)))
+    return found
+
+
+def read_categories(files: Files) -> dict[int, str]:
+    """The names of the categories of a COCO file of instances."""
+    place, top = _object(files.questions)
+    return {
+        _take(entry, "id", int, at): _take(entry, "name", str, at)
+        for at, entry in _entries(top, "categories", place)
+    }
+
+
+def read_chair(files: Files) -> list[Question]:
+    """Images of a COCO file of instances; their answers are the names of what is there, and the
+    captions of a second file.
+    """
+    place, top = _object(files.questions)
+    names, there = read_categories(files), dict[int, dict[str, None]]()
+    for at, entry in _entries(top, "annotations", place):
+        number = _take(entry, "category_id", int, at)
+        if number not in names:
+            raise fault(at, "category_id", number, "one of the file's categories")
+        there.setdefault(_take(entry, "image_id", int, at), {})[names[number]] = None
+    said = {} if files.annotations is None else _captions(*reversed(_object(files.annotations)))
+    found = []
+    for at, entry in _entries(top, "images", place):
+        number = _take(entry, "id", int, at)
+        if said and number not in said:
+            raise fault(at, "id", number, f"an image that {files.annotations} describes")
+        image = files.images / _take(entry, "file_name", str, at)
+        texts = (*there.get(number, ()), *said.get(number, ()))
+        found.append(Question(number, "", (image,), texts or ("",)))  # nothing is there: known too
     return found
 
 
@@ -225,6 +256,15 @@ def _vqav2_answers(path: Path) -> dict[int, tuple[tuple[str, ...], str]]:
         answers = [_take(one, "answer", str, at) for one in _take(entry, "answers", list, at)]
         kind = _take(entry, "answer_type", str, at)
         found[_take(entry, "question_id", int, at)] = tuple(answers), kind
+    return found
+
+
+def _captions(top: dict[str, Any], place: Place) -> dict[int, list[str]]:
+    """By image what people wrote of it."""
+    found: dict[int, list[str]] = {}
+    for at, entry in _entries(top, "annotations", place):
+        image = _take(entry, "image_id", int, at)
+        found.setdefault(image, []).append(_take(entry, "caption", str, at))
     return found
 
 

@@ -26,6 +26,7 @@ from training.bar import Bar
 from training.data.records import DataError, Place, fault
 from training.evaluation.benchmarks import BENCHMARKS, Benchmark, ask
 from training.evaluation.captions import TokenizerName, caption_scores
+from training.evaluation.chair import Objects, chair
 from training.evaluation.generate import Answer, Prompt, Writer
 from training.evaluation.predictions import Line, Predictions
 from training.evaluation.questions import Files, Question, checked
@@ -185,6 +186,9 @@ def _scored(
     if score is caption_scores:
         score = partial(caption_scores, tokenizer=options.tokenizer)
         found["tokenizer"] = options.tokenizer
+    elif score is chair:
+        score = partial(chair, objects=Objects.of(options.files))
+        found |= {key: _name(getattr(options.files, key)) for key in ("annotations", "synonyms")}
     answers = [line["answer"] for line in lines]
     found["scores"] = score(questions, answers)
     kinds = sorted({question.kind for question in questions})
@@ -194,6 +198,10 @@ def _scored(
         values = score([questions[i] for i in rows], [answers[i] for i in rows])
         found["kinds"][kind] = {"questions": len(rows), **values}
     return found
+
+
+def _name(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _table(found: dict[str, Any]) -> Table:
