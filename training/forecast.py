@@ -105,7 +105,8 @@ class Forecast:
     ) -> str:
         terms = [t for t in self.objective.terms.values() if isinstance(t, mk.RowTerm)]
         view, settings = self.objective.view(student, teacher, batch), self.objective.settings
-        rows = sum(len(view.rows(name).labels) for name in {term.rows for term in terms})
+        names = {term.rows for term in terms} or self.objective.needs.rows
+        rows = sum(len(view.rows(name).labels) for name in names)
         divergence = next((t.divergence for t in terms if t.divergence), "forward_kl")
         d_s = student.weight.shape[1]
         d_t = 0 if teacher is None else teacher.weight.shape[1]
