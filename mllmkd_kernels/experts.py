@@ -40,7 +40,11 @@ def routers(model: Any) -> dict[int, nn.Module]:
         number: getattr(getattr(layer, "mlp", None), "gate", None)
         for number, layer in enumerate(decoder_layers(model))
     }
-    found = {number: gate for number, gate in gates.items() if isinstance(gate, nn.Module)}
+    found = {
+        number: getattr(gate, "base_layer", gate)  # which an adapter on it calls
+        for number, gate in gates.items()
+        if isinstance(gate, nn.Module)
+    }
     if not found:
         raise ValueError(f"router: {type(model).__name__} has no mixture of experts")
     return found

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import HeadInputs, Needs, Objective, RowCounts, RowTerm, rows
+from mllmkd_kernels import terms as supplied
+from mllmkd_kernels.head_functions import HeadFunctions
 from mllmkd_kernels.heads import Recorded
 from mllmkd_kernels.methods import llava_kd
-from mllmkd_kernels.operators import Operators
 from mllmkd_kernels.terms import Relation
 from mllmkd_kernels.view import View
 from tests.test_llava_kd import D_S, D_T, RUNS, B, T, V, heads, labels_of, mask_of
@@ -138,12 +139,12 @@ def inside(*models: HeadInputs) -> list[HeadInputs]:
     return [replace(head, recorded=seen) for head in models]
 
 
-def counted(calls: list[Any]) -> Operators:
+def counted(calls: list[Any]) -> HeadFunctions:
     def distill(*args: Any, **options: Any) -> Any:
         calls.append((len(args[0]), args[2] is not None, options["divergence"].name))
         return mk.fused_linear_distill(*args, **options)
 
-    return Operators(distill)
+    return HeadFunctions(distill)
 
 
 def test_terms_that_agree_are_one_call_and_cross_entropy_rides_along() -> None:
@@ -157,7 +158,7 @@ def test_terms_that_agree_are_one_call_and_cross_entropy_rides_along() -> None:
         RowTerm("cot", 1.0, "response:cot"),
         RowTerm("none", 0.0, "valid", "reverse_kl"),
     ]
-    both = Objective(*terms, operators=counted(calls), backend="eager")(s, t, batch)
+    both = Objective(*terms, functions=counted(calls), backend="eager")(s, t, batch)
     number = {name: int(rows.count(name, batch)) for name in NAMES}
     first = number["visual"] + number["valid"] + number["response:cot"]
     assert calls == [(first, True, "forward_kl"), (number["response"], True, "jsd")]
@@ -168,7 +169,7 @@ def test_terms_that_agree_are_one_call_and_cross_entropy_rides_along() -> None:
         for name, value in term.terms.items():
             check(both.terms[name], value, "fp64")
     calls.clear()
-    Objective(terms[0], operators=counted(calls), backend="eager")(s, None, batch)
+    Objective(terms[0], functions=counted(calls), backend="eager")(s, None, batch)
     assert calls == [(number["response"], False, "forward_kl")]
 
 
@@ -267,8 +268,10 @@ def test_shares_of_micro_batches_add_up(backend: str) -> None:
     terms = (
         RowTerm("ce", 1.0, "response"), RowTerm("kl", 0.7, "response:cot", "jsd"),
         RowTerm("all", 0.2, "valid", "jsd"), Relation("relation", 1.0),
+        supplied.Affinity("affinity", 3.0), supplied.LogitMse("logit_mse", 0.3),
+        supplied.Features("features", 0.7, sizes=(D_S, D_T)),
     )  # fmt: skip
-    objective = Objective(*terms, diagnostics=True, backend=backend)
+    objective = Objective(*terms, diagnostics=True, backend=backend).double()
     counts = {name: rows.count(name, batch) for name in objective.over.values()}
     whole = objective(s, t, batch)
     parts = []

@@ -35,7 +35,7 @@ def problem(pairs: int) -> tuple[HeadInputs, HeadInputs, dict[str, Any]]:
         torch.randn(2 * pairs, T, D_S, **options), torch.randn(V, D_S, **options),
         torch.randn(V, **options),
     )  # fmt: skip
-    wide = {"dtype": torch.float64}
+    wide: Any = {"dtype": torch.float64}
     t = HeadInputs(
         torch.randn(2 * pairs, T, D_T, **wide), torch.randn(V + 3, D_T, **wide), softcap=5.0
     )
@@ -89,7 +89,7 @@ def test_loss_gradients_and_what_is_logged(pairs: int, form: str, detach: bool) 
     got = objective(form, 0.2, detach)(s, t, batch)
     assert tuple(got.terms) == ("preference", *REPORTED)
     check(got.terms["preference"], want.detach(), "fp32 weights")
-    leaves = (s.hidden, s.weight, s.bias)
+    leaves: Any = (s.hidden, s.weight, s.bias)
     both = (torch.autograd.grad(x, leaves) for x in (got.loss, 2 * want))
     for a, b in zip(*both, strict=True):
         check(a, b, "fp32 weights")

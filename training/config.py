@@ -171,7 +171,6 @@ class TeacherCacheConfig(Section):
         "store image rows too, most of the disk; false is for losses without terms over them",
     )
     dtype: Literal["bf16", "fp16", "fp32"] = setting("bf16", "numbers are stored in")
-    shard_mb: int = setting(512, "MiB of a shard; one is in memory while it is made", gt=0)
     batch_size: int = setting(8, "samples per forward pass of the teacher and device", gt=0)
 
 
@@ -325,19 +324,14 @@ def class_for(values: Mapping[str, Any]) -> type[Config]:
             f"{', '.join(old)}: no such field; settings of a stage stand under `stage`:\n\n"
             f"{yaml.safe_dump(moved, sort_keys=False)}"
         )
-    return config_class(stages_of(name), name)
-
-
-def stages_of(method: Any) -> tuple[Stage, ...]:
-    """The stage table of a method by name: one of ours, or of an installed package that has an
-    entry point, in the group "mllmkd_kernels.methods", to a module with `STAGES`. A configuration
-    never imports code of its own.
-    """
-    return module_of(method).STAGES
+    return config_class(module_of(name).STAGES, name)
 
 
 def module_of(method: Any) -> Any:
-    """The module of a method; its docstring has the equations."""
+    """The module of a method by name, with its `STAGES`, and the equations in its docstring: one of
+    ours, or of an installed package that has an entry point to it, in the group
+    "mllmkd_kernels.methods". A configuration never imports code of its own.
+    """
     known = _methods()
     if not isinstance(method, str) or method not in known:
         raise ConfigError(f"method: got {method!r}, expected one of {', '.join(known)}")

@@ -45,6 +45,7 @@ from typing import Any, Literal
 
 from mllmkd_kernels.divergence import Divergence
 from mllmkd_kernels.methods.stage import PROJECTOR, SPARSE, WHOLE, Stage
+from mllmkd_kernels.methods.supervised import supervised
 from mllmkd_kernels.objective import Objective, RowTerm
 from mllmkd_kernels.terms import Balance, Preference
 from mllmkd_kernels.upcycle import upcycle, upcycled_config
@@ -102,17 +103,12 @@ def preference(
     )
 
 
-def supervised(ce: float = 1.0, **settings: Any) -> Objective:
-    """L_ce alone; no teacher."""
-    return Objective(RowTerm("ce", ce, "response"), **settings)
-
-
 #: Of the paper.
 _TUNING = {"lr": 2e-5, "batch_size": 256, "beta2": 0.98}
 
 STAGES = (
     Stage(
-        "init", PROJECTOR, "captions", "pretrain", supervised,
+        "init", PROJECTOR, "captions", "chat", supervised,
         title="initialisation: projector, CE on captions",
         defaults={"lr": 1e-4, "batch_size": 512, "beta2": 0.98},
     ),

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllmkd_kernels.methods.llava_mod import mimic, supervised
+from mllmkd_kernels.methods.llava_mod import mimic
 from mllmkd_kernels.methods.stage import PROJECTOR, SPARSE, WHOLE, Stage
+from mllmkd_kernels.methods.supervised import PRETRAINING, TUNING, supervised
 from mllmkd_kernels.objective import Objective
 from mllmkd_kernels.upcycle import upcycle, upcycled_config
 
@@ -41,21 +42,17 @@ def objective(
     return mimic(0.0, ce, balance, padding=padding, **settings)
 
 
-#: Of the released scripts.
-_TUNING = {"lr": 2e-5, "batch_size": 128}
-
 STAGES = (
     Stage(
         "pt", PROJECTOR, "captions", "pretrain", supervised,
-        title="pre-training: projector, CE on captions",
-        defaults={"lr": 1e-3, "batch_size": 256},
+        title="pre-training: projector, CE on captions", defaults=PRETRAINING,
     ),
     Stage(
         "sft", WHOLE, "conversations", "chat", supervised,
-        title="supervised fine-tuning: projector and LM, CE", defaults=_TUNING,
+        title="supervised fine-tuning: projector and LM, CE", defaults=TUNING,
     ),
     Stage(
         "moe", SPARSE, "conversations", "chat", objective, student=upcycle, fits=upcycled_config,
-        title="mixture: projector, experts and router, CE and balance", defaults=_TUNING,
+        title="mixture: projector, experts and router, CE and balance", defaults=TUNING,
     ),
 )  # fmt: skip

@@ -126,7 +126,8 @@ def work(root: Path) -> Any:
         FSDP_STATE_DICT_TYPE="FULL_STATE_DICT", FSDP_RESHARD_AFTER_FORWARD="true",
     )  # fmt: skip
     return {case: one_step(root, root / "out", *case) for case in CASES} | {
-        "run": interrupted_run(run_config(root, root / "fsdp2"), pretend_fsdp)
+        "run": interrupted_run(run_config(root, root / "fsdp2"), pretend_fsdp),
+        "sparse": interrupted_run(sparse_config(root, root / "sparse"), pretend_fsdp),
     }
 
 
@@ -135,6 +136,15 @@ def run_config(root: Path, out: Path, stages: tuple[str, ...] = ("dpt", "dft")) 
     config = tiny.run_config(root, out, stages=stages)
     plan = {"steps": 4, "batch_size": 4, "micro_batch": 1}
     return settings.changed(config, stage=dict.fromkeys(stages, plan))
+
+
+def sparse_config(root: Path, out: Path) -> Config:
+    """A stage in which a student that has become a mixture of experts trains those."""
+    values = settings.to_dict(run_config(root, out, ("dft",)))
+    plan = values["stage"]["dft"] | {"loss": {"backend": "eager"}, "student": {"every": 1}}
+    del values["stages"], values["method"]
+    values |= {"method": "llava-mod", "stages": ["d2s"], "stage": {"d2s": plan}}
+    return settings.build(load(overrides=["method=llava-mod"]).__class__, values)
 
 
 def interrupted_run(config: Config, select: Callable[[], None]) -> Any:
@@ -203,6 +213,12 @@ def test_a_stopped_fsdp2_run_goes_on_and_leaves_ordinary_folders(ranks, root: Pa
     assert "pytorch_model_fsdp.bin" not in files
     assert curves == same and quiet == []
     check_run(root, run_config(root, root / "fsdp2"), said, curves)
+
+
+def test_a_stopped_fsdp2_run_of_experts_does_too(ranks, root: Path) -> None:
+    said, _, curves = ranks[0]["sparse"]
+    check_run(root, sparse_config(root, root / "sparse"), said, curves)
+    assert any("parameters train (experts, projector, router)" in line for line in said)
 
 
 def check_run(root: Path, config: Config, said: list[str], curves: Any) -> None:

@@ -22,7 +22,7 @@ from training.data.images import PICTURE_DEPTH, flat, not_there, open_image
 from training.data.messages import CHAT, parse_messages
 from training.data.preferences import FIELDS, told
 from training.data.records import LLAVA, Sample, read_samples, same, system_of, unread_fields
-from training.paths import is_missing_folder
+from training.models import is_missing_folder
 from training.settings import ConfigError
 
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}

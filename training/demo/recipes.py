@@ -12,11 +12,26 @@ from typing import Any, Literal
 
 from training import settings
 from training.config import Config, load
-from training.demo.tower import TowerConfig
 from training.settings import Section, section, setting
 
 #: The arguments of LLaVA-KD's objective.
 LossConfig: Any = type(load().of_stage("dft").loss)
+
+
+class TowerConfig(Section):
+    """Sizes and training of the tower."""
+
+    hidden: int = setting(128, "hidden size C of the tower", gt=0)
+    layers: int = setting(2, "transformer layers", gt=0)
+    heads: int = setting(4, "attention heads", gt=0)
+    patch_size: int = setting(
+        32, "pixels on a side of a patch; (image_size / patch_size)² tokens", gt=0
+    )
+    image_size: int = setting(64, "pixels on a side of an image", gt=0)
+    steps: int = setting(600, "optimiser steps", gt=0)
+    batch_size: int = setting(128, "images a step", gt=0)
+    lr: float = setting(1e-3, "peak learning rate", gt=0)
+    seed: int = setting(0, "seed of weights and data order", ge=0)
 
 
 class DemoConfig(Section):

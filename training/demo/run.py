@@ -35,10 +35,9 @@ from training.demo.scenes import write_scenes
 from training.demo.tower import photo_tower, question_tower, save_tower
 from training.demo.trained import Run
 from training.demo.words import build_processor
-from training.fingerprint import differences
 from training.lock import held
 from training.loop import StageResult, run
-from training.settings import ConfigError, to_dict
+from training.settings import ConfigError, differences, to_dict
 
 console = Console(stderr=True)
 

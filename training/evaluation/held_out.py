@@ -4,8 +4,8 @@ out data.
 Exact match means: greedy decoding writes the answer, to its end token, word for word. One forward
 pass over question and answer decides it, with no decoding: greedy decoding writes the answer if and
 only if, after every prefix of it, the most likely token is the next one. (A test holds this against
-`model.generate`.) In a conversation of several turns each answer is judged after the given earlier
-ones.
+`training.generate`.) In a conversation of several turns each answer is judged after the given
+earlier ones.
 
 Perplexity is exp of the mean negative log-likelihood over all answer tokens, end tokens included.
 Logits are made for the answer rows only, a block at a time, so a head of 152k rows is no problem.
@@ -25,6 +25,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
 import mllmkd_kernels as mk
+from mllmkd_kernels import reference
 from mllmkd_kernels.batch import run_to_head
 from training.bar import track
 from training.data.collate import Collator
@@ -122,36 +123,9 @@ def _score(
     """Most likely token and negative log-likelihood of the label, for each answer row."""
     best, nll = [], []
     for h, y in zip(hidden.split(ROW_BLOCK), labels.split(ROW_BLOCK), strict=True):
-        logits = F.linear(h, head.weight, head.bias).float()
-        if head.softcap is not None:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
+        logits = reference.logits(h, head.weight, head.bias, head.softcap).float()
         best.append(logits.argmax(dim=-1))
         nll.append(F.cross_entropy(logits, y, reduction="none"))
     if not best:
         return labels, hidden.new_zeros(0)
     return torch.cat(best), torch.cat(nll)
-
-
-def generate_answer(
-    model: Any,
-    dataset: SampleDataset,
-    processor: Any,
-    index: int,
-    max_new_tokens: int = 16,
-) -> str:
-    """What the model itself writes, greedily, to the first question of sample `index`."""
-    item = dataset[index]
-    first = int((item["labels"] != IGNORE).nonzero()[0])  # the prompt is what precedes the answer
-    prompt = item["input_ids"][None, :first].to(model.device)
-    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
-    if "pixel_values" in item:
-        inputs["pixel_values"] = item["pixel_values"].to(model.device)
-    written = model.generate(
-        **inputs,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=processor.tokenizer.eos_token_id,
-        pad_token_id=processor.tokenizer.pad_token_id,
-    )
-    new = written[0, prompt.shape[1] :]
-    return processor.tokenizer.decode(new, skip_special_tokens=True).strip()
