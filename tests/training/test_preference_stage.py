@@ -31,7 +31,7 @@ from training.data.records import DataError
 from training.loop import run
 from training.models import build_model, load_vlm, save_model
 from training.settings import ConfigError
-from training.teacher_cache import command
+from training.teacher_cache.fill import make
 
 
 def write_pairs(root: Path, *stages: str, **more: Any) -> Path:
@@ -100,7 +100,7 @@ def test_what_a_stage_of_pairs_cannot_do_is_refused(tmp_path: Path) -> None:
         run(load(file, [model, *pairs, "data.packing=true"]), say=lambda _: None)
     stored = load(file, [model, *pairs, f"teacher_cache.path={tmp_path / 'cache'}"])
     with pytest.raises(ConfigError, match="preference reads response:chosen, response:rejected"):
-        command.make(stored, say=lambda _: None)
+        make(stored, say=lambda _: None)
     with pytest.raises(ConfigError, match=r"kind: .*'dpo'"):
         load(file, [model, *pairs, "stage.preference.loss.kind=dpo"])
 
