@@ -74,7 +74,7 @@ class SourceConfig(Section):
     path: str | None = setting(
         None, "a LLaVA json(l); or a folder, parquet or json file, or hub name of HF datasets"
     )
-    use: Literal["captions", "conversations", "held_out"] = setting(
+    use: Literal["captions", "conversations", "preferences", "held_out"] = setting(
         "conversations", "what it is for"
     )
     kind: Literal["auto", "llava", "messages"] = setting(
@@ -103,6 +103,7 @@ class DataConfig(Section):
         None, "json(l) of image captions, for stages whose data they are"
     )
     conversations: str | None = setting(None, "json(l) of instructions, likewise")
+    preferences: str | None = setting(None, "json(l) of pairs of answers, likewise")
     held_out: str | None = setting(
         None, "json(l) to evaluate on after each stage; null: no evaluation"
     )

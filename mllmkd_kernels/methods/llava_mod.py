@@ -1,20 +1,25 @@
 """LLaVA-MoD (arXiv 2408.15881): a small mixture of experts mimics a large dense model.
 
-    L = λ_r L_res + λ_c L_ce + λ_b L_bal
+    mimic         L = λ_r L_res + λ_c L_ce + λ_b L_bal
+    preference    L = L_pref + λ_b L_bal
 
 * L_res: KL(p_t ‖ p_s) on the answers
 * L_ce: cross-entropy of the answers
 * L_bal: Σ over mixtures of E Σ_e share_e mean_e, see `Balance`
+* L_pref: ½ (1 − σ(β (r_c − K_r))) + ½ (1 − σ(β (K_c − r_r))), or DPO's −log σ(β (r_c − r_r)), of
+  a chosen and a rejected answer, r = log p(answer) − log p_teacher(answer), see `Preference`
 
 | stage | trains | data | objective |
 |---|---|---|---|
 | init | projector | captions | L_ce |
 | d2d (dense to dense) | projector, LM | conversations | L_res |
 | d2s (dense to sparse) | projector, experts, router | conversations | L_res + L_ce + 0.01 L_bal |
+| preference | projector, experts, router | preferences | L_pref + 0.01 L_bal |
 
 Before d2s the student becomes a mixture of experts (`upcycle`: every second layer, 4 experts, 2 of
 them for a token). The paper gives d2d general captions and conversations and d2s tasks (VQA,
-documents): two runs, where the data are to differ, the second from the model of the first.
+documents): two runs, where the data are to differ, the second from the model of the first. The last
+stage has to be asked for: its data are pairs of answers, its student is a mixture from d2s.
 
 Its released code differs, and so do options:
 
@@ -27,6 +32,9 @@ Its released code differs, and so do options:
 * half the batch sizes, ``lr=1e-3`` in init, β₂ = 0.999
 * in d2s also the feed-forward blocks of dense layers train, and an expert has a capacity: tokens
   beyond it are dropped, and the second expert is drawn with noise
+* the paper speaks of DPO, its code has KTO's loss of pairs by default, with a gradient through K:
+  ``detach_baseline=False``; and one pair in a micro-batch, so that K is the pair's own
+* in preference it adds L_bal of the chosen answers to that of the rejected: about ``balance=0.02``
 * its documents print d2d's settings for d2s (dense, L_res alone); its scripts have these
 """
 
@@ -39,7 +47,7 @@ from mllmkd_kernels.divergence import Divergence
 from mllmkd_kernels.methods.stage import PROJECTOR, SPARSE, WHOLE, Stage
 from mllmkd_kernels.methods.supervised import supervised
 from mllmkd_kernels.objective import Objective, RowTerm
-from mllmkd_kernels.terms import Balance
+from mllmkd_kernels.terms import Balance, Preference
 from mllmkd_kernels.upcycle import upcycle, upcycled_config
 
 
@@ -71,6 +79,30 @@ def mimic(
     )
 
 
+def preference(
+    kind: Literal["kto_pair", "sigmoid", "hinge", "ipo"] = "kto_pair",
+    beta: float = 0.1,
+    balance: float = 0.01,
+    *,
+    detach_baseline: bool = True,
+    padding: bool = False,
+    **settings: Any,
+) -> Objective:
+    """Preference distillation: batches are of pairs, the teacher is the reference.
+
+    Args:
+        kind, beta, detach_baseline: of L_pref; "sigmoid" is DPO.
+        balance: weight of L_bal; 0 leaves it out, for a dense student.
+        padding: L_bal counts padding as tokens.
+        **settings: see `Settings`.
+    """
+    return Objective(
+        Preference("preference", 1.0, kind, beta, detach_baseline),
+        Balance("balance", balance, padding),
+        **settings,
+    )
+
+
 #: Of the paper.
 _TUNING = {"lr": 2e-5, "batch_size": 256, "beta2": 0.98}
 
@@ -89,5 +121,10 @@ STAGES = (
         student=upcycle, fits=upcycled_config,
         title="dense to sparse: projector, experts and router, KL, CE and balance",
         defaults=_TUNING,
+    ),
+    Stage(
+        "preference", SPARSE, "preferences", "chat", preference,
+        title="preference: projector, experts and router, pairs of answers and balance",
+        defaults=_TUNING | {"lr": 2e-6}, usual=False,
     ),
 )  # fmt: skip

@@ -20,7 +20,7 @@ data set of messages in, the same form out, images by the same paths. An entry m
 question. Killed, the same command continues. --out gets the data, report.json with the counts, and
 what is needed to go on. Left out and counted: entries that cannot be asked, and conversations in
 which an answer was empty or, without --keep-cut, cut at --max-new-tokens."""
-USES = ("captions", "conversations", "held_out")
+USES = ("captions", "conversations", "preferences", "held_out")
 
 
 def add_data(command: argparse.ArgumentParser, source: argparse.ArgumentParser) -> None:
@@ -94,7 +94,10 @@ def check_data(options: argparse.Namespace) -> None:
         data = DataConfig(sources=(one,), image_root=options.image_root)
     processor = _processor(options, config)
     template: Any = "pretrain" if use == "captions" else "chat"
-    encoding = Encoding(processor, template=template, max_length=config.data.max_length)
+    pairs = use == "preferences"
+    encoding = Encoding(
+        processor, template=template, max_length=config.data.max_length, pairs=pairs
+    )
     report = read_data(
         sources_of(data, use),
         encoding,
