@@ -226,8 +226,9 @@ def empty(*shape, dtype=torch.float32):
     return torch.empty(*shape, dtype=dtype, device="cuda")
 
 with pretended.gpu("sm_90", lambda compiled, constants: print(compiled.asm["ptx"])):
-    row_losses(empty(8, {vocab}), None, None, None, empty(8, dtype=torch.int64), empty(8), None,
-               empty(8), empty(8), "forward_kl", 0.0, 1.0, 0.0, 0.0, -100, torch.float32)
+    z = empty(8, {vocab})
+    row_losses(z, None, None, None, empty(8, dtype=torch.int64), empty(8), None,
+               empty(8), empty(8), "forward_kl", 0.0, 1.0, 0.0, 0.0, -100, z)
 """
 
 
