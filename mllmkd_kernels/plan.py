@@ -3,12 +3,12 @@ explained.
 
 *chunk* holds the logits of C rows of both models. C is what the workspace budget allows, but never
 so few that the weights are read more often than the products cost: a chunk below a few dozen rows
-turns two matrix products into a copy of the heads. On a GPU the budget also holds dz of R rows, which
-are folded into the gradients at once, and C and R are what the model below finds cheapest.
+turns two matrix products into a copy of the heads. On a GPU the budget also holds dz of R rows,
+which are folded into the gradients at once, and C and R are what `gpu_time` finds cheapest.
 
 *stream* holds no logits: it multiplies the heads once for the statistics of every row and once more
 for the gradients, a slice of the vocabulary at a time. It costs more FLOPs and writes dW once. On a
-GPU the cheaper one by the model below is taken.
+GPU the cheaper one by that model is taken.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from mllmkd_kernels import hardware
+from mllmkd_kernels import gpu_time, hardware
 from mllmkd_kernels.backends.products import strip_bytes
 from mllmkd_kernels.choose import choose_backend
-from mllmkd_kernels.divergence import ONE_SWEEP, sweeps
+from mllmkd_kernels.divergence import sweeps
 
 #: Default budget for the logits of a chunk: 220 rows of two fp32 blocks at V = 151,936.
 WORKSPACE_MB = 256.0
@@ -28,10 +28,6 @@ WORKSPACE_MB = 256.0
 #: The same on a GPU: at V = 151,936 the logits of 512 rows, and dz in bf16 of 2,048. With fewer the
 #: traffic of heads and dW, which is 8 bytes per entry and fold, costs more than the products.
 WORKSPACE_MB_GPU = 1200.0
-
-#: A GPU's chunks are multiples of this, a tile of its products, and the same from step to step
-#: however many rows there are; halves and quarters of it where a budget allows no more.
-ROW_TILE = 128
 
 #: No more rows of dz are folded at once: dW's traffic is then below a quarter of its product.
 MOST_FOLDED = 2048
@@ -51,10 +47,6 @@ VOCAB_TILE = 128
 #: Logit-sized tensors alive at once in plain PyTorch, where log-probabilities, ratios and terms are
 #: tensors of their own, measured: with a teacher (14 to 18, JSD the most), for cross-entropy alone.
 EAGER_BLOCKS, EAGER_BLOCKS_CE = 18, 4
-
-#: Share of the vendor's rate that the products inside Triton's kernels are taken to reach
-#: (assumed, not measured): one block a multiprocessor, whose pipeline starts anew with each tile.
-STREAM_EFFICIENCY = 0.55
 
 
 @dataclass(frozen=True)
@@ -273,14 +265,7 @@ def _host_plan(
     )  # fmt: skip
 
 
-# --- what a GPU is predicted to need -------------------------------------------------------------
-
-
-def _rates(s: Shapes, gpu: hardware.Gpu) -> tuple[float, int, int]:
-    """FLOP/s of the products, bytes of an operand, bytes of an entry of the gradient block."""
-    half = s.uniform and s.dtype.itemsize == 2
-    bf16 = s.uniform and s.dtype == torch.bfloat16
-    return (gpu.half_flops if half else gpu.single_flops), (2 if half else 4), (2 if bf16 else 4)
+# --- on a GPU ------------------------------------------------------------------------------------
 
 
 def _masked_rows(s: Shapes, operand: int) -> int:
@@ -288,41 +273,24 @@ def _masked_rows(s: Shapes, operand: int) -> int:
     return s.rows * s.d_s * operand * s.want_dw
 
 
-def _slower(a: float, b: float) -> float:
-    """Seconds of two things that a GPU does side by side: the longer, and more where both are long,
-    since neither then reaches its rate.
-    """
-    return (a**4 + b**4) ** 0.25
-
-
-#: Instructions of the row kernels per logit pair, from their machine code for sm_90: by backend,
-#: without a teacher, with one where ∂D/∂a = q − p, and with any other divergence.
-ROW_INSTRUCTIONS = {"triton": (25, 65, 290), "cuda": (35, 83, 214)}
-
-
-def _row_instructions(s: Shapes, backend: str) -> int:
-    alone, one, several = ROW_INSTRUCTIONS[backend]
-    return alone if not s.d_t else one if s.divergence in ONE_SWEEP else several
-
-
 def _gpu_blocks(s: Shapes, name: str, gpu: hardware.Gpu, budget: float) -> tuple[int, int]:
     """(C, R): within the budget what takes the least time a row, once all is under way. They do not
     depend on N, so that steps of different N run the same kernels.
     """
-    _, _, dz = _rates(s, gpu)
+    _, _, dz = gpu_time.rates(s, gpu)
     apart = dz == 2 and s.gradients > 0
-    tiles = range(ROW_TILE, MOST_FOLDED + 1, ROW_TILE)
+    tiles = range(gpu_time.ROW_TILE, MOST_FOLDED + 1, gpu_time.ROW_TILE)
     pairs = [
         (c, fold)
-        for c in (ROW_TILE // 4, ROW_TILE // 2, *tiles)
+        for c in (MIN_CHUNK_ROWS, 2 * MIN_CHUNK_ROWS, *tiles)
         for fold in (range(c, MOST_FOLDED + 1, c) if apart else (c,))
         if _block_bytes(s, c, fold, apart) <= budget
     ]
 
     def seconds_a_row(pair: tuple[int, int]) -> float:
-        return _fold_seconds(s, name, gpu, *pair) / pair[1]
+        return gpu_time.fold(s, name, gpu, *pair) / pair[1]
 
-    return min(pairs, key=seconds_a_row, default=(ROW_TILE // 4, ROW_TILE // 4))
+    return min(pairs, key=seconds_a_row, default=(MIN_CHUNK_ROWS, MIN_CHUNK_ROWS))
 
 
 def _block_bytes(s: Shapes, c: int, fold: int, apart: bool) -> int:
@@ -330,104 +298,41 @@ def _block_bytes(s: Shapes, c: int, fold: int, apart: bool) -> int:
     return s.vocab * (4 * c * (2 if s.d_t else 1) + 2 * fold * apart)
 
 
-def _fold_seconds(s: Shapes, name: str, gpu: hardware.Gpu, c: int, fold: int) -> float:
-    """R rows: their logits and row terms in chunks of C, then their gradient folded into dh and dw.
-    A product is as slow as its FLOPs and its bytes, a row kernel as its bytes and its instructions.
-    """
-    rate, operand, dz = _rates(s, gpu)
-    chunks, blocks = -(-fold // c), 2 if s.d_t else 1
-
-    def product(rows: int, d: int, moved: int, times: int = 1) -> float:
-        tiled = -(-rows // ROW_TILE) * ROW_TILE  # a tile is multiplied whole
-        return _slower(2 * tiled * s.vocab * d * times / rate, moved / gpu.bandwidth)
-
-    block, gradient = c * s.vocab * 4, fold * s.vocab * dz
-    seconds = 0.0
-    for d in (s.d_s, s.d_t):
-        if d:
-            seconds += chunks * product(c, d, s.vocab * d * operand + block)
-    reads = 1 if name == "cuda" else s.sweeps
-    moved = reads * blocks * block + c * s.vocab * dz * (s.gradients > 0)
-    instructions = c * s.vocab * _row_instructions(s, name) / gpu.instructions
-    seconds += chunks * _slower(moved / gpu.bandwidth, instructions)
-    times = 3 if operand < dz else 1  # fp16: dz in two bf16 parts, see `products._fold`
-    head = s.vocab * s.d_s * operand
-    if s.want_dh:
-        seconds += product(fold, s.d_s, times * (head + gradient), times)
-    if s.want_dw:  # dw is read and written
-        seconds += product(fold, s.d_s, times * (gradient + 2 * s.vocab * s.d_s * 4), times)
-    return seconds
-
-
-def _once_seconds(s: Shapes, gpu: hardware.Gpu) -> float:
-    """What does not repeat: h masked for dw; saved gradients read, scaled, rounded and written; less
-    the read of dw that its first fold does without.
-    """
-    operand = s.dtype.itemsize
-    saved = s.rows * s.d_s * s.want_dh + s.vocab * s.d_s * s.want_dw
-    moved = 2 * _masked_rows(s, operand) + saved * (4 + operand) - s.vocab * s.d_s * 4 * s.want_dw
-    return moved / gpu.bandwidth
-
-
 def _chunk_on_gpu(s: Shapes, name: str, gpu: hardware.Gpu, workspace_mb: float | None) -> Plan:
-    """See `_fold_seconds`."""
-    rate, operand, dz = _rates(s, gpu)
+    rate, operand, dz = gpu_time.rates(s, gpu)
     c, fold = _gpu_blocks(s, name, gpu, _budget(name, workspace_mb))
     apart, chunks = dz == 2 and s.gradients > 0, -(-s.rows // c)
-    whole, rest = divmod(s.rows, fold)
-    seconds = whole * _fold_seconds(s, name, gpu, c, fold) + _once_seconds(s, gpu)
-    if rest:
-        seconds += _fold_seconds(s, name, gpu, min(c, rest), rest)
-    blocks, held = 2 if s.d_t else 1, min(c, s.rows)
-    workspace = _block_bytes(s, held, min(fold, s.rows), apart) + _masked_rows(s, operand)
+    blocks, held, folded = 2 if s.d_t else 1, min(c, s.rows), min(fold, s.rows)
+    workspace = _block_bytes(s, held, folded, apart) + _masked_rows(s, operand)
     reads = 1 if name == "cuda" else s.sweeps
-    folded = (
-        f", and dz of {min(fold, s.rows)} x {s.vocab} x 2 bytes, folded at once" if apart else ""
-    )
+    beside = f", and dz of {folded} x {s.vocab} x 2 bytes, folded at once" if apart else ""
     return Plan(
-        name, "chunk", held, min(fold, s.rows), s.vocab, workspace, *_gradient_bytes(s, 4),
-        s.floor_flops, s.floor_flops, seconds, s.floor_flops / rate,
+        name, "chunk", held, folded, s.vocab, workspace, *_gradient_bytes(s, 4), s.floor_flops,
+        s.floor_flops, gpu_time.chunk(s, name, gpu, c, fold), s.floor_flops / rate,
         reasons=(
-            f"{blocks} logit blocks of {held} x {s.vocab} x 4 bytes fit the workspace budget{folded}",
+            f"{blocks} logit blocks of {held} x {s.vocab} x 4 bytes fit the workspace budget"
+            + beside,
             _wanted(s),
             f"the row kernel reads its block {'once' if reads == 1 else f'{reads} times'}, "
-            f"{_row_instructions(s, name)} instructions an entry; {chunks} chunks",
-            _assumed(gpu, rate),
+            f"{gpu_time.row_instructions(s, name)} instructions an entry; {chunks} chunks",
+            gpu_time.assumed(gpu, rate),
         ),
     )  # fmt: skip
 
 
-def _assumed(gpu: hardware.Gpu, rate: float) -> str:
-    return (
-        f"assumed of {gpu.name}: {rate / 1e12:.0f} TFLOP/s, {gpu.bandwidth / 1e12:.1f} TB/s, "
-        f"{gpu.instructions / 1e12:.0f}e12 instructions/s; two of them take (a⁴ + b⁴)^¼"
-    )
-
-
 def _stream_on_gpu(s: Shapes, gpu: hardware.Gpu, workspace_mb: float | None) -> Plan:
-    """Both heads are multiplied once for the statistics and once more for gradients or values; a
-    third time where the gradient needs a mean over the whole row first. The terms are computed
-    between the products of a tile, not beside them.
-    """
-    rate, operand, dz = _rates(s, gpu)
+    rate, operand, dz = gpu_time.rates(s, gpu)
     columns = min(chunk_vocab(s.rows, s.vocab, dz, workspace_mb), max(s.vocab, 1))
-    logits = 2 * s.rows * s.vocab * (s.d_s + s.d_t)
-    folded = 2 * s.rows * s.vocab * s.d_s * s.gradients
-    slices = -(-s.vocab // columns)
-    moved = s.rows * s.vocab * dz * (1 + s.gradients) * (s.gradients > 0)
-    moved += slices * s.rows * s.d_s * 8 * s.want_dh  # dh is read and written by every slice
-    seconds = s.sweeps * logits / (rate * STREAM_EFFICIENCY) + _once_seconds(s, gpu)
-    seconds += s.rows * s.vocab * _row_instructions(s, "triton") / gpu.instructions
-    times = 3 if operand < dz else 1
-    seconds += _slower(times * folded / rate, times * moved / gpu.bandwidth)
+    flops = 2 * s.rows * s.vocab * (s.sweeps * (s.d_s + s.d_t) + s.d_s * s.gradients)
     workspace = s.rows * columns * dz * (s.gradients > 0) + _masked_rows(s, operand)
     return Plan(
-        "triton", "stream", s.rows, s.rows, columns, workspace, *_gradient_bytes(s, 4),
-        s.sweeps * logits + folded, s.floor_flops, seconds, s.floor_flops / rate,
+        "triton", "stream", s.rows, s.rows, columns, workspace, *_gradient_bytes(s, 4), flops,
+        s.floor_flops, gpu_time.stream(s, gpu, columns), s.floor_flops / rate,
         reasons=(
             f"a gradient slice of {s.rows} x {columns} x {dz} bytes fits the workspace budget",
             _wanted(s),
             f"both heads are multiplied {s.sweeps} times: no logits in memory",
-            f"{_assumed(gpu, rate)}; {STREAM_EFFICIENCY:.0%} of the rate inside kernels",
+            f"{gpu_time.assumed(gpu, rate)}; {gpu_time.STREAM_EFFICIENCY:.0%} of the rate inside "
+            "kernels",
         ),
     )  # fmt: skip

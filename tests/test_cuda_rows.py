@@ -131,7 +131,8 @@ def _emulate(function, rows: Rows, size: int, threads: int, seed: int, pad: bool
         bias_type(r.bs), bias_type(r.bt), pointer(r.labels, token), pointer(r.ce_weight, token),
         pointer(r.kd_weight, teacher), pointer(r.broken_s), pointer(r.broken_t), pointer(ce),
         pointer(kd), ctypes.c_int64(count), ctypes.c_int64(r.ignore_index), vocab, real(r.param),
-        real(1 / r.temperature), real(r.cap_s), real(r.cap_t), ctypes.c_bool(r.dz_bf16), DIVERGENCES.index(r.divergence) if teacher else len(DIVERGENCES),
+        real(1 / r.temperature), real(r.cap_s), real(r.cap_t), ctypes.c_bool(r.dz_bf16),
+        DIVERGENCES.index(r.divergence) if teacher else len(DIVERGENCES),
         size, threads, seed,
     )  # fmt: skip
     assert message is None, message.decode()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mllmkd_kernels as mk
-from mllmkd_kernels import hardware, plan
+from mllmkd_kernels import gpu_time, hardware, plan
 from mllmkd_kernels.backends import cpu
 from mllmkd_kernels.backends.products import strip_bytes
 from mllmkd_kernels.choose import choose_backend
@@ -48,19 +48,19 @@ def test_chunks_on_a_gpu_are_whole_tiles_and_the_same_from_step_to_step(
     c, fold = blocks(8192)
     assert {blocks(n) for n in (1, 100, 2100, 2200, 50_000)} == {(c, fold)}
     assert fold % c == 0 and fold <= plan.MOST_FOLDED
-    if plan._budget(backend, budget) >= plan.ROW_TILE * 151_936 * 10:
-        assert c % plan.ROW_TILE == 0
-    if c > plan.ROW_TILE // 4:
+    if plan._budget(backend, budget) >= gpu_time.ROW_TILE * 151_936 * 10:
+        assert c % gpu_time.ROW_TILE == 0
+    if c > plan.MIN_CHUNK_ROWS:
         assert 151_936 * (8 * c + 2 * fold) <= plan._budget(backend, budget)
 
 
 def test_the_model_counts_what_moves_and_what_is_computed() -> None:
-    """Each thing that a GPU has to do makes the prediction longer, and no sum is below its parts."""
+    """Each thing that a GPU has to do makes the prediction longer."""
     gpu = hardware.GPUS["h100"]
     s = plan.Shapes(8192, 151_936, 1024, 2560, True, True, torch.bfloat16)
 
     def seconds(shapes: plan.Shapes = s, c: int = 512, fold: int = 2048, of: Any = gpu) -> float:
-        return plan._fold_seconds(shapes, "triton", of, c, fold) / fold
+        return gpu_time.fold(shapes, "triton", of, c, fold) / fold
 
     assert seconds() < 0.9 * seconds(fold=512)  # dw is read and written a quarter as often
     assert seconds() < 0.9 * seconds(c=128)  # so are the heads
@@ -68,9 +68,9 @@ def test_the_model_counts_what_moves_and_what_is_computed() -> None:
     assert seconds(replace(s, dtype=torch.float16)) > 1.3 * seconds()
     assert seconds(of=replace(gpu, clock=gpu.clock / 4)) > 1.1 * seconds()
     floor = s.floor_flops / gpu.half_flops
-    assert 8192 * seconds() > floor and plan._slower(3.0, 4.0) > 4.0
+    assert 8192 * seconds() > floor and gpu_time.slower(3.0, 4.0) > 4.0
     saved = s.d_s * (8192 * 6 + 151_936 * 2)  # scaled and rounded; dw's first read left out
-    assert plan._once_seconds(s, gpu) == (saved + 2 * 8192 * 1024 * 2) / gpu.bandwidth
+    assert gpu_time.once(s, gpu) == (saved + 2 * 8192 * 1024 * 2) / gpu.bandwidth
 
 
 @pytest.mark.usefixtures("needs_triton")

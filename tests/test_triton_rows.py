@@ -310,8 +310,8 @@ def test_16_bits_in_chunks(
 def test_rows_may_be_folded_several_chunks_at_a_time(
     dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """13 rows as 3 + 3, 3 + 3, 1; with an fp32 dz, which has no block of its own, as 3 each. What is
-    not written holds NaN.
+    """13 rows as 3 + 3, 3 + 3, 1; with an fp32 dz, which has no block of its own, as 3 each. What
+    is not written holds NaN.
     """
     p, empty, folded = problem("ragged", dtype), torch.empty, []
 

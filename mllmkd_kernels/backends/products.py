@@ -246,11 +246,8 @@ class Gradients:
     def _begin(self, vocab: int, whole: bool) -> None:
         """Zeros, but where a product is written first: dh, and dw up to the vocabulary."""
         self.begun = True
-        for x in (
-            None if whole else self.dh,
-            None if self.dw is None else self.dw[vocab:],
-            self.db,
-        ):
+        rest = None if self.dw is None else self.dw[vocab:]
+        for x in (None if whole else self.dh, rest, self.db):
             if x is not None:
                 x.zero_()
 

@@ -8,9 +8,9 @@ One program has one row. With a = z_s/T and b = z_t/T, q = softmax(a), p = softm
 
 A row that fits one block is read once and stays in registers. A longer one is swept two or three
 times: log-sum-exps; values, with dz in the same sweep where ∂D/∂a = q − p; dz of the others, which
-need Σ q g first. Sums run in lanes of `PACK` columns, which share a maximum: an exp a column and one
-more a lane. They are folded once a sweep, always in the same order. A log-sum-exp is a pair: log q =
-(z − top)/T − rest loses nothing where logits are 1e4.
+need Σ q g first. Sums run in lanes of `PACK` columns, which share a maximum: an exp a column and
+one more a lane. They are folded once a sweep, always in the same order. A log-sum-exp is a pair:
+log q = (z − top)/T − rest loses nothing where logits are 1e4.
 
 The block comes as the GEMM made it: bias and soft-cap are applied here, in each sweep. Rows lie
 `stride` apart, which may exceed the vocabulary, so that every row starts aligned whatever V is;
