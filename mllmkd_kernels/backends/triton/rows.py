@@ -368,7 +368,7 @@ def whole_block(vocab: int, block: int) -> int:
 
 
 def bytes_moved(
-    rows: int, vocab: int, teacher: bool, divergence: str, dz_bytes: int, block: int = 4096
+    rows: int, vocab: int, teacher: bool, divergence: str, dz_bytes: int, block: int = 2048
 ) -> int:
     """Bytes that `row_losses` reads and writes in memory, the V-long ones; `dz_bytes` is the size
     of an element of dz, 0 where no gradient is wanted.

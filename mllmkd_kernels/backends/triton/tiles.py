@@ -37,6 +37,18 @@ def expm1_near(u):
 
 
 @triton.jit
+def expm1_both(u):
+    """expm1(u) and expm1(−u) for |u| ≤ 1: the even and the odd part of one series."""
+    s = u * u
+    even = 1 / 40320 + s * (1 / 3628800)
+    even = 1 / 720 + s * even
+    even = s * (1 / 2 + s * (1 / 24 + s * even))
+    odd = 1 / 5040 + s * (1 / 362880 + s * (1 / 39916800))
+    odd = u + u * s * (1 / 6 + s * (1 / 120 + s * odd))
+    return even + odd, even - odd
+
+
+@triton.jit
 def log1p(x):
     """log(1 + x) for −1 < x < 2^20. With 1 + x = t·2^n, t in [√½, √2): a polynomial in t − 1, and
     what the sum 1 + x rounded away put back. (`tl.log` is absolutely, not relatively, accurate
