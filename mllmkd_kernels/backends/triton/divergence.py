@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from mllmkd_kernels.backends.triton.tiles import (
+    exp,
     exp_minus_line,
     expm1_both,
     expm1_near,
@@ -56,7 +57,7 @@ def mixture(p, q, u, w):
     x = w * expm1_near(tl.where(near, u, 0.0))
     # far from u = 0 only expm1(−|u|) is formed: log m/p = u + log1p((1−w) expm1(−u)) for u > 0
     up = u > 0.0
-    e = tl.exp(-tl.abs(u))
+    e = exp(-tl.abs(u))
     t = tl.where(near, x, tl.where(up, 1.0 - w, w) * (e - 1.0))
     log = log1p(t)
     inverse = 1.0 / (1.0 + t)
@@ -76,7 +77,7 @@ def middle(p, q, u, w):
     x_p, x_q = w * up_u, (1.0 - w) * down_u  # m/p − 1, m/q − 1
     # far from u = 0 only expm1(−|u|) is formed, as in `mixture`; there w(1−w)(q − p) cancels
     of_q = near | (u > 0.0)
-    t = tl.where(near, x_q, tl.where(of_q, 1.0 - w, w) * (tl.exp(-tl.abs(u)) - 1.0))
+    t = tl.where(near, x_q, tl.where(of_q, 1.0 - w, w) * (exp(-tl.abs(u)) - 1.0))
     log = log1p(t)
     log_p, log_q = tl.where(of_q, log + u, log), tl.where(of_q, log, log - u)
     value_p = tl.where(near, p * log_defect(x_p, log_p), -times(p, log_p))
@@ -87,7 +88,7 @@ def middle(p, q, u, w):
 @triton.jit
 def terms(log_p, log_q, param, NAME: tl.constexpr):
     """(value, slope) of every token, from normalised log-probabilities."""
-    p, q, u = tl.exp(log_p), tl.exp(log_q), log_ratio(log_p, log_q)
+    p, q, u = exp(log_p), exp(log_q), log_ratio(log_p, log_q)
     near = tl.abs(u) < 1.0
     u_near = tl.where(near, u, 0.0)
     value, slope = tl.zeros_like(u), tl.zeros_like(u)
@@ -119,9 +120,9 @@ def terms(log_p, log_q, param, NAME: tl.constexpr):
 @triton.jit
 def gradient(log_p, log_q, slope, mean, NAME: tl.constexpr):
     """∂D/∂a of every token; `slope` and `mean` are looked at for names in `NEEDS_MEAN` only."""
-    q = tl.exp(log_q)
+    q = exp(log_q)
     if NAME == "forward_kl" or NAME == "soft_cross_entropy":
-        da = difference(tl.exp(log_p), q, log_ratio(log_p, log_q))
+        da = difference(exp(log_p), q, log_ratio(log_p, log_q))
     else:
         da = times(q, slope - mean)
     return da

@@ -32,7 +32,7 @@ from mllmkd_kernels.backends.triton import tables
 from mllmkd_kernels.backends.triton.divergence import NEEDS_MEAN, gradient, terms, times
 from mllmkd_kernels.backends.triton.heads import rounded
 from mllmkd_kernels.backends.triton.observe import entropy, fold_entropy, lowered, weighted
-from mllmkd_kernels.backends.triton.tiles import LOWEST, log_of_sum, softcap, softcap_slope
+from mllmkd_kernels.backends.triton.tiles import LOWEST, exp, log_of_sum, softcap, softcap_slope
 from mllmkd_kernels.divergence import sweeps
 
 #: Rows of a logit block start this many elements apart, or a multiple: 64 bytes in fp32.
@@ -82,28 +82,28 @@ def swept(
     a, down = divided(x, inverse, SCALED), divided(step, inverse, SCALED)
     if ENTROPY:
         sum_x = lowered(sum_x, total, down) + tl.sum(weighted(a), 1)
-    total = total * tl.exp(down) + tl.sum(tl.exp(a), 1)
+    total = total * exp(down) + tl.sum(exp(a), 1)
     if ONE:
-        total_one = total_one * tl.exp(step) + tl.sum(tl.exp(x), 1)
+        total_one = total_one * exp(step) + tl.sum(exp(x), 1)
     return new, total, total_one, sum_x
 
 
 @triton.jit
 def fold(top, most, total, inverse, SCALED: tl.constexpr):
     """log Σ exp((x − most)/T) of all lanes, `most` being the largest top."""
-    return log_of_sum(tl.sum(total * tl.exp(divided(top - most, inverse, SCALED)), 0))
+    return log_of_sum(tl.sum(total * exp(divided(top - most, inverse, SCALED)), 0))
 
 
 @triton.jit
 def whole(a):
     """The same from the row itself, less its maximum and divided by T."""
-    return log_of_sum(tl.sum(tl.exp(a), 0))
+    return log_of_sum(tl.sum(exp(a), 0))
 
 
 @triton.jit
 def whole_entropy(a):
     """And the entropy of the row."""
-    return entropy(tl.sum(tl.exp(a), 0), tl.sum(weighted(a), 0))
+    return entropy(tl.sum(exp(a), 0), tl.sum(weighted(a), 0))
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def write_dz(
         _, slope = terms(log_p, log_q, param, NAME)
         g = tl.where(kd_w == 0.0, 0.0, kd_w * gradient(log_p, log_q, slope, mean, NAME))
     if CE:
-        q = tl.exp(log_q_ce)
+        q = exp(log_q_ce)
         g += tl.where(ce_w == 0.0, 0.0, ce_w * tl.where(columns == label, q - 1.0, q))
     if CAP != 0.0:  # 0 stays 0: x is −inf in the padding, and may be NaN in a row without weight
         g = tl.where(g == 0.0, 0.0, g * softcap_slope(x, CAP))
@@ -209,7 +209,7 @@ def whole_row_kernel(
             tl.store(seen + row * 3 + 2, tl.max(tl.where(both, 1.0, 0.0), 0))
         value, slope = terms(log_p, log_q, param, NAME)
         tl.store(kd + row, tl.sum(value, 0))
-        mean = tl.sum(times(tl.exp(log_q), slope), 0)
+        mean = tl.sum(times(exp(log_q), slope), 0)
     if dz is not None:
         write_dz(
             dz + row * dz_stride, columns, dz_stride, x, log_p, log_q, log_q_ce, label, ce_w, kd_w,
@@ -283,7 +283,7 @@ def long_row_kernel(
             if TEACHER:
                 f, slope = terms(log_p, log_q, param, NAME)
                 value += f
-                mean += times(tl.exp(log_q), slope)
+                mean += times(exp(log_q), slope)
                 if ENTROPY:
                     agree = tl.where((x == most_s) & (y == most_t), 1.0, agree)
             if dz is not None and not MEAN_FIRST:

@@ -18,6 +18,14 @@ LOWEST = tl.constexpr(-3.4e38)
 
 
 @triton.jit
+def exp(x):
+    """exp(x) in two instructions, 0 below 1e-38: `tl.exp` takes six on NVIDIA's GPUs, four of them
+    for what is smaller. As there, the product is rounded: 6e-8·|x| of the result.
+    """
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def exp_minus_line(u):
     """exp(u) − 1 − u for |u| ≤ 1 by its series: no cancellation."""
     c = 1 / 362880 + u * (1 / 3628800)
@@ -90,7 +98,7 @@ def tanh(x):
     y = 2.0 * tl.abs(x)
     small = y < 1.0
     y = tl.where(y > 80.0, 80.0, y)
-    e = tl.where(small, expm1_near(tl.where(small, y, 0.0)), tl.exp(y) - 1.0)
+    e = tl.where(small, expm1_near(tl.where(small, y, 0.0)), exp(y) - 1.0)
     t = e / (e + 2.0)
     return tl.where(x < 0.0, -t, t)
 
