@@ -96,20 +96,20 @@ def _logprob() -> None:
 
 
 def _relation() -> None:
-    from mllmkd_kernels import ops
+    from mllmkd_kernels import relation_ops
 
     h, _, _, t, *_ = _heads()
     gram_s, gram_t = _empty(64, 64), _empty(96, 96)
     arguments = (h, gram_s, t, gram_t, _empty(5, dtype="int32"), True, True, "triton", False)
-    _raw(ops.relation)(*arguments)
+    _raw(relation_ops.relation)(*arguments)
 
 
 def _gram() -> None:
-    from mllmkd_kernels import ops
+    from mllmkd_kernels import relation_ops
 
     _, w, b, *_ = _heads()
-    g = _raw(ops.head_gram)(w, b, 4096)
-    _raw(ops.head_gram_backward)(g, w, b, 4096)
+    g = _raw(relation_ops.head_gram)(w, b, 4096)
+    _raw(relation_ops.head_gram_backward)(g, w, b, 4096)
 
 
 def _read() -> None:
