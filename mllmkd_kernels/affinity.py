@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllmkd_kernels import checks, ops
+from mllmkd_kernels import checks, relation_ops
 from mllmkd_kernels.backends.products import accumulation_dtype
 from mllmkd_kernels.casting import wants
 
@@ -59,7 +59,7 @@ def affinity_loss(
     acc = accumulation_dtype(student, teacher)
     heads = student, teacher.detach()
     v, r, v_t, r_t = (_units(x, i, acc) for x in heads for i in (visual, response))
-    return ops.affinity(v, r, v_t, r_t, cu_visual, cu_response, joint, *wants(v, r))[0]
+    return relation_ops.affinity(v, r, v_t, r_t, cu_visual, cu_response, joint, *wants(v, r))[0]
 
 
 def _units(x: Tensor, index: Tensor, acc: torch.dtype) -> Tensor:

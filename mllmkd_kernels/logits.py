@@ -16,10 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mllmkd_kernels import checks, ops
+from mllmkd_kernels import checks
 from mllmkd_kernels.backends.products import accumulation_dtype
 from mllmkd_kernels.casting import autocast
 from mllmkd_kernels.relation import check_gram, with_ones
+from mllmkd_kernels.relation_ops import grams, head_gram
 
 EPS = 1e-7  # beside σ, as LLAVADI's released code has it
 
@@ -47,7 +48,7 @@ def logit_std(
     h, w, b = autocast(hidden, weight, bias)
     assert h is not None and w is not None
     ones = torch.ones(1, 1, dtype=w.dtype, device=w.device).expand(vocab, 1)
-    gram, total = ops.grams(w, b, ones, None, vocab)  # C = Wᵀ 1 is V·w̄
+    gram, total = grams(w, b, ones, None, vocab)  # C = Wᵀ 1 is V·w̄
     variance = _form(with_ones(h.double(), b), gram / vocab - total @ total.mT / vocab**2)
     spread = ~(variance <= 0)  # or NaN
     std = torch.where(spread, variance, 1.0).sqrt().where(spread, 0.0)
@@ -128,9 +129,9 @@ def fused_linear_logit_mse(
     ht, wt, bt = autocast(*(None if x is None else x.detach() for x in teacher))
     assert hs is not None and ws is not None and ht is not None and wt is not None
     check_gram("teacher_", teacher_gram, wt, bt, torch.float64)
-    gt = ops.head_gram(wt, bt, vocab, True) if teacher_gram is None else teacher_gram.detach()
+    gt = head_gram(wt, bt, vocab, True) if teacher_gram is None else teacher_gram.detach()
     xs, xt = (with_ones(finite(h, weight == 0).double(), b) for h, b in ((hs, bs), (ht, bt)))
-    gs, cross = ops.grams(ws, bs, wt, bt, vocab)
+    gs, cross = grams(ws, bs, wt, bt, vocab)
     squares = _form(xs, gs) - 2 * (xs @ cross * xt).sum(-1) + _form(xt, gt)
     mean = (squares / vocab).clamp(min=0)
     acc = accumulation_dtype(hs, ws, bs, ht, wt, bt)

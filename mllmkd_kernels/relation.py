@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mllmkd_kernels import checks, ops
+from mllmkd_kernels import checks, relation_ops
 from mllmkd_kernels.casting import autocast, wants
 
 
@@ -50,7 +50,7 @@ def relation_cosine(
     cu = _images(student, teacher, cu_seqlens, "student", "teacher")
     want = wants(student)[0], False
     chosen = checks.backend(backend)
-    return ops.relation(student, None, teacher.detach(), None, cu, *want, chosen, joint)[0]
+    return relation_ops.relation(student, None, teacher.detach(), None, cu, *want, chosen, joint)[0]
 
 
 def head_gram(
@@ -78,7 +78,7 @@ def head_gram(
     if dtype not in (None, torch.float64):
         raise ValueError(f"dtype: expected None or torch.float64, got {dtype}")
     vocab = checks.vocabulary(vocab_size, weight.shape[0])
-    return ops.head_gram(weight, bias, vocab, dtype is not None)
+    return relation_ops.head_gram(weight, bias, vocab, dtype is not None)
 
 
 def fused_linear_relation(
@@ -132,7 +132,7 @@ def fused_linear_relation(
                 "student_gram, teacher_gram: a soft-capped pair has no Gram matrix; pass None"
             )
         wanted = wants(pair.hs, pair.ws, pair.bs)
-        return ops.relation_softcapped(*pair, *caps, vocab, *wanted, joint)[0]
+        return relation_ops.relation_softcapped(*pair, *caps, vocab, *wanted, joint)[0]
 
     def gram(weight: Tensor, bias: Tensor | None) -> Tensor:
         return head_gram(weight, bias, vocab_size=vocab)
@@ -195,7 +195,7 @@ class Pair(NamedTuple):
         hs, ht = with_ones(self.hs, self.bs), with_ones(self.ht, self.bt)
         want = wants(hs, gs)
         chosen = checks.backend(backend)
-        return ops.relation(hs, gs, ht, gt.detach(), self.cu, *want, chosen, joint)[0]
+        return relation_ops.relation(hs, gs, ht, gt.detach(), self.cu, *want, chosen, joint)[0]
 
 
 def check_gram(

@@ -23,12 +23,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mllmkd_kernels import checks, ops, plan, relation
+from mllmkd_kernels import checks, plan, relation, relation_ops
 from mllmkd_kernels.backends import products, sharded
 from mllmkd_kernels.backends.calls import Head, Options, Targets
 from mllmkd_kernels.casting import autocast, wants
 from mllmkd_kernels.distill import DistillOutput
 from mllmkd_kernels.divergence import Divergence
+from mllmkd_kernels.registration import (
+    NO_DOUBLE_BACKWARD,
+    computing,
+    contiguous,
+    scale_gradient,
+)
 from mllmkd_kernels.vocab_slices import VocabSlice, vocab_slice
 
 
@@ -100,7 +106,7 @@ def vocab_parallel_distill(
     budget = None if workspace_mb is None else checks.workspace(workspace_mb)
     labels = labels if ce_rows is not None else None
     ce_rows, kd_rows = (None if w is None else w.to(acc) for w in (ce_rows, kd_rows))
-    hs, ws, bs, ht, wt, bt, labels, ce_rows, kd_rows = ops.contiguous(
+    hs, ws, bs, ht, wt, bt, labels, ce_rows, kd_rows = contiguous(
         hs, ws, bs, ht, wt, bt, labels, ce_rows, kd_rows
     )
     cap_s = checks.softcap("student_softcap", student_softcap)
@@ -176,7 +182,7 @@ def vocab_parallel_gram(
         held: what `vocab_slice` answered for the pair of heads.
         group: the process group; None is the default one.
     """
-    local = ops.head_gram(*autocast(weight, bias), held.stop - held.start)
+    local = relation_ops.head_gram(*autocast(weight, bias), held.stop - held.start)
     return _Sum.apply(local, group)  # pyright: ignore[reportReturnType]
 
 
@@ -192,7 +198,7 @@ class _Distill(torch.autograd.Function):
         cap: float,
         call: sharded.Call,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with ops.computing(hs.device):
+        with computing(hs.device):
             loss, ce, kd, *gradients = sharded.distill_rows(Head(hs, ws, bs, cap), call)
         ctx.save_for_backward(hs, ws, bs, *gradients)
         ctx.mark_non_differentiable(ce, kd)
@@ -207,7 +213,7 @@ class _Distill(torch.autograd.Function):
         for i, needed in enumerate(ctx.needs_input_grad[:3]):
             if needed and grad is not None:
                 like = saved[i]
-                scaled[i] = _Once.apply(like, ops.scale_gradient(saved[3 + i], grad, like.dtype))
+                scaled[i] = _Once.apply(like, scale_gradient(saved[3 + i], grad, like.dtype))
         return *scaled, None, None
 
 
@@ -220,7 +226,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None]:
-        raise RuntimeError(ops.NO_DOUBLE_BACKWARD)
+        raise RuntimeError(NO_DOUBLE_BACKWARD)
 
 
 class _Sum(torch.autograd.Function):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import mllmkd_kernels as mk
-from mllmkd_kernels import choose, ops, plan
+from mllmkd_kernels import choose, plan, registration
 from mllmkd_kernels.backends import cpu, eager, products
 from mllmkd_kernels.backends.calls import Head, Options, Targets
 from tests.problems import (
@@ -54,7 +54,7 @@ def spied(monkeypatch: pytest.MonkeyPatch, backend: str, function: str) -> Itera
 def test_every_backend_offers_the_same_functions() -> None:
     pytest.importorskip("triton")
     for backend, name in product(choose.BACKENDS, SIGNATURES):
-        module = ops._named(backend)
+        module = registration.module_named(backend)
         mine, want = (_required(getattr(m, name)) for m in (module, eager))
         assert mine == want, (backend, name)
 

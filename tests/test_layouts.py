@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import mllmkd_kernels as mk
-from mllmkd_kernels import ops, plan
+from mllmkd_kernels import ops, plan, registration, relation_ops
 from mllmkd_kernels.backends import cpu
 from mllmkd_kernels.backends.calls import Head, Options, Targets
 
@@ -235,19 +235,19 @@ def test_gradients_come_contiguous_for_any_layout(backend: str) -> None:
     x = operands(backend)
     for f in (strided, transposed):
         hs, ws, bs = (f(x[k]) for k in ("hs", "ws", "bs"))
-        dw, db = ops.head_gram_backward(torch.randn(D_S + 1, D_S + 1).mT, ws, bs, V_S)
+        dw, db = relation_ops.head_gram_backward(torch.randn(D_S + 1, D_S + 1).mT, ws, bs, V_S)
         options = (1.0, 0.0, V_S, -100, True, True, True, backend, -1.0)
         lse = f(torch.rand_like(x["grad"]))
         found = ops.linear_logprob_backward(f(x["grad"]), hs, ws, bs, x["labels"], lse, *options)
-        scaled = ops.scale_gradient(ws, torch.tensor(0.3), torch.bfloat16)
+        scaled = registration.scale_gradient(ws, torch.tensor(0.3), torch.bfloat16)
         assert torch.equal(scaled, (ws * 0.3).bfloat16())
         assert all(t.is_contiguous() for t in (dw, db, *found, scaled))
         torch.library.opcheck(
-            ops.head_gram_backward, (torch.randn(D_S + 1, D_S + 1).mT, ws, bs, V_S),
+            relation_ops.head_gram_backward, (torch.randn(D_S + 1, D_S + 1).mT, ws, bs, V_S),
             test_utils=["test_schema", "test_faketensor"],
         )  # fmt: skip
         torch.library.opcheck(
-            ops.scale_gradient, (ws, torch.tensor(0.3), torch.bfloat16),
+            registration.scale_gradient, (ws, torch.tensor(0.3), torch.bfloat16),
             test_utils=["test_schema", "test_faketensor"],
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import mllmkd_kernels as mk
-from mllmkd_kernels import ops, plan
+from mllmkd_kernels import ops, plan, registration, relation_ops
 from mllmkd_kernels.backends import products
 from mllmkd_kernels.divergence import PARAMETERS
 from tests.problems import DIVERGENCES, problem, run
@@ -281,21 +281,23 @@ def operator_calls(backend: str, dtype: torch.dtype, grad: bool) -> dict[str, tu
         "linear_logprob_backward": (ops.linear_logprob_backward, (
             torch.randn(N), *(t[k].detach() for k in ("hs", "ws", "bs")), LABELS, torch.randn(N),
             *options)),
-        "head_gram": (ops.head_gram, (t["ws"], t["bs"], 5)),
-        "head_gram_backward": (ops.head_gram_backward, (
+        "head_gram": (relation_ops.head_gram, (t["ws"], t["bs"], 5)),
+        "head_gram_backward": (relation_ops.head_gram_backward, (
             torch.randn(D_S + 1, D_S + 1), t["ws"].detach(), t["bs"].detach(), 5)),
-        "grams": (ops.grams, (t["ws"], t["bs"], t["wt"].detach(), None, 5)),
-        "grams_backward": (ops.grams_backward, (
+        "grams": (relation_ops.grams, (t["ws"], t["bs"], t["wt"].detach(), None, 5)),
+        "grams_backward": (relation_ops.grams_backward, (
             torch.randn(D_S + 1, D_S + 1), torch.randn(D_S + 1, D_T), t["ws"].detach(),
             t["bs"].detach(), t["wt"].detach(), None, 5)),
-        "affinity": (ops.affinity, (
+        "affinity": (relation_ops.affinity, (
             t["hs"], t["hs"].detach().clone().requires_grad_(grad), t["ht"], t["ht"], CU, CU, False,
             grad, grad)),
-        "relation": (ops.relation, (t["hs"], g_s, t["ht"], g_t, CU, grad, grad, backend, False)),
-        "relation_softcapped": (ops.relation_softcapped, (
+        "relation": (relation_ops.relation, (
+            t["hs"], g_s, t["ht"], g_t, CU, grad, grad, backend, False)),
+        "relation_softcapped": (relation_ops.relation_softcapped, (
             *t.values(), CU, 2.0, 3.0, V_S, grad, grad, grad, True)),
-        "scale_gradient": (ops.scale_gradient, (torch.randn(3, 2), torch.tensor(0.5), dtype)),
-        "head_gradient": (ops.head_gradient, (
+        "scale_gradient": (registration.scale_gradient, (
+            torch.randn(3, 2), torch.tensor(0.5), dtype)),
+        "head_gradient": (registration.head_gradient, (
             torch.randn(N, 5), torch.randn(N, D_S).to(dtype), torch.tensor(0.5), V_S, dtype)),
     }  # fmt: skip
 
@@ -377,7 +379,7 @@ def test_every_operator_computes_on_the_device_of_its_tensors(
 
     monkeypatch.setattr(torch.cuda, "device", guard)
     other = torch.device("cuda", 1)
-    with ops.computing(other):
+    with registration.computing(other):
         assert entered == [other]
     assert entered == [other, torch.device("cpu")]
 
@@ -388,7 +390,7 @@ def test_every_operator_computes_on_the_device_of_its_tensors(
         inside.append(device)
         yield
 
-    monkeypatch.setattr(ops, "computing", computing)
+    monkeypatch.setattr(registration, "computing", computing)
     for op, arguments in operator_calls("eager", torch.float32, False).values():
         op(*arguments)
     assert len(inside) == len(OPERATORS)

@@ -2,6 +2,6 @@
 order.
 
 ``distill_rows``, ``logprob_rows``, ``logprob_grad``, ``relation_stats`` and ``relation_grad`` are
-the whole interface; `ops.py` calls them and knows nothing else of a backend. `eager` documents
+the whole interface; the operators call them and know nothing else of a backend. `eager` documents
 them.
 """

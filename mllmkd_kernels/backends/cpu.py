@@ -2,8 +2,8 @@
 
 The functions are the interface of every backend (`backends.eager` defines their meaning), here thin
 names over ``torch.ops.mllmkd_cpu``. The kernels keep tiles of logits in cache: a chunk costs 2·C·V
-numbers of workspace and nothing else of that size. Autograd is not here (`ops.py`); neither is the
-choice of instruction set, which C++ makes at the first call and
+numbers of workspace and nothing else of that size. Autograd is not here (`registration.py`);
+neither is the choice of instruction set, which C++ makes at the first call and
 ``MLLMKD_CPU_ISA=default|avx2|avx512|amx`` overrides.
 """
 

@@ -1,0 +1,168 @@
+"""Where do gradients leave? How a function becomes an operator of torch, and gets its autograd
+formula; the operators themselves are in `ops` and `relation_ops`.
+
+They are functional: they return the loss *and* the gradients of the tensors that want one,
+formed in the same pass, and autograd only scales them. So a frozen tensor costs nothing (its
+`want_` flag is false), a second backward over a retained graph gives the same gradient (saved
+tensors are never modified), and `torch.compile` sees an ordinary differentiable operator.
+Differentiating a gradient again raises: it would need the Hessian of the loss.
+
+The choice of backend and chunk is made inside the operator, from real shapes, so tracing never
+depends on it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllmkd_kernels import plan
+from mllmkd_kernels.backends import cpu, eager, products
+
+_NAMESPACE = "mllmkd_kernels"
+
+NO_DOUBLE_BACKWARD = (
+    "mllmkd_kernels: a gradient of this loss was differentiated again; double backward is not "
+    "supported. Use mllmkd_kernels.reference for second derivatives."
+)
+
+
+def module_named(backend: str) -> ModuleType:
+    """The module of a backend. Triton is imported when it is first used: it takes a second, and a
+    machine without a GPU need not have it.
+    """
+    if backend == "triton":
+        return importlib.import_module("mllmkd_kernels.backends.triton")
+    if backend == "cuda":
+        return importlib.import_module("mllmkd_kernels.backends.triton.clustered")
+    return {"eager": eager, "cpu": cpu}[backend]
+
+
+def module_of(backend: str, *operands: Tensor | None) -> ModuleType:
+    """The module that computes with these tensors, for a backend or "auto"."""
+    dtypes = tuple(x.dtype for x in operands if x is not None)
+    device = next(x.device for x in operands if x is not None)
+    return module_named(plan.choose_backend(backend, device, dtypes)[0])
+
+
+def contiguous(*arguments: Any) -> tuple[Any, ...]:
+    """Tensors among the arguments laid out as their shapes say; one that is not is copied, even a
+    head, for this call alone.
+    """
+    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in arguments)
+
+
+@contextmanager
+def computing(device: torch.device) -> Iterator[None]:
+    """Around all that computes. Triton launches on the current device, which need not be that of
+    the tensors. Autocast ends here: public functions cast their arguments as it would, and from
+    then on products are fp32, or the logits would be rounded to 16 bits after all. For the same
+    reason TF32 ends here.
+    """
+    here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with here, torch.autocast(device.type, enabled=False), products.full_fp32():
+        yield
+
+
+def operator(name: str) -> Any:
+    """Register an operator: it runs inside `computing`, and its tensors come contiguous, since
+    kernels read them by pointer.
+    """
+
+    def register(f: Any) -> Any:
+        @functools.wraps(f)
+        def run(*arguments: Any) -> Any:
+            device = next(x.device for x in arguments if isinstance(x, Tensor))
+            with computing(device):
+                return f(*contiguous(*arguments))
+
+        return torch.library.custom_op(f"{_NAMESPACE}::{name}", mutates_args=())(run)
+
+    return register
+
+
+def no_double_backward(op: Any) -> None:
+    """Register an autograd formula that refuses: `op` computes a gradient."""
+
+    def refuse(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(NO_DOUBLE_BACKWARD)
+
+    op.register_autograd(refuse)
+
+
+@operator("scale_gradient")
+def scale_gradient(saved: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """saved · grad, a new tensor rounded once, to `dtype`: the last step of every backward here."""
+    grad = grad.to(saved.dtype)
+    if saved.device.type == "cpu" and cpu.available():
+        return cpu.scaled(saved, grad, dtype)
+    out = torch.empty_like(saved, dtype=dtype)
+    for rows in products.chunks(saved.shape[0], products.VOCAB_SLICE):
+        torch.mul(saved[rows], grad, out=out[rows])
+    return out
+
+
+@scale_gradient.register_fake
+def _(saved, grad, dtype):
+    return torch.empty_like(saved, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+no_double_backward(scale_gradient)
+
+
+@operator("head_gradient")
+def head_gradient(slope: Tensor, h: Tensor, grad: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """dW = grad · dzᵀ h, (rows, D), rounded once, to `dtype`: the last step where dz (N, V) was
+    saved in the place of dW.
+    """
+    return products.head_gradient(slope, h.to(slope.dtype) * grad.to(slope.dtype), rows, dtype)
+
+
+@head_gradient.register_fake
+def _(slope, h, grad, rows, dtype):
+    return slope.new_empty(rows, h.shape[1], dtype=dtype)
+
+
+no_double_backward(head_gradient)
+
+
+def gradients_formed_in_forward(
+    op: Any, arguments: int, gradient_of: dict[int, int], factors: tuple[int, int] | None = None
+) -> None:
+    """Autograd of an `op` whose output 0 is the loss and `gradient_of[i]` d loss / d input i.
+
+    Backward only scales; the outputs besides the loss are not differentiable. Input 1, a head, may
+    find its gradient in two outputs, `factors`, instead: dz (N, V) and h (N, D).
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)  # an unused output must not cost a V x D tensor of zeros
+        ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in gradient_of]
+        ctx.factored = factors is not None and output[factors[0]].ndim == 2
+        ctx.rows = inputs[1].shape[0] if ctx.factored else 0
+        ctx.save_for_backward(*(output[o] for o in (*gradient_of.values(), *(factors or ()))))
+
+    def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+        if any(g is not None for g in others):
+            raise RuntimeError("mllmkd_kernels: only the loss is differentiable, not its terms")
+        grads: list[Tensor | None] = [None] * arguments
+        if grad is not None:
+            # read once: checkpointing unpacks saved tensors at every look, and allows one
+            saved = ctx.saved_tensors
+            for i, formed, dtype in zip(gradient_of, saved, ctx.dtypes, strict=False):
+                if not ctx.needs_input_grad[i]:
+                    continue
+                if i == 1 and ctx.factored:
+                    grads[i] = head_gradient(*saved[-2:], grad, ctx.rows, dtype)
+                else:
+                    grads[i] = scale_gradient(formed, grad, dtype)
+        return tuple(grads)
+
+    op.register_autograd(backward, setup_context=setup_context)
