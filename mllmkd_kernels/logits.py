@@ -22,8 +22,6 @@ from mllmkd_kernels.casting import autocast
 from mllmkd_kernels.relation import check_gram, with_ones
 from mllmkd_kernels.relation_ops import grams, head_gram
 
-EPS = 1e-7  # beside σ, as LLAVADI's released code has it
-
 
 def logit_std(
     hidden: Tensor,  # (N, D)
@@ -53,34 +51,6 @@ def logit_std(
     spread = ~(variance <= 0)  # or NaN
     std = torch.where(spread, variance, 1.0).sqrt().where(spread, 0.0)
     return std.to(accumulation_dtype(h, w, b))
-
-
-def standardized(
-    who: str,
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,
-    softcap: float | None,
-    vocab_size: int,
-    row_weight: Tensor | None = None,  # (N,)
-) -> Tensor:
-    """h/(σ + ε), (N, D) fp32 (fp64 for fp64): softmax of its logits is softmax((z − μ)/(σ + ε)),
-    the z-scored logits of LLAVADI's `norm_logits`, since a softmax does not see μ. Differentiable,
-    σ included.
-
-    Raises:
-        ValueError: a bias or a soft-cap, which a scaled hidden state does not scale.
-    """
-    for name, given in (("bias", bias), ("softcap", softcap)):
-        if given is not None:
-            raise ValueError(
-                f"{who}{name}: got one beside standardize=True, expected None: the logits are "
-                "scaled through the hidden states"
-            )
-    if row_weight is not None:
-        hidden = finite(hidden, row_weight == 0)
-    std = logit_std(hidden, weight, vocab_size=vocab_size)
-    return hidden.to(std.dtype) / (std + EPS)[:, None]
 
 
 def fused_linear_logit_mse(

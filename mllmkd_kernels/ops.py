@@ -51,6 +51,7 @@ def linear_distill(
     workspace_mb: float,
     want_diagnostics: bool = False,
     factored: bool = False,
+    standardize: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, ce (N,), kd (N,), dh, dw, db, dz, h, diagnostics): see `backends.eager.distill_rows`.
 
@@ -64,7 +65,8 @@ def linear_distill(
         torch.float64 if torch.float64 in dtypes else ws.dtype, len(dtypes) == 1, divergence,
     )  # fmt: skip
     budget = workspace_mb if workspace_mb > 0 else None
-    chosen = plan.distill_plan(shapes, hs.device, backend, budget)
+    algorithm = "chunk" if standardize else None  # σ is of a whole row
+    chosen = plan.distill_plan(shapes, hs.device, backend, budget, algorithm)
     module, stream = module_named(chosen.backend), chosen.algorithm == "stream"
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     found = hs.new_zeros((3, hs.shape[0]) if want_diagnostics else 0, dtype=acc)
@@ -72,7 +74,9 @@ def linear_distill(
     student = Head(hs, ws, bs, cap_s)
     teacher = None if ht is None or wt is None else Head(ht, wt, bt, cap_t)
     table = Divergence.with_param(divergence, param)
-    targets = Targets(labels, ce_weight, kd_weight, table, temperature, ignore_index)
+    targets = Targets(
+        labels, ce_weight, kd_weight, table, temperature, ignore_index, standardize
+    )  # fmt: skip
     options = Options(
         vocab, chosen.chunk_vocab if stream else chosen.chunk_rows, want_dh, want_dw, want_db,
         found if want_diagnostics else None, slope if factored else None,
@@ -89,7 +93,7 @@ def linear_distill(
 @linear_distill.register_fake
 def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature, cap_s,
       cap_t, vocab, ignore_index, want_dh, want_dw, want_db, backend, workspace_mb,
-      want_diagnostics=False, factored=False):  # fmt: skip
+      want_diagnostics=False, factored=False, standardize=False):  # fmt: skip
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     rows = hs.new_empty(hs.shape[0], dtype=acc)
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
@@ -102,7 +106,7 @@ def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, t
     return loss, rows, kd, dh, dw, db, slope, alive, found
 
 
-gradients_formed_in_forward(linear_distill, 23, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2}, factors=(6, 7))
+gradients_formed_in_forward(linear_distill, 24, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2}, factors=(6, 7))
 
 
 # --- linear_logprob: log-probability of given tokens ----------------------------------------------
