@@ -8,7 +8,10 @@ One program has one row. With a = z_s/T and b = z_t/T, q = softmax(a), p = softm
 
 A row that fits one block is read once and stays in registers. A longer one is swept two or three
 times: log-sum-exps; values, with dz in the same sweep where ∂D/∂a = q − p; dz of the others, which
-need Σ q g first. Sums run lane by lane and are folded once a sweep, always in the same order.
+need Σ q g first. Where the divergence sees z-scored logits (`zscore` has the formulas), a sweep
+before those finds μ and σ of both rows, and all divergences need sums first: dz then has a part
+along a, the one that goes back through σ. Sums run lane by lane and are folded once a sweep,
+always in the same order.
 
 The block comes as the GEMM made it: bias and soft-cap are applied here, in each sweep. Rows lie
 `stride` apart, which may exceed the vocabulary, so that every row starts aligned whatever V is;
@@ -31,39 +34,18 @@ from mllmkd_kernels.backends.triton import tables
 from mllmkd_kernels.backends.triton.divergence import NEEDS_MEAN, gradient, terms, times
 from mllmkd_kernels.backends.triton.heads import rounded
 from mllmkd_kernels.backends.triton.observe import entropy, fold_entropy, weighted, weighted_lane
+from mllmkd_kernels.backends.triton.scores import along, scaled, scored_weight, spread
 from mllmkd_kernels.backends.triton.tiles import (
     LOWEST,
     log_of_sum,
+    logits,
     online_lane,
-    softcap,
     softcap_slope,
 )
 from mllmkd_kernels.divergence import sweeps
 
 #: Rows of a logit block start this many elements apart, or a multiple: 64 bytes in fp32.
 ALIGN = 16
-
-
-@triton.jit
-def logits(z, bias, columns, vocab, stride, CAP: tl.constexpr):
-    """Final logits of some columns of the row at `z`, −inf past the vocabulary. A product that is
-    not finite, from a hidden state that is not, becomes NaN where the soft-cap would hide it.
-    """
-    product = tl.load(z + columns, columns < stride, other=0.0)
-    x = product
-    if bias is not None:
-        x += tl.load(bias + columns, columns < vocab, other=0.0).to(tl.float32)
-    if CAP != 0.0:
-        x = softcap(x, CAP) + (product - product)
-    return tl.where(columns < vocab, x, -float("inf"))
-
-
-@triton.jit
-def divided(x, inverse, SCALED: tl.constexpr):
-    """x / T; with T = 1, x itself."""
-    if SCALED:
-        x = x * inverse
-    return x
 
 
 @triton.jit
@@ -112,14 +94,17 @@ def write_ce(ce, z, bias, row, label, top, rest, vocab, stride, ignore_index, CA
 
 @triton.jit
 def write_dz(
-    dz, columns, stride, x, log_p, log_q, log_q_ce, label, ce_w, kd_w, mean, param,
-    NAME: tl.constexpr, CE: tl.constexpr, CAP: tl.constexpr
+    dz, columns, stride, x, a, log_p, log_q, log_q_ce, label, ce_w, kd_w, mean, pull, param,
+    NAME: tl.constexpr, CE: tl.constexpr, CAP: tl.constexpr, SCORED: tl.constexpr
 ):  # fmt: skip
     """dz of one tile of a row, exactly 0 where the row has no weight, whatever it holds."""
     g = tl.zeros_like(x)
     if NAME != "none":
         _, slope = terms(log_p, log_q, param, NAME)
-        g = tl.where(kd_w == 0.0, 0.0, kd_w * gradient(log_p, log_q, slope, mean, NAME))
+        g = gradient(log_p, log_q, slope, mean, NAME)
+        if SCORED:  # a is −inf in the padding
+            g -= tl.where(a == -float("inf"), 0.0, a * pull)
+        g = tl.where(kd_w == 0.0, 0.0, kd_w * g)
     if CE:
         q = tl.exp(log_q_ce)
         g += tl.where(ce_w == 0.0, 0.0, ce_w * tl.where(columns == label, q - 1.0, q))
@@ -136,28 +121,30 @@ def write_dz(
 
 @triton.jit
 def log_probabilities(
-    z_s, z_t, b_s, b_t, columns, lse_s, lse_t, lse_ce, vocab, stride, inverse,
-    TEACHER: tl.constexpr, SCALED: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr
+    z_s, z_t, b_s, b_t, columns, by_s, by_t, lse_s, lse_t, lse_ce, vocab, stride,
+    TEACHER: tl.constexpr, SCALED: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
+    SCORED: tl.constexpr
 ):  # fmt: skip
-    """(z_s, b, log p, log q, log softmax(z_s)) of one tile; without a teacher b and log p stand
+    """(z_s, a, b, log p, log q, log softmax(z_s)) of one tile; without a teacher b and log p stand
     for nothing.
     """
     x = logits(z_s, b_s, columns, vocab, stride, CAP_S)
-    log_q = (divided(x, inverse, SCALED) - lse_s[0]) - lse_s[1]
+    a = scaled(x, by_s, SCALED, SCORED)
+    log_q = (a - lse_s[0]) - lse_s[1]
     b, log_p, log_q_ce = x, log_q, log_q
     if SCALED:
         log_q_ce = (x - lse_ce[0]) - lse_ce[1]
     if TEACHER:
-        b = divided(logits(z_t, b_t, columns, vocab, stride, CAP_T), inverse, SCALED)
+        b = scaled(logits(z_t, b_t, columns, vocab, stride, CAP_T), by_t, SCALED, SCORED)
         log_p = (b - lse_t[0]) - lse_t[1]
-    return x, b, log_p, log_q, log_q_ce
+    return x, a, b, log_p, log_q, log_q_ce
 
 
 @triton.jit
 def whole_row_kernel(
     z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, ce, kd, seen, dz, vocab, stride,
     ignore_index, param, inverse, NAME: tl.constexpr, SCALED: tl.constexpr, CAP_S: tl.constexpr,
-    CAP_T: tl.constexpr, BLOCK: tl.constexpr
+    CAP_T: tl.constexpr, SCORED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """A row of at most BLOCK columns, read once."""
     row = tl.program_id(0).to(tl.int64)
@@ -166,8 +153,12 @@ def whole_row_kernel(
     columns = tl.arange(0, BLOCK)
     z_s += row * stride
     label, ce_w, kd_w = weights(ce_weight, kd_weight, labels, row, inverse, ignore_index, TEACHER)
+    by_s, by_t, through, pull = (0.0, inverse), (0.0, inverse), 0.0, 0.0
+    if SCORED:
+        middle, scale, through = spread(z_s, b_s, vocab, stride, inverse, CAP_S, BLOCK)
+        by_s, kd_w = (middle, scale), scored_weight(kd_w, scale, inverse)
     x = logits(z_s, b_s, columns, vocab, stride, CAP_S)
-    a = divided(x, inverse, SCALED)
+    a = scaled(x, by_s, SCALED, SCORED)
     top, rest = whole(a)
     top_s = top
     log_q = (a - top) - rest
@@ -180,8 +171,11 @@ def whole_row_kernel(
             log_q_ce = (x - top) - rest
         write_ce(ce, z_s, b_s, row, label, top, rest, vocab, stride, ignore_index, CAP_S)
     if TEACHER:
-        b = logits(z_t + row * stride, b_t, columns, vocab, stride, CAP_T)
-        b = divided(b, inverse, SCALED)
+        z_t += row * stride
+        if SCORED:
+            middle, scale, _ = spread(z_t, b_t, vocab, stride, inverse, CAP_T, BLOCK)
+            by_t = (middle, scale)
+        b = scaled(logits(z_t, b_t, columns, vocab, stride, CAP_T), by_t, SCALED, SCORED)
         top_t, rest_t = whole(b)
         log_p = (b - top_t) - rest_t
         if seen is not None:
@@ -191,12 +185,15 @@ def whole_row_kernel(
         value, slope = terms(log_p, log_q, param, NAME)
         tl.store(kd + row, tl.sum(value, 0))
         mean = tl.sum(times(tl.exp(log_q), slope), 0)
+        if SCORED:
+            forth, centre = along(a, log_p, log_q, slope, NAME)
+            pull = through * (tl.sum(forth, 0) - mean * tl.sum(centre, 0))
     if dz is not None:
         RATIO: tl.constexpr = 32 // dz.dtype.element_ty.primitive_bitwidth
         dz += row * stride * RATIO
         write_dz(
-            dz, columns, stride, x, log_p, log_q, log_q_ce, label, ce_w, kd_w, mean, param,
-            NAME, CE, CAP_S
+            dz, columns, stride, x, a, log_p, log_q, log_q_ce, label, ce_w, kd_w, mean, pull,
+            param, NAME, CE, CAP_S, SCORED
         )  # fmt: skip
 
 
@@ -204,9 +201,9 @@ def whole_row_kernel(
 def long_row_kernel(
     z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, ce, kd, seen, dz, vocab, stride,
     ignore_index, param, inverse, NAME: tl.constexpr, SCALED: tl.constexpr, CAP_S: tl.constexpr,
-    CAP_T: tl.constexpr, MEAN_FIRST: tl.constexpr, BLOCK: tl.constexpr
+    CAP_T: tl.constexpr, SCORED: tl.constexpr, MEAN_FIRST: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """A row of any length, swept two or three times."""
+    """A row of any length, swept two or three times, z-scored four times."""
     row = tl.program_id(0).to(tl.int64)
     CE: tl.constexpr = labels is not None
     TEACHER: tl.constexpr = NAME != "none"
@@ -217,20 +214,27 @@ def long_row_kernel(
         z_t += row * stride
     label, ce_w, kd_w = weights(ce_weight, kd_weight, labels, row, inverse, ignore_index, TEACHER)
 
+    by_s, by_t, through = (0.0, inverse), (0.0, inverse), 0.0
+    if SCORED:
+        middle, scale, through = spread(z_s, b_s, vocab, stride, inverse, CAP_S, BLOCK)
+        by_s, kd_w = (middle, scale), scored_weight(kd_w, scale, inverse)
+        middle, scale, _ = spread(z_t, b_t, vocab, stride, inverse, CAP_T, BLOCK)
+        by_t = (middle, scale)
     top_s = tl.full((BLOCK,), LOWEST, tl.float32)
     total_s = tl.zeros((BLOCK,), tl.float32)
     top_t, total_t, top_ce, total_ce = top_s, total_s, top_s, total_s
     sum_s, sum_t = total_s, total_s
     for start in range(0, vocab, BLOCK):
         x = logits(z_s, b_s, start + lanes, vocab, stride, CAP_S)
-        a = divided(x, inverse, SCALED)
+        a = scaled(x, by_s, SCALED, SCORED)
         if seen is not None:
             sum_s = weighted_lane(top_s, total_s, sum_s, a)
         top_s, total_s = online_lane(top_s, total_s, a)
         if CE_APART:
             top_ce, total_ce = online_lane(top_ce, total_ce, x)
         if TEACHER:
-            b = divided(logits(z_t, b_t, start + lanes, vocab, stride, CAP_T), inverse, SCALED)
+            b = logits(z_t, b_t, start + lanes, vocab, stride, CAP_T)
+            b = scaled(b, by_t, SCALED, SCORED)
             if seen is not None:
                 sum_t = weighted_lane(top_t, total_t, sum_t, b)
             top_t, total_t = online_lane(top_t, total_t, b)
@@ -254,38 +258,43 @@ def long_row_kernel(
     if TEACHER or dz is not None:
         value = tl.zeros((BLOCK,), tl.float32)
         mean = tl.zeros((BLOCK,), tl.float32)
-        agree = mean
+        agree, forth, centre = mean, mean, mean
         for start in range(0, vocab, BLOCK):
-            x, b, log_p, log_q, log_q_ce = log_probabilities(
-                z_s, z_t, b_s, b_t, start + lanes, lse_s, lse_t, lse_ce, vocab, stride, inverse,
-                TEACHER, SCALED, CAP_S, CAP_T
+            x, a, b, log_p, log_q, log_q_ce = log_probabilities(
+                z_s, z_t, b_s, b_t, start + lanes, by_s, by_t, lse_s, lse_t, lse_ce, vocab, stride,
+                TEACHER, SCALED, CAP_S, CAP_T, SCORED
             )  # fmt: skip
             if TEACHER:
                 f, slope = terms(log_p, log_q, param, NAME)
                 value += f
                 mean += times(tl.exp(log_q), slope)
+                if SCORED:
+                    ahead, aside = along(a, log_p, log_q, slope, NAME)
+                    forth, centre = forth + ahead, centre + aside
                 if seen is not None:
-                    both = (divided(x, inverse, SCALED) == lse_s[0]) & (b == lse_t[0])
+                    both = (a == lse_s[0]) & (b == lse_t[0])
                     agree = tl.where(both, 1.0, agree)
             if dz is not None and not MEAN_FIRST:
                 write_dz(
-                    dz, start + lanes, stride, x, log_p, log_q, log_q_ce, label, ce_w, kd_w, 0.0,
-                    param, NAME, CE, CAP_S
+                    dz, start + lanes, stride, x, a, log_p, log_q, log_q_ce, label, ce_w, kd_w,
+                    0.0, 0.0, param, NAME, CE, CAP_S, SCORED
                 )  # fmt: skip
         if TEACHER:
             tl.store(kd + row, tl.sum(value, 0))
             if seen is not None:
                 tl.store(seen + 2, tl.max(agree, 0))
         if dz is not None and MEAN_FIRST:
-            row_mean = tl.sum(mean, 0)
+            row_mean, pull = tl.sum(mean, 0), 0.0
+            if SCORED:
+                pull = through * (tl.sum(forth, 0) - row_mean * tl.sum(centre, 0))
             for start in range(0, vocab, BLOCK):
-                x, _, log_p, log_q, log_q_ce = log_probabilities(
-                    z_s, z_t, b_s, b_t, start + lanes, lse_s, lse_t, lse_ce, vocab, stride,
-                    inverse, TEACHER, SCALED, CAP_S, CAP_T
+                x, a, _, log_p, log_q, log_q_ce = log_probabilities(
+                    z_s, z_t, b_s, b_t, start + lanes, by_s, by_t, lse_s, lse_t, lse_ce, vocab,
+                    stride, TEACHER, SCALED, CAP_S, CAP_T, SCORED
                 )  # fmt: skip
                 write_dz(
-                    dz, start + lanes, stride, x, log_p, log_q, log_q_ce, label, ce_w, kd_w,
-                    row_mean, param, NAME, CE, CAP_S
+                    dz, start + lanes, stride, x, a, log_p, log_q, log_q_ce, label, ce_w, kd_w,
+                    row_mean, pull, param, NAME, CE, CAP_S, SCORED
                 )  # fmt: skip
 
 
@@ -313,6 +322,7 @@ def row_losses(
     dz_dtype: torch.dtype | None,
     launch: dict[str, int] | None = None,
     seen: Tensor | None = None,  # (C, 3) fp32, contiguous, written: entropies and agreement
+    standardize: bool = False,
 ) -> Tensor | None:
     """Write ce, kd and `seen` of every row; return dz (C, V) in `dz_dtype` (fp32 or a 16-bit one),
     in the memory of z_s, or None where no gradient is wanted.
@@ -330,13 +340,14 @@ def row_losses(
     name = "none" if z_t is None else divergence
     settings: dict[str, Any] = dict(
         tables.bounded(launch or tables.launch("rows", z_s.device), z_s.device),
-        NAME=name, SCALED=temperature != 1.0 and z_t is not None, CAP_S=cap_s, CAP_T=cap_t,
+        NAME=name, SCALED=(temperature != 1.0 or standardize) and z_t is not None, CAP_S=cap_s,
+        CAP_T=cap_t, SCORED=standardize and z_t is not None,
     )  # fmt: skip
     kernel = long_row_kernel
     if whole := whole_block(vocab, settings["BLOCK"]):
         kernel, settings["BLOCK"] = whole_row_kernel, whole
     else:
-        settings["MEAN_FIRST"] = name in NEEDS_MEAN
+        settings["MEAN_FIRST"] = name in NEEDS_MEAN or settings["SCORED"]
     kernel[(rows,)](
         z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, ce, kd, seen, dz, vocab, stride,
         ignore_index, param, 1.0 / temperature, **settings,

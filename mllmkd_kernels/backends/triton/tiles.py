@@ -97,6 +97,20 @@ def softcap_slope(z, cap):
 
 
 @triton.jit
+def logits(z, bias, columns, vocab, stride, CAP: tl.constexpr):
+    """Final logits of some columns of the row at `z`, −inf past the vocabulary. A product that is
+    not finite, from a hidden state that is not, becomes NaN where the soft-cap would hide it.
+    """
+    product = tl.load(z + columns, columns < stride, other=0.0)
+    x = product
+    if bias is not None:
+        x += tl.load(bias + columns, columns < vocab, other=0.0).to(tl.float32)
+    if CAP != 0.0:
+        x = softcap(x, CAP) + (product - product)
+    return tl.where(columns < vocab, x, -float("inf"))
+
+
+@triton.jit
 def online(top, total, x):
     """The pairs (top, total), each (R,), once the columns of the tile x (R, B) are in them too."""
     new = tl.maximum(top, tl.max(x, 1))
