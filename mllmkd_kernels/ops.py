@@ -79,7 +79,7 @@ def linear_distill(
     )  # fmt: skip
     options = Options(
         vocab, chosen.chunk_vocab if stream else chosen.chunk_rows, want_dh, want_dw, want_db,
-        found if want_diagnostics else None, slope if factored else None,
+        found if want_diagnostics else None, slope if factored else None, chosen.fold_rows,
     )  # fmt: skip
     if factored:
         alive = eager.alive(hs, targets)
@@ -115,7 +115,7 @@ gradients_formed_in_forward(linear_distill, 24, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2}, 
 def _logprob_chunk(
     h: Tensor, vocab: int, acc: torch.dtype, module: ModuleType, workspace_mb: float
 ) -> int:
-    name = module.__name__.rpartition(".")[2]
+    name = module.__name__.rpartition(".")[2].replace("clustered", "cuda")
     blocks = 3 if name == "eager" else 1
     budget = workspace_mb if workspace_mb > 0 else None
     return plan.chunk_rows(name, h.shape[0], vocab, blocks, acc.itemsize, budget)

@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from mllmkd_kernels import Divergence, reference
-from mllmkd_kernels.backends import cuda
+from mllmkd_kernels.backends import cuda, products
 from mllmkd_kernels.backends.calls import Options
 from mllmkd_kernels.backends.triton import chunk, rows, tables
 from tests.problems import (
@@ -81,21 +81,25 @@ def run_rows(
 ) -> Terms:
     """The kernel, on copies whose rows lie farther apart than they are long, with NaN between."""
 
-    def spread(z: Tensor | None) -> Tensor | None:
+    def spread(z: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
         if z is None:
             return None
-        copy = z.new_full((z.shape[0], rows.row_stride(V) + 16), math.nan)[:, :V]
+        copy = z.new_full((z.shape[0], rows.row_stride(V) + 16), math.nan, dtype=dtype)[:, :V]
         return copy.copy_(z)
 
     z_s = spread(b.z_s)
     assert z_s is not None
     ce, kd = (torch.zeros(z_s.shape[0], device=z_s.device) for _ in range(2))
-    dz = rows.row_losses(
+    dz = None
+    if dz_dtype is not None:  # fp32 in the place of the logits, 16 bits elsewhere
+        dz = spread(b.z_s if dz_dtype != torch.float32 else None, dz_dtype)
+        dz = z_s if dz is None else dz
+    rows.row_losses(
         z_s, spread(b.z_t), b.b_s, b.b_t, b.labels, b.ce_weight, b.kd_weight, ce, kd, divergence,
-        Divergence(divergence).param, temperature, *caps, -100, dz_dtype, launch,
+        Divergence(divergence).param, temperature, *caps, -100, dz, launch,
         standardize=standardize,
     )  # fmt: skip
-    if dz_dtype is None:
+    if dz is not z_s:
         assert torch.equal(z_s, b.z_s)  # nobody asked for it to be overwritten
     return Terms(ce, kd, dz)
 
@@ -204,10 +208,9 @@ def test_tokens_that_the_teacher_forbids(
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("cap", [0.0, 5.0], ids=["no-cap", "cap"])
-def test_gradients_of_16_bits_lie_in_the_front_half(
+def test_gradients_of_16_bits_are_rounded_once(
     divergence: str, cap: float, launch: dict[str, int], device: torch.device
 ) -> None:
-    """The same numbers, rounded, though they overwrite what is still to be read."""
     b = block(device)
     exact = run_rows(b, divergence, launch, caps=(cap, cap))
     rounded = run_rows(b, divergence, launch, torch.bfloat16, caps=(cap, cap))
@@ -327,6 +330,44 @@ def test_16_bits_in_chunks(
     check_result(run_chunks(p, divergence, device, chunk_rows=5), p, divergence, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_may_be_folded_several_chunks_at_a_time(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """13 rows as 3 + 3, 3 + 3, 1; with an fp32 dz, which has no block of its own, as 3 each. What
+    is not written holds NaN.
+    """
+    p, empty, folded = problem("ragged", dtype), torch.empty, []
+
+    def add(grads: products.Gradients, rows: slice, dz: Tensor) -> None:
+        folded.append(rows.stop - rows.start)
+        real(grads, rows, dz)
+
+    real = products.Gradients.add
+    monkeypatch.setattr(products.Gradients, "add", add)
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    student, teacher, targets = asked(p.on(device), Divergence("jsd"))
+    out = chunk.distill_rows(student, teacher, targets, Options(p.vocab, 3, True, True, fold=6))
+    monkeypatch.undo()
+    loss, ce, kd, dh, dw, _ = (x.cpu() for x in out)
+    got = Result(loss, ce, kd, dh.to(dtype), dw.to(dtype), None)
+    check_result(got, p, "jsd", dtype)
+    assert folded == ([6, 6, 1] if dtype == torch.bfloat16 else [3, 3, 3, 3, 1])
+
+
+@pytest.mark.parametrize("write", [True, False])
+@pytest.mark.parametrize("shape", [(9000, 40, 24), (40, 9000, 24)], ids=["dw", "dh"])
+def test_a_product_in_bf16_parts_is_as_exact_as_fp16_asks(
+    shape: tuple[int, int, int], write: bool
+) -> None:
+    m, k, n = shape
+    a, b = torch.randn(m, k) * 1e-7, torch.randn(k, n).half()  # fp16 would hold nothing of a
+    out = torch.full((m, n), 1e-5)
+    want = a.double() @ b.double() + (0 if write else out.double())
+    products.fold_in_parts(out, a, b, write)
+    assert relative_error(out, want) < 2e-5
+
+
 @pytest.mark.parametrize("eps", LADDER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -384,15 +425,14 @@ def test_the_cuda_kernel_is_called_as_it_is_documented(
 
     def rows_(*a: Any) -> tuple[Tensor, Tensor]:
         z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, broken_s, broken_t, *options = a
-        assert z_s.is_contiguous() and z_t.is_contiguous()
+        assert z_s.stride() == z_t.stride() == (rows.row_stride(p.vocab), 1)
         assert not broken_s.any() and broken_t.dtype == torch.bool
         assert ce_weight.dtype == kd_weight.dtype == torch.float32
-        divergence, param, temperature, cap_s, cap_t, ignore_index, want_dz, dz_bf16 = options
+        divergence, param, temperature, cap_s, cap_t, ignore_index, dz = options
         ce, kd = (torch.zeros(z_s.shape[0], device=device) for _ in range(2))
-        dz_dtype = torch.bfloat16 if dz_bf16 else torch.float32
         rows.row_losses(
             z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, ce, kd, divergence, param,
-            temperature, cap_s, cap_t, ignore_index, dz_dtype if want_dz else None,
+            temperature, cap_s, cap_t, ignore_index, dz,
         )  # fmt: skip
         return ce, kd
 

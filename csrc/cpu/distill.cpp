@@ -8,10 +8,10 @@
 //   small where the
 //            models agree) and G = dL/dz, which is multiplied into dH and dW at once and never
 //            stored.
-// Divergences whose gradient needs Σ q g take a sweep of values in between. So do z-scored logits,
-// z/(T(σ + ε)), whose tiles are also read for their log-sum-exps once σ is known: with G = ∂D/∂a of
-// a = (z − μ)/(T(σ + ε)) the gradient is dD/dz = (G − a·T²(σ + ε)/(σV)·Σ G a)/(T(σ + ε)). All reductions over
-// tiles are in double.
+// Divergences whose gradient needs Σ q g take a sweep of values in between. So do z-scored logits
+// a = (z − μ)/(T(σ + ε)), whose tiles are also read for their log-sum-exps once σ is known: with
+// G = ∂D/∂a, dD/dz = (G − a·T²(σ + ε)/(σV)·Σ G a)/(T(σ + ε)). All reductions over tiles are in
+// double.
 #include <ATen/Parallel.h>
 
 #include <cmath>

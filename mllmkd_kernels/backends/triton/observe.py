@@ -33,22 +33,14 @@ def lowered(sum_x, total, step):
 
 
 @triton.jit
-def weighted_lane(top, total, sum_x, a):
-    """Σ x·exp(x) of every lane once `a` is in it too; `top` and `total` are those before."""
-    d = a - top
-    return tl.where(d > 0.0, lowered(sum_x, total, -d), sum_x + weighted(d))
-
-
-@triton.jit
 def entropy(total, sum_x):
     """H from Σ exp(x), its largest term being 1, and Σ x·exp(x)."""
     return log_of_sum(total) - sum_x / total
 
 
 @triton.jit
-def fold_entropy(top, total, sum_x):
-    """H of a row from the sums of its lanes."""
-    step = top - tl.max(top, 0)
+def fold_entropy(step, total, sum_x):
+    """H of a row from the sums of its lanes, each of which is higher by −step."""
     return entropy(tl.sum(total * tl.exp(step), 0), tl.sum(lowered(sum_x, total, step), 0))
 
 

@@ -1,5 +1,5 @@
 """What do the kernels share? Elementary functions that keep their relative accuracy near 0, and
-running log-sum-exps.
+where a running log-sum-exp starts.
 
 Triton's libdevice exists on NVIDIA only and not in the interpreter, so expm1, log1p and tanh are
 made from `tl.exp` and polynomials, with the coefficients of csrc/cpu/vecmath.h. All of it is fp32;
@@ -94,35 +94,6 @@ def softcap_slope(z, cap):
     """d(softcap)/dy = 1 − (z/c)², from the capped z."""
     r = z / cap
     return 1.0 - r * r
-
-
-@triton.jit
-def logits(z, bias, columns, vocab, stride, CAP: tl.constexpr):
-    """Final logits of some columns of the row at `z`, −inf past the vocabulary. A product that is
-    not finite, from a hidden state that is not, becomes NaN where the soft-cap would hide it.
-    """
-    product = tl.load(z + columns, columns < stride, other=0.0)
-    x = product
-    if bias is not None:
-        x += tl.load(bias + columns, columns < vocab, other=0.0).to(tl.float32)
-    if CAP != 0.0:
-        x = softcap(x, CAP) + (product - product)
-    return tl.where(columns < vocab, x, -float("inf"))
-
-
-@triton.jit
-def online(top, total, x):
-    """The pairs (top, total), each (R,), once the columns of the tile x (R, B) are in them too."""
-    new = tl.maximum(top, tl.max(x, 1))
-    return new, total * tl.exp(top - new) + tl.sum(tl.exp(x - new[:, None]), 1)
-
-
-@triton.jit
-def online_lane(top, total, x):
-    """The same for every lane by itself, all of one shape: a single exp for each new number."""
-    d = x - top
-    e = tl.exp(-tl.abs(d))
-    return tl.where(d > 0.0, x, top), tl.where(d > 0.0, total * e + 1.0, total + e)
 
 
 @triton.jit
