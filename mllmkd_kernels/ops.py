@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllmkd_kernels import plan
+from mllmkd_kernels import plan, squares
 from mllmkd_kernels.backends import eager, products
 from mllmkd_kernels.backends.calls import Head, Options, Targets
 from mllmkd_kernels.divergence import Divergence
@@ -107,6 +107,43 @@ def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, t
 
 
 gradients_formed_in_forward(linear_distill, 24, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2}, factors=(6, 7))
+
+
+# --- linear_logit_mse: squared distance of the logits of two heads ------------------------------
+
+
+@operator("linear_logit_mse")
+def linear_logit_mse(
+    hs: Tensor,
+    ws: Tensor,
+    bs: Tensor | None,
+    ht: Tensor,
+    wt: Tensor,
+    bt: Tensor | None,
+    row_weight: Tensor,
+    vocab: int,
+    want_dh: bool,
+    want_dw: bool,
+    want_db: bool,
+    workspace_mb: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, mean squares (N,), dh, dw, db): see `squares.logit_mse`."""
+    acc, budget = row_weight.dtype, workspace_mb if workspace_mb > 0 else None
+    name = "triton" if hs.is_cuda else "eager"  # the budget of the device
+    chunk = plan.chunk_rows(name, hs.shape[0], vocab, 2, acc.itemsize, budget)
+    options = Options(vocab, chunk, want_dh, want_dw, want_db)
+    return squares.logit_mse(Head(hs, ws, bs), Head(ht, wt, bt), row_weight, options)
+
+
+@linear_logit_mse.register_fake
+def _(hs, ws, bs, ht, wt, bt, row_weight, vocab, want_dh, want_dw, want_db, workspace_mb):
+    dh = row_weight.new_empty(hs.shape if want_dh else (0,))
+    dw = row_weight.new_empty(ws.shape if want_dw else (0,))
+    db = row_weight.new_empty(ws.shape[0] if want_db else 0)
+    return row_weight.new_empty(()), torch.empty_like(row_weight), dh, dw, db
+
+
+gradients_formed_in_forward(linear_logit_mse, 12, {0: 2, 1: 3, 2: 4, 6: 1})
 
 
 # --- linear_logprob: log-probability of given tokens ----------------------------------------------
