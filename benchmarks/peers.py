@@ -27,8 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import naive
 from benchmarks.machine import version
-from benchmarks.problem import Forward, Problem, Run, with_backward
+from benchmarks.problem import BETA, Forward, Problem, Run, with_backward
+from benchmarks.shapes import PREFERENCES
 
 CUDA_ONLY = frozenset({"cuda"})
 EVERYWHERE = frozenset({"cpu", "cuda"})
@@ -198,6 +200,60 @@ def _cce(function: Any, problem: Problem) -> Forward:
     return lambda: function(problem.hs, _head(problem), problem.labels, impl=impl)
 
 
+def _answers(problem: Problem) -> list[Tensor]:
+    """hs, labels and ht, answer by answer: (answers, tokens, ...)."""
+    of = (problem.case.images, problem.case.rows)
+    return [x.unflatten(0, of) for x in (problem.hs, problem.labels, problem.teacher()[0])]
+
+
+def _liger_dpo(function: Any, problem: Problem) -> Forward:
+    """Pair by pair, ``torch.func`` per pair."""
+    loss, (_, wt) = function(beta=BETA, compiled=problem.hs.is_cuda), _teacher(problem)
+
+    def forward() -> Tensor:
+        hs, labels, ht = _answers(problem)
+        return loss(_head(problem), hs, labels, ref_input=ht, ref_weight=wt)[0]
+
+    return forward
+
+
+def _liger_kto(function: Any, problem: Problem) -> Forward:
+    """Answer by answer, once for either half: it has one baseline, which it leaves to the trainer,
+    so that it is given here.
+    """
+    loss = function(beta=BETA, compiled=problem.hs.is_cuda, use_ref_model=True)
+    with torch.no_grad():
+        k_c, k_r = (r.mean().clamp(min=0) for r in naive.log_ratios(problem))
+    _, wt = _teacher(problem)
+
+    def forward() -> Tensor:
+        halves = zip(
+            *(x.chunk(2) for x in _answers(problem)), (k_r, k_c), (True, False), strict=True
+        )
+        both = [
+            loss(
+                hs, _head(problem), labels, ref_input=ht, ref_weight=wt, kl=k,
+                preference_labels=torch.full((len(hs),), chosen, device=wt.device),
+            )[0]
+            for hs, labels, ht, k, chosen in halves
+        ]  # fmt: skip
+        return (both[0] + both[1]) / 2
+
+    return forward
+
+
+def _trl_logprob(function: Any, problem: Problem) -> Forward:
+    """Vocabulary tiles as wide as its trainers take them; log-probabilities of tokens."""
+    how = (None, problem.labels, 1.0, 32768, None, 1.0, ())  # no bias, T, columns, no soft-cap
+
+    def forward() -> Tensor:
+        heads = (problem.hs, _head(problem)), _teacher(problem)
+        ours, theirs = (function.apply(*head, *how)[0] for head in heads)
+        return naive.preference(problem, problem.answers(ours - theirs))
+
+    return forward
+
+
 def _quack(function: Any, problem: Problem) -> Forward:
     """Token chunks of 4,096 through CuTe kernels."""
     return lambda: function(problem.hs, _head(problem), problem.labels)
@@ -213,6 +269,9 @@ _LIGER, _LIGER_KERNELS = "liger_kernel.chunked_loss", "liger_kernel.transformers
 LIGER = Call("liger-kernel", _LIGER, "LigerFusedLinearJSDLoss", _liger)
 LIGER_JSD = Call("liger-kernel", _LIGER_KERNELS, "LigerFusedLinearJSD", _liger_jsd)
 LIGER_CE = Call("liger-kernel", _LIGER_KERNELS, "LigerFusedLinearCrossEntropyLoss", _liger_ce)
+LIGER_DPO = Call("liger-kernel", _LIGER, "LigerFusedLinearDPOLoss", _liger_dpo)
+LIGER_KTO = Call("liger-kernel", _LIGER, "LigerFusedLinearKTOLoss", _liger_kto)
+TRL_LOGPROB = Call("trl", "trl.kernels", "ChunkedLogProbFunction", _trl_logprob)
 TRL = Call("trl", "trl.kernels.chunked_divergence", "ChunkedDivergenceFunction", _trl)
 FLA = Call("flash-linear-attention", "fla.modules.fused_kl_div", "FusedKLDivLoss", _fla)
 CCE = Call("cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy", _cce)
@@ -241,5 +300,8 @@ PEERS = (
     Peer("liger-ce", "Liger fused-linear CE", _CE, (LIGER_CE,), CUDA_ONLY),
     Peer("cce", "cut-cross-entropy", _CE, (CCE,)),
     Peer("quack", "quack chunked CE", _CE, (QUACK,), CUDA_ONLY, (9, 0)),
+    Peer("liger-dpo", "Liger chunked DPO", frozenset({"dpo"}), (LIGER_DPO,)),
+    Peer("liger-kto", "Liger chunked KTO", frozenset({"kto"}), (LIGER_KTO,)),
+    Peer("trl-logprob", "TRL chunked log-probabilities", frozenset(PREFERENCES), (TRL_LOGPROB,)),
     Peer("torch-chunked", "F.linear_cross_entropy", _CE, (CHUNKED,)),
 )
