@@ -73,7 +73,8 @@ def distill_batch(
         ValueError: missing entries, rows that do not correspond, a teacher with another image token
             and no batch of its own.
     """
-    teacher = teacher if loss.needs.teacher else None
+    needs = loss.needs
+    teacher = teacher if needs.teacher else None
     ours, theirs = image_token_id(student), None if teacher is None else image_token_id(teacher)
     shared = teacher is not None and not batch.get("teacher")
     if shared and None not in (ours, theirs) and ours != theirs:
@@ -81,11 +82,9 @@ def distill_batch(
             f"teacher: its image token is {theirs}, the student's {ours}; expected a 'teacher' "
             "entry in the batch, made by the teacher's own processor"
         )
-    s = run_to_head(student, batch, loss.needs)
-    needs = replace(loss.needs, router=False)
-    t = None if teacher is None else ask(teacher, batch, needs)
-    tokens = {"image_token": ours, "teacher_image_token": theirs}
-    return batch_loss(loss, s, t, batch, **tokens, counts=counts)
+    s = run_to_head(student, batch, needs)
+    t = None if teacher is None else ask(teacher, batch, replace(needs, router=False))
+    return _loss(loss, needs.visual, s, t, batch, (ours, theirs), counts)
 
 
 def run_to_head(model: nn.Module, batch: Batch, record: Needs | None = None) -> HeadInputs:
@@ -115,32 +114,17 @@ def _in_eval(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def batch_loss(
+def _loss(
     loss: Objective | LlavaKDLoss,
+    visual: bool,  # a term needs it: without one the rows of the images need not correspond
     student: HeadInputs,
     teacher: HeadInputs | None,
     batch: Batch,
-    *,
-    image_token: int | None,
-    teacher_image_token: int | None = None,
-    counts: RowCounts | Counts | None = None,
+    tokens: tuple[int | None, int | None],  # of images, None for a model of text
+    counts: RowCounts | Counts | None,
 ) -> Any:
-    """The loss of a batch whose hidden states are there: finds labels, image positions and images.
-
-    Args:
-        loss: as in `distill_batch`. Without a visual term the rows of the images need not
-            correspond.
-        student, teacher: `head_inputs` of the two.
-        batch: with `input_ids` and `labels` (B, T); `teacher` (B, T') if that is what it was given.
-        image_token, teacher_image_token: ids of image positions in the two's `input_ids`, None for
-            a model of text.
-        counts: as in `distill_batch`, whose results it has.
-
-    Raises:
-        ValueError: missing entries; the two views of the batch have other images, or select other
-            rows.
-    """
-    visual = loss.needs.visual
+    """The loss of hidden states: finds labels, image positions and images."""
+    image_token, teacher_image_token = tokens
     given = (batch.get("teacher") if teacher is not None else None) or None
     if isinstance(loss, LlavaKDLoss) and not visual:  # it compares all rows that it is shown
         image_token = teacher_image_token = None
@@ -199,8 +183,8 @@ def count_rows(
     optimiser step (of this rank: add up the ranks').
 
     Args:
-        batches: as `batch_loss` takes them.
-        image_token: as in `batch_loss`.
+        batches: as `distill_batch` takes them.
+        image_token: the id of image positions in `input_ids`, None for a model of text.
         ignore_index: the loss's.
 
     Returns:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,14 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def heads(
+    student: tuple[Tensor | None, ...], teacher: tuple[Tensor | None, ...]
+) -> tuple[Any, ...]:
+    """All of both, cast; the teacher's detached."""
+    frozen = (None if t is None else t.detach() for t in teacher)
+    return *autocast(*student), *autocast(*frozen)
 
 
 def wants(*tensors: Tensor | None) -> tuple[bool, ...]:

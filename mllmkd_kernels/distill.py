@@ -7,13 +7,14 @@ the row weights and calls the operator in `ops.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mllmkd_kernels import checks, ops, plan
+from mllmkd_kernels import casting, checks, ops, plan
 from mllmkd_kernels.backends.products import accumulation_dtype
-from mllmkd_kernels.casting import autocast, wants
+from mllmkd_kernels.casting import wants
 from mllmkd_kernels.choose import choose_backend
 from mllmkd_kernels.divergence import Divergence
 
@@ -120,37 +121,20 @@ def fused_linear_distill(
         IndexError: a label outside the vocabulary (on the CPU; a device-side assertion elsewhere).
         RuntimeError: a gradient of the loss is differentiated again.
     """
-    rows = checks.pair(
-        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
-    )
-    heads = [student_weight.shape[0]] + (
-        [] if teacher_weight is None else [teacher_weight.shape[0]]
-    )
-    vocab = checks.vocabulary(vocab_size, *heads)
+    hs, ws, bs, ht, wt, bt, tokens, ce_rows, kd_rows = operands(
+        (student_hidden, student_weight, student_bias),
+        (teacher_hidden, teacher_weight, teacher_bias),
+        labels, ce_weight, kd_weight,
+    )  # fmt: skip
+    heads = [w for w in (student_weight, teacher_weight) if w is not None]
+    vocab = checks.vocabulary(vocab_size, *(w.shape[0] for w in heads))
     table, temperature = Divergence.of(divergence), checks.temperature(temperature)
-    ce_rows = checks.row_weight("ce_weight", ce_weight, rows, student_hidden)
-    kd_rows = checks.row_weight("kd_weight", kd_weight, rows, student_hidden)
-    if labels is not None:
-        checks.labels("labels", labels, rows, student_hidden)
-    elif ce_rows is not None:
-        raise ValueError("labels: expected next tokens, because ce_weight is not 0; got None")
-    if (
-        teacher_hidden is None or kd_rows is None
-    ):  # no divergence: the teacher's head is not read at all
-        teacher_hidden = teacher_weight = teacher_bias = kd_rows = None
-        temperature = 1.0  # it is the divergence's alone
-    hs, ws, bs = autocast(student_hidden, student_weight, student_bias)
-    teacher = (teacher_hidden, teacher_weight, teacher_bias)
-    ht, wt, bt = autocast(*(None if t is None else t.detach() for t in teacher))
-    assert hs is not None and ws is not None
     acc = accumulation_dtype(hs, ws, bs, ht, wt, bt)
     want_dh, want_dw, want_db = wants(hs, ws, bs)
     late = want_dw and _factored(checks.backend(backend), hs, acc)
     loss, ce, kd, *_, found = ops.linear_distill(
-        hs, ws, bs, ht, wt, bt,
-        labels if ce_rows is not None else None,
-        *(None if w is None else w.to(acc) for w in (ce_rows, kd_rows)),
-        table.name, table.param, temperature,
+        hs, ws, bs, ht, wt, bt, tokens, ce_rows, kd_rows, table.name, table.param,
+        1.0 if ht is None else temperature,  # it is the divergence's alone
         checks.softcap("student_softcap", student_softcap),
         checks.softcap("teacher_softcap", teacher_softcap),
         vocab, checks.integer("ignore_index", ignore_index), want_dh,
@@ -166,3 +150,28 @@ def _factored(backend: str, hs: Tensor, acc: torch.dtype) -> bool:
     if torch.compiler.is_compiling():
         return False
     return plan.factored(choose_backend(backend, hs.device, (acc,))[0], *hs.shape)
+
+
+def operands(
+    student: tuple[Tensor, Tensor, Tensor | None],  # hidden states, weight, bias
+    teacher: tuple[Tensor | None, Tensor | None, Tensor | None],
+    labels: Tensor | None,
+    ce_weight: float | Tensor,
+    kd_weight: float | Tensor,
+) -> tuple[Any, ...]:
+    """Nine tensors or None, in this order, checked and cast; the teacher's detached, weights (N,)
+    in the accumulation dtype. What a weight of 0 leaves unread is None: labels, the teacher's head.
+    """
+    rows, hidden = checks.pair(*student, *teacher), student[0]
+    ce_rows = checks.row_weight("ce_weight", ce_weight, rows, hidden)
+    kd_rows = checks.row_weight("kd_weight", kd_weight, rows, hidden)
+    if labels is not None:
+        checks.labels("labels", labels, rows, hidden)
+    elif ce_rows is not None:
+        raise ValueError("labels: expected next tokens, because ce_weight is not 0; got None")
+    if teacher[0] is None or kd_rows is None:
+        teacher, kd_rows = (None, None, None), None
+    heads = casting.heads(student, teacher)
+    acc = accumulation_dtype(*heads)
+    ce_rows, kd_rows = (None if w is None else w.to(acc) for w in (ce_rows, kd_rows))
+    return *heads, None if ce_rows is None else labels, ce_rows, kd_rows

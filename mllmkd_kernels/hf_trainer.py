@@ -152,7 +152,8 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
             raise ValueError("kd_loss: got one beside an objective, expected either")
         given = objective if objective is not None else kd_loss
         self.objective: Objective | LlavaKDLoss = LlavaKDLoss() if given is None else given
-        self._refuse_what_cannot_be_computed(teacher)
+        if isinstance(self.objective, Objective):
+            self.objective.check_teacher(teacher)
         self.teacher = teacher
         self._attach(teacher)
         if isinstance(teacher, nn.Module):
@@ -283,11 +284,6 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         super()._set_signature_columns_if_needed()
         columns = self._signature_columns or []
         self._signature_columns = columns + [key for key in BESIDES if key not in columns]
-
-    def _refuse_what_cannot_be_computed(self, teacher: Teacher | None) -> None:
-        if not isinstance(self.objective, Objective):
-            return
-        self.objective.check_teacher(teacher)
 
     def _attach(self, teacher: Teacher | None) -> None:
         """The parameters of the objective's own become the student's."""

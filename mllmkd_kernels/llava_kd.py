@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from mllmkd_kernels import checks
 from mllmkd_kernels.distill import fused_linear_distill
 from mllmkd_kernels.divergence import Divergence
+from mllmkd_kernels.head_functions import HeadFunctions
 from mllmkd_kernels.heads import HeadInputs
 from mllmkd_kernels.methods import llava_kd
 from mllmkd_kernels.needs import Needs
 from mllmkd_kernels.objective import DIAGNOSTICS, Objective
-from mllmkd_kernels.operators import Operators
 from mllmkd_kernels.relation import fused_linear_relation, head_gram
 from mllmkd_kernels.rows import IGNORE_INDEX, RowCounts
 
@@ -99,7 +99,7 @@ class LlavaKDLoss(nn.Module):
         self.response_shift, self.relation_batch = response_shift, relation_batch
         self.diagnostics = diagnostics
         self.backend, self.workspace_mb = backend, workspace_mb
-        self._operators = Operators(fused_linear_distill, fused_linear_relation, head_gram)
+        self._functions = HeadFunctions(fused_linear_distill, fused_linear_relation, head_gram)
 
     def forward(
         self,
@@ -168,7 +168,7 @@ class LlavaKDLoss(nn.Module):
             diagnostics=self.diagnostics,
             backend=self.backend,
             workspace_mb=self.workspace_mb,
-            operators=self._operators,
+            functions=self._functions,
         )
 
     #: By name of a mean in `LlavaKDOutput`, which of `RowCounts` it is over.

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mllmkd_kernels import checks, relation_ops
-from mllmkd_kernels.casting import autocast, wants
+from mllmkd_kernels import casting, checks, relation_ops
+from mllmkd_kernels.casting import wants
 
 
 def relation_cosine(
@@ -163,11 +163,8 @@ class Pair(NamedTuple):
         checks.head("student_", hs, ws, bs)
         checks.head("teacher_", ht, wt, bt)
         cu = _images(hs, ht, cu, "student_hidden", "teacher_hidden")
-        bt = None if bt is None else bt.detach()
-        hs_, ws_, bs_ = autocast(hs, ws, bs)
-        ht_, wt_, bt_ = autocast(ht.detach(), wt.detach(), bt)
-        assert hs_ is not None and ws_ is not None and ht_ is not None and wt_ is not None
-        return cls(hs_, ws_, bs_, ht_, wt_, bt_, cu)
+        hs, ws, bs, ht, wt, bt = casting.heads((hs, ws, bs), (ht, wt, bt))
+        return cls(hs, ws, bs, ht, wt, bt, cu)
 
     def relation(
         self,

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllmkd_kernels import cells, gram, softcapped
-from mllmkd_kernels.backends import products
+from mllmkd_kernels import cells, gram, softcap
+from mllmkd_kernels.backends import eager, products
+from mllmkd_kernels.backends.calls import Head, Options
 from mllmkd_kernels.registration import (
     gradients_formed_in_forward,
     module_of,
@@ -135,11 +136,10 @@ def relation_softcapped(
     want_db: bool,
     joint: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, dh, dw, db): see `softcapped.relation`."""
-    acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
-    student = softcapped.Head(hs, ws, bs, cap_s, vocab, acc)
-    teacher = softcapped.Head(ht, wt, bt, cap_t, vocab, acc)
-    return softcapped.relation(student, teacher, cu_seqlens, want_dh, want_dw, want_db, joint)
+    """(loss, dh, dw, db): see `softcap.relation`."""
+    student, teacher = Head(hs, ws, bs, cap_s), Head(ht, wt, bt, cap_t)
+    options = Options(vocab, eager.RELATION_TILE, want_dh, want_dw, want_db)
+    return softcap.relation(student, teacher, cu_seqlens, options, joint)
 
 
 @relation_softcapped.register_fake

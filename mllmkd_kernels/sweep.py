@@ -107,7 +107,7 @@ class Sweep:
             hidden_t = take_rows(t.hidden, teacher)
             weight_t, bias_t, softcap_t = t.weight, t.bias, t.softcap
         more = {"standardize": True} if self.standardize else {}
-        return settings.operators.distill(
+        return settings.functions.distill(
             take_rows(s.hidden, student), s.weight, hidden_t, weight_t, labels,
             ce_weight=ce if has_ce else 0.0, kd_weight=kd,
             divergence=self.divergence or Divergence(), temperature=self.temperature,

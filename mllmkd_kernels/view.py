@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mllmkd_kernels import checks, rows
 from mllmkd_kernels.backends.products import accumulation_dtype
+from mllmkd_kernels.head_functions import HeadFunctions
 from mllmkd_kernels.heads import HeadInputs, check_batch, check_images, take_rows
 from mllmkd_kernels.needs import Needs
-from mllmkd_kernels.operators import Operators
 from mllmkd_kernels.rows import IGNORE_INDEX, Batch, Counts, RowCounts
 
 
@@ -40,7 +40,7 @@ class Settings:
         ignore_index: label of positions without one.
         diagnostics: also entropies and agreement of the answers, at next to no cost.
         backend, workspace_mb: as in `fused_linear_distill`.
-        operators: the functions of heads.
+        functions: with which heads are computed.
     """
 
     vocab_size: int | None = None
@@ -48,7 +48,7 @@ class Settings:
     diagnostics: bool = False
     backend: str = "auto"
     workspace_mb: float | None = None
-    operators: Operators = field(default_factory=Operators)
+    functions: HeadFunctions = field(default_factory=HeadFunctions)
 
 
 class View:

@@ -24,10 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mllmkd_kernels import checks, plan, relation, relation_ops
-from mllmkd_kernels.backends import products, sharded
+from mllmkd_kernels.backends import sharded
 from mllmkd_kernels.backends.calls import Head, Options, Targets
+from mllmkd_kernels.backends.products import accumulation_dtype
 from mllmkd_kernels.casting import autocast, wants
-from mllmkd_kernels.distill import DistillOutput
+from mllmkd_kernels.distill import DistillOutput, operands
 from mllmkd_kernels.divergence import Divergence
 from mllmkd_kernels.registration import (
     NO_DOUBLE_BACKWARD,
@@ -85,37 +86,23 @@ def vocab_parallel_distill(
         TypeError, ValueError, IndexError, RuntimeError: as `fused_linear_distill`; and where
             the slices of the heads do not line up, or `held` is of other heads.
     """
-    rows = checks.pair(
-        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
-    )
+    given = operands(
+        (student_hidden, student_weight, student_bias),
+        (teacher_hidden, teacher_weight, teacher_bias),
+        labels, ce_weight, kd_weight,
+    )  # fmt: skip
     held = _held(held, student_weight, teacher_weight, vocab_size, group)
-    ce_rows = checks.row_weight("ce_weight", ce_weight, rows, student_hidden)
-    kd_rows = checks.row_weight("kd_weight", kd_weight, rows, student_hidden)
-    if labels is not None:
-        checks.labels("labels", labels, rows, student_hidden)
-    elif ce_rows is not None:
-        raise ValueError("labels: expected next tokens, because ce_weight is not 0; got None")
-    if teacher_hidden is None or kd_rows is None:
-        teacher_hidden = teacher_weight = teacher_bias = kd_rows = None
-    hs, ws, bs = autocast(student_hidden, student_weight, student_bias)
-    teacher = (teacher_hidden, teacher_weight, teacher_bias)
-    ht, wt, bt = autocast(*(None if t is None else t.detach() for t in teacher))
-    assert hs is not None and ws is not None
-    acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
+    hs, ws, bs, ht, wt, bt, labels, ce_rows, kd_rows = contiguous(*given)
     blocks = plan.EAGER_BLOCKS_CE if ht is None else plan.EAGER_BLOCKS
     budget = None if workspace_mb is None else checks.workspace(workspace_mb)
-    labels = labels if ce_rows is not None else None
-    ce_rows, kd_rows = (None if w is None else w.to(acc) for w in (ce_rows, kd_rows))
-    hs, ws, bs, ht, wt, bt, labels, ce_rows, kd_rows = contiguous(
-        hs, ws, bs, ht, wt, bt, labels, ce_rows, kd_rows
-    )
     cap_s = checks.softcap("student_softcap", student_softcap)
     cap_t = checks.softcap("teacher_softcap", teacher_softcap)
     targets = Targets(
         labels, ce_rows, kd_rows, Divergence.of(divergence), checks.temperature(temperature),
         checks.integer("ignore_index", ignore_index),
     )  # fmt: skip
-    chunk = plan.chunk_rows("eager", rows, held.widest, blocks, acc.itemsize, budget)
+    itemsize = accumulation_dtype(*given[:6]).itemsize
+    chunk = plan.chunk_rows("eager", hs.shape[0], held.widest, blocks, itemsize, budget)
     want_dh, want_dw, want_db = wants(hs, ws, bs)
     options = Options(held.vocab, chunk, want_dh, want_dw, want_db)
     teacher_head = None if ht is None else Head(ht, wt, bt, cap_t)

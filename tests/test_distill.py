@@ -8,7 +8,6 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from torch import Tensor
 
 import mllmkd_kernels as mk
 from mllmkd_kernels.backends import cpu
@@ -141,13 +140,6 @@ def test_a_row_of_weight_zero_contributes_exactly_nothing(
     assert not got.dh[2].any() and not got.dh[5].any()
 
 
-def test_rows_beyond_the_vocabulary_get_exactly_no_gradient(backend: str) -> None:
-    student = run(problem("larger_student"), backend)
-    assert not student.dw[190:].any() and student.dw[:190].all(1).any()
-    both = run(problem("small_vocab_size"), backend)
-    assert not both.dw[180:].any() and both.dw[:180].all(1).any()
-
-
 @pytest.mark.parametrize("name", ["larger_student", "larger_teacher", "small_vocab_size"])
 def test_mismatched_heads_equal_the_sliced_ones(name: str, backend: str) -> None:
     p = problem(name)
@@ -157,6 +149,7 @@ def test_mismatched_heads_equal_the_sliced_ones(name: str, backend: str) -> None
     for field in ("loss", "ce", "kd", "dh"):
         check(getattr(got, field), getattr(want, field), "value", what=field)
     check(got.dw[:v], want.dw, "gradient")
+    assert not got.dw[v:].any()
 
 
 def test_ce_alone_reads_no_teacher(backend: str) -> None:
@@ -226,29 +219,3 @@ def test_any_mix_of_dtypes(
         exact = {dtype_h, dtype_w, dtype_t} <= {torch.float32, torch.float64}
         check(gradient, like, "gradient" if exact else "16-bit gradient", what=name)
     assert got.loss.dtype == (torch.float64 if dtype_t == torch.float64 else torch.float32)
-
-
-@pytest.mark.parametrize("layout", ["transposed", "strided", "offset"])
-def test_any_memory_layout(layout: str, backend: str) -> None:
-    def relaid(x: Tensor) -> Tensor:
-        if layout == "transposed":
-            return x.t().contiguous().t()
-        if layout == "strided":
-            return torch.stack((x, x), -1)[..., 0]
-        return torch.cat((x[:1], x))[1:]
-
-    p = problem("aligned")
-    q = replace(p, hs=relaid(p.hs), ws=relaid(p.ws), ht=relaid(p.ht), wt=relaid(p.wt))
-    out = [
-        mk.fused_linear_distill(
-            x.hs.detach().requires_grad_(),
-            x.ws,
-            x.ht,
-            x.wt,
-            x.labels,
-            ce_weight=1.0,
-            backend=backend,
-        ).loss
-        for x in (p, q)
-    ]
-    check(out[1], out[0], "value")

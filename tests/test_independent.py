@@ -236,4 +236,6 @@ def test_log_probabilities(temperature: float, backend: str) -> None:
         HS, WS, torch.tensor(LABELS), temperature=temperature, bias=BS, softcap=CAP_S,
         backend=backend,
     )  # fmt: skip
-    check(got, torch.tensor(want, dtype=torch.float64), "fp64")
+    z = reference.logits(HS, WS, BS, CAP_S, V)
+    for x in (got, reference.linear_logprob(z, torch.tensor(LABELS), temperature)):
+        check(x, torch.tensor(want, dtype=torch.float64), "fp64")

@@ -13,9 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mllmkd_kernels import LlavaKDLoss, head_gram
+from mllmkd_kernels import HeadInputs, LlavaKDLoss, head_gram
 from mllmkd_kernels.kept_gram import KeptGram
-from tests.test_llava_kd import RUNS, V, frozen, heads, labels_of, mask_of
+from tests.test_llava_kd import D_S, D_T, RUNS, V, heads, labels_of, mask_of
+
+
+def frozen(s: HeadInputs) -> HeadInputs:
+    return replace(s, weight=s.weight.detach())
 
 
 def saved(loss: LlavaKDLoss) -> LlavaKDLoss:
@@ -64,6 +68,21 @@ def test_grams_made_in_inference_mode_serve_in_training(backend: str) -> None:
         loss(s, t, *given)
     (gradient,) = torch.autograd.grad(loss(s, t, *given).loss, s.hidden)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("who", ["student", "teacher", "another teacher"])
+def test_another_head_or_a_counted_write_has_a_gram_of_its_own(who: str, backend: str) -> None:
+    s, t = heads()
+    s, given = frozen(s), (labels_of(), mask_of(RUNS))
+    loss = LlavaKDLoss(backend=backend)
+    before, other = loss(s, t, *given).relation, t
+    if who == "another teacher":
+        other = heads()[1]  # the first is still alive
+    else:
+        (s if who == "student" else t).weight.mul_(torch.randn(1, D_S if who == "student" else D_T))
+    after = loss(s, other, *given).relation
+    assert not torch.isclose(before, after)
+    assert torch.equal(after, LlavaKDLoss(backend=backend)(s, other, *given).relation)
 
 
 def _entry(weight: Tensor) -> None:

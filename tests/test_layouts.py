@@ -97,8 +97,14 @@ def distill(x: dict[str, Tensor], backend: str) -> Tensor:
     return mk.fused_linear_distill(
         x["hs"], x["ws"], x["ht"], x["wt"], x["labels"], ce_weight=x["ce_weight"],
         kd_weight=x["kd_weight"], divergence="jsd", temperature=1.5, student_bias=x["bs"],
-        teacher_bias=x["bt"], backend=backend, workspace_mb=SMALLEST,
+        teacher_bias=x["bt"], student_softcap=3.0, backend=backend, workspace_mb=SMALLEST,
     ).loss  # fmt: skip
+
+
+def cross_entropy(x: dict[str, Tensor], backend: str) -> Tensor:
+    return mk.fused_linear_distill(
+        x["hs"], x["ws"], labels=x["labels"], ce_weight=1.0, student_bias=x["bs"], backend=backend
+    ).loss
 
 
 def logprob(x: dict[str, Tensor], backend: str) -> Tensor:
@@ -143,7 +149,8 @@ def logit_std(x: dict[str, Tensor], backend: str) -> Tensor:
 def z_scored(x: dict[str, Tensor], backend: str) -> Tensor:
     return mk.fused_linear_distill(
         x["hs"], x["ws"], x["ht"], x["wt"], x["labels"], ce_weight=x["ce_weight"],
-        kd_weight=x["kd_weight"], standardize=True, backend=backend,
+        kd_weight=x["kd_weight"], standardize=True, student_bias=x["bs"], teacher_bias=x["bt"],
+        student_softcap=3.0, backend=backend,
     ).loss  # fmt: skip
 
 
@@ -156,6 +163,7 @@ READS: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
         distill,
         ("hs", "ws", "bs", "ht", "wt", "bt", "labels", "ce_weight", "kd_weight"),
     ),
+    "cross_entropy": (cross_entropy, ("hs", "ws", "bs", "labels")),
     "logprob": (logprob, ("hs", "ws", "bs", "labels")),
     "relation": (relation, ("hs", "ws", "bs", "ht", "wt", "bt", "cu")),
     "features": (features, ("hs", "ht", "cu")),
@@ -163,7 +171,10 @@ READS: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     "gram": (gram, ("ws", "bs")),
     "logit_mse": (logit_mse, ("hs", "ws", "bs", "ht", "wt", "bt", "kd_weight")),
     "logit_std": (logit_std, ("hs", "ws", "bs")),
-    "z_scored": (z_scored, ("hs", "ws", "ht", "wt", "labels", "ce_weight", "kd_weight")),
+    "z_scored": (
+        z_scored,
+        ("hs", "ws", "bs", "ht", "wt", "bt", "labels", "ce_weight", "kd_weight"),
+    ),
     "affinity": (affinity, ("hs", "ht", "rows", "cu")),
 }
 

@@ -318,64 +318,49 @@ def test_a_single_number_counts_response_rows(kind: Any, backend: str) -> None:
         torch.testing.assert_close(total, getattr(whole, name), rtol=1e-6, atol=0)
 
 
-# --- the cache of Gram matrices ------------------------------------------------------------------
+# --- rows of the teacher that were selected before -----------------------------------------------
 
 
-@pytest.fixture
-def grams(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The weights whose Gram was computed for the cache, in order."""
-    made: list[Tensor] = []
-    original = llava_kd.head_gram
-
-    def spy(weight: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        made.append(weight)
-        return original(weight, *arguments, **options)
-
-    monkeypatch.setattr(llava_kd, "head_gram", spy)
-    return made
+def selected(t: HeadInputs, labels: Tensor, mask: Tensor, visual: bool = True) -> HeadInputs:
+    """Its response rows and then its visual ones."""
+    parts = [mk.response_rows(labels)[0], mk.visual_rows(mask)][: 1 + visual]
+    return replace(t, hidden=t.hidden.flatten(0, 1)[torch.cat(parts)])
 
 
-def frozen(s: HeadInputs) -> HeadInputs:
-    return replace(s, weight=s.weight.detach())
-
-
-def test_grams_of_frozen_heads_are_made_once(grams: list[Tensor], backend: str) -> None:
+@pytest.mark.parametrize(
+    "weights", [{}, {"response": 0.0}, {"visual": 0.0}, {"relation": 0.0}, {"ce": 0.0}], ids=str
+)
+def test_selected_rows_are_as_good_as_all(weights: dict[str, Any], backend: str) -> None:
+    """They are the very rows that the loss would take: everything is the same, exactly."""
     s, t = heads()
-    loss, arguments = LlavaKDLoss(backend=backend), (labels_of(), mask_of(RUNS))
-    s = frozen(s)
-    first = loss(s, t, *arguments)
-    assert len(grams) == 2
-    again = loss(s, t, *arguments)
-    assert len(grams) == 2 and torch.equal(first.relation, again.relation)
+    labels, mask = labels_of(), mask_of(RUNS)
+    loss = LlavaKDLoss(backend=backend, **weights)
+    outs = [loss(s, x, labels, mask) for x in (t, selected(t, labels, mask))]
+    assert all(torch.equal(a, b) for a, b in zip(*(out[:5] for out in outs), strict=True))
+    assert torch.equal(*(torch.autograd.grad(out.loss, s.hidden)[0] for out in outs))
 
 
-def test_a_trained_head_has_no_cached_gram(grams: list[Tensor], backend: str) -> None:
+def test_visual_rows_may_be_missing_where_nothing_reads_them() -> None:
     s, t = heads()
-    loss, arguments = LlavaKDLoss(backend=backend), (labels_of(), mask_of(RUNS))
-    for _ in range(2):
-        loss(s, t, *arguments)
-    assert [g.shape for g in grams] == [t.weight.shape]
+    labels, mask = labels_of(), mask_of(RUNS)
+    answers = selected(t, labels, mask, visual=False)
+    loss = LlavaKDLoss(visual=0.0, relation=0.0)
+    assert torch.equal(loss(s, answers, labels, mask).loss, loss(s, t, labels, mask).loss)
+    for needy in (LlavaKDLoss(visual=0.0), LlavaKDLoss(relation=0.0)):
+        with pytest.raises(ValueError, match=r"has 16 selected rows, expected 16 .* 12 visual"):
+            needy(s, answers, labels, mask)
 
 
-@pytest.mark.parametrize("who", ["student", "teacher"])
-def test_a_weight_written_in_place_is_noticed(who: str, grams: list[Tensor], backend: str) -> None:
+def test_faults_name_what_was_selected() -> None:
     s, t = heads()
-    s = frozen(s)
-    loss, arguments = LlavaKDLoss(backend=backend), (labels_of(), mask_of(RUNS))
-    before = loss(s, t, *arguments).relation
-    (s if who == "student" else t).weight.mul_(torch.randn(1, D_S if who == "student" else D_T))
-    after = loss(s, t, *arguments).relation
-    assert len(grams) == 3 and not torch.isclose(before, after)
-    assert torch.equal(after, LlavaKDLoss(backend=backend)(s, t, *arguments).relation)
-
-
-def test_another_teacher_is_noticed(grams: list[Tensor], backend: str) -> None:
-    s, t = heads()
-    s, other = frozen(s), heads()[1]
-    loss, arguments = LlavaKDLoss(backend=backend), (labels_of(), mask_of(RUNS))
-    loss(s, t, *arguments)
-    got = loss(s, other, *arguments).relation  # the first is still alive
-    assert torch.equal(got, LlavaKDLoss(backend=backend)(s, other, *arguments).relation)
+    labels, mask = labels_of(), mask_of(RUNS)
+    stored, loss = selected(t, labels, mask), LlavaKDLoss(backend="eager")
+    with pytest.raises(ValueError, match="has 27 selected rows, expected 16 response rows"):
+        loss(s, replace(stored, hidden=stored.hidden[1:]), labels, mask)
+    with pytest.raises(ValueError, match="teacher_labels"):
+        loss(s, stored, labels, mask, teacher_labels=labels)
+    with pytest.raises(ValueError, match="response_shift=False"):
+        LlavaKDLoss(response_shift=False)(s, stored, labels, mask)
 
 
 # --- bad input -----------------------------------------------------------------------------------

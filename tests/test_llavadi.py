@@ -178,19 +178,6 @@ def test_cosine_features() -> None:
     check(objective(s, t, batch).loss, want.detach(), "fp32 weights")
 
 
-def test_shares_of_micro_batches_add_up() -> None:
-    s, t = heads()
-    batch, objective = batch_of(), built(**WEIGHTS)
-    counts = {name: rows.count(name, batch) for name in objective.over.values()}
-    whole, parts = objective(s, t, batch), []
-    for i in range(B):
-        pair = (replace(h, hidden=h.hidden[i : i + 1]) for h in (s, t))
-        parts.append(objective(*pair, {k: v[i : i + 1] for k, v in batch.items()}, counts))
-    for name in objective.names:
-        total = torch.stack([part.terms[name] for part in parts]).sum()
-        torch.testing.assert_close(total, whole.terms[name], rtol=1e-6, atol=0)
-
-
 def test_z_scored_and_plain_divergences_are_two_calls() -> None:
     s, t = heads()
     batch = batch_of()

@@ -154,16 +154,6 @@ def test_gradient_checkpointing() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-# --- one vision pass for two models -------------------------------------------------------------
-
-
-class Brighter(tf.LlavaForConditionalGeneration):
-    """Shows its tower something else than its teacher does."""
-
-    def get_image_features(self, pixel_values: Tensor, **rest: Any) -> Any:
-        return super().get_image_features(2 * pixel_values, **rest)
-
-
 # --- refusals -----------------------------------------------------------------------------------
 
 

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import HeadInputs, Needs, Objective, RowCounts, RowTerm, rows
+from mllmkd_kernels import terms as supplied
+from mllmkd_kernels.head_functions import HeadFunctions
 from mllmkd_kernels.heads import Recorded
 from mllmkd_kernels.methods import llava_kd
-from mllmkd_kernels.operators import Operators
 from mllmkd_kernels.terms import Relation
 from mllmkd_kernels.view import View
 from tests.test_llava_kd import D_S, D_T, RUNS, B, T, V, heads, labels_of, mask_of
+from tests.test_llava_kd import logits as logits_of
 from tests.tolerances import check
 
 KINDS = ["cot", "pot", "cot"]
@@ -138,12 +140,12 @@ def inside(*models: HeadInputs) -> list[HeadInputs]:
     return [replace(head, recorded=seen) for head in models]
 
 
-def counted(calls: list[Any]) -> Operators:
+def counted(calls: list[Any]) -> HeadFunctions:
     def distill(*args: Any, **options: Any) -> Any:
         calls.append((len(args[0]), args[2] is not None, options["divergence"].name))
         return mk.fused_linear_distill(*args, **options)
 
-    return Operators(distill)
+    return HeadFunctions(distill)
 
 
 def test_terms_that_agree_are_one_call_and_cross_entropy_rides_along() -> None:
@@ -157,7 +159,7 @@ def test_terms_that_agree_are_one_call_and_cross_entropy_rides_along() -> None:
         RowTerm("cot", 1.0, "response:cot"),
         RowTerm("none", 0.0, "valid", "reverse_kl"),
     ]
-    both = Objective(*terms, operators=counted(calls), backend="eager")(s, t, batch)
+    both = Objective(*terms, functions=counted(calls), backend="eager")(s, t, batch)
     number = {name: int(rows.count(name, batch)) for name in NAMES}
     first = number["visual"] + number["valid"] + number["response:cot"]
     assert calls == [(first, True, "forward_kl"), (number["response"], True, "jsd")]
@@ -168,7 +170,7 @@ def test_terms_that_agree_are_one_call_and_cross_entropy_rides_along() -> None:
         for name, value in term.terms.items():
             check(both.terms[name], value, "fp64")
     calls.clear()
-    Objective(terms[0], operators=counted(calls), backend="eager")(s, None, batch)
+    Objective(terms[0], functions=counted(calls), backend="eager")(s, None, batch)
     assert calls == [(number["response"], False, "forward_kl")]
 
 
@@ -267,8 +269,10 @@ def test_shares_of_micro_batches_add_up(backend: str) -> None:
     terms = (
         RowTerm("ce", 1.0, "response"), RowTerm("kl", 0.7, "response:cot", "jsd"),
         RowTerm("all", 0.2, "valid", "jsd"), Relation("relation", 1.0),
+        supplied.Affinity("affinity", 3.0), supplied.LogitMse("logit_mse", 0.3),
+        supplied.Features("features", 0.7, sizes=(D_S, D_T)),
     )  # fmt: skip
-    objective = Objective(*terms, diagnostics=True, backend=backend)
+    objective = Objective(*terms, diagnostics=True, backend=backend).double()
     counts = {name: rows.count(name, batch) for name in objective.over.values()}
     whole = objective(s, t, batch)
     parts = []
@@ -392,3 +396,20 @@ def test_a_term_that_says_too_little_is_named():
 
     with pytest.raises(TypeError, match="Mine lacks over, needs"):
         Objective(Mine())  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_smoothed_labels_have_the_gradient_of_torch_s_own(smoothing: float) -> None:
+    student, _ = heads(softcap=5.0)
+    batch = batch_of()
+    ours = llava_kd.supervised(2.0, smoothing)(student, None, batch)
+    grads = torch.autograd.grad(ours.loss, [student.hidden, student.weight])
+    chosen = rows_of("response")
+    following = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)[chosen]
+    theirs = 2.0 * F.cross_entropy(logits_of(student)[chosen], following, label_smoothing=smoothing)
+    constant = 2.0 * smoothing * torch.tensor(V, dtype=torch.float64).log()
+    torch.testing.assert_close(ours.loss, theirs - constant, check_dtype=False)
+    for got, want in zip(
+        grads, torch.autograd.grad(theirs, [student.hidden, student.weight]), strict=True
+    ):
+        torch.testing.assert_close(got, want)

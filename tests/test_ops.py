@@ -17,6 +17,7 @@ from mllmkd_kernels import ops, plan, registration, relation_ops
 from mllmkd_kernels.backends import products
 from mllmkd_kernels.divergence import PARAMETERS
 from tests.problems import DIVERGENCES, problem, run
+from tests.test_layouts import READS
 
 # 4 rows, 6 and 7 tokens, hidden sizes 2 and 3: gradcheck runs forward twice for each of 30 entries.
 N, V_S, V_T, D_S, D_T = 4, 6, 7, 2, 3
@@ -37,72 +38,23 @@ def heads(dtype: torch.dtype = torch.float64, grad: bool = True) -> dict[str, Te
     }
 
 
+FIXED = {
+    "labels": LABELS, "cu": CU, "rows": torch.tensor([1, 0, 3, 2]), "ce_weight": WEIGHT.flip(0),
+    "kd_weight": WEIGHT,
+}  # fmt: skip
+
+
 def callers(backend: str) -> dict[str, Callable[..., Tensor]]:
-    """Every public loss as a function of (hs, ws, bs, ht, wt, bt)."""
+    """Every public loss as a scalar function of (hs, ws, bs, ht, wt, bt)."""
 
-    def distill(hs, ws, bs, ht, wt, bt):
-        return mk.fused_linear_distill(
-            hs, ws, ht, wt, LABELS, ce_weight=0.5, kd_weight=0.7, divergence="jsd",
-            temperature=1.5, student_bias=bs, teacher_bias=bt, student_softcap=3.0, backend=backend,
-        ).loss  # fmt: skip
+    def of(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(hs, ws, bs, ht, wt, bt):
+            given = {"hs": hs, "ws": ws, "bs": bs, "ht": ht, "wt": wt, "bt": bt}
+            return loss(given | FIXED, backend).sin().sum()
 
-    def cross_entropy(hs, ws, bs, ht, wt, bt):
-        out = mk.fused_linear_distill(
-            hs, ws, labels=LABELS, ce_weight=1.0, student_bias=bs, backend=backend
-        )
-        return out.loss
+        return call
 
-    def logprob(hs, ws, bs, ht, wt, bt):
-        options: dict[str, Any] = {"bias": bs, "temperature": 1.5, "backend": backend}
-        return mk.fused_linear_logprob(hs, ws, LABELS, **options).square().sum()
-
-    def relation(hs, ws, bs, ht, wt, bt):
-        return mk.fused_linear_relation(
-            hs, ws, ht, wt, CU, student_bias=bs, teacher_bias=bt, backend=backend
-        )
-
-    def relation_softcapped(hs, ws, bs, ht, wt, bt):
-        return mk.fused_linear_relation(
-            hs, ws, ht, wt, CU, student_bias=bs, student_softcap=2.0, backend=backend
-        )
-
-    def features(hs, ws, bs, ht, wt, bt):
-        return mk.relation_cosine(hs, ht, CU, backend=backend) + 0 * (ws.sum() + bs.sum())
-
-    def gram(hs, ws, bs, ht, wt, bt):
-        return mk.head_gram(ws, bs, vocab_size=5).sin().sum() + 0 * hs.sum()
-
-    def logit_mse(hs, ws, bs, ht, wt, bt):
-        options: dict[str, Any] = {"student_bias": bs, "teacher_bias": bt, "row_weight": WEIGHT}
-        return mk.fused_linear_logit_mse(hs, ws, ht, wt, **options)[0]
-
-    def spread(hs, ws, bs, ht, wt, bt):
-        return mk.logit_std(hs, ws, bs, vocab_size=5).sin().sum()
-
-    def z_scored(hs, ws, bs, ht, wt, bt):
-        out = mk.fused_linear_distill(
-            hs,
-            ws,
-            ht,
-            wt,
-            LABELS,
-            ce_weight=0.5,
-            standardize=True,
-            student_bias=bs,
-            backend=backend,
-        )
-        return out.loss
-
-    def affinity(hs, ws, bs, ht, wt, bt):
-        cu = torch.tensor([0, 2], dtype=torch.int32)
-        visual, response = torch.arange(N).split(2)
-        return mk.affinity_loss(hs, ht, visual, response, cu, cu) + 0 * (ws.sum() + bs.sum())
-
-    found = (
-        distill, cross_entropy, logprob, relation, relation_softcapped, features, gram, logit_mse,
-        spread, z_scored, affinity,
-    )  # fmt: skip
-    return {f.__name__: f for f in found}
+    return {name: of(loss) for name, (loss, _) in READS.items()}
 
 
 NAMES = tuple(callers("eager"))
@@ -170,7 +122,7 @@ def test_a_checkpointed_loss_has_the_same_gradients(
 def test_a_gradient_cannot_be_differentiated(name: str, backend: str) -> None:
     t = heads()
     # what is made of a Gram outside of operators may be, and is right
-    x = t["ws"] if name in ("gram", "spread") else t["hs"]
+    x = t["ws"] if name in ("gram", "logit_std") else t["hs"]
     (dx,) = torch.autograd.grad(callers(backend)[name](**t), x, create_graph=True)
     with pytest.raises(RuntimeError, match="a gradient of this loss was differentiated again"):
         dx.square().sum().backward()
@@ -211,7 +163,8 @@ def test_autocast_casts_as_linear_would(name: str, dtype: torch.dtype, backend: 
     want = callers(backend)[name](**(narrow if name not in ("features", "gram", "affinity") else t))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, want, rtol=2e-6, atol=1e-6)
-    assert t["hs"].grad is not None and t["hs"].grad.dtype == torch.float32
+    gradient = t["ws" if name == "gram" else "hs"].grad
+    assert gradient is not None and gradient.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -318,25 +271,20 @@ def test_the_list_of_operators_is_complete() -> None:
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["frozen", "trained"])
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", [*OPERATORS, "linear_distill, factored"])
 def test_opcheck(name: str, grad: bool, backend: str) -> None:
     # bf16 inputs: outputs come in both dtypes, the inputs' and fp32.
+    name, _, factored = name.partition(", ")
+    if factored:  # the factors of dW are saved in its place, which the eager backend alone can
+        backend = "eager"
     op, arguments = operator_calls(backend, torch.bfloat16, grad)[name]
+    if factored:
+        arguments = (*arguments[:17], False, *arguments[18:], True)
     # The dispatch test differentiates the sum of *all* outputs; these refuse to differentiate a
     # gradient. test_compile_of_a_caller differentiates what may be differentiated.
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if not grad:
         checks.append("test_aot_dispatch_dynamic")
-    torch.library.opcheck(op, arguments, test_utils=checks)
-
-
-@pytest.mark.parametrize("grad", [False, True], ids=["frozen", "trained"])
-def test_opcheck_where_the_factors_of_dw_are_saved(grad: bool) -> None:
-    op, arguments = operator_calls("eager", torch.bfloat16, grad)["linear_distill"]
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if not grad:
-        checks.append("test_aot_dispatch_dynamic")
-    arguments = (*arguments[:17], False, *arguments[18:-2], True)
     torch.library.opcheck(op, arguments, test_utils=checks)
 
 

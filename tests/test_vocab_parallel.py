@@ -33,6 +33,8 @@ NAMES = (
     "ragged", "peaked", "masked", "one_row", "empty", "huge", "one_hot_teacher", "identical",
     "zero_weight_rows", "larger_student", "larger_teacher", "small_vocab_size", "one_token",
 )  # fmt: skip
+#: Where fp32 has something to lose; what else may go wrong shows in fp64, bit for bit.
+NARROW = ("ragged", "peaked", "huge", "one_hot_teacher", "identical", "larger_teacher")
 EXACT = 1e-12
 # image rows of the relation: the second image has none
 ENDS = torch.tensor([0, 5, 5, 9], dtype=torch.int32)
@@ -158,8 +160,8 @@ def work() -> dict[Any, Any]:
     found: dict[Any, Any] = {"refusals": refusals(), "others": no_gradient_and_rows()}
     for dtype in (torch.float64, torch.float32):
         for divergence in DIVERGENCES:
-            for name in NAMES:
-                for cut in CUTS if name == "ragged" else ("uneven",):
+            for name in NAMES if dtype == torch.float64 else NARROW:
+                for cut in cuts_of(name):
                     p = problem(name, dtype)
                     # many chunks: the exchanges of one chunk must not mix with the next one's
                     options = {"workspace_mb": 1e-6} if name == "larger_teacher" else {}
@@ -171,10 +173,15 @@ def work() -> dict[Any, Any]:
                     found["relation", dtype, name, cut, joint] = relation_cut(p, cut, joint)
     for divergence in DIVERGENCES:
         for dtype in (torch.float32, torch.bfloat16):
-            for eps in LADDER:
+            for eps in LADDER[::2]:
                 p = rung(divergence, eps, dtype)
                 found["ladder", divergence, dtype, eps] = run_cut(p, "uneven", divergence)
     return found
+
+
+def cuts_of(name: str) -> tuple[str, ...]:
+    """One problem is cut in every way."""
+    return tuple(CUTS) if name == "ragged" else ("uneven",)
 
 
 def relation_problem(name: str, dtype: torch.dtype) -> Problem:
@@ -209,8 +216,8 @@ def joined(ranks: list[dict[Any, Any]], case: Any) -> Result:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_loss_and_gradients_are_those_of_whole_heads(ranks, divergence: str, name: str) -> None:
-    for cut in CUTS if name == "ragged" else ("uneven",):
-        for dtype in (torch.float64, torch.float32):
+    for cut in cuts_of(name):
+        for dtype in (torch.float64, *[torch.float32] * (name in NARROW)):
             got = joined(ranks, (dtype, divergence, name, cut))
             check_result(got, problem(name, dtype), divergence, dtype)
         got = joined(ranks, (torch.float64, divergence, name, cut))
@@ -228,7 +235,7 @@ def test_loss_and_gradients_are_those_of_whole_heads(ranks, divergence: str, nam
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_near_convergence(ranks, divergence: str, dtype: torch.dtype) -> None:
-    for eps in LADDER:
+    for eps in LADDER[::2]:
         got = joined(ranks, ("ladder", divergence, dtype, eps))
         want = expected(rung(divergence, eps, dtype), divergence)
         for name in ("dh", "dw"):

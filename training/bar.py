@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Protocol, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -26,7 +26,7 @@ class SizedIterable(Protocol[T]):
     def __iter__(self) -> Iterator[T]: ...
 
 
-class Bar:
+class Bar(AbstractContextManager[Any]):
     """A context manager; `advance` it.
 
     Args:
@@ -35,6 +35,10 @@ class Bar:
         unit: of what, in the plural.
         done: how many were done by an earlier process.
         show: False where another process shows it.
+        leave: whether a terminal keeps it when it is over.
+
+    Attributes:
+        note: told with the rest.
     """
 
     def __init__(
@@ -45,24 +49,17 @@ class Bar:
         *,
         done: int = 0,
         show: bool = True,
+        leave: bool = False,
     ) -> None:
         self.title, self.total, self.unit, self.done = title, total, unit, done
-        self.show = show
+        self.show, self.note = show, ""
         self._first, self._start = done, time.perf_counter()
         self._said = self._start
         self._bar = None
         if show and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=done, desc=title, unit=unit, leave=False)
+            self._bar = tqdm(total=total, initial=done, desc=title, unit=unit, leave=leave)
 
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -70,13 +67,22 @@ class Bar:
         """So many more are done."""
         self.done += many
         if self._bar is not None:
+            self._bar.set_postfix_str(self.note, refresh=False)
             self._bar.update(many)
-        now = time.perf_counter()
-        if self._bar is None and self.show and now - self._said >= SECONDS_BETWEEN_LINES:
-            self._said = now
-            left = (now - self._start) / (self.done - self._first) * (self.total - self.done)
-            done = f"{self.done:,} of {self.total:,} {self.unit}"
-            print(f"{self.title}: {done}, {clock(left)} left", file=sys.stderr, flush=True)
+        elif time.perf_counter() - self._said >= SECONDS_BETWEEN_LINES:
+            self.tell()
+
+    def tell(self) -> None:
+        """Show the note now; where there is no terminal, by a line."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(self.note)
+        if not self.show or self._bar is not None:
+            return
+        self._said = time.perf_counter()
+        each = (self._said - self._start) / max(self.done - self._first, 1)
+        left = f"{clock(each * (self.total - self.done))} left"
+        parts = [f"{self.done:,} of {self.total:,} {self.unit}", left, self.note]
+        print(f"{self.title}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
 
 
 def track(items: SizedIterable[T], title: str, unit: str) -> Iterator[T]:
@@ -93,3 +99,12 @@ def clock(seconds: float) -> str:
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
     return f"{f'{days} d ' if days else ''}{hour}:{minute:02}:{second:02}"
+
+
+def size(count: float) -> str:
+    """Bytes as a reader takes them: 512 B, 3.9 MB, 2.17 TB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

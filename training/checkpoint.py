@@ -11,9 +11,10 @@ listed (a full disk, a broken copy), is passed over on resume with a message.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
+
+from training import journal
 
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
@@ -24,35 +25,9 @@ def publish(staged: Path, target: Path, keep: int) -> None:
     """Make the staged folder the checkpoint `target`, then remove all but the `keep` newest."""
     sizes = {str(p.relative_to(staged)): p.stat().st_size for p in staged.rglob("*") if p.is_file()}
     (staged / MANIFEST).write_text(json.dumps(sizes, indent=1))
-    sync(staged)
-    discard(target)
-    os.replace(staged, target)
-    _sync(target.parent)
+    journal.publish(staged, target)
     for old in _numbered(target.parent)[:-keep]:
-        discard(old)
-
-
-def sync(folder: Path) -> None:
-    """Put a folder on the disk, so that it survives a power cut too."""
-    for path in (*folder.rglob("*"), folder):
-        _sync(path)
-
-
-def publish_file(staged: Path, target: Path) -> None:
-    """Make the file `staged` (of the same folder) `target`: whole after a crash, or not there."""
-    _sync(staged)
-    os.replace(staged, target)
-    _sync(target.parent)
-
-
-def discard(folder: Path) -> None:
-    """Remove a checkpoint; renamed first, so that a kill half-way leaves no half checkpoint."""
-    if folder.exists():
-        doomed = folder.parent / STAGING / f"discarded-{folder.name}"
-        shutil.rmtree(doomed, ignore_errors=True)
-        doomed.parent.mkdir(exist_ok=True)
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed)
+        journal.remove(old)  # half removed, it is no checkpoint
 
 
 def not_written(staged: Path, target: Path, error: BaseException) -> str:
@@ -107,11 +82,3 @@ def _numbered(folder: Path) -> list[Path]:
     """Checkpoint folders by step, oldest first."""
     found = [p for p in folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=step_of)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,7 +26,7 @@ from training.config import OWN, Config, DataConfig
 from training.data.load import has_data
 from training.journal import write_whole
 from training.lock import held
-from training.models import commit_of
+from training.models import marks_of
 from training.settings import ConfigError
 from training.teacher_cache.store import MANIFEST
 from training.teacher_cache.use import stored_stages
@@ -49,7 +49,6 @@ FREE = frozenset(
         "data.image_cache_mb",
         "teacher_cache.visual",  # of the writing; what was written says its manifest
         "teacher_cache.dtype",
-        "teacher_cache.shard_mb",
         "teacher_cache.batch_size",
     }
 )
@@ -84,7 +83,7 @@ class Claim:
     def check(self, found: Marks) -> None:
         """Compare files with what they were, and note those that come for the first time."""
         for field, marks in found.items():
-            changed = fingerprint.differences(self.known.get(field, marks), marks)
+            changed = settings.differences(self.known.get(field, marks), marks)
             if changed:
                 more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
                 raise ConfigError(
@@ -145,7 +144,7 @@ class Claim:
         names = {f"model.{part}": getattr(config.model, part) for part in parts}
         if any(config.compares(name) and name not in stored for name in config.stages):
             names["teacher"] = config.teacher
-        found = {field: _model(name) for field, name in names.items() if name is not None}
+        found = {field: marks_of(name) for field, name in names.items() if name is not None}
         for name in stored:
             file = Path(str(config.teacher_cache.path)) / name / MANIFEST
             if file.is_file():  # or it is missed soon
@@ -174,14 +173,6 @@ def claimed(config: Config) -> Iterator[Claim]:
             yield claim
         finally:
             claim.tidy()
-
-
-def _model(name: str) -> dict[str, str]:
-    """Fingerprints of a model's files, or the commit that a hub has under its name."""
-    folder = Path(name)
-    if folder.is_dir():
-        return fingerprint.of_folder(folder, fingerprint.MODEL_FILES)
-    return {"commit": commit_of(name)}
 
 
 def _data(config: DataConfig, use: str) -> Marks:

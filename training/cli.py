@@ -14,18 +14,18 @@ from collections.abc import Sequence
 from mllmkd_kernels.methods import Stage
 from training import config as configuration
 from training import settings
-from training.config import Config
-from training.data.command import add_data, check_data
-from training.demo.recipes import DemoConfig
+from training.data.command import add_data
+from training.demo.recipes import DemoConfig, StudyConfig
 from training.evaluation.command import add_eval, add_export, evaluate, export
-from training.recipes import names, recipe, summaries
+from training.recipes import configured, names, summaries
 
 EPILOG = (
     "Recipes (--recipe NAME):\n\n{}\n\n"
     "Every field of a run's configuration (--config FILE.yaml, or --set FIELD=VALUE), here of the "
     "method {}; `methods NAME` has another's:\n\n{}"
 )
-DEMO_EPILOG = "Every field of the demo (--set FIELD=VALUE):\n\n{}"
+DEMO_FLAGS = ("seeds", "data", "out", "garments")
+DEMO_EPILOG = "Every field (--set FIELD=VALUE):\n\n{}"
 
 
 def main(arguments: Sequence[str] | None = None, stages: tuple[Stage, ...] | None = None) -> int:
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None, stages: tuple[Stage, ...] | Non
         for name, value in vars(options).items():
             if isinstance(value, str):
                 setattr(options, name, settings.home(value, f"--{name.replace('_', '-')}"))
+        _quiet()
         options.function(options)
     except _faults() as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -76,48 +77,45 @@ def _parser(stages: tuple[Stage, ...] | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__, epilog=fields)
     parser.formatter_class = raw
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, function, text in (
-        ("run", _run, "train a model through its stages; given again, continue"),
-        ("check", _check, "compare teacher and student as `run` would before its first step"),
-        ("cache", _cache, "store the teacher's hidden states, for `run` to train from"),
-        ("show", _show, "print the configuration that `run` would use, as YAML"),
+    source = argparse.ArgumentParser(add_help=False)
+    source.add_argument("--config", metavar="FILE.yaml", help="configuration file")
+    source.add_argument("--recipe", choices=names(), metavar="NAME", help="a shipped one")
+    source.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    texts = {"epilog": fields, "formatter_class": raw, "parents": [source]}
+    for name, text in (
+        ("run", "train a model through its stages; given again, continue"),
+        ("check", "compare teacher and student as `run` would before its first step"),
+        ("cache", "store the teacher's hidden states, for `run` to train from"),
+        ("show", "print the configuration that `run` would use, as YAML"),
     ):
-        command = commands.add_parser(name, help=text, epilog=fields, formatter_class=raw)
-        command.add_argument("--config", metavar="FILE.yaml", help="configuration file")
-        command.add_argument(
-            "--recipe", choices=names(), metavar="NAME", help="a shipped one to start from (below)"
-        )
-        command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
-        command.set_defaults(function=function)
-        if function is _cache:
+        command = commands.add_parser(name, help=text, **texts)
+        command.set_defaults(function=_configured, command=name)
+        if name == "cache":
             command.add_argument(
                 "--dry-run", action="store_true", help="print what it would cost on disk, no more"
             )
-    command = commands.add_parser("data", help="look at a data set: data check")
-    add_data(command, names())
-    command.set_defaults(function=_data)
+    command = commands.add_parser("data", help="look at a data set, or have it answered")
+    add_data(command, source)
     command = commands.add_parser("eval", help="score a saved model: held-out data, a benchmark")
     add_eval(command)
-    command.set_defaults(function=_eval)
+    command.set_defaults(function=evaluate)
     command = commands.add_parser("export", help="a model for lmms-eval, answers for a server")
     add_export(command)
-    command.set_defaults(function=_export)
+    command.set_defaults(function=export)
     command = commands.add_parser("methods", help="the methods, and one's equations and fields")
     command.add_argument("name", nargs="?", metavar="NAME", help="the method to describe")
     command.set_defaults(function=_methods)
-    fields = DEMO_EPILOG.format("\n".join(settings.describe(DemoConfig)))
-    text = "teacher, SFT student and distilled student, compared"
-    command = commands.add_parser("demo", help=text, epilog=fields, formatter_class=raw)
-    for flag in ("--seeds", "--data", "--out", "--garments"):
-        command.add_argument(flag, help=f"the same as --set {flag[2:]}=...")
-    command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
-    command.set_defaults(function=_demo)
+    for name, text, cls, function in (
+        ("demo", "teacher, SFT students and distilled students, compared", DemoConfig, _demo),
+        ("study", "one student, trained in many ways, in one table", StudyConfig, _study),
+    ):
+        epilog = DEMO_EPILOG.format("\n".join(settings.describe(cls)))
+        command = commands.add_parser(name, help=text, epilog=epilog, formatter_class=raw)
+        for flag in DEMO_FLAGS:
+            command.add_argument(f"--{flag}", help=f"the same as --set {flag}=...")
+        command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+        command.set_defaults(function=function)
     return parser
-
-
-def _config(options: argparse.Namespace) -> Config:
-    base = recipe(options.recipe) if options.recipe else None
-    return configuration.load(options.config, options.set, base, options.stages)
 
 
 def _methods(options: argparse.Namespace) -> None:
@@ -133,70 +131,44 @@ def _methods(options: argparse.Namespace) -> None:
     print("\n".join([about, *settings.describe(cls)]))
 
 
-def _run(options: argparse.Namespace) -> None:
-    config = _config(options)
-    _quiet()
-    from training.loop import run
+def _configured(options: argparse.Namespace) -> None:
+    """The commands that are told a run's configuration."""
+    config = configured(options)
+    if options.command == "show":
+        print(settings.dump(config), end="")
+    elif options.command == "cache":
+        from training.teacher_cache.fill import make
 
-    run(config)
+        make(config, dry_run=options.dry_run)
+    else:
+        from training import loop
 
-
-def _cache(options: argparse.Namespace) -> None:
-    config = _config(options)
-    _quiet()
-    from training.teacher_cache.command import make
-
-    make(config, dry_run=options.dry_run)
-
-
-def _check(options: argparse.Namespace) -> None:
-    config = _config(options)
-    _quiet()
-    from training.loop import check
-
-    check(config)
-
-
-def _data(options: argparse.Namespace) -> None:
-    config = _config(options)
-    _quiet()
-    check_data(options, config)
-
-
-def _show(options: argparse.Namespace) -> None:
-    print(settings.dump(_config(options)), end="")
-
-
-def _eval(options: argparse.Namespace) -> None:
-    _quiet()
-    evaluate(options)
-
-
-def _export(options: argparse.Namespace) -> None:
-    _quiet()
-    export(options)
+        getattr(loop, options.command)(config)
 
 
 def _demo(options: argparse.Namespace) -> None:
-    flags = ("seeds", "data", "out", "garments")
-    given = [f"{flag}={getattr(options, flag)}" for flag in flags if getattr(options, flag)]
-    config = settings.load(DemoConfig, None, [*given, *options.set])
-    _quiet()
+    config = settings.load(DemoConfig, None, _demo_settings(options))
     from training.demo.run import demo
 
     demo(config)
 
 
+def _study(options: argparse.Namespace) -> None:
+    from training.demo.study import study
+
+    study(settings.load(StudyConfig, None, _demo_settings(options)))
+
+
+def _demo_settings(options: argparse.Namespace) -> list[str]:
+    given = [f"{flag}={getattr(options, flag)}" for flag in DEMO_FLAGS if getattr(options, flag)]
+    return [*given, *options.set]
+
+
 def _quiet() -> None:
-    """No bars for writing and reading weights, nothing from a hub: the stages' own bars are
-    enough."""
+    """No bars for writing and reading weights: the stages' own are enough."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():  # read when `datasets` is imported
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -48,6 +48,7 @@ class ModelConfig(Section):
     hidden: int = setting(64, "new LM: hidden size D", gt=0)
     layers: int = setting(2, "new LM: number of layers", gt=0)
     heads: int = setting(4, "new LM: number of attention heads", gt=0)
+    dropout: float = setting(0.0, "new LM: dropout of its attention in training", ge=0, lt=1)
     vocab_size: int | None = setting(
         None, "new LM: rows of the lm_head; null: as many as the tokenizer has", gt=0
     )
@@ -148,6 +149,9 @@ class StageConfig(Section):
     weight_decay: float = setting(
         0.0, "AdamW's weight decay, not applied to biases and norms", ge=0
     )
+    beta2: float = setting(
+        0.999, "AdamW's decay of squared gradients; 0.95 where a model is new", gt=0, lt=1
+    )
     clip: float = setting(1.0, "gradient norm is clipped to this; 0: no clipping", ge=0)
     loss: Any = section(Section, "the arguments of the stage's objective")
     student: Any = section(Section, "the arguments of what is made of the student")
@@ -169,7 +173,6 @@ class TeacherCacheConfig(Section):
         "store image rows too, most of the disk; false is for losses without terms over them",
     )
     dtype: Literal["bf16", "fp16", "fp32"] = setting("bf16", "numbers are stored in")
-    shard_mb: int = setting(512, "MiB of a shard; one is in memory while it is made", gt=0)
     batch_size: int = setting(8, "samples per forward pass of the teacher and device", gt=0)
 
 
@@ -323,19 +326,14 @@ def class_for(values: Mapping[str, Any]) -> type[Config]:
             f"{', '.join(old)}: no such field; settings of a stage stand under `stage`:\n\n"
             f"{yaml.safe_dump(moved, sort_keys=False)}"
         )
-    return config_class(stages_of(name), name)
-
-
-def stages_of(method: Any) -> tuple[Stage, ...]:
-    """The stage table of a method by name: one of ours, or of an installed package that has an
-    entry point, in the group "mllmkd_kernels.methods", to a module with `STAGES`. A configuration
-    never imports code of its own.
-    """
-    return module_of(method).STAGES
+    return config_class(module_of(name).STAGES, name)
 
 
 def module_of(method: Any) -> Any:
-    """The module of a method; its docstring has the equations."""
+    """The module of a method by name, with its `STAGES`, and the equations in its docstring: one of
+    ours, or of an installed package that has an entry point to it, in the group
+    "mllmkd_kernels.methods". A configuration never imports code of its own.
+    """
     known = _methods()
     if not isinstance(method, str) or method not in known:
         raise ConfigError(f"method: got {method!r}, expected one of {', '.join(known)}")

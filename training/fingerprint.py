@@ -1,4 +1,6 @@
-"""Are these the very files that were there before? Known by name, size and content.
+"""Are these the very files that were there before, and is the same asked of them?
+
+Files are known by name, size and content.
 
 A file is hashed whole where that is cheap: up to 16 MiB, and json, which is read whole anyway. Of a
 larger one 1,024 blocks of 16 KiB are, evenly spread, the first and the last among them: a model
@@ -14,6 +16,9 @@ from collections.abc import Iterable, Mapping
 from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
+
+from training.journal import write_whole
+from training.settings import ConfigError, differences
 
 BLOCKS, BLOCK = 1024, 16 << 10
 CONTENTS = 256  # files of a folder whose contents count
@@ -65,10 +70,12 @@ def digest(value: Any) -> str:
     return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """One line `part: stored -> found` for each part that is another one."""
-    return [
-        f"{part}: {stored.get(part)} -> {found.get(part)}"
-        for part in [*stored, *(part for part in found if part not in stored)]
-        if stored.get(part) != found.get(part)
-    ]
+def same_request(file: Path, now: Mapping[str, Any], begun: bool) -> None:
+    """Note in `file` what its folder's answers are answers to, or, if some are there, make sure
+    that it is the same; `ConfigError` naming what changed."""
+    if begun and file.is_file() and (changed := differences(json.loads(file.read_text()), now)):
+        raise ConfigError(
+            f"--out: {file.parent} holds answers to something else ({'; '.join(changed)}); "
+            "remove the folder or name another"
+        )
+    write_whole(file, json.dumps(now, indent=1))

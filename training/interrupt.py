@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -26,7 +27,7 @@ class Interrupted(KeyboardInterrupt):
         self.status = 128 + number
 
 
-class StopRequest:
+class StopRequest(AbstractContextManager[Any]):
     """Context manager; `number` is the signal that came, or 0."""
 
     def __init__(self) -> None:
@@ -39,12 +40,7 @@ class StopRequest:
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +26,10 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, entry: Mapping[str, Any]) -> None:
-        """Add one line."""
+    def append(self, *entries: Mapping[str, Any]) -> None:
+        """Add a line each."""
         with writing(self.path), self.path.open("a") as file:
-            file.write(_line(entry))
+            file.writelines(map(_line, entries))
 
     def write(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Make these the whole content."""
@@ -64,20 +65,61 @@ def writing(path: Path) -> Iterator[None]:
         raise WriteError(f"{path}: cannot be written: {why}") from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that `path` is the old one or the new one, never half; a `WriteError` leaves
-    the old one. What is no ordinary file (/dev/stdout) is written to as it is."""
-    plain = text.encode(errors="backslashreplace")  # a lone surrogate is data to be looked at
-    staging = path.with_name(f".{path.name}.incomplete")
-    with writing(path):
-        if path.exists() and not path.is_file():
-            path.write_bytes(plain)
-            return
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """The name to write a file or a folder under, which becomes `target` on leaving: after a kill,
+    a power cut or a `WriteError` that is the old one or the new one, never half."""
+    staged = target.with_name(f".{target.name}.incomplete")
+    with writing(target):
+        remove(staged)
         try:
-            staging.write_bytes(plain)
-            os.replace(staging, path)
-        finally:
-            staging.unlink(missing_ok=True)
+            yield staged
+            publish(staged, target)
+        except Exception:
+            remove(staged)
+            raise
+
+
+def publish(staged: Path, target: Path) -> None:
+    """Put `staged` on the disk, then make it `target`."""
+    sync(staged)
+    if staged.is_dir():
+        remove(target)
+    os.replace(staged, target)
+    _sync(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Put a file, or a folder with all in it, on the disk, so that it survives a power cut too."""
+    for each in (*path.rglob("*"), path):
+        _sync(each)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file `whole`. What is no ordinary file (/dev/stdout) is written to as it is."""
+    plain = text.encode(errors="backslashreplace")  # a lone surrogate is data to be looked at
+    if path.exists() and not path.is_file():
+        with writing(path):
+            path.write_bytes(plain)
+        return
+    with whole(path) as staged:
+        staged.write_bytes(plain)
 
 
 def _line(entry: Mapping[str, Any]) -> str:

@@ -43,7 +43,8 @@ def held(folder: Path, field: str) -> Iterator[None]:
                 "another folder"
             ) from None
     try:
-        me = {"process": os.getpid(), "host": socket.gethostname(), "since": _now()}
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        me = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
         write_whole(folder / OWNER, json.dumps(me))
         yield
     finally:
@@ -63,7 +64,3 @@ def _owner(folder: Path) -> str:
     except (OSError, ValueError):  # it has only just begun
         return "another process"
     return f"process {who['process']} on {who['host']} since {who['since']}"
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(" ", "seconds")

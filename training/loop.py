@@ -39,6 +39,7 @@ from training.data.collate import Collator
 from training.data.load import collator_of, epoch_size, has_data, open_data, order_of
 from training.data.records import DataError
 from training.evaluation.held_out import Scores, evaluate
+from training.forecast import forecast
 from training.interrupt import Interrupted
 from training.journal import Journal, write_whole
 from training.models import (
@@ -51,7 +52,7 @@ from training.models import (
     save_model,
 )
 from training.pairs import check_pair
-from training.progress import LOG, Place
+from training.progress import LOG
 from training.teacher_cache.use import open_rows, stored_stages, use_stored
 from training.trainer import DistillTrainer
 
@@ -77,7 +78,7 @@ def run(config: Config, say: Say = print) -> list[StageResult]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if not processes().is_main_process:
-        return _run(config, None, _silent)
+        return _run(config, None, lambda message: None)
     with claimed(config) as claim:
         return _run(config, claim, say)
 
@@ -114,10 +115,6 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def _silent(message: str) -> None:
-    """What the other processes say."""
-
-
 def _train(
     config: Config,
     claim: Claim | None,
@@ -149,20 +146,21 @@ def _train(
     source = asked.model if asked is not None else None
     collator = collator_of(config.data, (model, processor), source, own)
     if stored:
-        source, collator = use_stored(config, stage.name, processor, dataset, collator)
+        source, collator = use_stored(config, stage.name, dataset, collator)
         say(f"{folder.name}: learns from {source.name}; no teacher runs")
-    samples = epoch_size(dataset)
-    steps = _steps(options, samples)
+    steps = _steps(options, epoch_size(dataset))
+    arguments = _arguments(config, options, steps, folder)
+    for line in forecast(model, arguments, dataset):
+        say(f"{folder.name}: {line}")
     trainer = DistillTrainer(
         model,
-        _arguments(config, options, steps, folder),
+        arguments,
         teacher=source,
         objective=objective,
         processor=processor,
         dataset=dataset,
         collator=collator,
         title=folder.name,
-        place=Place(number, len(config.stages), _later(config, number, samples)),
         on_nan=config.on_nan,
         skip_limit=config.skip_limit,
         say=say,
@@ -230,17 +228,6 @@ def _steps(options: StageConfig, samples: int | None) -> int:
     return options.steps or math.ceil(options.epochs * math.ceil(samples / options.batch_size))
 
 
-def _later(config: Config, number: int, samples: int | None) -> tuple[tuple[str, int | None], ...]:
-    """The stages after the one of this number, each with the samples it takes, as far as the data
-    of this one says."""
-    here, found = config.table[config.stages[number - 1]].data, []
-    for name in config.stages[number:]:
-        options, data = config.of_stage(name), config.table[name].data
-        known = options.steps is not None or (data == here and samples is not None)
-        found.append((name, _steps(options, samples) * options.batch_size if known else None))
-    return tuple(found)
-
-
 def _finish(
     model: Vlm,
     processor: Processor,
@@ -254,7 +241,7 @@ def _finish(
     _write(folder / "summary.json", summary)
     (folder / SCORES).unlink(missing_ok=True)  # of a model that was taken away
     save_model(model, processor, folder / "model", state)
-    checkpoint.sync(folder / "model")  # before what it could be made from again is removed
+    # on the disk before what it could be made from again is removed
     for path in folder.glob(f"{checkpoint.PREFIX}*"):
         shutil.rmtree(path)
 
@@ -280,7 +267,7 @@ def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> Teac
     """The teacher that a stage of the run needs, checked against the student."""
     stored = stored_stages(config)
     for name in stored:  # what is wrong with a later stage's is better known now
-        open_rows(config, name, processor)
+        open_rows(config, name)
     needs = {n: config.objective(n).needs for n in config.stages if n not in stored}
     needs = {name: need for name, need in needs.items() if need.teacher}
     if not needs:
@@ -288,8 +275,7 @@ def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> Teac
     path = require(config.teacher, "teacher", f"stage {next(iter(needs))} compares with a teacher")
     teacher, its_processor = load_vlm(path, dtype=DTYPES[config.teacher_dtype])
     visual = any(need.visual for need in needs.values())
-    both = (model, processor, teacher, its_processor)
-    report = check_pair(*both, visual=visual, max_length=config.data.max_length)
+    report = check_pair(model, processor, teacher, its_processor, visual=visual)
     say(str(report))
     report.require()
     return Teacher(teacher, its_processor if report.own_batch else None)
@@ -319,6 +305,7 @@ def _arguments(config: Config, options: StageConfig, steps: int, folder: Path) -
         lr_scheduler_type=options.schedule,
         warmup_steps=math.ceil(options.warmup * steps),
         weight_decay=options.weight_decay,
+        adam_beta2=options.beta2,
         max_grad_norm=options.clip,
         logging_steps=config.log_steps,
         logging_nan_inf_filter=False,  # a NaN in the loss curve is to be seen

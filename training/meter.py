@@ -6,22 +6,23 @@ The sums stay on the device, so that adding never waits for it. `state` and `loa
 through a checkpoint: an entry begun before a kill comes out as if there had been none.
 
 Peak memory is PyTorch's own on a GPU. On a CPU it is the process's peak resident set, which Linux
-lets a process reset, so each stage reports its own peak; where that is refused the peak is the
-process's since its start, and `peak_is_since_start` says so.
+lets a process reset, so each stage reports its own peak; where that is refused, the process's since
+its start.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import resource
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -44,7 +45,7 @@ class Meter:
         self._before = self._last = 0.0  # seconds: of earlier processes; at the last entry
         self._peak = 0.0
         self._start = time.perf_counter()
-        self.peak_is_since_start = not self._reset_peak()
+        self._reset_peak()
 
     def add(
         self,
@@ -71,9 +72,7 @@ class Meter:
 
     def entry(self, total: Reduce = lambda t: t, most: Reduce = lambda t: t) -> dict[str, float]:
         """Means and rates since the last entry; `total` and `most` combine a tensor over ranks."""
-        means = (
-            total(self._values) / self._steps if self._steps else self._values * math.nan
-        ).tolist()
+        means = (total(self._values) / (self._steps or math.nan)).tolist()
         tokens, places, samples = total(self._counts).tolist()
         now = self.seconds
         took = max(now - self._last, 1e-9)
@@ -124,21 +123,16 @@ class Meter:
         self._before, self._peak = state["seconds"], state["peak_gib"]
         self._start = time.perf_counter()
 
-    def _reset_peak(self) -> bool:
+    def _reset_peak(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            return True
-        try:
-            _CLEAR.write_text("5")  # 5: reset the peak resident set size to the current one
-        except OSError:
-            return False
-        return True
+        else:
+            with suppress(OSError):  # 5: reset the peak resident set size to the current one
+                Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_kib() -> int:
     """VmHWM, which `clear_refs` resets; getrusage's figure, which nothing resets, elsewhere."""
-    if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1])
+    if _STATUS.exists() and (found := re.search(r"VmHWM:\s*(\d+)", _STATUS.read_text())):
+        return int(found[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -13,9 +13,6 @@ happened to be initialised at random.
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,6 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -44,12 +40,11 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
-from training import sharding
+from training import fingerprint
 from training.anatomy import positions
 from training.config import ModelConfig, require
 from training.data.template import CHAT_TEMPLATE
-from training.journal import writing
-from training.paths import is_missing_folder
+from training.journal import whole
 
 IMAGE_TOKEN = "<image>"
 # Any class of AutoModelForImageTextToText, and of AutoProcessor: what they have in common (a
@@ -140,42 +135,12 @@ def load_vlm(
     Raises:
         CheckpointError: there is no such model, or a weight is missing, surplus or misshapen.
     """
-    _check_kind(path, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "an image-text-to-text model")
+    _check_kind(path)
     model = _strictly(AutoModelForImageTextToText, path, dtype=dtype)
     return model, load_processor(processor or str(path))
 
 
 _FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-
-
-def load_model(
-    path: str | Path, processor: str | None = None
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """`load_vlm` where it has to be a LLaVA; `CheckpointError` if it is another architecture."""
-    _check_kind(path, ("llava",), "'llava'")
-    loaded: Any = load_vlm(path, processor)
-    return loaded
-
-
-def load_state(model: nn.Module, state: dict[str, torch.Tensor], origin: str | Path) -> None:
-    """Load `state` into `model`; every key must be there and fit.
-
-    Raises `CheckpointError` naming `origin` and the keys that are missing, surplus or misshapen.
-    """
-    own = model.state_dict()
-    faults = {
-        "missing": sorted(own.keys() - state.keys()),
-        "surplus": sorted(state.keys() - own.keys()),
-        "shape": [
-            f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
-            for key in own.keys() & state.keys()
-            if state[key].shape != own[key].shape
-        ],
-    }
-    faults = {name: keys for name, keys in faults.items() if keys}
-    if faults:
-        raise CheckpointError(f"{origin}: another architecture: {_listed(faults)}")
-    sharding.load_whole(model, state)
 
 
 def load_tower(path: str) -> PreTrainedModel:
@@ -263,20 +228,11 @@ def save_model(
     path: str | Path,
     state: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write model and processor to `path`: under another name first, then renamed, so `path` is
-    whole or absent. `state` has the weights where the model does not have them whole."""
-    target = Path(path)
-    staging = target.with_name(f".{target.name}.incomplete")
-    shutil.rmtree(staging, ignore_errors=True)
-    with writing(target):
-        try:
-            model.save_pretrained(staging, state_dict=state)
-            processor.save_pretrained(staging)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    """Write model and processor to `path`, which is then whole or absent. `state` has the weights
+    where the model does not have them whole."""
+    with whole(Path(path)) as staged:
+        model.save_pretrained(staged, state_dict=state)
+        processor.save_pretrained(staged)
 
 
 def _language_model(config: ModelConfig, processor: LlavaProcessor) -> Any:
@@ -291,6 +247,7 @@ def _language_model(config: ModelConfig, processor: LlavaProcessor) -> Any:
         num_attention_heads=config.heads,
         num_key_value_heads=config.heads,
         max_position_embeddings=2048,
+        attention_dropout=config.dropout,
         # the usual 0.02 suits widths of thousands; at D = 192 attention starts so flat that
         # learning to count and compare took three times the steps
         initializer_range=config.hidden**-0.5,
@@ -357,21 +314,36 @@ def commit_of(name: str | Path) -> str:
         raise CheckpointError(f"{name}: neither a folder nor on the hub: {reason}") from error
 
 
+def marks_of(name: str) -> dict[str, str]:
+    """Fingerprints of a model's files, or the commit that a hub has under its name."""
+    if Path(name).is_dir():
+        return fingerprint.of_folder(Path(name), fingerprint.MODEL_FILES)
+    return {"commit": commit_of(name)}
+
+
+def is_missing_folder(name: str | Path) -> bool:
+    """Whether `name` is not there and cannot be a name on a hub, ``NAME`` or ``OWNER/NAME``. What
+    can only be a folder is never looked up there: each of its files would be, again and again."""
+    text = str(name)
+    local = isinstance(name, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1
+    return local and not Path(text).exists()
+
+
 def _check_there(path: str | Path) -> None:
     """`CheckpointError` unless it is a folder or a name on the hub."""
     if not Path(path).exists():
         commit_of(path)
 
 
-def _check_kind(path: str | Path, kinds: Collection[str], expected: str) -> None:
+def _check_kind(path: str | Path) -> None:
     """Look at the model_type before transformers does: its own message is hard to read."""
     _check_there(path)
     values, _ = PreTrainedConfig.get_config_dict(path)
     if not values:
         raise CheckpointError(f"{path}: no config.json there, expected a saved model")
     kind = values.get("model_type")
-    if kind not in kinds:
-        raise CheckpointError(f"{path}: model_type is {kind!r}, expected {expected}")
+    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise CheckpointError(f"{path}: model_type is {kind!r}, expected an image-text-to-text one")
 
 
 def _listed(faults: dict[str, list[str]], most: int = 4) -> str:

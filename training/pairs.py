@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import mllmkd_kernels as mk
-from training.anatomy import image_token_id, positions
+from training.anatomy import image_token_id
 from training.data.chat import ChatEncoder
 from training.data.item import IGNORE, Item, Seen
 from training.data.records import IMAGE_MARK, DataError, Place, Sample
@@ -64,47 +63,41 @@ class PairReport:
 
 
 def check_pair(
-    student: Any,
-    student_processor: Any,
-    teacher: Any,
-    teacher_processor: Any,
-    *,
-    visual: bool,
-    max_length: int = 0,
+    student: Any, student_processor: Any, teacher: Any, teacher_processor: Any, *, visual: bool
 ) -> PairReport:
     """Compare two models and their processors.
 
     Args:
-        student, teacher: image-text-to-text models; each runs once on two text tokens.
+        student, teacher: image-text-to-text models.
         student_processor, teacher_processor: theirs.
         visual: whether a loss compares visual rows.
-        max_length: most tokens of a sample; 0 where it is not known.
 
     Returns:
         The report, faults included; `PairReport.require` raises them.
     """
     report = check_processors(student_processor, teacher_processor, visual=visual)
-    both = _Both(student_processor.tokenizer, teacher_processor.tokenizer)
-    found = [*_vocabularies(both, student, teacher), *_heads(student, teacher)]
-    found += _image_tokens(student, student_processor, teacher, teacher_processor)
-    found += _positions(student, teacher, max_length)
-    return PairReport((*found, *report.findings), report.own_batch)
+    sides = (
+        _Side("student", student, student_processor),
+        _Side("teacher", teacher, teacher_processor),
+    )
+    found = (*_vocabularies(*sides), *_image_tokens(*sides), *report.findings)
+    return PairReport(found, report.own_batch)
 
 
 def check_processors(student: Any, teacher: Any, *, visual: bool) -> PairReport:
     """The part of `check_pair` that needs no models: what both processors make of samples."""
-    both = _Both(student.tokenizer, teacher.tokenizer)
-    found = list(_tokenizers(both))
+    tokenizer = student.tokenizer
+    found = list(_tokenizers(tokenizer, teacher.tokenizer))
     views, refused = [], []
     for who, processor in (("student", student), ("teacher", teacher)):
         try:
-            views.append(_View.of(processor, _answer(both.ours)))
+            views.append(_View.of(processor, _answer(tokenizer)))
         except (ValueError, DataError) as error:  # a ConfigError is a ValueError
             refused.append(Finding("fault", f"{who}'s processor", str(error)))
     if refused:
         return PairReport((*found, *refused), own_batch=False)
     ours, theirs = views
-    found += [_answers(ours, theirs, both), _templates(ours, theirs, both)]
+    found += [_answers(ours, theirs), _templates(ours, theirs)]
     found += [_pixels(ours, theirs), _rows(ours, theirs, visual)]
     same = ours.ids == theirs.ids and ours.image_id == theirs.image_id
     same = same and all(map(_same_inputs, ours.seen, theirs.seen))
@@ -114,138 +107,82 @@ def check_processors(student: Any, teacher: Any, *, visual: bool) -> PairReport:
 # --- tokens -------------------------------------------------------------------------------------
 
 
-class _Both(NamedTuple):
-    ours: Any
-    theirs: Any
+class _Side(NamedTuple):
+    who: str
+    model: Any
+    processor: Any
 
 
-def _tokenizers(both: _Both) -> Iterator[Finding]:
+def _tokenizers(ours: Any, theirs: Any) -> Iterator[Finding]:
     """The same text has to become the same ids: column k of both heads is one token."""
-    a, b = both.ours.get_vocab(), both.theirs.get_vocab()
-    what = "tokenizer"
-    moved = sorted(token for token in a.keys() & b.keys() if a[token] != b[token])
+    what, (a, b) = "tokenizer", (ours.get_vocab(), theirs.get_vocab())
     names_a, names_b = ({i: token for token, i in vocab.items()} for vocab in (a, b))
-    added = {t.content for tok in both for t in tok.added_tokens_decoder.values()}
-    renamed = [i for i in names_a.keys() & names_b.keys() if names_a[i] != names_b[i]]
-    clashes = [i for i in renamed if not {names_a[i], names_b[i]} & (added | set(moved))]
-    if moved or clashes:
-        shown = [f"{t!r} is {a[t]} and {b[t]}" for t in moved[:SHOWN]]
-        shown += [f"{i} is {names_a[i]!r} and {names_b[i]!r}" for i in clashes[:SHOWN]]
+    moved = [f"{t!r} is {a[t]} and {b[t]}" for t in sorted(a.keys() & b.keys()) if a[t] != b[t]]
+    added = {t.content for tok in (ours, theirs) for t in tok.added_tokens_decoder.values()}
+    for i in names_a.keys() & names_b.keys():
+        both = {names_a[i], names_b[i]}
+        if len(both) == 2 and not both & added and not both & a.keys() & b.keys():
+            moved.append(f"{i} is {names_a[i]!r} and {names_b[i]!r}")
+    if moved:
         yield Finding(
             "fault",
             what,
-            f"{len(moved) + len(clashes)} tokens have other ids in the student and the teacher "
-            f"({', '.join(shown[:SHOWN])}); take a teacher with the student's tokenizer",
+            f"{len(moved)} tokens have other ids in the student and the teacher "
+            f"({', '.join(moved[:SHOWN])}); take a teacher with the student's tokenizer",
         )
         return
-    ids_a, ids_b = (tok(TEXT, add_special_tokens=False).input_ids for tok in both)
+    ids_a, ids_b = (tok(TEXT, add_special_tokens=False).input_ids for tok in (ours, theirs))
     if ids_a != ids_b:
         where = first_difference(ids_a, ids_b)
         text = f"the same vocabulary cuts text in another way: ids {where}; take the same tokenizer"
         yield Finding("fault", what, text)
         return
     yield Finding("ok", what, f"the same ids for the {len(a.keys() & b.keys())} tokens of both")
-    for who, extra in (("student", a.keys() - b.keys()), ("teacher", b.keys() - a.keys())):
-        if extra:
-            vocab = a if who == "student" else b
-            listed = [f"{t!r} ({vocab[t]})" for t in sorted(extra, key=vocab.__getitem__)[:SHOWN]]
-            more = ", ..." if len(extra) > SHOWN else ""
-            yield Finding("note", what, f"only the {who}'s has {', '.join(listed)}{more}")
-    yield _special(both)
+    for who, vocab, other in (("student", a, b), ("teacher", b, a)):
+        if extra := sorted(vocab.keys() - other.keys(), key=vocab.__getitem__):
+            yield Finding("note", what, f"only the {who}'s has {_listed(extra, vocab)}")
 
 
-def _special(both: _Both) -> Finding:
-    names = ("bos_token", "eos_token", "pad_token", "unk_token")
-    pairs = [(name, *(getattr(tok, name) for tok in both)) for name in names]
-    odd = [f"{name} {mine!r} and {other!r}" for name, mine, other in pairs if mine != other]
-    if odd:
-        return Finding("note", "special tokens", f"{', '.join(odd)}; the answers decide, below")
-    return Finding("ok", "special tokens", "the same")
+def _listed(tokens: list[str], vocab: dict[str, int]) -> str:
+    more = ", ..." if len(tokens) > SHOWN else ""
+    return ", ".join(f"{token!r} ({vocab[token]})" for token in tokens[:SHOWN]) + more
 
 
-def _vocabularies(both: _Both, student: Any, teacher: Any) -> Iterator[Finding]:
-    """Head rows beyond the smaller head are padding, so no token may be there."""
-    heads = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
-    shared = min(heads)
-    images = [image_token_id(model) for model in (student, teacher)]
-    beyond = {}
-    for who, tok, image, model in zip(
-        ("student", "teacher"), both, images, (student, teacher), strict=True
-    ):
-        rows = model.get_input_embeddings().weight.shape[0]
-        vocab = tok.get_vocab()
+def _vocabularies(ours: _Side, theirs: _Side) -> Iterator[Finding]:
+    """Head rows beyond the smaller head are padding, so no token of the student's may be there."""
+    what = "vocabulary"
+    for who, model, processor in (ours, theirs):
+        rows, vocab = model.get_input_embeddings().weight.shape[0], processor.tokenizer.get_vocab()
         if max(vocab.values()) >= rows:
-            token = max(vocab, key=vocab.__getitem__)
-            text = f"the {who}'s has id {vocab[token]} ({token!r}), its model {rows} embeddings"
-            yield Finding("fault", "vocabulary", f"{text}; resize them or take its own processor")
-        beyond[who] = sorted((i, t) for t, i in vocab.items() if i >= shared and i != image)
-    if beyond["student"]:
-        shown = ", ".join(f"{token!r} ({i})" for i, token in beyond["student"][:SHOWN])
-        yield Finding(
-            "fault",
-            "vocabulary",
+            last = _listed([max(vocab, key=vocab.__getitem__)], vocab)
+            text = f"the {who}'s has {last}, its model {rows} embeddings"
+            yield Finding("fault", what, f"{text}; resize them or take its own processor")
+    heads = [side.model.get_output_embeddings().weight.shape[0] for side in (ours, theirs)]
+    shared, vocab = min(heads), ours.processor.tokenizer.get_vocab()
+    known = set(range(shared)) | {image_token_id(ours.model)}
+    if beyond := [
+        token for token in sorted(vocab, key=vocab.__getitem__) if vocab[token] not in known
+    ]:
+        text = (
             f"heads of {heads[0]} and {heads[1]} rows share {shared}, and the student's tokenizer "
-            f"has {len(beyond['student'])} tokens beyond ({shown}); take a teacher that has them",
+            f"has {len(beyond)} tokens beyond: {_listed(beyond, vocab)}; take a teacher that has "
+            "them"
         )
+        yield Finding("fault", what, text)
         return
     cut = "" if heads[0] == heads[1] else f", the first {shared} are compared"
-    level: Level = "note" if cut else "ok"
-    yield Finding(level, "vocabulary", f"heads of {heads[0]} and {heads[1]} rows{cut}")
+    yield Finding("note" if cut else "ok", what, f"heads of {heads[0]} and {heads[1]} rows{cut}")
 
 
-def _image_tokens(student: Any, processor_s: Any, teacher: Any, processor_t: Any) -> list[Finding]:
-    found = []
-    for who, model, processor in (
-        ("student", student, processor_s),
-        ("teacher", teacher, processor_t),
-    ):
-        expected, got = image_token_id(model), getattr(processor, "image_token_id", None)
+def _image_tokens(*sides: _Side) -> list[Finding]:
+    found, ids = [], [image_token_id(side.model) for side in sides]
+    for (who, _, processor), expected in zip(sides, ids, strict=True):
+        got = getattr(processor, "image_token_id", None)
         if got is not None and got != expected:
             text = f"the {who}'s model has id {expected}, its processor {got}; they are no pair"
             found.append(Finding("fault", "image token", text))
-    ids = image_token_id(student), image_token_id(teacher)
-    if found:
-        return found
-    if ids[0] == ids[1]:
-        return [Finding("ok", "image token", f"id {ids[0]}")]
-    return [Finding("note", "image token", f"ids {ids[0]} and {ids[1]}")]
-
-
-def _positions(student: Any, teacher: Any, max_length: int) -> list[Finding]:
-    """Whether a sample may be longer than either model was made for."""
-    known = [positions(model.config) for model in (student, teacher)]
-    text = " and ".join("unknown" if n is None else f"{n:,}" for n in known)
-    if any(n is not None and n < max_length for n in known):
-        text += f"; data.max_length allows samples of {max_length:,} tokens"
-        return [Finding("note", "positions", text)]
-    return [Finding("ok", "positions", text)]
-
-
-# --- heads --------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _heads(student: Any, teacher: Any) -> list[Finding]:
-    """Both models run up to their heads on two text tokens, which says widths and soft-caps."""
-    heads, found = [], []
-    for who, model in (("student", student), ("teacher", teacher)):
-        text = [i for i in range(3) if i != image_token_id(model)][:2]
-        tokens = torch.tensor([text], device=model.device)
-        try:
-            mask = torch.ones_like(tokens)
-            heads.append(mk.head_inputs(model, input_ids=tokens, attention_mask=mask))
-        except (TypeError, ValueError) as error:
-            found.append(Finding("fault", f"{who}'s head", str(error)))
-    if found:
-        return found
-    widths = [head.hidden.shape[-1] for head in heads]
-    found.append(Finding("ok", "hidden size", f"{widths[0]} from {widths[1]}"))
-    caps = [head.softcap for head in heads]
-    level: Level = "ok" if caps[0] == caps[1] else "note"
-    if any(caps):
-        text = f"{caps[0]} and {caps[1]}; the loss applies each to its own logits"
-        found.append(Finding(level, "soft-cap", text))
-    return found
+    level: Level = "ok" if ids[0] == ids[1] else "note"
+    return found or [Finding(level, "image token", f"ids {ids[0]} and {ids[1]}")]
 
 
 # --- samples ------------------------------------------------------------------------------------
@@ -298,27 +235,24 @@ def _answer(tokenizer: Any) -> str:
     return text
 
 
-def _answers(ours: _View, theirs: _View, both: _Both) -> Finding:
+def _answers(ours: _View, theirs: _View) -> Finding:
     """The rows of the response terms, one to one."""
+    said = [view.processor.tokenizer.decode(view.answers) for view in (ours, theirs)]
     if ours.answers == theirs.answers:
-        return Finding("ok", "answers", f"the same ids, ended by {_last(ours, both.ours)!r}")
+        last = ours.processor.tokenizer.decode(ours.answers[-1:])
+        return Finding("ok", "answers", f"the same ids, ended by {last!r}")
     return Finding(
         "fault",
         "answers",
-        f"the student learns {both.ours.decode(ours.answers)!r} and the teacher "
-        f"{both.theirs.decode(theirs.answers)!r} of the same conversation; give both processors "
-        "one chat_template",
+        f"the student learns {said[0]!r} and the teacher {said[1]!r} of the same conversation; "
+        "give both processors one chat_template",
     )
 
 
-def _last(view: _View, tokenizer: Any) -> str:
-    return tokenizer.decode(view.answers[-1:])
-
-
-def _templates(ours: _View, theirs: _View, both: _Both) -> Finding:
+def _templates(ours: _View, theirs: _View) -> Finding:
     if ours.text == theirs.text:
         return Finding("ok", "chat template", "the same text")
-    where = first_difference(ours.text, theirs.text, both.ours.decode)
+    where = first_difference(ours.text, theirs.text, ours.processor.tokenizer.decode)
     return Finding("note", "chat template", f"{where}; each model gets its own ids")
 
 
@@ -326,16 +260,10 @@ def _pixels(ours: _View, theirs: _View) -> Finding:
     """The tensors of the probes; where they differ, the settings that differ explain it."""
     if all(map(_same_inputs, ours.seen, theirs.seen)):
         return Finding("ok", "image processor", "the same pixels")
-    a, b = (_settings(view.processor.image_processor) for view in (ours, theirs))
+    a, b = (view.processor.image_processor.to_dict() for view in (ours, theirs))
     keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
-    odd = [f"{key} {a.get(key)} and {b.get(key)}" for key in keys]
-    why = ", ".join(odd[:SHOWN]) or "other code"
+    why = ", ".join(f"{key} {a.get(key)} and {b.get(key)}" for key in keys[:SHOWN]) or "other code"
     return Finding("note", "image processor", f"{why}; each model gets its own pixels")
-
-
-def _settings(image_processor: Any) -> dict[str, Any]:
-    names = ("processor_class", "image_processor_type")
-    return {key: v for key, v in image_processor.to_dict().items() if key not in names}
 
 
 def _same_inputs(ours: Seen, theirs: Seen) -> bool:

@@ -7,6 +7,7 @@ llava-kd-1b --set data.captions=...`. Its first comment line says what it is.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from training import settings
@@ -29,6 +30,12 @@ def recipe(name: str) -> Config:
     if name not in names():
         raise settings.ConfigError(f"--recipe {name}: expected one of {', '.join(names())}")
     return load(FOLDER / f"{name}.yaml")
+
+
+def configured(options: argparse.Namespace) -> Config:
+    """The configuration that a command line names: --recipe, over it --config, over it --set."""
+    base = recipe(options.recipe) if options.recipe else None
+    return load(options.config, options.set, base, options.stages)
 
 
 def summaries() -> list[str]:

@@ -16,6 +16,7 @@ import difflib
 import functools
 import inspect
 import json
+import os
 import re
 import typing
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -33,8 +34,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-
-from training.paths import expanded
 
 Location = tuple[int | str, ...]
 
@@ -72,11 +71,13 @@ def section(cls: type[S], help: str) -> Any:
 
 
 def home(value: str, where: str) -> str:
-    """`value` with ``~`` expanded; `ConfigError` naming the field `where` if that is nowhere."""
-    try:
-        return expanded(value)
-    except ValueError as error:
-        raise ConfigError(f"{where}: got {value!r}, expected a path: {error}") from None
+    """`value` with ``~`` or ``~user`` expanded; `ConfigError` naming the field `where` if that is
+    nowhere."""
+    path = os.path.expanduser(value) if value.startswith("~") else value
+    if path.startswith("~"):
+        name = value.split("/")[0]
+        raise ConfigError(f"{where}: got {value!r}, expected a path: no home folder of {name!r}")
+    return path
 
 
 # --- values in -----------------------------------------------------------------------------------
@@ -357,17 +358,14 @@ def dump(config: Section) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def differences(old: Section, new: Section) -> Iterator[str]:
-    """One line `field: old -> new` for every field in which two configurations differ."""
-    yield from _differences(to_dict(old), to_dict(new), ())
-
-
-def _differences(old: Any, new: Any, where: Location) -> Iterator[str]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in dict.fromkeys((*old, *new)):
-            yield from _differences(old.get(key), new.get(key), (*where, key))
-    elif old != new:
-        yield f"{_dotted(where)}: {old!r} -> {new!r}"
+def differences(old: Any, new: Any, where: Location = ()) -> list[str]:
+    """One line `field: old -> new` for every field in which two configurations, or two mappings of
+    mappings, differ."""
+    old, new = (to_dict(value) if isinstance(value, Section) else value for value in (old, new))
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return [] if old == new else [f"{_dotted(where)}: {old!r} -> {new!r}"]
+    lines = (differences(old.get(k), new.get(k), (*where, k)) for k in dict.fromkeys((*old, *new)))
+    return [line for some in lines for line in some]
 
 
 def describe(cls: type[Section], where: str = "") -> Iterator[str]:

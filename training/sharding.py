@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from training.anatomy import Anatomy
+from training.models import CheckpointError
 from training.settings import ConfigError
 
 _SHIPPED = "training/accelerate/fsdp2.yaml"
@@ -150,10 +151,15 @@ def whole(x: Any) -> Any:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def load_whole(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Copy whole weights, which every process has, into a model that may be sharded."""
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        values: dict[str, Any] = dict(state)
-        set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True))
-    else:
-        model.load_state_dict(state)
+def load_whole(model: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
+    """Copy whole weights, which every process has, into a model that may be sharded; raises
+    `CheckpointError` naming `origin` and the keys that are missing, surplus or misshapen."""
+    try:
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            values: dict[str, Any] = dict(state)
+            set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True))
+        else:
+            model.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{origin}: another architecture: {reason:.1000}") from error

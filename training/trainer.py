@@ -18,6 +18,7 @@ import importlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,10 @@ from mllmkd_kernels import learned
 from training import checkpoint, sharding
 from training.anatomy import anatomy
 from training.data.stream import StreamDataset
-from training.forecast import Forecast
 from training.interrupt import Interrupted, StopRequest
 from training.meter import Meter
-from training.models import CheckpointError, load_state, load_vlm
-from training.progress import Place, Progress
+from training.models import CheckpointError, load_vlm
+from training.progress import Progress
 from training.settings import ConfigError
 from training.watch import Watch
 
@@ -54,7 +54,7 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         teacher: what the objective compares with; see `mllmkd_kernels.DistillMixin`.
         objective: what is minimised.
         processor, dataset, collator: the data; the processor is saved beside the student.
-        title, place: of the stage, for the progress.
+        title: of the stage, for the progress.
         on_nan, skip_limit: see `training.watch`.
         say: how messages are told.
         order: of the samples; None: shuffled by the seed.
@@ -72,7 +72,6 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         dataset: torch.utils.data.Dataset,
         collator: Any,
         title: str,
-        place: Place | None = None,
         on_nan: str = "stop",
         skip_limit: int = 5,
         say: Callable[[str], None] = print,
@@ -110,12 +109,11 @@ class DistillTrainer(mk.DistillMixin, Trainer):
             limit=skip_limit,
             say=say,
         )
-        self.forecast = Forecast(student, objective, args, title, dataset, say)
         self.stop = StopRequest()
         self.stopped_by = 0  # the signal on which all ranks agreed
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.add_callback(Progress(title, objective.names, place or Place(), folder, say))
+        self.add_callback(Progress(title, objective.names, folder))
         self.add_callback(Policies(self))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -132,9 +130,7 @@ class DistillTrainer(mk.DistillMixin, Trainer):
             with StopRequest() as self.stop:
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            if "wandb" in (
-                self.args.report_to or ()
-            ):  # or the next stage would go on in this one's run
+            if "wandb" in (self.args.report_to or ()):  # the next stage is a run of its own
                 importlib.import_module("wandb").finish()
         if self.stopped_by and self.state.global_step < self.state.max_steps:
             step = f"step {self.state.global_step:,} of {self.state.max_steps:,}"
@@ -170,11 +166,6 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         with sharding.touched(student, self._projector):
             return super().distill(student, batch, counts)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The mixin's, seen before it runs by the forecast."""
-        self.forecast.first_batch(inputs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
     def note(self, training: bool, batch: Any, output: Any, counts: Any) -> None:
         """The guard sees every micro-batch, and the meter every step that it lets through."""
         self.watch.see(batch, counts, output)
@@ -201,18 +192,12 @@ class DistillTrainer(mk.DistillMixin, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms (means over the steps since the last entry), rates and peak memory."""
         if "loss" in logs:
-            logs |= self.meter.entry(self._total, self._most)
+            ranks: Any = self.accelerator
+            total = partial(ranks.reduce, reduction="sum")
+            logs |= self.meter.entry(total, lambda value: ranks.gather(value).max())
             if self.watch.skipped:
                 logs["skipped"] = self.watch.skipped
         super().log(logs, start_time)
-
-    def _total(self, value: torch.Tensor) -> torch.Tensor:
-        summed: Any = self.accelerator.reduce(value, reduction="sum")
-        return summed
-
-    def _most(self, value: torch.Tensor) -> torch.Tensor:
-        gathered: Any = self.accelerator.gather(value)
-        return gathered.max()
 
     # --- checkpoints ------------------------------------------------------------------------------
 
@@ -273,7 +258,7 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         exactly."""
         loaded, _ = load_vlm(resume_from_checkpoint)
         state = loaded.state_dict() | learned.saved(resume_from_checkpoint, self.student)
-        load_state(self.student, state, resume_from_checkpoint)
+        sharding.load_whole(self.student, state, resume_from_checkpoint)
 
 
 class Policies(TrainerCallback):

@@ -18,7 +18,6 @@ earlier. What it leaves out: repairing anything. A loss scaled down by a filter 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from accelerate.utils import gather_object, send_to_device
 
 import mllmkd_kernels as mk
 from mllmkd_kernels.rows import Counts
-from training.journal import Journal
+from training.journal import Journal, whole
 from training.meter import Meter
 
 BAD_BATCH = "bad_batch.pt"
@@ -132,10 +131,9 @@ class Watch:
         """Write the batch down; raise, or count the step as skipped."""
         guilty = [i for i, row in enumerate(values.isfinite().all(1).tolist()) if not row]
         rank = self.accelerator.process_index
-        found = [self._finding(i, seen) for i in guilty]
-        everyone: list[Any] = gather_object([(rank, found)])
-        first = min((rank for rank, found in everyone if found), default=0)
-        texts = [f["text"] for _, found in everyone for f in found]
+        everyone: list[Any] = gather_object([(rank, self._finding(i, seen)) for i in guilty])
+        first = min((rank for rank, _ in everyone), default=0)
+        texts = [text for _, text in everyone]
         if not texts:
             texts = [f"the gradient norm is {norm} although every term is finite; {_names(seen)}"]
         file = self.folder / BAD_BATCH
@@ -143,7 +141,7 @@ class Watch:
             try:
                 self._write(step, texts, [seen[i] for i in guilty] or seen)
             except (OSError, RuntimeError) as error:  # which is not what is to be told
-                self.say(f"{file}: cannot be written: {error}")
+                self.say(f"{file} is not kept: {error}")
         message = f"step {step}: {'; '.join(texts[:4])}"
         message += f" (and {len(texts) - 4} more micro-batches)" if len(texts) > 4 else ""
         if self.on_nan == "stop":
@@ -162,7 +160,7 @@ class Watch:
                 f"not one bad batch. The newest is in {file}"
             )
 
-    def _finding(self, i: int, seen: list[Seen]) -> dict[str, Any]:
+    def _finding(self, i: int, seen: list[Seen]) -> str:
         """One guilty micro-batch in words."""
         micro = seen[i]
         terms = [f"{n} {v:.4g}" for n, v in zip(self.names, micro.values.tolist(), strict=True)]
@@ -171,17 +169,14 @@ class Watch:
             for who, (bad, rows) in zip(MODELS, micro.rows.tolist(), strict=True)
             if rows
         ]
-        rank = self.accelerator.process_index
-        where = f"micro-batch {i + 1} of {len(seen)}, rank {rank}"
-        return {"text": f"{where}: {', '.join([*terms, *hidden])}; {_names([micro])}"}
+        where = f"micro-batch {i + 1} of {len(seen)}, rank {self.accelerator.process_index}"
+        return f"{where}: {', '.join([*terms, *hidden])}; {_names([micro])}"
 
     def _write(self, step: int, texts: list[str], seen: list[Seen]) -> None:
         counts = {name: int(count) for name, count in (seen[0].counts or {}).items()}
         batches = send_to_device([micro.inputs for micro in seen], "cpu")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        staging = self.folder / f".{BAD_BATCH}.incomplete"
-        torch.save({"step": step, "why": texts, "batches": batches, "counts": counts}, staging)
-        os.replace(staging, self.folder / BAD_BATCH)
+        with whole(self.folder / BAD_BATCH) as staged:
+            torch.save({"step": step, "why": texts, "batches": batches, "counts": counts}, staged)
 
 
 def sizes_of(inputs: dict[str, Any]) -> torch.Tensor:  # (3,) int64

@@ -173,9 +173,8 @@ def relation_stats(
     stats = torch.zeros(len(ends) - 1, 3, dtype=torch.float64, device=hs.device)
     for image, i, j in _relation_tiles(ends):
         r_s, r_t = (ks[i] @ hs[j].mT).double(), (kt[i] @ ht[j].mT).double()
-        twice = (
-            1.0 if i == j else 2.0
-        )  # R is symmetric: an off-diagonal tile stands for its mirror image too
+        # R is symmetric: an off-diagonal tile stands for its mirror image too
+        twice = 1.0 if i == j else 2.0
         products = ((r_s, r_s), (r_t, r_t), (r_s, r_t))
         stats[image] += twice * torch.stack([(x * y).sum() for x, y in products])
     return stats

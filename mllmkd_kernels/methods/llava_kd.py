@@ -24,6 +24,7 @@ from typing import Any
 
 from mllmkd_kernels.divergence import Divergence
 from mllmkd_kernels.methods.stage import PROJECTOR, WHOLE, Stage
+from mllmkd_kernels.methods.supervised import PRETRAINING, TUNING, supervised
 from mllmkd_kernels.objective import Objective, RowTerm
 from mllmkd_kernels.terms.relation import Relation
 
@@ -60,35 +61,21 @@ def objective(
     )
 
 
-def supervised(ce: float = 1.0, **settings: Any) -> Objective:
-    """L_reg alone; no teacher.
-
-    Args:
-        ce: weight of L_reg.
-        **settings: see `Settings`.
-    """
-    return Objective(RowTerm("ce", ce, "response"), **settings)
-
-
-#: Of the released scripts, where the projector alone trains and where the LM does too.
-_PRETRAINING = {"lr": 1e-3, "batch_size": 256}
-_TUNING = {"lr": 2e-5, "batch_size": 128}
-
 STAGES = (
     Stage(
         "pt", PROJECTOR, "captions", "pretrain", supervised,
-        title="pre-training: projector, CE on captions", defaults=_PRETRAINING, usual=False,
+        title="pre-training: projector, CE on captions", defaults=PRETRAINING, usual=False,
     ),
     Stage(
         "dpt", PROJECTOR, "captions", "pretrain", objective,
-        title="distilled pre-training: projector, four terms on captions", defaults=_PRETRAINING,
+        title="distilled pre-training: projector, four terms on captions", defaults=PRETRAINING,
     ),
     Stage(
         "sft", WHOLE, "conversations", "chat", supervised,
-        title="supervised fine-tuning: projector and LM, CE", defaults=_TUNING,
+        title="supervised fine-tuning: projector and LM, CE", defaults=TUNING,
     ),
     Stage(
         "dft", WHOLE, "conversations", "chat", objective,
-        title="distilled fine-tuning: projector and LM, four terms", defaults=_TUNING,
+        title="distilled fine-tuning: projector and LM, four terms", defaults=TUNING,
     ),
 )  # fmt: skip

@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from mllmkd_kernels.divergence import Divergence
 from mllmkd_kernels.methods.stage import PROJECTOR, WHOLE, Stage
+from mllmkd_kernels.methods.supervised import PRETRAINING, TUNING, supervised
 from mllmkd_kernels.objective import Objective, RowTerm
 from mllmkd_kernels.terms import Affinity, Features, LogitMse
 
@@ -72,26 +73,17 @@ def objective(
     )
 
 
-def supervised(ce: float = 1.0, **settings: Any) -> Objective:
-    """L_ce alone; no teacher."""
-    return Objective(RowTerm("ce", ce, "response"), **settings)
-
-
-#: Of the released scripts.
-_PRETRAINING = {"lr": 1e-3, "batch_size": 256}
-_TUNING = {"lr": 2e-5, "batch_size": 128}
-
 STAGES = (
     Stage(
         "pt", PROJECTOR, "captions", "pretrain", supervised,
-        title="pre-training: projector, CE on captions", defaults=_PRETRAINING,
+        title="pre-training: projector, CE on captions", defaults=PRETRAINING,
     ),
     Stage(
         "sft", WHOLE, "conversations", "chat", supervised,
-        title="supervised fine-tuning: projector and LM, CE", defaults=_TUNING, usual=False,
+        title="supervised fine-tuning: projector and LM, CE", defaults=TUNING, usual=False,
     ),
     Stage(
         "kd", WHOLE, "conversations", "chat", objective,
-        title="distillation: projector and LM, logits and features", defaults=_TUNING,
+        title="distillation: projector and LM, logits and features", defaults=TUNING,
     ),
 )  # fmt: skip

@@ -37,15 +37,15 @@ class Relation:
     def __call__(self, view: View) -> Tensor:
         """This micro-batch's share of the mean."""
         hidden_s, hidden_t = view.hidden("visual")
-        s, t, operators = view.student, view.teacher, view.settings.operators
+        s, t, functions = view.student, view.teacher, view.settings.functions
         assert t is not None
         if not len(hidden_s):
             return view.zero
         grams: list[Tensor | None] = [None, None]
         if s.softcap is None and t.softcap is None:  # or there is none
             heads = {"student": s, "teacher": t}
-            grams = [operators.frozen_gram(who, x, view.vocab) for who, x in heads.items()]
-        value = operators.relate(
+            grams = [functions.frozen_gram(who, x, view.vocab) for who, x in heads.items()]
+        value = functions.relate(
             hidden_s, s.weight, hidden_t, t.weight, view.images,
             student_gram=grams[0], teacher_gram=grams[1],
             student_bias=s.bias, teacher_bias=t.bias,

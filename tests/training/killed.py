@@ -120,7 +120,7 @@ def full_disk(root: Path, out: Path) -> None:
 
 KINDS = (  # of moments, by what their names contain; the first that fits
     ("training", ("compute_loss", "on_step_end")),
-    ("removing an old checkpoint", ("discarded",)),
+    ("removing an old checkpoint", ("shutil.rmtree /1-dpt/check", "shutil.rmtree /2-dft/check")),
     ("publishing a checkpoint", ("os.rename /1-dpt/.incomplete", "os.rename /2-dft/.incomplete")),
     ("writing a checkpoint", ("/.incomplete/checkpoint",)),
     ("publishing the model", ("os.rename /1-dpt/.model", "os.rename /2-dft/.model")),

@@ -16,7 +16,9 @@ from training.cli import main
 from training.loop import run
 from training.models import save_model
 
-LINE = re.compile(r"[\w ./-]+: [\d,]+ of [\d,]+ (samples|batches|questions), \d:\d\d:\d\d left")
+LINE = re.compile(
+    r"[\w ./-]+: [\d,]+ of [\d,]+ (samples|batches|questions|steps), \d:\d\d:\d\d left"
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +76,14 @@ def test_nothing_is_said_before_its_time(root, capfd):
         assert not any(LINE.search(line) for line in capfd.readouterr().err.splitlines()), name
 
 
-def test_slow_steps_tell_a_line_between_two_log_entries(root, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.progress.SECONDS_BETWEEN_LINES", 0.0)
+def test_slow_steps_tell_a_line_between_two_log_entries(root, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("training.bar.SECONDS_BETWEEN_LINES", 0.0)
     config = tiny.run_config(root, tmp_path / "out", stages=("pt",))
-    said = []
-    run(settings.changed(config, data={"held_out": None}, log_steps=100), say=said.append)
-    lines = [line for line in said if re.match(r"1-pt: step \d of 6, \d:\d\d:\d\d left", line)]
-    assert len(lines) == 6 and "loss" in lines[-1]
+    run(settings.changed(config, data={"held_out": None}, log_steps=100), say=lambda _: None)
+    told = capfd.readouterr().err.splitlines()
+    lines = [line for line in told if re.match(r"1-pt: \d of 6 steps, \d:\d\d:\d\d left", line)]
+    assert [line.split()[1] for line in lines[:6]] == list("123456")
+    assert re.search(r"left, loss \d\.\d{3} ce .* tok/s \d.* GiB$", lines[-1])
 
 
 def test_palette_pictures_warn_once_a_run_at_most(root, tmp_path):

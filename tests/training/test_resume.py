@@ -136,5 +136,5 @@ def test_a_checkpoint_of_another_architecture_is_refused(root, tmp_path, monkeyp
     stop_at(3, config, monkeypatch)
     wider = settings.changed(config, model={"hidden": 24})
     (tmp_path / "out" / "config.yaml").write_text(settings.dump(wider))
-    with pytest.raises(ValueError, match=r"checkpoint-3.*another architecture.*expected"):
+    with pytest.raises(ValueError, match=r"checkpoint-3.*another architecture.*size mismatch"):
         run(wider, say=lambda _: None)

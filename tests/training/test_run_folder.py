@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import socket
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.training import tiny
+from tests.training.tiny import Killed, killed, quiet
 from training import settings
 from training.cli import main
 from training.config import SourceConfig
@@ -25,17 +27,9 @@ from training.journal import WriteError
 from training.lock import held
 from training.loop import run
 from training.settings import ConfigError
-from training.teacher_cache import command
+from training.teacher_cache import fill
 from training.trainer import DistillTrainer
 from training.watch import NonFiniteError
-
-
-class Killed(BaseException):
-    """As SIGKILL: nothing of the run happens after it."""
-
-
-def quiet(message):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -45,21 +39,6 @@ def begun(tmp_path_factory):
     killed(resumed(root), 3)
     assert (root / "out" / "1-dpt" / "checkpoint-2").is_dir()
     return root
-
-
-def killed(config, step):
-    """Run until so many steps are made."""
-    original = DistillTrainer.compute_loss
-
-    def compute_loss(self, *args, **kwargs):
-        if self.state.global_step == step:
-            raise Killed
-        return original(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DistillTrainer, "compute_loss", compute_loss)
-        with pytest.raises(Killed):
-            run(config, say=quiet)
 
 
 @pytest.fixture
@@ -163,11 +142,11 @@ def test_another_cache_under_the_same_path_is_named(begun, tmp_path):
     config = tiny.run_config(tmp_path, tmp_path / "out", stages=("dpt",))
     cached = {"path": str(tmp_path / "rows"), "batch_size": 4}
     config = settings.changed(config, teacher_cache=cached)
-    command.make(config, say=quiet)
+    fill.make(config, say=quiet)
     run(config, say=quiet)
     shutil.rmtree(tmp_path / "rows")
     edit_weights(tmp_path / "teacher", "projector")
-    command.make(config, say=quiet)
+    fill.make(config, say=quiet)
     with pytest.raises(ConfigError, match=r"teacher_cache.path, dpt: has changed"):
         run(config, say=quiet)
 
@@ -232,21 +211,36 @@ def test_the_lock_goes_with_a_process_that_is_killed(other, tmp_path):
     assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
-FAILURES = {
-    "a model that is not there": {"model": {"vision": "/nothing/there"}},
-    "data that are not there": {"data": {"captions": "/nothing/there.json"}},
-    "no teacher": {"teacher": None},
-    "a batch that does not divide": {"stage": {"dpt": {"batch_size": 4, "micro_batch": 3}}},
-    "samples too long": {"data": {"max_length": 2}},
+FAILURES: dict[str, tuple[dict[str, Any], str]] = {
+    "a model that is not there": (
+        {"model": {"vision": "/nothing/there"}},
+        "/nothing/there: no such folder",
+    ),
+    "data that are not there": (
+        {"data": {"captions": "/nothing/there.json"}},
+        "field 'file': got no such file",
+    ),
+    "no data": ({"data": {"captions": None}}, r"data.captions: got null"),
+    "no teacher": ({"teacher": None}, r"teacher: got null.*stage dpt"),
+    "a batch that does not divide": (
+        {"stage": {"dpt": {"batch_size": 4, "micro_batch": 3}}},
+        "batch_size: got 4, expected a multiple",
+    ),
+    "samples too long": ({"data": {"max_length": 2}}, "at most max_length 2"),
+    "a tracker that is not installed": (
+        {"report_to": ("trackio",)},
+        r"report_to: got 'trackio', .* pip install trackio",
+    ),
 }
 
 
 @pytest.mark.parametrize("why", FAILURES)
-def test_a_first_try_that_fails_leaves_nothing(why, tmp_path):
+def test_a_first_try_that_fails_leaves_nothing(why, tmp_path, monkeypatch):
     config = tiny.run_config(tmp_path, tmp_path / "new" / "out", stages=("dpt",))
-    failing = settings.changed(config, **FAILURES[why])
-    with pytest.raises(ValueError):
-        run(failing, say=quiet)
+    changes, message = FAILURES[why]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=message):
+        run(settings.changed(config, **changes), say=quiet)
     assert not (tmp_path / "new").exists()
 
 

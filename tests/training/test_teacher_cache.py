@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import shutil
-from collections import namedtuple
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,15 +17,18 @@ import torch
 import mllmkd_kernels as mk
 from mllmkd_kernels.batch import ask, run_to_head
 from tests.training import tiny
-from training import checkpoint, settings
+from tests.training.tiny import Killed
+from training import journal, settings
 from training.anatomy import freeze
 from training.config import load
 from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
+from training.data.packing import PackedCollator
 from training.data.records import DataError
-from training.models import CheckpointError, build_model, load_model, load_vlm
+from training.journal import WriteError
+from training.models import CheckpointError, build_model, load_vlm, marks_of
 from training.settings import ConfigError
-from training.teacher_cache import fill, identity, store, use
+from training.teacher_cache import fill, store, use
 
 ALONE: Any = SimpleNamespace(process_index=0, num_processes=1, is_local_main_process=False)
 # two text-only samples, one image, one of two images and two turns, in batches of uneven rows
@@ -52,8 +54,8 @@ def data(root):
     return items(root, tiny.processor())
 
 
-def a_pass(root, folder, data, *, dtype="fp32", teacher=None, **manifest):
-    model = teacher or load_model(root / "teacher")[0]
+def a_pass(root, folder, data, *, dtype="fp32", teacher=None, marks=None, **manifest):
+    model = teacher or load_vlm(root / "teacher")[0]
     fields: dict[str, Any] = dict(
         stage="dft",
         template="chat",
@@ -63,10 +65,8 @@ def a_pass(root, folder, data, *, dtype="fp32", teacher=None, **manifest):
         samples=len(data),
         samples_per_shard=4,
         data="",
-        teacher=identity.of_model(model, str(root / "teacher")),
-        processor=identity.of_processor(tiny.processor()),
-        softcap=None,
-        image_token_id=model.config.image_token_id,
+        name=use.place(str(root / "teacher")),
+        teacher=marks or marks_of(str(root / "teacher")),
     )
     return fill.Pass(
         folder=folder,
@@ -120,7 +120,7 @@ def outcome(root, data, teacher, collator, batches=BATCHES, **weights):
 
 
 def online(root, data, teacher=None, **weights):
-    model = teacher or load_model(root / "teacher")[0]
+    model = teacher or load_vlm(root / "teacher")[0]
     return outcome(root, data, model, Collator(tiny.processor()), **weights)
 
 
@@ -143,6 +143,13 @@ def test_fp32_rows_train_as_the_teacher_does(root, data, rows, weights):
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_packed_micro_batches(root, data, rows):
+    """Their rows lie in another order than padded ones do."""
+    collator = use.CachedCollator(PackedCollator(tiny.processor()), rows)
+    terms, _ = outcome(root, data, use.CachedTeacher(rows), collator)
+    torch.testing.assert_close(terms, online(root, data)[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -168,7 +175,7 @@ def test_bf16_rows_of_an_fp32_teacher_are_within_their_rounding(root, data, tmp_
     exp(2e), and dKL/dlogits = q - p by exp(2e) - 1 in all; KL itself by 2e max |log p/q|, and e²
     more."""
     rows = filled(root, tmp_path, data, dtype="bf16")
-    teacher, model = load_model(root / "teacher")[0].requires_grad_(False), student(root)
+    teacher, model = load_vlm(root / "teacher")[0].requires_grad_(False), student(root)
     collator = Collator(tiny.processor())
     plain: Any = collator([data[i] for i in (0, 1, 4)])
     batch = use.CachedCollator(collator, rows)([data[i] for i in (0, 1, 4)])
@@ -207,7 +214,7 @@ def test_a_teacher_with_a_batch_of_its_own(root, tmp_path):
     work.fill(ALONE)
     data = items(root, tiny.processor())
     terms, _ = cached(root, data, store.TeacherRows(tmp_path))
-    expected, _ = outcome(root, both, load_model(root / "teacher")[0], work.collator)
+    expected, _ = outcome(root, both, load_vlm(root / "teacher")[0], work.collator)
     torch.testing.assert_close(terms, expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(torch.stack(terms), torch.stack(online(root, data)[0]), rtol=1e-3)
 
@@ -219,7 +226,7 @@ def test_a_teacher_with_a_batch_of_its_own(root, tmp_path):
     moved = dataclasses.replace(work, folder=tmp_path / "moved", dataset=Moved())
     moved.claim()
     with pytest.raises(
-        DataError, match=r"'s0', .* the teacher's images have \[5, .* student's \[4"
+        DataError, match=r"'s0', .*the teacher .* of images of \[5, .* the student .* of \[4"
     ):
         moved.fill(ALONE)
 
@@ -228,7 +235,7 @@ def test_shards_and_manifest_say_what_is_there(root, data, rows):
     names = sorted(file.name for file in rows.folder.iterdir())
     shards = [f"shard-{i:05d}.safetensors" for i in range(4)]
     assert names == ["head.safetensors", "manifest.json", *shards]
-    mark = identity.mark_of(data[3])
+    mark = store.mark_of(data[3])
     response, visual = rows.rows(mark)
     assert (len(response), len(visual)) == (mark.response, mark.visual) == (mark.response, 8)
     assert len(rows) == len(data) == 14
@@ -237,14 +244,10 @@ def test_shards_and_manifest_say_what_is_there(root, data, rows):
 # --- a pass that is killed -----------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """As SIGKILL: nothing of the pass runs after it."""
-
-
 @pytest.mark.parametrize("renamed", [False, True], ids=["before the rename", "after it"])
 @pytest.mark.parametrize("at", range(6))
 def test_a_killed_pass_goes_on(root, data, rows, tmp_path, monkeypatch, at, renamed):
-    publish, seen = checkpoint.publish_file, []
+    publish, seen = journal.publish, []
 
     def kill(staged, target):
         seen.append(target)
@@ -256,11 +259,11 @@ def test_a_killed_pass_goes_on(root, data, rows, tmp_path, monkeypatch, at, rena
             raise Killed
 
     work = a_pass(root, tmp_path, data)
-    monkeypatch.setattr(checkpoint, "publish_file", kill)
+    monkeypatch.setattr(journal, "publish", kill)
     with pytest.raises(Killed):
         work.claim()
         work.fill(ALONE)
-    monkeypatch.setattr(checkpoint, "publish_file", publish)
+    monkeypatch.setattr(journal, "publish", publish)
     whole = {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("shard-*")}
     work.claim()
     assert not list(tmp_path.glob(".*")), "nothing half-written stays"
@@ -289,11 +292,10 @@ def test_processes_share_the_shards(root, data, rows, tmp_path):
 
 def test_a_pass_of_something_else_is_refused(root, data, tmp_path):
     a_pass(root, tmp_path, data).claim()
-    other = load_model(root / "teacher")[0]
-    other.model.language_model.norm.weight.data += 0.1
-    with pytest.raises(ConfigError, match=r"begun with something else \(teacher.weights: "):
-        a_pass(root, tmp_path, data, teacher=other).claim()
-    with pytest.raises(ConfigError, match="dtype: fp32 -> bf16"):
+    other = marks_of(str(root / "tower"))
+    with pytest.raises(ConfigError, match=r"else \(teacher.config.json: .* teacher.model.safet"):
+        a_pass(root, tmp_path, data, marks=other).claim()
+    with pytest.raises(ConfigError, match="dtype: 'fp32' -> 'bf16'"):
         a_pass(root, tmp_path, data, dtype="bf16").claim()
     a_pass(root, tmp_path, data, samples_per_shard=9).claim()
     assert store.Manifest.read(tmp_path).samples_per_shard == 4, "begun with shards of 4"
@@ -302,47 +304,39 @@ def test_a_pass_of_something_else_is_refused(root, data, tmp_path):
 # --- what does not fit ---------------------------------------------------------------------------
 
 
-def broken(item, **changes):
-    return dict(item) | changes
-
-
 def test_samples_that_were_not_stored(data, rows):
     collator, item = use.CachedCollator(Collator(tiny.processor()), rows), data[0]
     labels = item["labels"].clone()
     labels[labels != -100] += 1
-    for changes, why in (
-        ({"sample_id": "new"}, "sample 'new' is not among the 14 stored ones"),
-        ({"labels": labels}, "sample 's0' was stored with other tokens, labels"),
-        ({"image_lens": torch.tensor([2, 2])}, "sample 's0' was stored with other tokens"),
-        (
-            {"pixel_values": item["pixel_values"].flip(1)},
-            "sample 's0' was stored with other images",
-        ),
+    for changes in (
+        {"sample_id": "new"},
+        {"labels": labels},
+        {"image_lens": torch.tensor([2, 2])},
+        {"pixel_values": item["pixel_values"].flip(1)},
     ):
-        with pytest.raises(DataError, match=why):
+        name = changes.get("sample_id", "s0")
+        with pytest.raises(DataError, match=f"sample {name!r} is not among the 14 stored ones, or"):
             collator([item | changes])
-    # one grey level of noise is another library's rounding, not another image
-    noise = (torch.randint(0, 2, item["pixel_values"].shape) * 2 - 1) / 127.5
-    collator([item | {"pixel_values": item["pixel_values"] + noise}])
 
 
-def test_other_data_and_processors_are_found_before_the_first_step(root, rows):
-    use.probe(rows, iter(()))  # a stream
+def test_other_data_and_settings_are_found_before_the_first_step(root, data, rows):
+    config, collator = reading(rows.folder.parent), Collator(tiny.processor())
+    use.use_stored(config, "dft", iter(()), collator)  # a stream
+    teacher, _ = use.use_stored(config, "dft", data, collator)
+    assert teacher.name.endswith(f"teacher, stored in {rows.folder}")
     with pytest.raises(DataError, match="sample 'c0' is not among the 14"):
-        use.probe(rows, items(root, tiny.processor(), "pretrain"))
-    words = tiny.build_processor([*tiny.WORDS, "more"], image_size=16, patch_size=8)
-    config = reading(rows.folder.parent)
-    with pytest.raises(CheckpointError, match=r"another processor \(tokenizer: \w+ -> \w+\)"):
-        use.open_rows(config, "dft", words)
+        use.use_stored(config, "dft", items(root, tiny.processor(), "pretrain"), collator)
+    words = tiny.build_processor(tiny.WORDS[::-1], image_size=16, patch_size=8)
+    with pytest.raises(DataError, match=r"sample 's0' .* template, tokenizer or image processor"):
+        use.use_stored(config, "dft", items(root, words), collator)
     with pytest.raises(CheckpointError, match=r"dpt: no manifest.json there.*training cache"):
-        use.open_rows(config, "dpt", tiny.processor())
+        use.open_rows(config, "dpt")
     unshifted = reading(rows.folder.parent, loss={"shift": False})
     with pytest.raises(ConfigError, match="response_kl reads response:unshifted rows of the teach"):
-        use.open_rows(unshifted, "dft", tiny.processor())
+        use.open_rows(unshifted, "dft")
     other = settings.changed(config, teacher=str(root / "tower"))
     with pytest.raises(ConfigError, match=r"teacher: got .*tower, but .*dft is of .*teacher; name"):
-        use.open_rows(other, "dft", tiny.processor())
-    assert len(use.open_rows(config, "dft", tiny.processor())) == 14
+        use.open_rows(other, "dft")
 
 
 def test_response_rows_alone(root, data, tmp_path):
@@ -351,10 +345,10 @@ def test_response_rows_alone(root, data, tmp_path):
     assert (tmp_path / "dft" / "shard-00000.safetensors").stat().st_size < 4000
     terms, _ = cached(root, data, rows, **weights)
     torch.testing.assert_close(terms, online(root, data, **weights)[0], rtol=1e-5, atol=1e-6)
-    use.open_rows(reading(tmp_path, loss=weights), "dft", tiny.processor())
+    use.open_rows(reading(tmp_path, loss=weights), "dft")
     one = reading(tmp_path, loss={"relation": 0.0})
-    with pytest.raises(ConfigError, match=r"visual_kl reads visual rows .* holds response rows al"):
-        use.open_rows(one, "dft", tiny.processor())
+    with pytest.raises(ConfigError, match=r"visual_kl reads visual rows .* holds response rows of"):
+        use.open_rows(one, "dft")
 
 
 def test_damage_is_named(rows, tmp_path):
@@ -368,10 +362,10 @@ def test_damage_is_named(rows, tmp_path):
     shard.write_bytes(whole)
     values = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(values | {"version": 0}))
-    with pytest.raises(CheckpointError, match="version 0, expected 1"):
+    with pytest.raises(CheckpointError, match="version 0, expected 2"):
         store.TeacherRows(folder)
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match="not valid json"):
+    with pytest.raises(CheckpointError, match=r"manifest.json: cannot be used"):
         store.TeacherRows(folder)
 
 
@@ -380,7 +374,7 @@ def test_damage_is_named(rows, tmp_path):
     [(float("nan"), "fp32", "NaN or inf"), (1e6, "fp16", "too large for torch.float16")],
 )
 def test_states_that_are_no_numbers(root, data, tmp_path, factor, dtype, why):
-    teacher = load_model(root / "teacher")[0]
+    teacher = load_vlm(root / "teacher")[0]
     teacher.model.language_model.norm.weight.data *= factor
     with pytest.raises(DataError, match=f"sample 's0': the teacher's hidden states are {why}"):
         filled(root, tmp_path, data, teacher=teacher, dtype=dtype)
@@ -389,12 +383,17 @@ def test_states_that_are_no_numbers(root, data, tmp_path, factor, dtype, why):
 def test_a_full_disk_leaves_whole_shards(root, data, rows, tmp_path, monkeypatch):
     work = a_pass(root, tmp_path, data)
     work.claim()
-    usage = namedtuple("usage", "total used free")
-    free = iter([10**9, 10**9, 100])
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, next(free)))
-    with pytest.raises(ConfigError, match=r"cannot write shard 2 .* 100 B are free.*goes on"):
-        work.fill(ALONE)
-    monkeypatch.undo()
+    save = store.save_file
+
+    def full(tensors, path):
+        if "00002" in path.name:
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "save_file", full)
+        with pytest.raises(WriteError, match=r"shard-00002.safetensors: .* No space left"):
+            work.fill(ALONE)
     work.fill(ALONE)
     shard = "shard-00002.safetensors"
     assert (tmp_path / shard).read_bytes() == (rows.folder / shard).read_bytes()

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import shutil
 from collections import namedtuple
-from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -15,25 +14,18 @@ from mllmkd_kernels.llava_kd import TERMS
 from tests.training import tiny
 from tests.training.test_recipes import root as recipes_root
 from tests.training.test_recipes import shrunk
+from tests.training.tiny import killed, quiet
 from training import settings
+from training.bar import size
 from training.cli import main
 from training.config import Config
 from training.data.dataset import LlavaDataset
 from training.loop import run
-from training.models import load_model
+from training.models import load_vlm
 from training.settings import ConfigError
-from training.teacher_cache import command, cost, identity
-from training.trainer import DistillTrainer
+from training.teacher_cache import fill, store
 
 recipe_data = recipes_root  # the fixture, for the classes that recipes name
-
-
-class Killed(BaseException):
-    """As SIGKILL: nothing of the run happens after it."""
-
-
-def quiet(message):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +49,7 @@ def caching(root, path, **options):
     return settings.changed(config, stage=stage, data={"held_out": None}, teacher_cache=cache)
 
 
-def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, monkeypatch, capsys):
+def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, capsys):
     config = caching(root, tmp_path)
     online = settings.changed(
         config, out=str(tmp_path / "online"), teacher_cache={"path": None, "dtype": "bf16"}
@@ -69,7 +61,7 @@ def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, monkeypatch,
     assert not (tmp_path / "rows").exists() and "6 response" not in capsys.readouterr().out
     assert main(["cache", "--config", str(file)]) == 0
     printed = capsys.readouterr().out
-    assert "dpt: 14 samples\n  rows a sample  " in printed and "dft: whole: 14 samples, " in printed
+    assert "dpt: 14 samples of " in printed and "dft: whole: 14 samples, " in printed
     alone = settings.changed(config, teacher=None, data={"workers": 1})
     whole = curves(run(alone, say=quiet))
     for ours, theirs in zip(whole, expected, strict=True):
@@ -77,24 +69,15 @@ def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, monkeypatch,
             # fp32 states of batches of other lengths, then optimiser steps on them
             assert entry == pytest.approx(other, rel=1e-3, abs=1e-6)
 
-    save = DistillTrainer._save_checkpoint
-
-    def kill(self, *arguments):
-        save(self, *arguments)
-        if self.state.global_step == 4:
-            raise Killed
-
     again = settings.changed(alone, out=str(tmp_path / "again"))
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(DistillTrainer, "_save_checkpoint", kill)
-        run(again, say=quiet)
+    killed(again, 5)
     assert curves(run(again, say=quiet)) == whole
 
 
 def test_a_stream_cannot_be_stored(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "load_data", lambda *_: iter(()))
+    monkeypatch.setattr(fill, "load_data", lambda *_: iter(()))
     with pytest.raises(ConfigError, match="data: the captions are a stream, expected"):
-        command.make(caching(root, tmp_path), say=quiet)
+        fill.make(caching(root, tmp_path), say=quiet)
 
 
 def test_a_run_stops_before_it_starts(root, tmp_path, capsys):
@@ -103,15 +86,15 @@ def test_a_run_stops_before_it_starts(root, tmp_path, capsys):
         ConfigError,
         match=r"stage.dpt.loss: visual_kl reads visual rows",
     ):
-        command.make(config, say=quiet)
+        fill.make(config, say=quiet)
     file = tmp_path / "config.yaml"
     file.write_text(settings.dump(config))
     assert main(["run", "--config", str(file)]) == 2
     assert "dpt: no manifest.json there, expected a teacher cache" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"some of the run's stages \['sft'\] that"):
-        command.make(settings.changed(config, stages=("sft",)), say=quiet)
+        fill.make(settings.changed(config, stages=("sft",)), say=quiet)
     with pytest.raises(ConfigError, match=r"teacher: got null, expected a path: the model whose"):
-        command.make(settings.changed(config, teacher=None), say=quiet)
+        fill.make(settings.changed(config, teacher=None), say=quiet)
 
 
 def same_with_and_without_the_teacher(config: Config, path, *, visual=True):
@@ -119,7 +102,7 @@ def same_with_and_without_the_teacher(config: Config, path, *, visual=True):
     online = curves(run(settings.changed(config, out=str(path / "online")), say=quiet))
     cache = {"path": str(path / "rows"), "dtype": "fp32", "visual": visual, "batch_size": 3}
     config = settings.changed(config, out=str(path / "stored"), teacher_cache=cache)
-    command.make(config, say=quiet)
+    fill.make(config, say=quiet)
     stored = curves(run(settings.changed(config, teacher=None), say=quiet))
     for ours, theirs in zip(stored[0], online[0], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
@@ -133,39 +116,26 @@ def test_other_classes(name, recipe_data, tmp_path):
     same_with_and_without_the_teacher(config, tmp_path, visual=visual)
 
 
-def test_packed_micro_batches(root, tmp_path):
-    config = tiny.run_config(root, tmp_path, stages=("dft",))
-    data, stage = {"packing": True, "held_out": None}, {"dft": {"micro_batch": 2}}
-    same_with_and_without_the_teacher(settings.changed(config, data=data, stage=stage), tmp_path)
-
-
 def test_the_cost_is_known_before(root, tmp_path, monkeypatch):
-    command.make(caching(root, tmp_path, stages=("dft",)), say=quiet)
-    data = LlavaDataset(root / "data.json", root, tiny.processor())
-
-    def counted(folder, **options):
-        fixed: dict[str, Any] = dict(visual=True, dtype="fp32", shard_mb=1, workers=0)
-        return cost.cost_of(folder, data, str(root / "teacher"), **fixed | options)
-
-    marks = [identity.mark_of(item) for item in data]
-    total = sum(mark.response + mark.visual for mark in marks)
-    found = counted(tmp_path / "not" / "there")
-    head = 24 * load_model(root / "teacher")[0].lm_head.weight.shape[0] * 4
-    assert found.total == total * 24 * 4 + 14 * cost.INDEX + head and found.stored == 0
+    told = []
+    fill.make(caching(root, tmp_path, stages=("dft",)), say=told.append)
+    marks = [
+        store.mark_of(item) for item in LlavaDataset(root / "data.json", root, tiny.processor())
+    ]
+    rows = sum(mark.response + mark.visual for mark in marks)
+    head = 24 * load_vlm(root / "teacher")[0].lm_head.weight.shape[0] * 4
     written = 0
     for file in (tmp_path / "rows" / "dft").glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
-            names = opened.keys()
-            written += sum(opened.get_tensor(name).nbytes for name in names)
-    assert found.total == written
-    responses = sum(mark.response for mark in marks)
-    assert counted(tmp_path, visual=False, dtype="bf16").total == (
-        responses * 24 * 2 + 14 * cost.INDEX + head
-    )
-    monkeypatch.setattr(cost, "COUNTED", 5)
-    text = str(counted(tmp_path))
-    assert "from 5 samples" in text and "±" in text and "24 x fp32 = 96 bytes" in text
+            written += sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118
+    assert written == rows * 24 * 4 + 14 * store.INDEX + head
+    assert f"a row 24 x fp32: {size(written)}, 0 B of it stored" in told[1]
+    monkeypatch.setattr(fill, "COUNTED", 5)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 1000))
+    again = settings.changed(
+        caching(root, tmp_path), teacher_cache={"path": str(tmp_path / "new" / "rows")}
+    )
     with pytest.raises(ConfigError, match=r"kB are needed, 1 kB are free there"):
-        cost.check([counted(tmp_path)])
+        fill.make(again, dry_run=True, say=told.append)
+    assert "rows (counted in 5), a row" in told[-1] and not (tmp_path / "new").exists()

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +14,13 @@ import torch
 import mllmkd_kernels as mk
 from tests.training import tiny
 from training import settings
+from training.bar import clock
 from training.cli import main
 from training.interrupt import Interrupted
 from training.journal import Journal
 from training.loop import run
 from training.meter import Meter
-from training.models import load_model
-from training.progress import Place, Progress, clock
+from training.models import load_vlm
 from training.trainer import DistillTrainer
 from training.watch import NonFiniteError
 
@@ -85,8 +84,8 @@ def test_stop_names_the_batch_and_keeps_it(config, tmp_path, monkeypatch):
 
     bad = torch.load(folder / "bad_batch.pt")  # plain values: no unpickling of anything else
     assert bad["step"] == 3 and bad["why"][0] in text
-    student, _ = load_model(folder / "checkpoint-2")
-    teacher, _ = load_model(str(config.teacher))
+    student, _ = load_vlm(folder / "checkpoint-2")
+    teacher, _ = load_vlm(str(config.teacher))
     (batch,) = bad["batches"]
     again = (config.objective("dft"), student, teacher, batch, bad["counts"])
     assert not mk.distill_batch(*again).loss.isfinite()
@@ -116,7 +115,7 @@ def test_skip_leaves_the_step_out(config, tmp_path, monkeypatch, where):
         any(not torch.equal(a[key], b[key]) for key in a) for a, b in itertools.pairwise(weights)
     ]
     assert changed == [True, False, False]  # by steps 1, 2 and 3
-    assert all(bool(v.isfinite().all()) for v in load_model(result.model)[0].state_dict().values())
+    assert all(bool(v.isfinite().all()) for v in load_vlm(result.model)[0].state_dict().values())
     listed = (tmp_path / "out" / "1-dft" / "skipped.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in listed] == [2, 3]
     assert sum(m.startswith("skipped step") for m in messages) == 2
@@ -151,29 +150,8 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path, capsys, monkeypatch)
     assert capsys.readouterr().err == "SIGINT: saved; the same command continues there\n"
 
 
-def test_time_left_of_stage_and_run():
-    place = Place(2, 4, later=(("dft", 200), ("more", None)))
-    assert place.total_left(60, 0.5) == "~0:02:40 + more"
+def test_a_day_has_its_own_word():
     assert clock(90_061) == "1 d 1:01:01"
-
-
-def test_lines_where_there_is_no_terminal(tmp_path):
-    lines = []
-    progress = Progress("2-sft", ("ce",), Place(2, 3), tmp_path, lines.append, terminal=False)
-    args = SimpleNamespace(train_batch_size=2, gradient_accumulation_steps=2, world_size=1)
-    logs = {"loss": 1.5, "ce": 1.5, "tokens_per_second": 1234.5, "peak_gib": 2.0}
-    state = SimpleNamespace(
-        global_step=0, max_steps=3, is_world_process_zero=True, log_history=[{"epoch": 1.0}]
-    )
-    progress.on_train_begin(args, state, None)
-    for step in (1, 2, 3):
-        state.global_step = step
-        state.log_history.append(logs | {"step": step})
-        progress.on_log(args, state, None, logs)
-    assert len(lines) == 2  # the first and the last: those between are too close
-    assert re.match(r"2-sft: step 1 of 3, 0:00:0\d left, stage 2 of 3, run ~0:00:0\d, ", lines[0])
-    assert lines[1].endswith("loss 1.500 ce 1.500 1,234 tok/s 2.0 GiB")
-    assert [entry["step"] for entry in Journal(tmp_path / "log.jsonl").read()] == [1, 2, 3]
 
 
 def test_a_journal_forgets_what_will_be_made_again(tmp_path):

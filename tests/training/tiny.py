@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from transformers import LlavaProcessor, SiglipVisionConfig, SiglipVisionModel
@@ -16,7 +18,9 @@ from transformers import LlavaProcessor, SiglipVisionConfig, SiglipVisionModel
 from training import settings
 from training.config import Config, ModelConfig, load
 from training.demo.words import build_processor
+from training.loop import run
 from training.models import build_model, save_model
+from training.trainer import DistillTrainer
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200), "grey": (90, 90, 90)}
 WORDS = [*COLOURS, "what", "colour", "and", "this", "is", "say"]
@@ -87,6 +91,18 @@ def write_teacher(path: Path, tower: Path) -> Path:
     return path
 
 
+def write_talker(path: Path, tower: Path) -> Path:
+    """A model that says different things to different prompts, and mostly stops by itself."""
+    model, its_processor = build_model(model_config(tower, 32), 0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and "vision_tower" not in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.5)
+    save_model(model, its_processor, path)
+    return path
+
+
 def run_config(
     root: Path, out: Path, *, stages: tuple[str, ...] = ("dpt", "sft", "dft"), samples: int = 14
 ) -> Config:
@@ -113,3 +129,26 @@ def run_config(
         "threads": 1,
     }
     return settings.build(type(load()), values)
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing happens after it."""
+
+
+def quiet(message: str) -> None:
+    """What nobody reads."""
+
+
+def killed(config: Config, step: int) -> None:
+    """Run until so many steps are made."""
+    original = DistillTrainer.compute_loss
+
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DistillTrainer, "compute_loss", compute_loss)
+        with pytest.raises(Killed):
+            run(config, say=quiet)

@@ -120,10 +120,18 @@ class ChatEncoder:
                 renders or has words that the tokenizer does not know, or ``pretrain`` meets
                 anything but images and one caption.
         """
+        return self._joined(sample, seen, self._pieces(sample))
+
+    def prompt(self, sample: Sample, seen: Seen) -> Item:
+        """What generation of the last answer starts from: an item of the ids before it, without
+        labels of its own; faults as `item`'s."""
+        return self._joined(sample, seen, self._pieces(sample, prompt=True))
+
+    def _joined(self, sample: Sample, seen: Seen, pieces: list[tuple[str, bool]]) -> Item:
+        """The item of pieces of text, with the tokens of the images at their places."""
         ids: list[int] = []
         labels: list[int] = []
         extras: dict[str, list[int]] = {name: [] for name in self._extras}
-        pieces = self._pieces(sample)
         places = sum(text.count(self.image_token) for text, _ in pieces)
         if places != len(seen.ids):
             got = f"{places} x {self.image_token!r} for {len(seen.ids)} image(s)"
@@ -155,12 +163,6 @@ class ChatEncoder:
             seen = Seen([[self.image_id] * (self.tokens_per_image or 0)] * len(sample.images))
         return len(self.item(sample, seen)["input_ids"])
 
-    def prompt(self, sample: Sample, seen: Seen) -> list[int]:
-        """Ids that generation of the first answer starts from."""
-        item = self.item(sample, seen)
-        first = int((item["labels"] != IGNORE).nonzero()[0])
-        return item["input_ids"][:first].tolist()
-
     def messages(self, sample: Sample, answers: Sequence[str]) -> list[dict[str, Any]]:
         """The conversation as templates want it, in parts; LLaVA's gets its questions whole."""
         system = sample.system if sample.system is not None else self.system or None
@@ -174,23 +176,29 @@ class ChatEncoder:
             talk.append(_message("assistant", answer))
         return talk
 
-    def _pieces(self, sample: Sample) -> list[tuple[str, bool]]:
-        """The text in order, and whether it is learned."""
+    def _pieces(self, sample: Sample, prompt: bool = False) -> list[tuple[str, bool]]:
+        """The text in order, and whether it is learned; `prompt`: as far as the last answer."""
         self._controls.check(sample)
         answers = [answer.strip() if self._trims else answer for _, answer in sample.turns]
         if self.template == "pretrain":
-            return self._caption(sample, answers)
+            return self._caption(sample, answers)[: 1 if prompt else 2]
         marked = [MARK.format(i) for i in range(len(answers))]
+        if prompt:
+            answers[-1] = marked[-1]
         around = self._around(sample, self.render(self.messages(sample, marked)), marked)
         pieces = [(around[0], False)]
         for i, (answer, after) in enumerate(zip(answers, around[1:], strict=True)):
             pieces[-1] = (pieces[-1][0].removesuffix(self.opening) + self.prompt_opening, False)
+            if prompt and answer == marked[-1]:
+                break
             rest = after.removeprefix(self.ending)
             said = self._answer(sample, i, f"{self.lead}{answer}{self.ending}")
             pieces += [(said, True), (rest, False)]
         whole = "".join(
             f"{before}{answer}" for before, answer in zip(around, [*answers, ""], strict=True)
         )
+        if answers == marked:  # a first question's prompt: nothing was said yet
+            return pieces
         if (rendered := self.render(self.messages(sample, answers))) != whole:
             where = first_difference(whole, rendered)
             raise fault(sample.place, "conversations", where, "answers rendered as they are")

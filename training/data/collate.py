@@ -1,7 +1,8 @@
 """How do samples of different lengths, with and without images, become one batch?
 
 Whatever has one value a token is padded on the right to the longest sample (causal attention never
-looks there, and labels there are -100). Whatever came of images is put end to end in the order of
+looks there, and labels there are -100); prompts on the left, so that every answer starts where its
+prompt ends. Whatever came of images is put end to end in the order of
 the samples, which is how every class of model finds it again: images (LLaVA), tiles (InternVL),
 patches with their `image_grid_thw` (Qwen). Where a class has an axis of tiles per image (OneVision)
 or of images per sample (SmolVLM), that axis is filled up with zeros first, which those models leave
@@ -12,13 +13,16 @@ text alone has no pixel_values.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from training.data.item import IGNORE, TOKEN_EXTRAS, Item
+from training.settings import ConfigError
 
 NOT_VISUAL = ("input_ids", "labels", "image_lens", "sample_id", "kind", "teacher", *TOKEN_EXTRAS)
 
@@ -37,18 +41,20 @@ class Batch(TypedDict):
 
 
 class Collator:
-    """Right-pads `Item`s into a `Batch`.
+    """Pads `Item`s into a `Batch`.
 
     Args:
         processor: whose pad token fills short samples.
         teacher: the processor of the items' ``teacher`` items, if they have them.
+        side: where short samples are filled, "right", or "left" for prompts.
 
     Raises:
-        ValueError: a processor's tokenizer has no pad token.
+        ConfigError: a processor's tokenizer has no pad token.
     """
 
-    def __init__(self, processor: Any, teacher: Any = None) -> None:
+    def __init__(self, processor: Any, teacher: Any = None, side: str = "right") -> None:
         self.pad_id = _pad_id(processor)
+        self._padded = partial(pad_sequence, batch_first=True, padding_side=side)
         self.teacher = Collator(teacher) if teacher is not None else None
 
     def __call__(self, items: Sequence[Item]) -> Batch:
@@ -62,9 +68,9 @@ class Collator:
             raise ValueError("items: got none, expected at least one")
         ids = [item["input_ids"] for item in items]
         batch: dict[str, Any] = {
-            "input_ids": _padded(ids, self.pad_id),
-            "attention_mask": _padded([torch.ones_like(row) for row in ids], 0),
-            "labels": _padded([item["labels"] for item in items], IGNORE),
+            "input_ids": self._padded(ids, padding_value=self.pad_id),
+            "attention_mask": self._padded([torch.ones_like(row) for row in ids]),
+            "labels": self._padded([item["labels"] for item in items], padding_value=IGNORE),
             "image_lens": torch.cat([item["image_lens"] for item in items]),
             "sample_ids": [item["sample_id"] for item in items],
             "kind": [item.get("kind", "") for item in items],
@@ -72,7 +78,7 @@ class Collator:
         for name in TOKEN_EXTRAS:
             rows = [item[name] for item in items if name in item]  # pyright: ignore
             if rows:
-                batch[name] = _padded(rows, 0)
+                batch[name] = self._padded(rows)
         batch |= _visual(items)
         if self.teacher is not None:
             batch["teacher"] = self.teacher([item["teacher"] for item in items])  # pyright: ignore[reportTypedDictNotRequiredAccess]
@@ -108,12 +114,8 @@ def _grown(tensor: Tensor, sizes: list[int]) -> Tensor:
     return pad(tensor, [n for size in reversed(missing) for n in (0, size)])
 
 
-def _padded(rows: list[Tensor], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
-
 def _pad_id(processor: Any) -> int:
     pad_id = processor.tokenizer.pad_token_id
     if pad_id is None:
-        raise ValueError("processor: its tokenizer has no pad_token, which fills short samples")
+        raise ConfigError("processor: its tokenizer has no pad_token, which fills short samples")
     return pad_id

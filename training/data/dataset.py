@@ -133,17 +133,24 @@ class SampleDataset(Dataset[Item]):
         self, source: Source, entry: Sample | DataError, faults: dict[str, str | None]
     ) -> Sample:
         """The entry if it is sound, else its fault: cheap checks, or with skip_bad all of them."""
-        if isinstance(entry, DataError):
-            raise entry
-        for i, image in enumerate(entry.images):
-            if image not in faults:
-                faults[image] = source.missing(entry, i)
-            if (got := faults[image]) is not None:
-                raise fault(entry.place, f"image[{i}]", got, WHOLE_IMAGE)
+        sample = present(source, entry, faults)
         if self.skip_bad:
-            images = source.images(entry)
-            self.encoding.check(entry, lambda: images)
-        return entry
+            images = source.images(sample)
+            self.encoding.check(sample, lambda: images)
+        return sample
+
+
+def present(source: Source, entry: Sample | DataError, faults: dict[str, str | None]) -> Sample:
+    """The entry if it is well formed and its images are there, else its fault; `faults` are those
+    of the images that were looked for before."""
+    if isinstance(entry, DataError):
+        raise entry
+    for i, image in enumerate(entry.images):
+        if image not in faults:
+            faults[image] = source.missing(entry, i)
+        if (got := faults[image]) is not None:
+            raise fault(entry.place, f"image[{i}]", got, WHOLE_IMAGE)
+    return entry
 
 
 class LlavaDataset(SampleDataset):

@@ -82,10 +82,20 @@ class Encoding:
             DataError: the sample cannot be encoded or is too long, or its images cannot be had;
                 whatever else a library raises on the way comes out as this.
         """
+        return self._items(sample, images, identity, "item")
+
+    def prompt(self, sample: Sample, images: Images, identity: Hashable = None) -> Item:
+        """What generation of the sample's last answer starts from; arguments and faults as
+        `item`'s."""
+        return self._items(sample, images, identity, "prompt")
+
+    def _items(self, sample: Sample, images: Images, identity: Hashable, make: str) -> Item:
+        """What the encoders' method `make` makes of a sample, the teacher's within it."""
         key = (identity, sample.images)
         kept = all(key in cache for cache in self.cache)
         opened = [] if kept else self._images(sample, images)
-        items = [self._item(which, sample, opened, key) for which in range(len(self.encoders))]
+        many = range(len(self.encoders))
+        items = [self._item(which, sample, opened, key, make) for which in many]
         for extra in items[1:]:
             items[0]["teacher"] = extra
         return items[0]
@@ -111,7 +121,9 @@ class Encoding:
             self._typical = len(seen.ids[0])
         return self._typical
 
-    def _item(self, which: int, sample: Sample, images: Sequence[Any], key: Hashable) -> Item:
+    def _item(
+        self, which: int, sample: Sample, images: Sequence[Any], key: Hashable, make: str
+    ) -> Item:
         """The sample as one of the encoders makes it."""
         encoder, cache = self.encoders[which], self.cache[which]
         seen = cache.get(key)
@@ -121,7 +133,7 @@ class Encoding:
                 self.cache_left -= seen.nbytes
                 cache[key] = seen
         with named(sample.place, "conversations", ENCODED):
-            item = encoder.item(sample, seen)
+            item = getattr(encoder, make)(sample, seen)
         self._fits(sample, len(item["input_ids"]))
         return item
 

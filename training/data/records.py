@@ -21,9 +21,9 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,6 +109,13 @@ class Sample:
         """The entry's id, or its place in the file when it has none."""
         return self.place.id if self.place.id is not None else self.place.where
 
+    def asked(self, said: Sequence[str] = ()) -> Sample:
+        """The conversation as far as the question after so many answers, which are `said` in place
+        of its own; the answer to that question is empty."""
+        questions = [human for human, _ in self.turns[: len(said) + 1]]
+        images = self.images[: sum(human.count(IMAGE_MARK) for human in questions)]
+        return replace(self, images=images, turns=tuple(zip(questions, (*said, ""), strict=True)))
+
     def texts(self) -> Iterator[tuple[str, str]]:
         """Every message, the system's first, with the field that it stands in."""
         if self.system is not None:
@@ -118,7 +125,14 @@ class Sample:
 
 
 def read_samples(path: str | Path) -> Iterator[Sample | DataError]:
-    """Yield each entry of a LLaVA file in order, a faulty one as its (unraised) `DataError`.
+    """Yield each entry of a LLaVA file in order, a faulty one as its (unraised) `DataError`;
+    raises as `read_entries`."""
+    for entry in read_entries(path):
+        yield entry if isinstance(entry, DataError) else checked(*entry)
+
+
+def read_entries(path: str | Path) -> Iterator[tuple[Place, Any] | DataError]:
+    """Yield each entry of a LLaVA file as it stands there, with its place.
 
     Raises:
         DataError: the file is missing, is neither .json nor .jsonl, is not text, is not json
@@ -132,7 +146,7 @@ def read_samples(path: str | Path) -> Iterator[Sample | DataError]:
     empty = True
     for entry in _read_lines(path) if path.suffix == ".jsonl" else _read_list(path):
         empty = False
-        yield entry if isinstance(entry, DataError) else _checked(*entry)
+        yield entry
     if empty:
         raise fault(Place(path), "file", "no entries", "at least one entry")
 
@@ -193,7 +207,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _checked(place: Place, raw: Any) -> Sample | DataError:
+def checked(place: Place, raw: Any) -> Sample | DataError:
+    """`parse_sample`, a fault unraised."""
     try:
         return parse_sample(place, raw)
     except DataError as error:

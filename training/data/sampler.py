@@ -33,10 +33,6 @@ class ModalitySampler(Sampler[int]):
         seed: with the epoch it decides everything.
         weights: how often each sample occurs in an epoch on average; None: once.
         group: False: a plain shuffle.
-
-    Raises:
-        ValueError: lists of different lengths, no samples, a step_size below 1 or a weight that
-            is not positive.
     """
 
     def __init__(
@@ -50,14 +46,7 @@ class ModalitySampler(Sampler[int]):
         group: bool = True,
     ) -> None:
         weights = [1.0] * len(lengths) if weights is None else weights
-        if not len(lengths) == len(with_images) == len(weights) or not len(lengths):
-            got = f"{len(lengths)}, {len(with_images)} and {len(weights)} values"
-            raise ValueError(f"lengths, with_images, weights: got {got}, expected as many, not 0")
-        if step_size < 1:
-            raise ValueError(f"step_size: got {step_size}, expected at least 1")
         self.weights = torch.tensor(weights, dtype=torch.float64)
-        if not bool((self.weights > 0).all()):
-            raise ValueError(f"weights: got {float(self.weights.min())}, expected all above 0")
         self.lengths = torch.tensor(lengths)
         self.with_images = torch.tensor(with_images, dtype=torch.bool)
         self.step_size, self.seed, self.group = step_size, seed, group

@@ -30,7 +30,7 @@ from training.data.records import (
     system_of,
     unread_fields,
 )
-from training.paths import is_missing_folder
+from training.models import is_missing_folder
 from training.settings import ConfigError
 
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ matplotlib.use("Agg")  # files only: no display is needed
 from matplotlib import pyplot as plt
 
 from mllmkd_kernels.llava_kd import TERMS
-from training.data.dataset import LlavaDataset
+from training.data.records import Sample
+from training.data.sources import LlavaSource
 from training.demo.folder import LlavaFolder
 from training.demo.trained import Run
-from training.evaluation.held_out import generate_answer
-from training.models import load_model
+from training.generate import Asked, Writer, load
 
 GRID = 12  # held-out questions shown
+LONGEST = 16  # tokens of an answer
 LABELS = {
     "ce": "CE",
     "response_kl": "KL response",
@@ -74,24 +76,34 @@ def stage_accuracy(runs: list[Run], path: Path) -> None:
     _save(figure, path)
 
 
+def accuracies(rows: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Held-out accuracy of each row of a study: its seeds, and their mean with its deviation."""
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.32 * len(rows)), layout="constrained")
+    for place, (name, seeds) in enumerate(rows.items()):
+        values = [row["questions"] for row in seeds]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        axis.plot(values, [place] * len(values), "o", color="#5b8db8", alpha=0.5, markersize=4)
+        axis.errorbar(statistics.mean(values), place, xerr=spread, fmt="|k", capsize=3, label=name)
+    axis.set(xlabel="exact match, questions", title="held-out accuracy: seeds, mean ± deviation")
+    axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
+    _save(figure, path)
+
+
 def answer_grid(runs: list[Run], data: LlavaFolder, path: Path) -> None:
     """Held-out images, the question, the true answer and what each model writes, green if right."""
-    held_out, answers = None, []
-    for run in runs:
-        model, processor = load_model(run.stages[-1].model)
-        model.eval()
-        held_out = held_out or LlavaDataset(data.json("test"), data.root, processor)
-        spread = range(0, len(held_out), max(1, len(held_out) // GRID))
-        chosen = list(spread)[:GRID]
-        answers.append([generate_answer(model, held_out, processor, i) for i in chosen])
-    if held_out is None:
-        return
+    source = LlavaSource(data.json("test"), data.root)
+    held_out = [sample for sample in source.samples() if isinstance(sample, Sample)]
+    chosen = held_out[:: max(1, len(held_out) // GRID)][:GRID]
+    asked = [Asked(one.asked(), partial(source.images, one.asked())) for one in chosen]
+    writers = [Writer(*load(str(run.stages[-1].model)), LONGEST) for run in runs]
+    answers = [[answer.text for answer in writer.write(asked)] for writer in writers]
     figure, axes = plt.subplots(3, GRID // 3, figsize=(15, 11), layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
-    for at, (axis, index) in enumerate(zip(axes.flat, chosen, strict=False)):
-        sample = held_out.samples[index]
-        axis.imshow(held_out.sources[0].images(sample)[0])
+    for at, (axis, sample) in enumerate(zip(axes.flat, chosen, strict=False)):
+        axis.imshow(source.images(sample)[0])
         question, truth = sample.turns[0]
         axis.set_title(question.replace("<image>", "").strip(), fontsize=9)
         lines = [("truth", truth, "black")]

@@ -25,26 +25,10 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from training.bar import track
 from training.data.dataset import LlavaDataset
 from training.demo.garments import CLASSES, Photos
+from training.demo.recipes import TowerConfig
 from training.demo.scenes import CELLS, canvases
-from training.settings import Section, setting
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # pixels, targets (B, ...), which logits
-
-
-class TowerConfig(Section):
-    """Sizes and training of the tower."""
-
-    hidden: int = setting(128, "hidden size C of the tower", gt=0)
-    layers: int = setting(2, "transformer layers", gt=0)
-    heads: int = setting(4, "attention heads", gt=0)
-    patch_size: int = setting(
-        32, "pixels on a side of a patch; (image_size / patch_size)² tokens", gt=0
-    )
-    image_size: int = setting(64, "pixels on a side of an image", gt=0)
-    steps: int = setting(600, "optimiser steps", gt=0)
-    batch_size: int = setting(128, "images a step", gt=0)
-    lr: float = setting(1e-3, "peak learning rate", gt=0)
-    seed: int = setting(0, "seed of weights and data order", ge=0)
 
 
 def photo_tower(config: TowerConfig, photos: Photos) -> tuple[SiglipVisionModel, float]:

@@ -2,6 +2,6 @@
 
 `held_out` scores a model in training; `benchmarks` names what can be asked: a reader of the
 benchmark's own files (`questions`, `captions`), the words of the prompt, and a scorer (`scores`).
-`generate` lets a saved model write the answers, `run` puts the parts together, and `export` hands
-a model or its answers to others.
+`run` puts the parts together and lets a saved model answer (`training.generate`); `export` hands a
+model or its answers to others.
 """

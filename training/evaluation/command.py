@@ -63,8 +63,8 @@ def _held_out(options: argparse.Namespace) -> None:
         raise ConfigError(f"--batch-size: got {size}, expected 1 or more")
     from training.data.collate import Collator
     from training.data.dataset import LlavaDataset
-    from training.evaluation.generate import load
     from training.evaluation.held_out import evaluate
+    from training.generate import load
 
     model, processor = load(options.model)
     data = LlavaDataset(Path(options.json), options.image_root, processor, skip_bad=True)
@@ -72,9 +72,9 @@ def _held_out(options: argparse.Namespace) -> None:
 
 
 def _benchmark(options: argparse.Namespace) -> None:
-    from training.evaluation.generate import load
     from training.evaluation.questions import Files
     from training.evaluation.run import Options, run_benchmark
+    from training.generate import load
     from training.lock import held
 
     for name in ("questions", "images"):

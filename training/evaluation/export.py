@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from training.evaluation.predictions import Line, Predictions
+from training.evaluation.predictions import Line, read_answers
 from training.evaluation.scores import short
 from training.evaluation.vqa_answers import normalise
 from training.journal import write_whole
@@ -66,10 +66,16 @@ def export_model(model: Any, processor: Any, out: Path) -> str:
     Raises:
         ConfigError: `out` is there and not empty, or the processor has no usable chat template.
     """
-    from training.evaluation.generate import check_template
+    from training.data.chat import ChatEncoder
     from training.models import save_model
 
-    check_template(processor)
+    if processor.chat_template is None:
+        name = type(processor).__name__
+        raise ConfigError(
+            f"processor: got a {name} without chat_template, expected one: save it with the "
+            "template that the model was trained with (chat_template.jinja in its folder)"
+        )
+    ChatEncoder(processor)  # refuses a template that shows no image, or rewrites what was said
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"out: {out} is not empty, expected a new folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +101,7 @@ def export_answers(predictions: Path, out: Path, benchmark: str) -> int:
     asked = json.loads(settings.read_text())["benchmark"] if settings.is_file() else benchmark
     if asked != benchmark:
         raise ConfigError(f"--for: got {benchmark!r}, but {predictions} answers {asked!r}")
-    lines = Predictions(predictions).lines
+    lines = read_answers(predictions)
     if not lines:
         raise ConfigError(f"predictions: {predictions} has no answers, or is not there")
     entries = [SUBMISSIONS[benchmark](line) for line in lines]
@@ -106,32 +112,16 @@ def export_answers(predictions: Path, out: Path, benchmark: str) -> int:
     return len(entries)
 
 
-def _vqav2(line: Line) -> Line:
-    # where all ten people agree the server compares with what is written, unnormalised
-    return {"question_id": line["question_id"], "answer": normalise(line["answer"])}
-
-
-def _textvqa(line: Line) -> Line:
-    return {"question_id": line["question_id"], "answer": line["answer"]}
-
-
-def _gqa(line: Line) -> Line:
-    return {"questionId": line["question_id"], "prediction": short(line["answer"])}
-
-
-def _pope(line: Line) -> Line:
-    return {"question": line["question"], "answer": line["answer"]}
-
-
 def _captions(line: Line) -> Line:
     return {"image_id": line["question_id"], "caption": line["answer"]}
 
 
 SUBMISSIONS: dict[str, Callable[[Line], Line]] = {
-    "vqav2": _vqav2,
-    "textvqa": _textvqa,
-    "gqa": _gqa,
-    "pope": _pope,
+    # where all ten people agree the server compares with what is written, unnormalised
+    "vqav2": lambda a: {"question_id": a["question_id"], "answer": normalise(a["answer"])},
+    "textvqa": lambda a: {"question_id": a["question_id"], "answer": a["answer"]},
+    "gqa": lambda a: {"questionId": a["question_id"], "prediction": short(a["answer"])},
+    "pope": lambda a: {"question": a["question"], "answer": a["answer"]},
     "coco": _captions,
     "karpathy": _captions,
 }

@@ -4,8 +4,8 @@ out data.
 Exact match means: greedy decoding writes the answer, to its end token, word for word. One forward
 pass over question and answer decides it, with no decoding: greedy decoding writes the answer if and
 only if, after every prefix of it, the most likely token is the next one. (A test holds this against
-`model.generate`.) In a conversation of several turns each answer is judged after the given earlier
-ones.
+`training.generate`.) In a conversation of several turns each answer is judged after the given
+earlier ones.
 
 Perplexity is exp of the mean negative log-likelihood over all answer tokens, end tokens included.
 Logits are made for the answer rows only, a block at a time, so a head of 152k rows is no problem.
@@ -22,9 +22,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
+from scipy.stats import binomtest
 from torch.utils.data import DataLoader
 
 import mllmkd_kernels as mk
+from mllmkd_kernels import reference
 from mllmkd_kernels.batch import run_to_head
 from training.bar import track
 from training.data.collate import Collator
@@ -51,6 +53,14 @@ class Scores:
         asked = {kind: n for kind, n in self.counts.items() if kind != CAPTION}
         return sum(self.kinds[k] * n for k, n in asked.items()) / max(sum(asked.values()), 1)
 
+    def interval(self, kind: str | None = None) -> tuple[float, float]:
+        """95% confidence interval of the accuracy of one kind, or of `questions`: what other
+        samples from where these come from would give (Wilson's, for a share of n)."""
+        asked = [k for k in self.counts if (k != CAPTION if kind is None else k == kind)]
+        n = sum(self.counts[k] for k in asked)
+        right = sum(round(self.kinds[k] * self.counts[k]) for k in asked)
+        return wilson(right, n)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for json."""
         return asdict(self)
@@ -62,7 +72,19 @@ class Scores:
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in self.kinds.items())
-        return f"exact match {self.questions:.3f} ({kinds}), perplexity {self.perplexity:.3f}"
+        low, high = self.interval()
+        return (
+            f"exact match {self.questions:.3f} (95% {low:.3f} to {high:.3f}; {kinds}), "
+            f"perplexity {self.perplexity:.3f}"
+        )
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95% confidence interval of a share, `right` of `n`; all there is where n is 0."""
+    if not n:
+        return 0.0, 1.0
+    found = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def evaluate(
@@ -122,36 +144,9 @@ def _score(
     """Most likely token and negative log-likelihood of the label, for each answer row."""
     best, nll = [], []
     for h, y in zip(hidden.split(ROW_BLOCK), labels.split(ROW_BLOCK), strict=True):
-        logits = F.linear(h, head.weight, head.bias).float()
-        if head.softcap is not None:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
+        logits = reference.logits(h, head.weight, head.bias, head.softcap).float()
         best.append(logits.argmax(dim=-1))
         nll.append(F.cross_entropy(logits, y, reduction="none"))
     if not best:
         return labels, hidden.new_zeros(0)
     return torch.cat(best), torch.cat(nll)
-
-
-def generate_answer(
-    model: Any,
-    dataset: SampleDataset,
-    processor: Any,
-    index: int,
-    max_new_tokens: int = 16,
-) -> str:
-    """What the model itself writes, greedily, to the first question of sample `index`."""
-    item = dataset[index]
-    first = int((item["labels"] != IGNORE).nonzero()[0])  # the prompt is what precedes the answer
-    prompt = item["input_ids"][None, :first].to(model.device)
-    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
-    if "pixel_values" in item:
-        inputs["pixel_values"] = item["pixel_values"].to(model.device)
-    written = model.generate(
-        **inputs,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=processor.tokenizer.eos_token_id,
-        pad_token_id=processor.tokenizer.pad_token_id,
-    )
-    new = written[0, prompt.shape[1] :]
-    return processor.tokenizer.decode(new, skip_special_tokens=True).strip()

@@ -9,63 +9,24 @@ line break whenever the process dies; what comes after that is taken away on the
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.data.records import Place, fault
-from training.evaluation.questions import Question
-from training.journal import writing
+from training.data.records import Place, fault, parse_json, shown
 
 Line = dict[str, Any]
-FIELDS = {"question_id": (int, str), "question": str, "answer": str, "ended": bool}
+FIELDS = ("question_id", "question", "answer", "ended")
 
 
-class Predictions:
-    """A predictions.jsonl, read if it is there.
-
-    Raises:
-        DataError: a whole line of the file is not an answer.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines: list[Line] = []
-        if not path.is_file():
-            return
-        whole, newline, rest = path.read_bytes().rpartition(b"\n")
-        if rest:
-            with path.open("r+b") as file:
-                file.truncate(len(whole) + len(newline))
-        for number, text in enumerate(whole.decode("utf-8").splitlines(), 1):
-            self.lines.append(_checked(text, Place(path, f"line {number}")))
-
-    def append(self, lines: Iterable[Line]) -> None:
-        """Add answers, and see them onto the disk."""
-        new = list(lines)
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.writelines(f"{json.dumps(line)}\n" for line in new)
-            file.flush()
-            os.fsync(file.fileno())
-        self.lines += new
-
-    def check(self, questions: Sequence[Question]) -> int:
-        """How many answers there are; a `DataError` if one is to another question."""
-        for number, (line, question) in enumerate(zip(self.lines, questions, strict=False), 1):
-            if line["question_id"] != question.id:
-                place = Place(self.path, f"line {number}")
-                raise fault(place, "question_id", repr(line["question_id"]), repr(question.id))
-        return len(self.lines)
-
-
-def _checked(text: str, place: Place) -> Line:
-    try:
-        line = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise fault(place, "json", error.msg, "one answer a line") from None
-    for name, kind in FIELDS.items():
-        if not isinstance(line, dict) or not isinstance(line.get(name), kind):
-            raise fault(place, name, f"{text:.80}", f"a line with {', '.join(FIELDS)}")
-    return line
+def read_answers(path: Path) -> list[Line]:
+    """The whole lines of a predictions.jsonl, if it is there; `DataError` at one that is no
+    answer."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    found = []
+    for number, text in enumerate(lines, 1):
+        place = Place(path, f"line {number}")
+        found.append(parse_json(text, place))
+        for name in FIELDS:
+            if not isinstance(found[-1], dict) or name not in found[-1]:
+                raise fault(place, name, shown(text), f"a line with {', '.join(FIELDS)}")
+    return found

@@ -58,82 +58,81 @@ class Question:
 
 def read_vqav2(files: Files) -> list[Question]:
     """VQAv2's questions, with the ten answers of each if `annotations` is given."""
-    place, top = _object(files.questions)
-    subset = _take(top, "data_subtype", str, place).replace("test-dev", "test")
-    answers = {} if files.annotations is None else _vqav2_answers(files.annotations)
+    top, file = _Entry.of(files.questions), files.annotations
+    subset = top.take("data_subtype", str).replace("test-dev", "test")
+    known: dict[int, tuple[tuple[str, ...], str]] = {}
+    for one in () if file is None else _Entry.of(file).entries("annotations"):
+        said = tuple(each.take("answer", str) for each in one.entries("answers"))
+        known[one.take("question_id", int)] = said, one.take("answer_type", str)
     found = []
-    for at, entry in _entries(top, "questions", place):
-        name = f"COCO_{subset}_{_take(entry, 'image_id', int, at):012d}.jpg"
-        number = _take(entry, "question_id", int, at)
-        if files.annotations is not None and number not in answers:
-            expected = f"a question that {files.annotations} answers"
-            raise fault(at, "question_id", number, expected)
-        said, kind = answers.get(number, ((), ""))
-        text = _take(entry, "question", str, at)
-        found.append(Question(number, text, (files.images / name,), said, kind))
+    for entry in top.entries("questions"):
+        image = files.images / f"COCO_{subset}_{entry.take('image_id', int):012d}.jpg"
+        number = entry.take("question_id", int)
+        if file is not None and number not in known:
+            raise fault(entry.place, "question_id", number, f"a question that {file} answers")
+        text = entry.take("question", str)
+        found.append(Question(number, text, (image,), *known.get(number, ())))
     return found
 
 
 def read_textvqa(files: Files) -> list[Question]:
     """TextVQA's questions; the test split has no answers."""
-    place, top = _object(files.questions)
-    found = []
-    for at, entry in _entries(top, "data", place):
-        number = _take(entry, "question_id", int, at)
-        image = files.images / f"{_take(entry, 'image_id', str, at)}.jpg"
-        answers = tuple(_strings(entry, "answers", at)) if "answers" in entry else ()
-        found.append(Question(number, _take(entry, "question", str, at), (image,), answers))
-    return found
+    return [
+        Question(
+            entry.take("question_id", int),
+            entry.take("question", str),
+            (files.images / f"{entry.take('image_id', str)}.jpg",),
+            entry.strings("answers") if "answers" in entry.values else (),
+        )
+        for entry in _Entry.of(files.questions).entries("data")
+    ]
 
 
 def read_gqa(files: Files) -> list[Question]:
     """GQA's questions, by their structural type where the file tells it."""
-    place, top = _object(files.questions)
-    found = []
-    for number, entry in top.items():
-        at = Place(place.path, id=number)
-        _expect(entry, dict, "question", at)
-        image = files.images / f"{_take(entry, 'imageId', str, at)}.jpg"
-        answers = (_take(entry, "answer", str, at),) if "answer" in entry else ()
-        kind = _take(entry["types"], "structural", str, at) if "types" in entry else ""
-        text = _take(entry, "question", str, at)
-        found.append(Question(number, text, (image,), answers, kind))
-    return found
+    return [
+        Question(
+            number,
+            entry.take("question", str),
+            (files.images / f"{entry.take('imageId', str)}.jpg",),
+            (entry.take("answer", str),) if "answer" in entry.values else (),
+            entry.inner("types").take("structural", str) if "types" in entry.values else "",
+        )
+        for number, entry in _Entry.of(files.questions).by_id()
+    ]
 
 
 def read_pope(files: Files) -> list[Question]:
-    """POPE's yes-no questions about what is in a picture."""
+    """POPE's yes-no questions about what is in a picture, one a line."""
     found = []
-    for at, entry in _lines(files.questions):
-        label = _take(entry, "label", str, at)
-        if label not in ("yes", "no"):
-            raise fault(at, "label", repr(label), "'yes' or 'no'")
-        image = files.images / _take(entry, "image", str, at)
-        number = _take(entry, "question_id", int, at)
-        found.append(Question(number, _take(entry, "text", str, at), (image,), (label,)))
+    for at, line in enumerate(_text(files.questions).split("\n"), 1):
+        if not line.strip():
+            continue
+        place = Place(files.questions, f"line {at}")
+        entry = _Entry(place, parse_json(line, place), "line")
+        if (label := entry.take("label", str)) not in ("yes", "no"):
+            raise fault(place, "label", repr(label), "'yes' or 'no'")
+        image, number = files.images / entry.take("image", str), entry.take("question_id", int)
+        found.append(Question(number, entry.take("text", str), (image,), (label,)))
     return found
 
 
 def read_scienceqa(files: Files) -> list[Question]:
     """ScienceQA-IMG: the questions of one split (default test) that have an image."""
     split = files.split or "test"
-    place, top = _object(files.questions)
     found = []
-    for number, entry in top.items():
-        at = Place(place.path, id=number)
-        _expect(entry, dict, "problem", at)
-        if _take(entry, "split", str, at) != split or entry.get("image") is None:
+    for number, entry in _Entry.of(files.questions).by_id():
+        if entry.take("split", str) != split or entry.values.get("image") is None:
             continue
-        image = files.images / split / number / _take(entry, "image", str, at)
-        choices = _strings(entry, "choices", at)
-        right = _take(entry, "answer", int, at)
+        image = files.images / split / number / entry.take("image", str)
+        choices, right = entry.strings("choices"), entry.take("answer", int)
         if not 0 <= right < len(choices):
-            raise fault(at, "answer", right, f"the place of one of {len(choices)} choices")
-        hint = _take(entry, "hint", str, at)
+            raise fault(entry.place, "answer", right, f"the place of one of {len(choices)} choices")
+        hint = entry.take("hint", str)
         lines = [f"Context: {hint}"] if hint else []
-        lines.append(_take(entry, "question", str, at))
+        lines.append(entry.take("question", str))
         lines += [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
-        kind = _take(entry, "subject", str, at)
+        kind = entry.take("subject", str)
         found.append(Question(number, "\n".join(lines), (image,), (LETTERS[right],), kind))
     return found
 
@@ -146,12 +145,8 @@ def read_llava(files: Files) -> list[Question]:
             raise sample
         asked, answer = sample.turns[0]
         if sample.system:
-            raise fault(
-                sample.place,
-                "system",
-                shown(sample.system),
-                "no system message: none is asked with",
-            )
+            expected = "no system message: none is asked with"
+            raise fault(sample.place, "system", shown(sample.system), expected)
         images = tuple(files.images / image for image in sample.images)
         if asked.count(IMAGE_MARK) != len(images):
             expected = f"all {len(images)} images in the first turn"
@@ -163,33 +158,33 @@ def read_llava(files: Files) -> list[Question]:
 
 def read_coco(files: Files) -> list[Question]:
     """Images of a COCO caption file with what people wrote of each (NoCaps: the same form)."""
-    place, top = _object(files.questions)
+    top = _Entry.of(files.questions)
     captions: dict[int, list[str]] = {}
-    for at, entry in _entries(top, "annotations", place) if "annotations" in top else ():
-        image = _take(entry, "image_id", int, at)
-        captions.setdefault(image, []).append(_take(entry, "caption", str, at))
+    for entry in top.entries("annotations") if "annotations" in top.values else ():
+        image = entry.take("image_id", int)
+        captions.setdefault(image, []).append(entry.take("caption", str))
     found = []
-    for at, entry in _entries(top, "images", place):
-        number = _take(entry, "id", int, at)
+    for entry in top.entries("images"):
+        number = entry.take("id", int)
         if captions and number not in captions:
-            raise fault(at, "id", number, "an image that annotations describe")
-        image = files.images / _take(entry, "file_name", str, at)
+            raise fault(entry.place, "id", number, "an image that annotations describe")
+        image = files.images / entry.take("file_name", str)
         found.append(Question(number, "", (image,), tuple(captions.get(number, ()))))
     return found
 
 
 def read_karpathy(files: Files) -> list[Question]:
     """One split (default test) of Karpathy's division of COCO."""
-    split = files.split or "test"
-    place, top = _object(files.questions)
-    found = []
-    for at, entry in _entries(top, "images", place):
-        if _take(entry, "split", str, at) != split:
-            continue
-        image = files.images / _take(entry, "filepath", str, at) / _take(entry, "filename", str, at)
-        said = [_take(one, "raw", str, at) for one in _take(entry, "sentences", list, at)]
-        found.append(Question(_take(entry, "cocoid", int, at), "", (image,), tuple(said)))
-    return found
+    return [
+        Question(
+            entry.take("cocoid", int),
+            "",
+            (files.images / entry.take("filepath", str) / entry.take("filename", str),),
+            tuple(one.take("raw", str) for one in entry.entries("sentences")),
+        )
+        for entry in _Entry.of(files.questions).entries("images")
+        if entry.take("split", str) == (files.split or "test")
+    ]
 
 
 def checked(questions: list[Question], files: Files) -> list[Question]:
@@ -218,51 +213,49 @@ def checked(questions: list[Question], files: Files) -> list[Question]:
 Reader = Callable[[Files], list[Question]]
 
 
-def _vqav2_answers(path: Path) -> dict[int, tuple[tuple[str, ...], str]]:
-    place, top = _object(path)
-    found = {}
-    for at, entry in _entries(top, "annotations", place):
-        answers = [_take(one, "answer", str, at) for one in _take(entry, "answers", list, at)]
-        kind = _take(entry, "answer_type", str, at)
-        found[_take(entry, "question_id", int, at)] = tuple(answers), kind
-    return found
+class _Entry:
+    """A json object in a benchmark's file, and where it stands; fields are checked as they are
+    taken."""
 
+    def __init__(self, place: Place, values: Any, name: str = "entry") -> None:
+        self.place, self.values = place, _expect(values, dict, name, place)
 
-def _object(path: Path) -> tuple[Place, dict[str, Any]]:
-    """The json object in a file."""
-    place = Place(path)
-    return place, _expect(parse_json(_text(path), place), dict, "file", place)
+    @classmethod
+    def of(cls, path: Path) -> _Entry:
+        """The object that a file holds."""
+        return cls(Place(path), parse_json(_text(path), Place(path)), "file")
 
+    def take(self, name: str, kind: type[T]) -> T:
+        """The field of that name, which must be of that type."""
+        if name not in self.values:
+            got = f"nothing (there is {', '.join(list(self.values)[:8])})"
+            raise fault(self.place, name, got, kind.__name__)
+        return _expect(self.values[name], kind, name, self.place)
 
-def _lines(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if line.strip():
-            place = Place(path, f"line {number}")
-            yield place, _expect(parse_json(line, place), dict, "line", place)
+    def inner(self, name: str) -> _Entry:
+        """The object in a field."""
+        return _Entry(self.place, self.take(name, dict), name)
+
+    def strings(self, name: str) -> tuple[str, ...]:
+        """The texts in a list."""
+        return tuple(_expect(one, str, name, self.place) for one in self.take(name, list))
+
+    def entries(self, name: str) -> Iterator[_Entry]:
+        """The objects in a list; those of the file itself are told apart by their places."""
+        for i, entry in enumerate(self.take(name, list)):
+            own = Place(self.place.path, f"{name}[{i}]")
+            yield _Entry(self.place if self.place.where else own, entry)
+
+    def by_id(self) -> Iterator[tuple[str, _Entry]]:
+        """The objects in this one, with their names."""
+        for number, entry in self.values.items():
+            yield number, _Entry(Place(self.place.path, id=number), entry)
 
 
 def _text(path: Path) -> str:
     if not path.is_file():
         raise fault(Place(path), "file", "no such file", "the benchmark's own json file")
     return read_text(path)
-
-
-def _entries(top: dict[str, Any], name: str, place: Place) -> Iterator[tuple[Place, Any]]:
-    for index, entry in enumerate(_take(top, name, list, place)):
-        at = Place(place.path, f"{name}[{index}]")
-        yield at, _expect(entry, dict, "entry", at)
-
-
-def _strings(entry: dict[str, Any], name: str, place: Place) -> list[str]:
-    return [_expect(one, str, name, place) for one in _take(entry, name, list, place)]
-
-
-def _take(entry: Any, name: str, kind: type[T], place: Place) -> T:
-    """The field of that name, which must be of that type."""
-    if not isinstance(entry, dict) or name not in entry:
-        have = ", ".join(list(entry)[:8]) if isinstance(entry, dict) else type(entry).__name__
-        raise fault(place, name, f"nothing (there is {have})", kind.__name__)
-    return _expect(entry[name], kind, name, place)
 
 
 def _expect(value: Any, kind: type[T], name: str, place: Place) -> T:

@@ -23,14 +23,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from training.bar import Bar
-from training.data.records import DataError, Place, fault
+from training.data.images import open_image
+from training.data.records import IMAGE_MARK, Place, Sample, fault
 from training.evaluation.benchmarks import BENCHMARKS, Benchmark, ask
 from training.evaluation.captions import TokenizerName, caption_scores
-from training.evaluation.generate import Answer, Prompt, Writer
-from training.evaluation.predictions import Line, Predictions
+from training.evaluation.predictions import Line, read_answers
 from training.evaluation.questions import Files, Question, checked
-from training.fingerprint import MODEL_FILES, digest, of_files, of_folder
-from training.journal import write_whole
+from training.fingerprint import digest, of_files, same_request
+from training.generate import Asked, Writer
+from training.journal import Journal, write_whole
+from training.models import marks_of
 from training.settings import ConfigError
 
 PREDICTIONS, SETTINGS, SCORES = "predictions.jsonl", "settings.json", "scores.json"
@@ -69,19 +71,15 @@ def run_benchmark(
     """
     benchmark = BENCHMARKS[options.benchmark]
     questions = checked(benchmark.read(options.files), options.files)
-    prompts = [
-        Prompt(ask(benchmark, question, options.instruction), question.images, place)
-        for question in questions
-        for place in [Place(options.files.questions, id=str(question.id))]
-    ]
+    prompts = [ask(benchmark, question, options.instruction) for question in questions]
     most = options.max_new_tokens or benchmark.max_new_tokens
     _claim(options, questions, prompts, most)
     questions = questions[: options.limit]
-    kept = Predictions(options.out / PREDICTIONS)
-    if kept.check(questions) < len(questions):
+    lines = read_answers(options.out / PREDICTIONS)
+    if len(lines) < len(questions):
         writer = Writer(*load(options.model), most)
-        _write_answers(writer, kept, questions, prompts, options)
-    found = _scored(benchmark, options, questions, kept.lines[: len(questions)])
+        lines += _write_answers(writer, lines, questions, prompts, options)
+    found = _scored(benchmark, options, questions, lines[: len(questions)])
     write_whole(options.out / SCORES, json.dumps(found, indent=1))
     (console or Console()).print(_table(found))
     return found
@@ -89,22 +87,25 @@ def run_benchmark(
 
 def _write_answers(
     writer: Writer,
-    kept: Predictions,
+    kept: Sequence[Line],
     questions: Sequence[Question],
-    prompts: Sequence[Prompt],
+    prompts: Sequence[str],
     options: Options,
-) -> None:
-    """Answer the questions that have none yet, a batch at a time."""
-    done, size = len(kept.lines), options.batch_size
+) -> list[Line]:
+    """Answer the questions that have none yet, a batch at a time; what is written of them."""
+    done, size, new = len(kept), options.batch_size, []
+    journal = Journal(options.out / PREDICTIONS)
+    journal.write(kept)  # without a line that was cut short
     with Bar(options.benchmark, len(questions), "questions", done=done) as bar:
         for start in range(done, len(questions), size):
             part = slice(start, min(start + size, len(questions)))
-            answers = _answers(writer, prompts[part])
-            kept.append(
+            asked = zip(questions[part], prompts[part], strict=True)
+            answers = writer.write([_asked(*pair, options.files.questions) for pair in asked])
+            lines = [
                 {
                     "question_id": question.id,
                     "question": question.text,
-                    "prompt": prompt.text,
+                    "prompt": prompt,
                     "answer": answer.text,
                     "ended": answer.ended,
                     **({"fault": answer.fault} if answer.fault else {}),
@@ -112,53 +113,42 @@ def _write_answers(
                 for question, prompt, answer in zip(
                     questions[part], prompts[part], answers, strict=True
                 )
-            )
+            ]
+            journal.append(*lines)
+            new += lines
             bar.advance(len(answers))
+    return new
 
 
-def _answers(writer: Writer, prompts: Sequence[Prompt]) -> list[Answer]:
-    """Answers, or faults of the prompts that cannot be asked: each alone, where a batch fails."""
-    try:
-        return writer.write(prompts)
-    except DataError as error:
-        if len(prompts) == 1:
-            return [Answer("", True, str(error))]
-    return [answer for prompt in prompts for answer in _answers(writer, [prompt])]
+def _asked(question: Question, prompt: str, file: Path) -> Asked:
+    """A question as one user says it: the images, then the words."""
+    place, paths = Place(file, id=str(question.id)), question.images
+    words = f"{IMAGE_MARK}\n" * len(paths) + prompt
+    sample = Sample(place, tuple(map(str, paths)), ((words, ""),), field="question")
+    return Asked(
+        sample, lambda: [open_image(place, f"image[{i}]", path) for i, path in enumerate(paths)]
+    )
 
 
 def _claim(
-    options: Options, questions: Sequence[Question], prompts: Sequence[Prompt], limit: int
+    options: Options, questions: Sequence[Question], prompts: Sequence[str], limit: int
 ) -> None:
     """Note what this folder's answers are answers to, or make sure that it is the same."""
     asked = [
-        [question.id, prompt.text, *(image.name for image in prompt.images)]
+        [question.id, prompt, *(image.name for image in question.images)]
         for question, prompt in zip(questions, prompts, strict=True)
     ]
-    model = Path(options.model)
-    images = dict.fromkeys(image for prompt in prompts for image in prompt.images)
+    images = dict.fromkeys(image for question in questions for image in question.images)
     now = {
         "benchmark": options.benchmark,
         "model": options.model,
-        "weights": digest(of_folder(model, MODEL_FILES)) if model.is_dir() else None,
+        "weights": digest(marks_of(options.model)),
         "questions": str(options.files.questions),
         "asked": digest(asked),
         "images": digest(of_files({str(image): image for image in images})),
         "max_new_tokens": limit,
     }
-    file = options.out / SETTINGS
-    if file.is_file() and (options.out / PREDICTIONS).is_file():
-        before = json.loads(file.read_text())
-        changed = [
-            f"{key}: {before.get(key)!r} -> {value!r}"
-            for key, value in now.items()
-            if before.get(key) != value
-        ]
-        if changed:
-            raise ConfigError(
-                f"--out: {options.out} holds answers to something else ({'; '.join(changed)}); "
-                "remove the folder or name another"
-            )
-    write_whole(file, json.dumps(now, indent=1))
+    same_request(options.out / SETTINGS, now, (options.out / PREDICTIONS).is_file())
 
 
 def _scored(

@@ -5,22 +5,23 @@
     FOLDER/shard-00007.safetensors     samples 7n ... 7n + n - 1 of the data, in their order
 
 A shard has `hidden` (R, D), of each sample its response rows and then its visual rows, and its own
-index: `keys` and `names` (n,) int64, `counts` (n, 2) int64, `images` (n, 4) float32
-(`identity.SampleMark`). No other file lists the shards, so that several processes can write at the
-same time, and a kill at any moment leaves whole shards and nothing to repair: a file is written
-under another name, synced, then renamed.
+index: `keys` (n,) int64 and `counts` (n, 2) int64. A sample is known by its key, a hash of id,
+tokens, labels, rows per image and pixels: stored rows are only right for what the teacher saw.
 
-Reading maps the files into memory; a sample's rows are one slice, read by whichever data-loader
-worker asks. The index of all shards is in memory: 72 bytes a sample.
+No other file lists the shards, so that several processes can write at the same time, and a kill at
+any moment leaves whole shards and nothing to repair: a file is written under another name, synced,
+then renamed. Reading maps the files into memory; a sample's rows are one slice, read by whichever
+data-loader worker asks.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,14 +29,40 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import mllmkd_kernels as mk
-from training import checkpoint
+from training.data.item import IGNORE
 from training.data.records import DataError
+from training.journal import whole, write_whole
 from training.models import CheckpointError
-from training.teacher_cache.identity import SAME_IMAGE, SampleMark
 
-VERSION = 1
+VERSION = 2
 MANIFEST, HEAD = "manifest.json", "head.safetensors"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+INDEX = 24  # bytes a sample has in its shard besides its rows
+
+
+class Mark(NamedTuple):
+    """What a sample is known by, and how many rows the student selects of it."""
+
+    id: str
+    key: int
+    response: int
+    visual: int
+
+
+def mark_of(item: Mapping[str, Any]) -> Mark:
+    """The mark of one item: input_ids (T,), labels (T,), image_lens (images,), sample_id."""
+    found = blake2b(str(item["sample_id"]).encode(), digest_size=8)
+    for name in ("input_ids", "labels", "image_lens", "pixel_values"):
+        if name in item:
+            part = item[name].contiguous()
+            found.update(f"{name} {tuple(part.shape)}".encode())
+            found.update(part.flatten().view(torch.uint8).numpy())
+    return Mark(
+        id=str(item["sample_id"]),
+        key=int.from_bytes(found.digest(), "little", signed=True),
+        response=int((item["labels"][1:] != IGNORE).sum()),
+        visual=int(item["image_lens"].sum()),
+    )
 
 
 @dataclass(frozen=True)
@@ -49,11 +76,10 @@ class Manifest:
     precision: str  # the pass ran in: the teacher's own, or bf16 autocast
     samples: int
     samples_per_shard: int
-    data: str  # hash of a few samples
-    teacher: dict[str, str]  # identity.of_model
-    processor: dict[str, str]  # identity.of_processor
-    softcap: float | None
-    image_token_id: int  # the teacher's
+    data: str  # hash of the keys of some samples
+    name: str  # of the teacher
+    teacher: dict[str, str]  # fingerprints of its files
+    softcap: float | None = None
     version: int = VERSION
 
     @property
@@ -63,14 +89,11 @@ class Manifest:
 
     def block(self, shard: int) -> range:
         """The samples of one shard, by their place in the data."""
-        start = shard * self.samples_per_shard
-        return range(start, min(start + self.samples_per_shard, self.samples))
+        return range(self.samples)[shard * self.samples_per_shard :][: self.samples_per_shard]
 
     def write(self, folder: Path) -> None:
         """Into `folder`, whole or not at all."""
-        staged = staging(folder / MANIFEST)
-        staged.write_text(json.dumps(asdict(self), indent=1))
-        checkpoint.publish_file(staged, folder / MANIFEST)
+        write_whole(folder / MANIFEST, json.dumps(asdict(self), indent=1))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -83,16 +106,11 @@ class Manifest:
             )
         try:
             values = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{file}: not valid json: {error}") from None
-        names = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or values.get("version") != VERSION:
-            got = values.get("version") if isinstance(values, dict) else values
-            raise CheckpointError(f"{file}: version {got!r}, expected {VERSION}; make it anew")
-        if values.keys() != names:
-            odd = sorted(values.keys() ^ names)
-            raise CheckpointError(f"{file}: fields {odd} are missing or unknown; make it anew")
-        return cls(**values)
+            if values["version"] != VERSION:
+                raise ValueError(f"version {values['version']!r}, expected {VERSION}")
+            return cls(**values)
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{file}: cannot be used ({error}); make it anew") from None
 
 
 def shard_file(folder: Path, shard: int) -> Path:
@@ -100,41 +118,33 @@ def shard_file(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.safetensors"
 
 
-def staging(target: Path) -> Path:
-    """The name a file has until it is whole."""
-    return target.with_name(f".{target.name}.incomplete")
-
-
 def write_shard(
     target: Path,
     hidden: Tensor,  # (R, D)
-    marks: list[SampleMark],
+    marks: Sequence[Mark],
+    visual: bool,
 ) -> None:
-    """One shard, whole or not at all."""
-    tensors = {
-        "hidden": hidden,
-        "keys": torch.tensor([mark.key for mark in marks]),
-        "names": torch.tensor([mark.name for mark in marks]),
-        "counts": torch.tensor([[mark.response, mark.visual] for mark in marks]),
-        "images": torch.stack([mark.image for mark in marks]),
-    }
-    _write(target, tensors)
+    """One shard, whole or not at all; `WriteError` if the disk is full."""
+    counts = [[mark.response, mark.visual * visual] for mark in marks]
+    keys = torch.tensor([mark.key for mark in marks])
+    tensors = {"hidden": hidden, "keys": keys, "counts": torch.tensor(counts)}
+    with whole(target) as staged:
+        save_file(tensors, staged)
 
 
 def write_head(folder: Path, head: mk.HeadInputs) -> None:
     """The teacher's head, in the dtype it has."""
-    tensors = {"weight": head.weight.detach().cpu().contiguous()}
-    if head.bias is not None:
-        tensors["bias"] = head.bias.detach().cpu().contiguous()
-    _write(folder / HEAD, tensors)
+    parts = {"weight": head.weight, "bias": head.bias}
+    tensors = {n: t.detach().cpu().contiguous() for n, t in parts.items() if t is not None}
+    with whole(folder / HEAD) as staged:
+        save_file(tensors, staged)
 
 
 def read_head(folder: Path, softcap: float | None) -> mk.HeadInputs:
     """The teacher's head, with no hidden states (0, D) yet."""
     file = _opened(folder / HEAD)
-    names = file.keys()
     weight = file.get_tensor("weight")
-    bias = file.get_tensor("bias") if "bias" in names else None
+    bias = file.get_tensor("bias") if "bias" in file.keys() else None  # noqa: SIM118
     return mk.HeadInputs(weight.new_zeros(0, weight.shape[1]), weight, bias, softcap)
 
 
@@ -159,11 +169,9 @@ class TeacherRows:
                 f"{missing[0]}); `python -m training cache`, given again, goes on with it"
             )
         self._files: dict[int, Any] = {}
-        found = [_index(file, shard) for shard, file in enumerate(files)]
-        columns = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-        order = columns["keys"].argsort(stable=True)
-        self._index = {name: column[order] for name, column in columns.items()}
-        self._names = columns["names"].sort().values
+        keys, places = zip(*(_index(file, i) for i, file in enumerate(files)), strict=True)
+        self._keys, order = torch.cat(keys).sort(stable=True)
+        self._places = torch.cat(places)[order]  # (samples, 4): shard, start, response, visual
 
     def __getstate__(self) -> dict[str, Any]:
         """For workers that are not forked: without the open files."""
@@ -171,64 +179,38 @@ class TeacherRows:
 
     def __len__(self) -> int:
         """How many samples are stored."""
-        return self._index["keys"].numel()
+        return self._keys.numel()
 
-    def rows(self, mark: SampleMark) -> tuple[Tensor, Tensor]:
+    def rows(self, mark: Mark) -> tuple[Tensor, Tensor]:
         """Response rows (M, D) and visual rows (K, D) of a sample; K = 0 where none are stored.
 
         Raises:
             DataError: the sample is not stored, or was stored with other tokens, labels or images.
         """
-        entry = self._find(mark)
-        shard, start, response, visual = (
-            int(self._index[name][entry]) for name in ("shard", "start", "response", "visual")
-        )
+        entry = int(torch.searchsorted(self._keys, mark.key))
+        if entry == len(self) or int(self._keys[entry]) != mark.key:
+            raise DataError(
+                f"{self.folder}: sample {mark.id!r} is not among the {len(self)} stored ones, or "
+                "was stored with other tokens, labels or images: data, template, tokenizer or "
+                "image processor have changed since; make the cache anew"
+            )
+        shard, start, response, visual = self._places[entry].tolist()
         if shard not in self._files:
             self._files[shard] = _opened(shard_file(self.folder, shard))
         hidden = self._files[shard].get_slice("hidden")
         middle = start + response
         return hidden[start:middle], hidden[middle : middle + visual]
 
-    def _find(self, mark: SampleMark) -> int:
-        keys = self._index["keys"]
-        first = int(torch.searchsorted(keys, mark.key))
-        entry = first
-        while entry < keys.numel() and int(keys[entry]) == mark.key:
-            distance = (self._index["images"][entry] - mark.image).abs().max()
-            if float(distance) <= SAME_IMAGE:
-                return entry
-            entry += 1
-        raise DataError(f"{self.folder}: sample {mark.id!r} {self._why(mark, entry > first)}")
 
-    def _why(self, mark: SampleMark, known: bool) -> str:
-        if known:
-            return "was stored with other images: make the cache anew from this data"
-        place = int(torch.searchsorted(self._names, mark.name))
-        if place < self._names.numel() and int(self._names[place]) == mark.name:
-            return (
-                "was stored with other tokens, labels or rows per image: template, tokenizer, "
-                "image processor or text have changed since; make the cache anew"
-            )
-        return f"is not among the {len(self)} stored ones: the cache was made from other data"
-
-
-def _index(file: Path, shard: int) -> dict[str, Tensor]:
-    """A shard's index, and where in `hidden` each sample starts."""
+def _index(file: Path, shard: int) -> tuple[Tensor, Tensor]:
+    """A shard's keys (n,), and (n, 4) of each: shard, start in `hidden`, rows of both kinds."""
     opened = _opened(file)
     counts = opened.get_tensor("counts")
     sizes = counts.sum(1)
-    rows = opened.get_slice("hidden").get_shape()[0]
-    if int(sizes.sum()) != rows:
-        raise CheckpointError(f"{file}: holds {rows} rows, its index names {int(sizes.sum())}")
-    return {
-        "keys": opened.get_tensor("keys"),
-        "names": opened.get_tensor("names"),
-        "images": opened.get_tensor("images"),
-        "shard": torch.full_like(sizes, shard),
-        "start": sizes.cumsum(0) - sizes,
-        "response": counts[:, 0],
-        "visual": counts[:, 1],
-    }
+    start = sizes.cumsum(0) - sizes
+    return opened.get_tensor("keys"), torch.column_stack(
+        (torch.full_like(sizes, shard), start, counts)
+    )
 
 
 def _opened(file: Path) -> Any:
@@ -239,9 +221,3 @@ def _opened(file: Path) -> Any:
             f"{file}: cannot be read ({error}); remove it, and `python -m training cache` makes it "
             "again"
         ) from None
-
-
-def _write(target: Path, tensors: Mapping[str, Tensor]) -> None:
-    staged = staging(target)
-    save_file(dict(tensors), staged)
-    checkpoint.publish_file(staged, target)

@@ -3,8 +3,8 @@
 The collator that makes a batch also reads its samples' rows, in the data-loader's workers:
 `teacher_hidden` (M + K, D), the M response rows of the batch and then its K visual rows.
 `CachedTeacher` answers with them and the stored head, the only part of the teacher in memory. What
-does not fit is an error: before the first step where it can be seen there (`open_rows`, `probe`),
-else at the sample.
+does not fit is an error: before the first step where it can be seen there (`use_stored`), else at
+the sample.
 """
 
 from __future__ import annotations
@@ -15,16 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import mllmkd_kernels as mk
 from training.config import Config, require
-from training.data.records import DataError
-from training.fingerprint import differences
-from training.models import CheckpointError
 from training.settings import ConfigError
-from training.teacher_cache import identity
-from training.teacher_cache.store import TeacherRows, read_head
+from training.teacher_cache.store import TeacherRows, mark_of, read_head
 
 PROBES = 8  # samples looked up before the first step
 
@@ -33,13 +28,8 @@ class CachedTeacher:
     """A teacher that is not run: its rows come with the batch."""
 
     def __init__(self, rows: TeacherRows) -> None:
-        self.name = f"{rows.manifest.teacher['name']}, stored in {rows.folder}"
+        self.name = f"{rows.manifest.name}, stored in {rows.folder}"
         self._head = read_head(rows.folder, rows.manifest.softcap)
-
-    @property
-    def hidden_size(self) -> int:
-        """D of its rows."""
-        return self._head.weight.shape[1]
 
     def __call__(self, batch: Mapping[str, Any]) -> mk.HeadInputs:
         """The batch's `teacher_hidden` (M + K, D), and the head on the same device."""
@@ -72,71 +62,54 @@ class CachedCollator:
         Raises:
             DataError: a sample is not stored, or is another one than was stored.
         """
-        found = [self._rows(identity.mark_of(item)) for item in items]
-        response, visual = zip(*found, strict=True)
-        return dict(self.collator(items)) | {"teacher_hidden": torch.cat([*response, *visual])}
-
-    def _rows(self, mark: identity.SampleMark) -> tuple[Tensor, Tensor]:
-        response, visual = self.rows.rows(mark)
-        expected = (mark.response, mark.visual if self.visual else 0)
-        got = (len(response), len(visual) if self.visual else 0)
-        if got != expected:
-            raise DataError(
-                f"{self.rows.folder}: sample {mark.id!r} has {got[0]} response and {got[1]} visual "
-                f"rows stored, expected {expected[0]} and {expected[1]}"
-            )
-        return response, visual if self.visual else visual[:0]
+        response, visual = zip(*(self.rows.rows(mark_of(item)) for item in items), strict=True)
+        hidden = torch.cat([*response, *(visual if self.visual else ())])
+        return dict(self.collator(items)) | {"teacher_hidden": hidden}
 
 
 def use_stored(
-    config: Config, stage: str, processor: Any, dataset: Any, collator: Any
+    config: Config, stage: str, dataset: Any, collator: Any
 ) -> tuple[CachedTeacher, CachedCollator]:
-    """What `training.loop` trains a stage with instead of a teacher: `open_rows`, `probe`, and
-    the collator that brings the rows."""
-    rows = open_rows(config, stage, processor)
-    probe(rows, dataset)
+    """What `training.loop` trains a stage with instead of a teacher, and the collator that brings
+    the rows.
+
+    Raises:
+        DataError: one of a few samples that are looked up is not as it was stored. Of a stream
+            each is looked up as it comes, and none before.
+    """
+    rows = open_rows(config, stage)
+    for index in spread(len(dataset) if hasattr(dataset, "__len__") else 0, PROBES):
+        rows.rows(mark_of(dataset[index]))
     visual = config.objective(stage).needs.visual
     return CachedTeacher(rows), CachedCollator(collator, rows, visual=visual)
 
 
-def open_rows(config: Config, stage: str, processor: Any) -> TeacherRows:
+def open_rows(config: Config, stage: str) -> TeacherRows:
     """A stage's stored rows, checked against how it is about to be trained.
 
     Args:
         config: its `teacher_cache.path` has a folder of the stage; its `teacher`, where given,
             must be the one that was run.
         stage: its name; its objective says which rows are read.
-        processor: the student's, which encodes the data.
 
     Raises:
-        CheckpointError: no whole cache is there, or it was made with another processor.
+        CheckpointError: no whole cache is there.
         ConfigError: the loss needs rows that are not stored; another teacher is named.
     """
     path = require(config.teacher_cache.path, "teacher_cache.path", "the stored rows")
     rows = TeacherRows(Path(path) / stage)
-    manifest = rows.manifest
-    if config.teacher is not None and identity.place(config.teacher) != manifest.teacher["name"]:
+    if config.teacher is not None and place(config.teacher) != rows.manifest.name:
         raise ConfigError(
-            f"teacher: got {config.teacher}, but {rows.folder} is of {manifest.teacher['name']}; "
-            "name that one, or none (teacher=null)"
+            f"teacher: got {config.teacher}, but {rows.folder} is of {rows.manifest.name}; name "
+            "that one, or none (teacher=null)"
         )
-    if manifest.stage != stage:
-        raise CheckpointError(f"{rows.folder}: was made for stage {manifest.stage}, not {stage}")
-    check_needs(config, stage, manifest.visual, f"but {rows.folder} holds")
-    changed = differences(manifest.processor, identity.of_processor(processor))
-    if changed:
-        raise CheckpointError(
-            f"{rows.folder}: was made with another processor ({'; '.join(changed)}); make it again"
-        )
+    check_needs(config, stage, rows.manifest.visual, f"but {rows.folder} holds")
     return rows
 
 
-def probe(rows: TeacherRows, dataset: Any) -> None:
-    """Look a few samples of the stage's data up; `DataError` if one is not as it was stored. Of a
-    stream each sample is looked up as it comes, and none before."""
-    samples = len(dataset) if hasattr(dataset, "__len__") else 0
-    for index in spread(samples, PROBES):
-        rows.rows(identity.mark_of(dataset[index]))
+def place(name: str) -> str:
+    """A folder by its full path, a hub name as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def stored_stages(config: Config) -> list[str]:
@@ -153,17 +126,15 @@ def check_needs(config: Config, stage: str, visual: bool, holds: str) -> None:
     objective reads of a teacher; `holds` says where that is."""
     objective, stored = config.objective(stage), {"response", "visual"} if visual else {"response"}
     for name, term in objective.terms.items():
-        if lacking := term.needs.rows - stored:
-            raise ConfigError(
-                f"stage.{stage}.loss: {name} reads {', '.join(sorted(lacking))} rows of the "
-                f"teacher, {holds} {' and '.join(sorted(stored))} rows alone; weigh that term with "
-                "0, store visual rows (teacher_cache.visual=true), or run the teacher online "
-                "(teacher_cache.path=null)"
-            )
+        lacking = sorted(term.needs.rows - stored)
         if term.needs.layers or term.needs.attention:
+            lacking.append("inner layers'")
+        if lacking:
             raise ConfigError(
-                f"stage.{stage}.loss: {name} reads layers of the teacher besides its last, {holds} "
-                "the last alone; run the teacher online (teacher_cache.path=null)"
+                f"stage.{stage}.loss: {name} reads {', '.join(lacking)} rows of the teacher, "
+                f"{holds} {' and '.join(sorted(stored))} rows of its last layer alone; weigh that "
+                "term with 0, store visual rows (teacher_cache.visual=true), or run the teacher "
+                "online (teacher_cache.path=null)"
             )
 
 

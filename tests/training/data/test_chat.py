@@ -5,6 +5,7 @@ What is expected is said by the processor itself: its ids of a whole conversatio
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,27 @@ def test_the_prompt_is_generation_s(name: str) -> None:
     # "\n" as the answer's first letters would join with the prompt's if they were tokenised with it
     asked = sample(("What is this?<image>", "\n\nblue"), images=1)
     seen = one.see([BLUE])
-    assert one.prompt(asked, seen) == made["input_ids"][0].tolist()
+    assert one.prompt(asked, seen)["input_ids"].tolist() == made["input_ids"][0].tolist()
     assert seen.inputs.keys() == made.keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}
     for key, tensor in seen.inputs.items():
         assert torch.equal(tensor, made[key])
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_prompt_is_what_training_puts_before_the_answer(name: str) -> None:
+    """Of any turn, whatever the answer is, in a conversation that goes on after it or is open."""
+    one = encoder(name)
+    talk = replace(TALK, turns=(*TALK.turns, ("What is this?<image>", "blue"), ("and?", "red")))
+    talk = replace(talk, images=("",) * 3)
+    item = one.item(talk, one.see([RED, BLUE, BLUE]))
+    labels = (item["labels"] != IGNORE).tolist()
+    starts = [i for i in range(1, len(labels)) if labels[i] and not labels[i - 1]]
+    said = [answer for _, answer in talk.turns]
+    for turn, start in enumerate(starts):
+        asked = talk.asked(said[:turn])
+        assert len(asked.images) == (3 if turn > 1 else 2) and asked.turns[-1][1] == ""
+        prompt = one.prompt(asked, one.see([RED, BLUE, BLUE][: len(asked.images)]))
+        assert prompt["input_ids"].tolist() == item["input_ids"][:start].tolist()
 
 
 @pytest.mark.parametrize("name", GENERIC)

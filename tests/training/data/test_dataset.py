@@ -188,14 +188,6 @@ def test_bad_sizes(root: Path, name: str) -> None:
         dataset(root, [question()], **{name: -1})
 
 
-def test_colour_modes_become_rgb(root: Path) -> None:
-    from PIL import Image
-
-    for mode, colour in (("L", 51), ("RGBA", (51, 51, 51, 255)), ("P", 0), ("1", 1)):
-        Image.new(mode, (SIZE, SIZE), colour).save(root / "mode.png")
-        assert pixels(dataset(root, [question("mode.png")])[0]).shape[1] == 3
-
-
 def test_worker_processes_deliver_items_and_faults(root: Path) -> None:
     good = dataset(root, [question(), question("white.png")])
     loader = DataLoader(good, 2, num_workers=1, collate_fn=Collator(processor()))

@@ -11,7 +11,7 @@ import pytest
 from torch.utils.data import IterableDataset
 
 from tests.training import tiny
-from training import loop, settings, trainer
+from training import loop, settings
 from training.config import Config
 from training.data.records import DataError
 from training.loop import run
@@ -36,23 +36,7 @@ def losses(config: Config) -> list[float]:
     return [entry["loss"] for entry in result.history]
 
 
-def stopped_then_continued(config: Config, monkeypatch: Any) -> list[float]:
-    """The curve of a run that dies in step 4 and is started again."""
-    original = trainer.DistillTrainer.compute_loss
-
-    def dies(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 3:
-            raise RuntimeError("died")
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.DistillTrainer, "compute_loss", dies)
-        with pytest.raises(RuntimeError, match="died"):
-            run(config, say=lambda _: None)
-    return losses(config)
-
-
-def test_a_grouped_weighted_run_goes_on_as_it_was(root: Path, monkeypatch: Any) -> None:
+def test_a_grouped_weighted_run_goes_on_as_it_was(root: Path) -> None:
     data = {
         "sources": [
             {"path": str(root / "data.json"), "weight": 0.5},
@@ -61,7 +45,9 @@ def test_a_grouped_weighted_run_goes_on_as_it_was(root: Path, monkeypatch: Any) 
         "order": "grouped",
     }
     whole = losses(config(root, "whole", **data))
-    assert stopped_then_continued(config(root, "again", **data), monkeypatch) == whole
+    again = config(root, "again", **data)
+    tiny.killed(again, 3)
+    assert losses(again) == whole
     shuffled = losses(config(root, "shuffled", **data | {"order": "shuffled"}))
     assert len(whole) == 5 and whole != shuffled
 
@@ -72,27 +58,6 @@ def test_a_packed_run_has_the_curve_of_a_padded_one(root: Path) -> None:
     packed = losses(config(root, "packed", **data, packing=True))
     # the same sums in another order: fp32 rounding, grown over five steps of Adam at 1e-2
     assert packed == pytest.approx(padded, rel=1e-3)
-
-
-def test_a_streamed_run_goes_on_as_it_was(root: Path, monkeypatch: Any) -> None:
-    names = list(tiny.COLOURS)
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"say {name}"},
-                {"role": "assistant", "content": f"this is {name}"},
-            ]
-        }
-        for name in names
-    ]
-    (root / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    data = {"sources": [{"path": str(root / "rows.jsonl"), "stream": True}], "shuffle_buffer": 3}
-    whole = losses(config(root, "stream", **data))
-    assert stopped_then_continued(config(root, "stream-again", **data), monkeypatch) == whole
-    endless = config(root, "endless", **data)
-    endless = settings.changed(endless, stage={"sft": {"steps": None}})
-    with pytest.raises(settings.ConfigError, match="a streamed source has no epochs"):
-        run(endless, say=lambda _: None)
 
 
 def test_a_streamed_run_sees_all_images_of_a_batch(root: Path) -> None:
@@ -107,6 +72,10 @@ def test_a_streamed_run_sees_all_images_of_a_batch(root: Path) -> None:
     data = {"sources": [{"path": str(root / "two.jsonl"), "stream": True}]}
     indexed = {"sources": [{"path": str(root / "two.jsonl")}]}  # all rows are alike: so is the run
     assert losses(config(root, "two", **data)) == losses(config(root, "indexed", **indexed))
+    endless = config(root, "endless", **data)
+    endless = settings.changed(endless, stage={"sft": {"steps": None}})
+    with pytest.raises(settings.ConfigError, match="a streamed source has no epochs"):
+        run(endless, say=lambda _: None)
 
 
 class Short(IterableDataset[Any]):

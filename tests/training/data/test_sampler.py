@@ -79,12 +79,3 @@ def test_two_processes_share_an_epoch() -> None:
     assert sorted(i for rank in ranks for batch in rank for i in batch) == list(range(N))
     together = list(zip(*ranks, strict=False))[:-2]
     assert all(len({IMAGES[i] for batch in pair for i in batch}) == 1 for pair in together)
-
-
-def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="2, 1 and 2 values"):
-        ModalitySampler([1, 2], [True], 1, 0)
-    with pytest.raises(ValueError, match="step_size: got 0"):
-        ModalitySampler([1], [True], 0, 0)
-    with pytest.raises(ValueError, match=r"weights: got 0\.0"):
-        ModalitySampler([1], [True], 1, 0, weights=[0.0])

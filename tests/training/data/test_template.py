@@ -50,33 +50,6 @@ def test_one_question() -> None:
     )
 
 
-def test_two_turns_label_both_answers() -> None:
-    check(
-        ChatEncoder(processor()),
-        sample("<image>\nwhat is it", "coat", "how many", "two", image="a.png"),
-        f"USER: {IMAGE} what is it ASSISTANT: coat </s> USER: how many ASSISTANT: two </s>",
-        "·       · · · · ·    ·  ·  ·          coat </s> ·     ·   ·    ·          two </s>",
-    )
-
-
-def test_text_alone() -> None:
-    check(
-        ChatEncoder(processor()),
-        sample("what is it", "a bag"),
-        "USER: what is it ASSISTANT: a bag </s>",
-        "·     ·    ·  ·  ·          a bag </s>",
-    )
-
-
-def test_several_images_stay_where_they_are() -> None:
-    check(
-        ChatEncoder(processor()),
-        sample("is <image> a <image> ?", "no", image=["a.png", "b.png"]),
-        f"USER: is {IMAGE} a {IMAGE} ? ASSISTANT: no </s>",
-        "·       · · · · · · · · · · · ·          no </s>",
-    )
-
-
 def test_image_in_a_later_turn() -> None:
     check(
         ChatEncoder(processor()),
@@ -84,35 +57,6 @@ def test_image_in_a_later_turn() -> None:
         f"USER: what ASSISTANT: coat </s> USER: {IMAGE} is it ASSISTANT: yes </s>",
         "·     ·    ·          coat </s> ·     · · · · ·  ·  ·          yes </s>",
     )
-
-
-def test_a_single_image_moves_to_the_front() -> None:
-    last = sample("what is it\n<image>", "coat", image="a.png")
-    first = sample("<image>\nwhat is it", "coat", image="a.png")
-    encoder = ChatEncoder(processor())
-    assert encode(encoder, last) == encode(encoder, first)
-
-
-def test_system_line_comes_once() -> None:
-    check(
-        ChatEncoder(processor(), system="this is a coat"),
-        sample("what", "bag", "how", "two"),
-        "this is a coat USER: what ASSISTANT: bag </s> USER: how ASSISTANT: two </s>",
-        "·    ·  · ·    ·     ·    ·          bag </s> ·     ·   ·          two </s>",
-    )
-
-
-def test_a_sample_s_system_message_is_the_line() -> None:
-    for encoder in (ChatEncoder(processor()), ChatEncoder(processor(), system="how many")):
-        check(
-            encoder,
-            parse_sample(PLACE, entry("what", "bag", "how", "two", system="this is a coat")),
-            "this is a coat USER: what ASSISTANT: bag </s> USER: how ASSISTANT: two </s>",
-            "·    ·  · ·    ·     ·    ·          bag </s> ·     ·   ·          two </s>",
-        )
-    own = parse_sample(PLACE, entry("what", "bag") | {"system": None})
-    encoder = ChatEncoder(processor())
-    assert encode(encoder, own) == encode(encoder, sample("what", "bag"))
 
 
 def test_the_saved_chat_template_writes_the_same_text(tmp_path: Path) -> None:
@@ -157,7 +101,7 @@ def test_prompt_is_what_training_saw_before_the_answer(template: str) -> None:
     encoder = ChatEncoder(processor(), template)  # type: ignore[arg-type]
     one = sample("<image>\nwhat is it", "a coat", image="a.png")
     ids, labels = encode(encoder, one)
-    prompt = encoder.prompt(one, encoder.see([PICTURE]))
+    prompt = encoder.prompt(one, encoder.see([PICTURE]))["input_ids"].tolist()
     assert ids[: len(prompt)] == prompt
     assert labels[len(prompt) - 1] == -100 and labels[len(prompt)] != -100
 

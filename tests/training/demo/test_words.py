@@ -55,7 +55,8 @@ def test_processor_and_encoder_agree_on_the_prompt() -> None:
     p = processor()
     one = parse_sample(Place(Path("d")), entry("<image>\nwhat is this?", "a coat", image="a"))
     encoder = ChatEncoder(p)
-    prompt = encoder.prompt(one, encoder.see([Image.new("RGB", (16, 16))]))
+    seen = encoder.see([Image.new("RGB", (16, 16))])
+    prompt = encoder.prompt(one, seen)["input_ids"].tolist()
     assert p(images=Image.new("RGB", (16, 16)), text=QUESTION).input_ids[0] == prompt
     content = [{"type": "image"}, {"type": "text", "text": "what is this?"}]
     talk = [{"role": "user", "content": content}]

@@ -17,7 +17,9 @@ from tests.training import tiny
 from training.cli import main
 from training.evaluation import export
 from training.evaluation.benchmarks import BENCHMARKS
-from training.evaluation.predictions import Predictions
+from training.journal import Journal
+from training.models import load_vlm
+from training.settings import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +79,8 @@ def test_image_sizes_are_passed_on():
 
 
 def test_submissions(tmp_path, capsys):
-    kept = Predictions(tmp_path / "predictions.jsonl")
-    kept.append(
+    kept = Journal(tmp_path / "predictions.jsonl")
+    kept.write(
         {"question_id": i, "question": "Is it?", "prompt": "", "answer": answer, "ended": True}
         for i, answer in enumerate(["The Dog.", "two"])
     )
@@ -113,3 +115,10 @@ def test_wrong_things_to_export(folder, tmp_path, capsys):
     ):
         assert main(["export", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_processor_without_a_chat_template_is_not_exported(folder, tmp_path):
+    model, processor = load_vlm(folder / "model")
+    processor.chat_template = None
+    with pytest.raises(ConfigError, match="got a LlavaProcessor without chat_template"):
+        export.export_model(model, processor, tmp_path / "out")

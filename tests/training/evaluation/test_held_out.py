@@ -12,7 +12,8 @@ from tests.training import tiny
 from training.anatomy import freeze
 from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
-from training.evaluation.held_out import Scores, answers, evaluate, generate_answer
+from training.evaluation.held_out import Scores, answers, evaluate
+from training.generate import Asked, Writer
 from training.models import build_model
 
 
@@ -39,7 +40,12 @@ def test_exact_match_is_what_greedy_decoding_writes(parts):
     batches = list(answers(model, data, collator, batch_size=7, title="test"))
     exact = torch.cat([hits for hits, _ in batches]).tolist()
     single = [i for i, sample in enumerate(data.samples) if len(sample.turns) == 1]
-    decoded = {i: generate_answer(model, data, processor, i) for i in single}
+    asked = [data.samples[i].asked() for i in single]
+    images = data.sources[0].images
+    written = Writer(model, processor, 8).write(
+        [Asked(one, lambda one=one: images(one)) for one in asked]
+    )
+    decoded = {i: answer.text for i, answer in zip(single, written, strict=True)}
     truth = {i: data.samples[i].turns[0][1] for i in single}
     assert {i: exact[i] for i in single} == {i: decoded[i] == truth[i] for i in single}
     hits = sum(exact[i] for i in single)

@@ -19,7 +19,7 @@ def _two_kept() -> dict[str, KeptGram]:
 
 
 @dataclass
-class Operators:
+class HeadFunctions:
     """What an objective calls. Functions of the same arguments may take the place of these: for
     heads that are not whole, or to be watched.
     """
