@@ -9,8 +9,10 @@ All of them want one vocabulary. Where the heads differ in rows, both are cut to
 before a peer sees them, as its users would have to do: uncut, most give a wrong number and some
 read beyond the smaller head, which on a GPU ends every later measurement.
 
-Left out: functions of whole logits (torchtune, DistillKit, Model-Optimizer), which are
-"PyTorch, whole logits" in other words.
+Left out: functions of whole logits (torchtune, DistillKit, Model-Optimizer), which are "PyTorch,
+whole logits" in other words; and unsloth_zoo's chunked JSD (2026.10.9), which imports only after
+unsloth, and that changes settings of the allocator and of Triton, and patches PyTorch, for every
+other method of the process.
 """
 
 from __future__ import annotations
@@ -43,19 +45,16 @@ class Call:
     Attributes:
         package: its distribution.
         module, function: where it lives; looked for before it is called.
-        prepare: given the function and a problem, returns what computes the loss; None for what is
-            refused.
+        prepare: given the function and a problem, returns what computes the loss.
     """
 
     package: str
     module: str
     function: str
-    prepare: Callable[[Any, Problem], Forward] | None = None
+    prepare: Callable[[Any, Problem], Forward]
 
     def on(self, problem: Problem) -> Forward:
         """What computes the loss of the problem."""
-        if self.prepare is None:
-            raise RuntimeError(f"peers: {self.function} is refused, and was asked for a loss")
         return self.prepare(getattr(importlib.import_module(self.module), self.function), problem)
 
 
@@ -68,7 +67,6 @@ class Peer:
         calls: their sum is the loss.
         devices: types of device it runs on.
         capability: least compute capability of a GPU.
-        refused: why it is not run although it is installed, "" if it is.
     """
 
     key: str
@@ -77,7 +75,6 @@ class Peer:
     calls: tuple[Call, ...]
     devices: frozenset[str] = EVERYWHERE
     capability: tuple[int, int] = (0, 0)
-    refused: str = ""
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -90,9 +87,6 @@ class Peer:
 
     def missing(self) -> str:
         """Why it cannot be called, "" if it can."""
-        if self.refused:
-            absent = [package for package in self.packages if version(package) is None]
-            return f"not installed: {', '.join(absent)}" if absent else self.refused
         reasons = (_why_not_importable(call.module, call.function) for call in self.calls)
         return next(filter(None, reasons), "")
 
@@ -277,16 +271,6 @@ FLA = Call("flash-linear-attention", "fla.modules.fused_kl_div", "FusedKLDivLoss
 CCE = Call("cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy", _cce)
 QUACK = Call("quack-kernels", "quack.linear_cross_entropy", "chunked_linear_cross_entropy", _quack)
 CHUNKED = Call("torch", "torch.nn", "LinearCrossEntropyOptions", _torch_chunked)
-UNSLOTH = Call("unsloth_zoo", "unsloth_zoo.rl_replacements", "distillation_chunked_jsd")
-
-#: Of version 2026.10.9. Its module can be imported only after `unsloth`; on the way the environment
-#: gets settings of PyTorch's allocator and of Triton, and patches for some fifty model families are
-#: loaded. Measured here were then every other method under those. It also asks for trl ≤ 1.15.0,
-#: which is not the version that is compared.
-_NOT_UNSLOTH = (
-    "not run: its module imports only after unsloth, which changes settings of the allocator and "
-    "of Triton, and patches PyTorch, for every other method of the process"
-)
 
 _BOTH, _CE, _KL = frozenset({"ce+kl"}), frozenset({"ce"}), frozenset({"kl"})
 PEERS = (
@@ -296,7 +280,6 @@ PEERS = (
     Peer("trl", "TRL chunked divergence", _KL, (TRL,)),
     Peer("trl-both", "Liger CE + TRL divergence", _BOTH, (TRL, LIGER_CE), CUDA_ONLY),
     Peer("fla", "fla FusedKLDivLoss", _KL, (FLA,), CUDA_ONLY),
-    Peer("unsloth", "unsloth chunked JSD", _KL, (UNSLOTH,), refused=_NOT_UNSLOTH),
     Peer("liger-ce", "Liger fused-linear CE", _CE, (LIGER_CE,), CUDA_ONLY),
     Peer("cce", "cut-cross-entropy", _CE, (CCE,)),
     Peer("quack", "quack chunked CE", _CE, (QUACK,), CUDA_ONLY, (9, 0)),

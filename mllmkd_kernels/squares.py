@@ -5,7 +5,7 @@
 Between the products are a few passes over a block in cache, so plain PyTorch is as fast as they are
 on every device: there are no kernels for it. Through Gram matrices, ``h_s G_s h_s − 2 h_s W_sᵀW_t
 h_t + h_t G_t h_t``, there would be no logits at all, but 4·V·D_s·(D_s + D_t) FLOPs of fp64, since
-it is a small difference near convergence, beside the 2·N·V·(3D_s + D_t) here: fourteen times the
+it is a small difference near convergence, beside the 2·N·V·(3D_s + D_t) here: fifteen times the
 time for 256 rows of D 896 and 2,048 on a processor.
 """
 

@@ -279,7 +279,7 @@ def test_opcheck(name: str, grad: bool, backend: str) -> None:
         backend = "eager"
     op, arguments = operator_calls(backend, torch.bfloat16, grad)[name]
     if factored:
-        arguments = (*arguments[:17], False, *arguments[18:], True)
+        arguments = (*arguments[:17], False, *arguments[18:-2], True, True)
     # The dispatch test differentiates the sum of *all* outputs; these refuse to differentiate a
     # gradient. test_compile_of_a_caller differentiates what may be differentiated.
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
