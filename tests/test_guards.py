@@ -113,8 +113,7 @@ CALLS: dict[str, tuple[Loss, bool, dict[str, int]]] = {
         {"head_gram": 2, "relation": 1, "scale_gradient": 1},
     ),
     "gram": (gram, True, {"head_gram": 1, "head_gram_backward": 1}),
-    # one pass over each head; a frozen teacher's Gram can be kept
-    "logit MSE": (logit_mse, True, {"grams": 1, "head_gram": 1, "grams_backward": 1}),
+    "logit MSE": (logit_mse, True, {"linear_logit_mse": 1} | _SCALED),
 }
 
 
