@@ -203,7 +203,6 @@ def test_history_of_the_data(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["parquet", "disk", "json"])
 def test_messages_keep_their_form_and_images(form: str, root: Path, tmp_path: Path) -> None:
-
     part = {"type": "text", "text": "what colour"}
     parts = [{"type": "image", "text": None}, part]
     rows = [
