@@ -5,7 +5,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint format demo bench gpu gpu-offline clean distclean FORCE
+.PHONY: help install test lint format demo study bench gpu gpu-offline clean distclean FORCE
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -58,6 +58,9 @@ format: $(DEPS_STAMP) ## mend what ruff and clang-format can mend
 demo: install ## train teacher and students, write a report (SEEDS=3 DATA=easy-vqa OUT=dir GARMENTS=dir)
 	$(BIN)/python -m training demo $(strip $(DEMO_OPTIONS) $(ARGS))
 
+study: install ## many ways to train one student, in one table: 90 minutes, resumable (the demo's options)
+	$(BIN)/python -m training study $(strip $(DEMO_OPTIONS) $(ARGS))
+
 bench: install ## measure time, memory and accuracy against plain PyTorch (ARGS=... is passed on)
 	$(BIN)/python -m benchmarks all $(ARGS)
 
@@ -65,7 +68,7 @@ bench: install ## measure time, memory and accuracy against plain PyTorch (ARGS=
 gpu: ## on a machine with a GPU: its tests and benchmark, with no virtual environment (ARGS="--stages bench")
 	PYTHONPATH=. python3 -m tests.gpu $(ARGS)
 
-gpu-offline: install ## compile every GPU kernel for sm_80, sm_90, sm_100 without a GPU (ARGS="--arch 90")
+gpu-offline: install ## compile every GPU kernel for NVIDIA's and AMD's without a GPU (ARGS="--arch 90,gfx942")
 	$(BIN)/python -m tests.gpu.offline $(ARGS)
 
 clean: ## remove the compiled extension, build folders and caches; keep .venv, data and runs/

@@ -20,7 +20,7 @@ TORCH_LIBRARY(mllmkd_cpu, m) {
       "Tensor? ce_weight, Tensor? kd_weight, str divergence, float param, float temperature, float "
       "cap_s, "
       "float cap_t, int vocab, int ignore_index, bool want_dh, bool want_dw, bool want_db, int "
-      "chunk_rows, Tensor(a!)? diagnostics=None) "
+      "chunk_rows, Tensor(a!)? diagnostics=None, bool standardize=False) "
       "-> (Tensor loss, Tensor ce, Tensor kd, Tensor dh, Tensor dw, Tensor db)");
   m.def(
       "logprob_rows(Tensor h, Tensor w, Tensor? b, Tensor labels, float temperature, float cap, "
@@ -51,10 +51,10 @@ TORCH_LIBRARY_IMPL(mllmkd_cpu, CPU, m) {
 #ifdef MLLMKD_CUDA
 TORCH_LIBRARY(mllmkd_cuda, m) {
   m.def(
-      "rows_(Tensor(a!) zs, Tensor? zt, Tensor? bs, Tensor? bt, Tensor? labels, Tensor? ce_weight, "
+      "rows_(Tensor zs, Tensor? zt, Tensor? bs, Tensor? bt, Tensor? labels, Tensor? ce_weight, "
       "Tensor? kd_weight, Tensor? broken_s, Tensor? broken_t, str divergence, float param, float "
-      "temperature, float cap_s, float cap_t, int ignore_index, bool want_dz, bool dz_bf16, int "
-      "cluster=0) -> (Tensor ce, Tensor kd)");
+      "temperature, float cap_s, float cap_t, int ignore_index, Tensor(a!)? dz, int cluster=0) -> "
+      "(Tensor ce, Tensor kd)");
 }
 
 TORCH_LIBRARY_IMPL(mllmkd_cuda, CUDA, m) { m.impl("rows_", TORCH_FN(mllmkd::cuda_rows_)); }

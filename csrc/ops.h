@@ -26,13 +26,13 @@ inline Divergence divergence_of(std::string_view name) {
 // L = Σ_n ce_weight[n]·CE_n + kd_weight[n]·D_n over N rows, and its gradients: (loss, ce, kd, dh,
 // dw, db). `diagnostics` (3, N), if given, is filled with the entropies of student and teacher and
 // with 1 where some token is the most likely of both, else 0; without a teacher with the first
-// only.
+// only. `standardize`: the divergence sees each row's logits z-scored.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> distill_rows(
     const at::Tensor& hs, const at::Tensor& ws, const Optional& bs, const Optional& ht,
     const Optional& wt, const Optional& bt, const Optional& labels, const Optional& ce_weight,
     const Optional& kd_weight, std::string_view divergence, double param, double temperature,
     double cap_s, double cap_t, int64_t vocab, int64_t ignore_index, bool want_dh, bool want_dw,
-    bool want_db, int64_t chunk_rows, const Optional& diagnostics);
+    bool want_db, int64_t chunk_rows, const Optional& diagnostics, bool standardize);
 
 // log softmax(z/T)[label] and log Σ exp(z/T) of every row: (logp, lse).
 std::tuple<at::Tensor, at::Tensor> logprob_rows(
@@ -61,12 +61,13 @@ at::Tensor relation_grad(
     const at::Tensor& cu_seqlens, const at::Tensor& coef);
 
 // The row kernel of the chunk algorithm on a GPU, in a build with CUDA: (ce, kd) of C rows of V
-// logits, and over `zs` their gradient where it is wanted. `cluster`: CTAs for a row, 0 to choose.
+// logits, and their gradient in `dz`, fp32 or bf16, where it is wanted; in fp32 it may be `zs`.
+// `cluster`: CTAs for a row, 0 to choose.
 std::tuple<at::Tensor, at::Tensor> cuda_rows_(
-    at::Tensor& zs, const Optional& zt, const Optional& bs, const Optional& bt,
+    const at::Tensor& zs, const Optional& zt, const Optional& bs, const Optional& bt,
     const Optional& labels, const Optional& ce_weight, const Optional& kd_weight,
     const Optional& broken_s, const Optional& broken_t, std::string_view divergence, double param,
-    double temperature, double cap_s, double cap_t, int64_t ignore_index, bool want_dz,
-    bool dz_bf16, int64_t cluster);
+    double temperature, double cap_s, double cap_t, int64_t ignore_index,
+    const std::optional<at::Tensor>& dz, int64_t cluster);
 
 }  // namespace mllmkd

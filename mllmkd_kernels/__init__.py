@@ -29,6 +29,7 @@ from mllmkd_kernels.preference import preference_loss
 from mllmkd_kernels.relation import fused_linear_relation, head_gram, relation_cosine
 from mllmkd_kernels.rows import RowCounts, image_seqlens, response_rows, visual_rows
 from mllmkd_kernels.sweep import RowTerm
+from mllmkd_kernels.upcycle import upcycle
 from mllmkd_kernels.view import View
 from mllmkd_kernels.vocab_parallel import (
     vocab_parallel_distill,
@@ -79,6 +80,7 @@ __all__ = [
     "release_workspace",
     "response_rows",
     "sum_counts",
+    "upcycle",
     "visual_rows",
     "vocab_parallel_distill",
     "vocab_parallel_gram",

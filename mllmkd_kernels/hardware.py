@@ -24,6 +24,7 @@ class Gpu:
         single_flops: FLOP/s of a large fp32 product (no TF32).
         bandwidth: bytes/s of a large copy, read and written bytes both counted.
         multiprocessors: how many blocks run side by side, at least.
+        clock: Hz, under load.
     """
 
     name: str
@@ -32,15 +33,23 @@ class Gpu:
     single_flops: float
     bandwidth: float
     multiprocessors: int
+    clock: float
+
+    @property
+    def instructions(self) -> float:
+        """Of single lanes, a second: four warps of 32 in each multiprocessor, of which kernels that
+        compute exponentials start four in five.
+        """
+        return 0.8 * 128 * self.multiprocessors * self.clock
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 80, 250e12, 17e12, 1.7e12, 108),
-        Gpu("h100", 90, 700e12, 50e12, 3.0e12, 132),
-        Gpu("h200", 90, 700e12, 50e12, 4.3e12, 132),
-        Gpu("b200", 100, 1600e12, 60e12, 6.8e12, 148),
+        Gpu("a100", 80, 250e12, 17e12, 1.7e12, 108, 1.35e9),
+        Gpu("h100", 90, 700e12, 50e12, 3.0e12, 132, 1.6e9),
+        Gpu("h200", 90, 700e12, 50e12, 4.3e12, 132, 1.6e9),
+        Gpu("b200", 100, 1600e12, 60e12, 6.8e12, 148, 1.7e9),
     )
 }
 #: Where there is no GPU to ask: what a prediction is made for.

@@ -43,6 +43,7 @@ from mllmkd_kernels.batch import (
     image_token_id,
 )
 from mllmkd_kernels.drawn import BatchView, DrawsThroughView
+from mllmkd_kernels.experts import check_adapters
 from mllmkd_kernels.llava_kd import LlavaKDLoss, LlavaKDOutput
 from mllmkd_kernels.models import hidden_size
 from mllmkd_kernels.objective import Losses, Objective
@@ -297,8 +298,12 @@ class DistillMixin(DrawsThroughView, StepCounts, LoadsItsCheckpoints):
     def _attach(self, teacher: Teacher | None) -> None:
         """The parameters of the objective's own become the student's."""
         student: Any = self.accelerator.unwrap_model(self.model)
+        check_adapters(student)
         learned.detach(student)
-        if not isinstance(self.objective, Objective) or not len(self.objective.learned):
+        if not isinstance(self.objective, Objective):
+            return
+        self.objective.report_on(student)
+        if not len(self.objective.learned):
             return
         fsdp: Any = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if self.is_deepspeed_enabled or (fsdp is not None and fsdp.fsdp_version < 2):

@@ -3,11 +3,12 @@ explained.
 
 *chunk* holds the logits of C rows of both models. C is what the workspace budget allows, but never
 so few that the weights are read more often than the products cost: a chunk below a few dozen rows
-turns two matrix products into a copy of the heads.
+turns two matrix products into a copy of the heads. On a GPU the budget also holds dz of R rows,
+which are folded into the gradients at once, and C and R are what `gpu_time` finds cheapest.
 
 *stream* holds no logits: it multiplies the heads once for the statistics of every row and once more
 for the gradients, a slice of the vocabulary at a time. It costs more FLOPs and writes dW once. On a
-GPU the cheaper one by the model below is taken.
+GPU the cheaper one by that model is taken.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from mllmkd_kernels import hardware
+from mllmkd_kernels import gpu_time, hardware
 from mllmkd_kernels.backends.products import strip_bytes
 from mllmkd_kernels.choose import choose_backend
 from mllmkd_kernels.divergence import sweeps
@@ -24,9 +25,12 @@ from mllmkd_kernels.divergence import sweeps
 #: Default budget for the logits of a chunk: 220 rows of two fp32 blocks at V = 151,936.
 WORKSPACE_MB = 256.0
 
-#: The same on a GPU: 512 rows. There fewer make the accumulation of dW, 8 bytes of traffic per
-#: entry and chunk, cost more than its products.
-WORKSPACE_MB_GPU = 600.0
+#: The same on a GPU: at V = 151,936 the logits of 512 rows, and dz in bf16 of 2,048. With fewer the
+#: traffic of heads and dW, which is 8 bytes per entry and fold, costs more than the products.
+WORKSPACE_MB_GPU = 1200.0
+
+#: No more rows of dz are folded at once: dW's traffic is then below a quarter of its product.
+MOST_FOLDED = 2048
 
 #: A processor takes no more rows at a time, whatever the budget: fewer read the heads too often,
 #: more only take memory. Measured on two cores, bf16, V 65,536, as time over the floor's: 256, 352,
@@ -44,10 +48,6 @@ VOCAB_TILE = 128
 #: tensors of their own, measured: with a teacher (14 to 18, JSD the most), for cross-entropy alone.
 EAGER_BLOCKS, EAGER_BLOCKS_CE = 18, 4
 
-#: Share of the vendor's rate that the products inside Triton's kernels are taken to reach
-#: (assumed, not measured).
-STREAM_EFFICIENCY = 0.75
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -59,6 +59,8 @@ class Plan:
         algorithm: "chunk" (logits of `chunk_rows` rows at a time) or "stream" (none; the gradient
             of `chunk_vocab` columns at a time).
         chunk_rows: C, the rows whose logits exist at the same time; all of them for "stream".
+        fold_rows: R, the rows whose dz exists at the same time, a multiple of C; C where dz takes
+            the place of the student's logits.
         chunk_vocab: the columns that exist at the same time; all of them for "chunk".
         workspace_bytes: the logits of one chunk, for "eager" with the strips that are made of
             them; for "stream" the gradient of one slice of the vocabulary.
@@ -80,6 +82,7 @@ class Plan:
     backend: str
     algorithm: str
     chunk_rows: int
+    fold_rows: int
     chunk_vocab: int
     workspace_bytes: int
     saved_bytes: int
@@ -250,7 +253,7 @@ def _host_plan(
         strips = EAGER_BLOCKS if s.d_t else EAGER_BLOCKS_CE
         workspace += strips * min(strip_bytes(device), block)
     return Plan(
-        name, "chunk", c, s.vocab, workspace, *_gradient_bytes(s, element, late),
+        name, "chunk", c, c, s.vocab, workspace, *_gradient_bytes(s, element, late),
         s.floor_flops, s.floor_flops,
         reasons=(
             why,
@@ -262,14 +265,7 @@ def _host_plan(
     )  # fmt: skip
 
 
-# --- what a GPU is predicted to need -------------------------------------------------------------
-
-
-def _rates(s: Shapes, gpu: hardware.Gpu) -> tuple[float, int, int]:
-    """FLOP/s of the products, bytes of an operand, bytes of an entry of the gradient block."""
-    half = s.uniform and s.dtype.itemsize == 2
-    bf16 = s.uniform and s.dtype == torch.bfloat16
-    return (gpu.half_flops if half else gpu.single_flops), (2 if half else 4), (2 if bf16 else 4)
+# --- on a GPU ------------------------------------------------------------------------------------
 
 
 def _masked_rows(s: Shapes, operand: int) -> int:
@@ -277,58 +273,67 @@ def _masked_rows(s: Shapes, operand: int) -> int:
     return s.rows * s.d_s * operand * s.want_dw
 
 
-def _chunk_on_gpu(s: Shapes, name: str, gpu: hardware.Gpu, workspace_mb: float | None) -> Plan:
-    """Every product is as slow as its FLOPs or its bytes, whichever is more; the row kernel between
-    them is bytes alone.
+def _gpu_blocks(s: Shapes, name: str, gpu: hardware.Gpu, budget: float) -> tuple[int, int]:
+    """(C, R): within the budget what takes the least time a row, once all is under way. They do not
+    depend on N, so that steps of different N run the same kernels.
     """
-    rate, operand, dz = _rates(s, gpu)
-    blocks = 2 if s.d_t else 1
-    c = chunk_rows(name, s.rows, s.vocab, blocks, 4, workspace_mb)
-    chunks = -(-s.rows // c)
+    _, _, dz = gpu_time.rates(s, gpu)
+    apart = dz == 2 and s.gradients > 0
+    tiles = range(gpu_time.ROW_TILE, MOST_FOLDED + 1, gpu_time.ROW_TILE)
+    pairs = [
+        (c, fold)
+        for c in (MIN_CHUNK_ROWS, 2 * MIN_CHUNK_ROWS, *tiles)
+        for fold in (range(c, MOST_FOLDED + 1, c) if apart else (c,))
+        if _block_bytes(s, c, fold, apart) <= budget
+    ]
 
-    def product(d: int, moved: int) -> float:
-        return max(2 * c * s.vocab * d / rate, moved / gpu.bandwidth)
+    def seconds_a_row(pair: tuple[int, int]) -> float:
+        return gpu_time.fold(s, name, gpu, *pair) / pair[1]
 
-    block, gradient_block = c * s.vocab * 4, c * s.vocab * dz
-    head_s, head_t = s.vocab * s.d_s * operand, s.vocab * s.d_t * operand
-    accumulator = s.vocab * s.d_s * 4  # read and written by every chunk
-    once = product(s.d_s, head_s + block) + (product(s.d_t, head_t + block) if s.d_t else 0)
-    once += s.want_dh * product(s.d_s, head_s + gradient_block)
-    once += s.want_dw * product(s.d_s, gradient_block + 2 * accumulator)
+    return min(pairs, key=seconds_a_row, default=(MIN_CHUNK_ROWS, MIN_CHUNK_ROWS))
+
+
+def _block_bytes(s: Shapes, c: int, fold: int, apart: bool) -> int:
+    """Logits of C rows in fp32, and dz of R where it is `apart`."""
+    return s.vocab * (4 * c * (2 if s.d_t else 1) + 2 * fold * apart)
+
+
+def _chunk_on_gpu(s: Shapes, name: str, gpu: hardware.Gpu, workspace_mb: float | None) -> Plan:
+    rate, operand, dz = gpu_time.rates(s, gpu)
+    c, fold = _gpu_blocks(s, name, gpu, _budget(name, workspace_mb))
+    apart, chunks = dz == 2 and s.gradients > 0, -(-s.rows // c)
+    blocks, held = 2 if s.d_t else 1, max(1, min(c, s.rows))
+    folded = max(held, min(fold, s.rows))
+    workspace = _block_bytes(s, held, folded, apart) + _masked_rows(s, operand)
     reads = 1 if name == "cuda" else s.sweeps
-    moved = reads * blocks * block + gradient_block * (s.gradients > 0)
-    seconds = chunks * (once + moved / gpu.bandwidth)
-    workspace = blocks * block + _masked_rows(s, operand)
+    beside = f", and dz of {folded} x {s.vocab} x 2 bytes, folded at once" if apart else ""
     return Plan(
-        name, "chunk", c, s.vocab, workspace, *_gradient_bytes(s, 4), s.floor_flops,
-        s.floor_flops, seconds, s.floor_flops / rate,
+        name, "chunk", held, folded, s.vocab, workspace, *_gradient_bytes(s, 4), s.floor_flops,
+        s.floor_flops, gpu_time.chunk(s, name, gpu, c, fold), s.floor_flops / rate,
         reasons=(
-            f"{blocks} logit blocks of {c} x {s.vocab} x 4 bytes fit the workspace budget",
+            f"{blocks} logit blocks of {held} x {s.vocab} x 4 bytes fit the workspace budget"
+            + beside,
             _wanted(s),
-            f"the row kernel reads its block {'once' if reads == 1 else f'{reads} times'}",
+            f"the row kernel reads its block {'once' if reads == 1 else f'{reads} times'}, "
+            f"{gpu_time.row_instructions(s, name)} instructions an entry; {chunks} chunks",
+            gpu_time.assumed(gpu, rate),
         ),
     )  # fmt: skip
 
 
 def _stream_on_gpu(s: Shapes, gpu: hardware.Gpu, workspace_mb: float | None) -> Plan:
-    """Both heads are multiplied once for the statistics and once more for gradients or values; a
-    third time where the gradient needs a mean over the whole row first.
-    """
-    rate, operand, dz = _rates(s, gpu)
+    rate, operand, dz = gpu_time.rates(s, gpu)
     columns = min(chunk_vocab(s.rows, s.vocab, dz, workspace_mb), max(s.vocab, 1))
-    logits = 2 * s.rows * s.vocab * (s.d_s + s.d_t)
-    folded = 2 * s.rows * s.vocab * s.d_s * s.gradients
-    slices = -(-s.vocab // columns)
-    moved = s.rows * s.vocab * dz * (1 + s.gradients) * (s.gradients > 0)
-    moved += slices * s.rows * s.d_s * 8 * s.want_dh  # dh is read and written by every slice
-    seconds = s.sweeps * logits / (rate * STREAM_EFFICIENCY) + folded / rate + moved / gpu.bandwidth
+    flops = 2 * s.rows * s.vocab * (s.sweeps * (s.d_s + s.d_t) + s.d_s * s.gradients)
     workspace = s.rows * columns * dz * (s.gradients > 0) + _masked_rows(s, operand)
     return Plan(
-        "triton", "stream", s.rows, columns, workspace, *_gradient_bytes(s, 4),
-        s.sweeps * logits + folded, s.floor_flops, seconds, s.floor_flops / rate,
+        "triton", "stream", s.rows, s.rows, columns, workspace, *_gradient_bytes(s, 4), flops,
+        s.floor_flops, gpu_time.stream(s, gpu, columns), s.floor_flops / rate,
         reasons=(
             f"a gradient slice of {s.rows} x {columns} x {dz} bytes fits the workspace budget",
             _wanted(s),
             f"both heads are multiplied {s.sweeps} times: no logits in memory",
+            f"{gpu_time.assumed(gpu, rate)}; {gpu_time.STREAM_EFFICIENCY:.0%} of the rate inside "
+            "kernels",
         ),
     )  # fmt: skip

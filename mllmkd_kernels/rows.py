@@ -149,11 +149,14 @@ ROW_SETS: dict[str, Callable[[Batch, int], Tensor]] = {
     "valid": _valid,
 }
 
+#: Kinds of the two answers of a pair; a batch of pairs has all of one, then all of the other.
+PAIR = ("chosen", "rejected")
+
 #: What a mean may be over besides rows.
 UNITS: dict[str, Callable[[Batch], int]] = {
     "images": lambda batch: images(batch),
     "samples": lambda batch: len(entry(batch, "labels")),
-    "pairs": lambda batch: len(entry(batch, "labels")) // 2,  # chosen ones, then rejected ones
+    "pairs": lambda batch: len(entry(batch, "labels")) // len(PAIR),
 }
 
 

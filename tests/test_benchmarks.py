@@ -33,7 +33,18 @@ from benchmarks import (
 from benchmarks.cli import ROOT, main
 from benchmarks.problem import Problem, make, make_near
 from benchmarks.session import Session
-from benchmarks.shapes import DTYPES, SUITES, Case, StepCase, fallback, headline, with_vocab
+from benchmarks.shapes import (
+    DTYPES,
+    LOSSES,
+    PREFERENCES,
+    SUITES,
+    Case,
+    StepCase,
+    fallback,
+    gpu_headline,
+    headline,
+    with_vocab,
+)
 from mllmkd_kernels import reference
 
 TINY = SUITES["tiny"]
@@ -147,10 +158,11 @@ def test_peak_rise_sees_memory_that_is_already_free_again() -> None:
 # --- the truth, and what is not measured ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["ce+kl", "ce", "kl", "relation"])
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
 def test_truth_is_the_reference_in_fp64(loss: str, train_head: bool) -> None:
-    problem = make(replace(CASE, loss=loss, train_head=train_head))
+    images = 4 if loss in PREFERENCES else 1
+    problem = make(replace(CASE, loss=loss, train_head=train_head, images=images))
     h, w = (x.detach().double().requires_grad_(True) for x in (problem.hs, problem.ws))
     z_s, z_t = reference.logits(h, w, vocab_size=problem.case.vocab), None
     if loss != "ce":
@@ -158,6 +170,15 @@ def test_truth_is_the_reference_in_fp64(loss: str, train_head: bool) -> None:
         z_t = reference.logits(ht, wt, vocab_size=problem.case.vocab)
     if loss == "relation" and z_t is not None:
         expected = reference.relation_cosine(z_s, z_t, torch.tensor([0, 7]))
+    elif loss in PREFERENCES and z_t is not None:  # answers of 7 tokens: two chosen, two rejected
+        ratio = (z_s.log_softmax(1) - z_t.log_softmax(1)).gather(1, problem.labels[:, None])
+        r = ratio.view(4, 7).sum(1)
+        margin = 0.1 * (r[:2] - r[2:])
+        if loss == "kto":
+            k = r.view(2, 2).mean(1).clamp(min=0).detach()
+            expected = 1 - torch.cat((0.1 * (r[:2] - k[1]), 0.1 * (k[0] - r[2:]))).sigmoid().mean()
+        else:
+            expected = -margin.sigmoid().log().mean()
     else:
         _, ce, kd = reference.linear_distill(
             z_s, z_t, problem.labels if loss != "kl" else None, ce_weight=1.0
@@ -174,10 +195,10 @@ def test_truth_is_the_reference_in_fp64(loss: str, train_head: bool) -> None:
         assert found.dw is None
 
 
-@pytest.mark.parametrize("loss", ["ce+kl", "ce", "kl", "relation"])
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_plain_pytorch_and_ours_compute_the_same_loss(loss: str, dtype: str) -> None:
-    case = replace(CASE, loss=loss, dtype=dtype)
+    case = replace(CASE, loss=loss, dtype=dtype, images=4 if loss in PREFERENCES else 1)
     verdicts = Session(TINY).verdicts([methods.EAGER, *methods.OURS], case)
     for key, verdict in verdicts.items():
         assert verdict.status in ("ok", "missing"), (key, verdict.reason)
@@ -546,16 +567,45 @@ def test_one_section_alone(command: str, tmp_path: Path) -> None:
     assert [name for name in record.SECTIONS if name in found] == [command]
 
 
-def test_an_interrupted_run_keeps_its_whole_sections(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("how", [KeyboardInterrupt, SystemExit], ids=["limit", "killed"])
+def test_a_run_that_is_stopped_keeps_every_case_that_was_measured(
+    how: type[BaseException],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def stop(*_: object) -> list[dict[str, Any]]:
-        raise KeyboardInterrupt
+    measured = []
 
-    monkeypatch.setattr("benchmarks.speed.measure", lambda *_: [])
-    monkeypatch.setattr("benchmarks.memory.measure", stop)
-    assert main(["all", "--suite", "tiny", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("*.json")
+    def measure(session: Session, case: Case) -> list[dict[str, Any]]:
+        if len(measured) == 2:
+            raise how
+        measured.append(case)
+        return real(session, case)
+
+    real = speed.measure
+    monkeypatch.setattr("benchmarks.speed.measure", measure)
+    arguments = ["all", "--suite", "tiny", "--device", "cpu", "--out", str(tmp_path)]
+    arguments += ["--only", "floor,mk-eager"]
+    if how is SystemExit:
+        with pytest.raises(SystemExit):
+            main(arguments)
+    else:
+        assert main(arguments) == 0
+        assert "interrupted; measured: speed" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*-unfinished.json")
     found = record.load(path)
-    assert found["speed"] == [] and "memory" not in found and not record.publishable(found)
-    assert "interrupted; measured: speed" in capsys.readouterr().out
+    assert len({json.dumps(row["case"]) for row in found["speed"]}) == 2
+    assert found["targets"] and not record.publishable(found)
+
+
+def test_a_gpu_has_targets_of_its_own() -> None:
+    cases = gpu_headline()
+    figures = {"over_floor": 1.29, "times_eager": 20.5, "extra_bytes": 1.7 * 2**30}
+    rows = [{"method": "mk-triton", "case": asdict(case), **figures} for case in cases]
+    found = {"machine": {"gpu": "one"}, "suite": "headline", "speed": rows, "memory": rows}
+    marks = [target["holds"] for target in targets.judge(found, "mk-triton")]
+    assert marks == [True] * 4 + [None] * 2
+    for row in rows:
+        row |= {"over_floor": 1.31, "times_eager": 19.0, "extra_bytes": 2 * 2**30}
+    marks = [target["holds"] for target in targets.judge(found, "mk-triton")]
+    assert marks == [False] * 4 + [None] * 2

@@ -80,7 +80,9 @@ def emulated(library: ctypes.CDLL) -> Kernel:
     """
     emulate = library.emulate_rows
     emulate.restype = ctypes.c_char_p
-    return lambda rows, size=2, threads=32, seed=0: _emulate(emulate, rows, size, threads, seed)
+    return lambda rows, size=2, threads=32, seed=0, pad=True: _emulate(
+        emulate, rows, size, threads, seed, pad
+    )
 
 
 @pytest.fixture(params=["emulated", "gpu"] if cuda.available() else ["emulated"])
@@ -93,19 +95,30 @@ def kernel(request: pytest.FixtureRequest) -> Kernel:
 BIAS_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def _emulate(function, rows: Rows, size: int, threads: int, seed: int) -> Terms:
+def _guarded(z: Tensor, pad: bool) -> tuple[Tensor, Tensor]:
+    """A copy of z (C, V), if `pad` with rows that start 16 bytes apart or a multiple, and what it
+    lies in: a row more before and after it.
+    """
+    stride = -(-z.shape[1] // 8) * 8 if pad else z.shape[1]
+    guarded = z.new_full((z.shape[0] + 2, stride), 77.0)
+    guarded[1:-1, : z.shape[1]] = z
+    return guarded[1:-1, : z.shape[1]], guarded
+
+
+def _emulate(function, rows: Rows, size: int, threads: int, seed: int, pad: bool) -> Terms:
     r = rows
     count, vocab = r.zs.shape
-    # Two rows more than the kernel may touch: one before, one after.
-    guarded = torch.full((count + 2, vocab), 77.0)
-    guarded[1:-1] = r.zs
-    z = guarded[1:-1]
+    z, guarded = _guarded(r.zs, pad)
+    zt = None if r.zt is None else _guarded(r.zt, pad)[0]
+    dz = None
+    if r.want_dz:
+        dz = _guarded(r.zs.bfloat16(), pad)[0] if r.dz_bf16 else z
     ce, kd = torch.full((count,), 55.0), torch.full((count,), 55.0)
     teacher = r.zt is not None and r.kd_weight is not None
     token = r.labels is not None and r.ce_weight is not None
 
     def pointer(x: Tensor | None, used: bool = True) -> ctypes.c_void_p:
-        assert x is None or x.is_contiguous()
+        assert x is None or x.stride(-1) == 1
         return ctypes.c_void_p(None if x is None or not used else x.data_ptr())
 
     def bias_type(b: Tensor | None) -> int:
@@ -113,28 +126,29 @@ def _emulate(function, rows: Rows, size: int, threads: int, seed: int) -> Terms:
 
     real = ctypes.c_float
     message = function(
-        pointer(z), pointer(r.zt, teacher), pointer(r.bs), pointer(r.bt, teacher),
+        pointer(z), pointer(zt, teacher), pointer(dz), ctypes.c_int64(z.stride(0)),
+        ctypes.c_int64(0 if dz is None else dz.stride(0)), pointer(r.bs), pointer(r.bt, teacher),
         bias_type(r.bs), bias_type(r.bt), pointer(r.labels, token), pointer(r.ce_weight, token),
         pointer(r.kd_weight, teacher), pointer(r.broken_s), pointer(r.broken_t), pointer(ce),
         pointer(kd), ctypes.c_int64(count), ctypes.c_int64(r.ignore_index), vocab, real(r.param),
-        real(1 / r.temperature), real(r.cap_s), real(r.cap_t), ctypes.c_bool(r.want_dz),
-        ctypes.c_bool(r.dz_bf16), DIVERGENCES.index(r.divergence) if teacher else len(DIVERGENCES),
+        real(1 / r.temperature), real(r.cap_s), real(r.cap_t), ctypes.c_bool(r.dz_bf16),
+        DIVERGENCES.index(r.divergence) if teacher else len(DIVERGENCES),
         size, threads, seed,
     )  # fmt: skip
     assert message is None, message.decode()
     assert (guarded[0] == 77).all() and (guarded[-1] == 77).all(), "write beside the rows"
-    return Terms(ce, kd, _gradient(z, r))
+    return Terms(ce, kd, (z if dz is None else dz).clone())
 
 
-def _on_gpu(rows: Rows, size: int = 0, threads: int = 0, seed: int = 0) -> Terms:
+def _on_gpu(rows: Rows, size: int = 0, threads: int = 0, seed: int = 0, pad: bool = True) -> Terms:
     tensors = {name: x for name, x in rows._asdict().items() if isinstance(x, Tensor)}
+    tensors |= {name: _guarded(tensors[name], pad)[0] for name in ("zs", "zt") if name in tensors}
     r = rows._replace(**{name: x.cuda() for name, x in tensors.items()})
-    ce, kd = cuda.rows_(*r, cluster=size)
-    return Terms(ce.cpu(), kd.cpu(), _gradient(r.zs, r).cpu())
-
-
-def _gradient(z: Tensor, r: Rows) -> Tensor:
-    return z.view(torch.bfloat16)[:, : z.shape[1]].clone() if r.want_dz and r.dz_bf16 else z.clone()
+    dz = None
+    if r.want_dz:
+        dz = _guarded(r.zs.bfloat16(), pad)[0] if r.dz_bf16 else r.zs
+    ce, kd = cuda.rows_(*r[:-2], dz, cluster=size)
+    return Terms(ce.cpu(), kd.cpu(), (r.zs if dz is None else dz).cpu())
 
 
 def rows_of(p: Problem, divergence: str = "forward_kl", **overrides) -> Rows:
@@ -233,8 +247,18 @@ def test_no_rows(kernel: Kernel):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("name", ["aligned", "ragged"])
-def test_gradient_in_16_bits_lies_in_the_front_half_of_each_row(kernel, name, divergence):
+def test_a_gradient_in_16_bits(kernel: Kernel, name: str, divergence: str):
     compare(kernel, rows_of(problem(name), divergence, dz_bf16=True))
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("dz_bf16", [False, True])
+def test_rows_that_are_not_aligned_give_what_aligned_ones_do(
+    kernel: Kernel, divergence: str, dz_bf16: bool
+):
+    r = rows_of(problem("ragged"), divergence, dz_bf16=dz_bf16)
+    assert r.zs.shape[1] % 4
+    compare(kernel, r, pad=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

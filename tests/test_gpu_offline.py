@@ -9,17 +9,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("triton")
 from tests.gpu import __main__ as command
-from tests.gpu import calls, offline, resources
+from tests.gpu import baseline, calls, offline, resources
 from tests.gpu.resources import Row
 
 ROW = Row(
-    kernel="k", call="c", config="", arch=90, compiler="triton", registers=128, stack=0,
-    shared=1024, spills=0, matrix="wgmma", tma=True, needs=("wgmma", "tma"),
+    kernel="k", call="c", config="", target="sm_90", compiler="triton", instructions=1000,
+    registers=128, stack=0, shared=1024, spills=0, matrix="wgmma", tma=True, needs=("wgmma", "tma"),
 )  # fmt: skip
 
 
@@ -32,19 +33,48 @@ ROW = Row(
         ({}, None),
         ({"stack": 64}, None),  # an array on the stack is no spill
         ({"spills": 3}, "spills (3)"),
-        ({"spills": 3, "arch": 100}, "spills (3)"),
-        ({"spills": 3, "arch": 80}, None),  # nobody promised anything about sm_80
+        ({"spills": 3, "target": "sm_100"}, "spills (3)"),
+        ({"spills": 3, "target": "sm_80"}, None),  # nobody promised anything about sm_80
         ({"shared": 227 * 1024}, None),
         ({"shared": 227 * 1024 + 1}, "232449 B of shared memory of 232448"),
-        ({"shared": 200 * 1024, "arch": 80}, "204800 B of shared memory of 166912"),
+        ({"shared": 200 * 1024, "target": "sm_80"}, "204800 B of shared memory of 166912"),
         ({"matrix": "mma.sync"}, "no wgmma (mma.sync)"),
         ({"tma": False}, "no TMA"),
         ({"matrix": "-", "tma": False, "needs": ()}, None),
-        ({"matrix": "mma.sync", "tma": False, "arch": 80}, None),
+        ({"matrix": "mma.sync", "tma": False, "target": "sm_80"}, None),
     ],
 )
 def test_what_fails_a_row(change: dict, fault: str | None) -> None:
     assert dataclasses.replace(ROW, **change).faults() == ([fault] if fault else [])
+
+
+def test_amds_assembly_says_what_cuobjdump_says_of_nvidias() -> None:
+    text = (
+        "k:\n\ts_load_dword s0, s[0:1], 0x0\n\tv_mfma_f32_32x32x8_bf16 a[0:15], v[0:1]\n"
+        "\t.section x\n    .private_segment_fixed_size: 16\n    .vgpr_count:     96\n"
+        "    .vgpr_spill_count: 3\n"
+    )
+    compiled = SimpleNamespace(asm={"amdgcn": text}, metadata=SimpleNamespace(shared=32))
+    assert resources._of_amd(compiled) == {
+        "instructions": 2, "registers": 96, "stack": 16, "shared": 32, "spills": 3,
+        "matrix": "mfma",
+    }  # fmt: skip
+
+
+def test_a_kernel_that_grew_is_a_fault_until_it_is_accepted(tmp_path: Path) -> None:
+    path, before = tmp_path / "instructions.json", dataclasses.replace(ROW, compiler="triton 1")
+    baseline.accept([before, dataclasses.replace(before, target="sm_100")], ["triton 1"], path)
+    for count, faults in ((1050, 0), (1051, 1)):
+        now = dataclasses.replace(before, instructions=count)
+        assert len(baseline.grown([now], path)) == faults
+    (fault,) = baseline.grown([dataclasses.replace(before, instructions=2000)], path)
+    assert fault == "k: c, sm_90, triton 1: 2000 instructions, 1000 accepted (+100%)"
+    # A second configuration in the same call counts too; another compiler's code is another's.
+    assert baseline.grown([before, before], path)
+    assert not baseline.grown([dataclasses.replace(before, compiler="triton 2")] * 2, path)
+    baseline.accept([before, before], ["triton 1"], path)
+    assert not baseline.grown([before, before], path)
+    assert baseline.read(path)["triton 1"] == {"k: c": {"sm_90": 2000, "sm_100": 1000}}
 
 
 def test_usage_is_read_and_missing_figures_are_an_error() -> None:
@@ -65,9 +95,10 @@ def test_ptxas_output_becomes_rows() -> None:
     )
     first, second = resources.of_ptxas(text)
     assert first == {
-        "kernel": "_Z1kv", "arch": 90, "stack": 16, "spills": 8, "registers": 40, "shared": 1024,
+        "kernel": "_Z1kv", "target": "sm_90", "stack": 16, "spills": 8, "registers": 40,
+        "shared": 1024,
     }  # fmt: skip
-    assert (second["arch"], second["registers"], second["shared"]) == (100, 24, 0)
+    assert (second["target"], second["registers"], second["shared"]) == ("sm_100", 24, 0)
 
 
 # --- the kernels ----------------------------------------------------------------------------------
@@ -88,10 +119,17 @@ def test_a_configuration_of_every_kernel_compiles_for_sm_90_and_passes(
 
 def test_a_call_that_does_not_compile_is_a_fault_with_its_cause() -> None:
     found = offline.Findings()
-    job = offline.Job(call="no such call", arch=90, triton="")
+    job = offline.Job(call="no such call", target="sm_90", triton="")
     offline.compile_all([job], 1, found, lambda what: None)
     assert not found.rows and len(found.faults()) == 1
     assert "'no such call', sm_90, Triton installed" in found.faults()[0]
+
+
+def test_what_is_not_compiled_in_time_is_a_fault() -> None:
+    found = offline.Findings()
+    jobs = [offline.Job("chunk jsd", "sm_90", "")] * 2
+    offline.compile_all(jobs, 1, found, lambda what: None, end=0.0)
+    assert len(found.faults()) == 2 and "the time was over" in found.faults()[0]
 
 
 def test_names_narrow_the_selection() -> None:
@@ -148,13 +186,13 @@ def test_every_stage_names_files_that_exist() -> None:
                 assert (command.ROOT / word).exists(), word
 
 
-def test_a_stage_that_takes_too_long_is_stopped() -> None:
+def test_a_stage_that_takes_too_long_is_stopped(folders: Path) -> None:
     assert command._run(_stage("tests", seconds=1, command=("sleep", "60"))) is None
 
 
 def test_an_unknown_stage_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--stages", "tests,nobody"]) == 2
-    assert "got nobody, expected some of build, tests" in capsys.readouterr().out
+    assert "got nobody, expected some of build, compile" in capsys.readouterr().out
 
 
 def test_without_a_gpu_the_command_points_to_the_other(
@@ -165,6 +203,71 @@ def test_without_a_gpu_the_command_points_to_the_other(
     assert "gpu-offline" in capsys.readouterr().out
 
 
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Results and logs go elsewhere."""
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(command, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(command, "LOGS", tmp_path / "logs")
+    return tmp_path
+
+
+def test_a_stage_that_hangs_or_fails_takes_nothing_with_it(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one before has handed out its record by then, and the one after still runs."""
+    record = {"suite": "headline", "complete": True, "targets": [
+        {"promise": "fast", "found": "1.2x", "holds": True},
+        {"promise": "small", "found": "9 GiB", "holds": False},
+    ]}  # fmt: skip
+    (folders / "results").mkdir()
+    (folders / "out").mkdir()
+    monkeypatch.setenv("OUT", str(folders / "out"))
+    write = f"import pathlib; pathlib.Path({str(folders / 'results' / 'a.json')!r}).write_text"
+    programs = {
+        "headline": f"{write}({json.dumps(record)!r})",
+        "tests": "import time; print('at it', flush=True); time.sleep(60)",
+        "large": "raise ValueError('what is wrong')",
+        "bench": "print('measured')",
+    }
+    found = [
+        command.Stage(name, 2 if name == "tests" else 60, (sys.executable, "-c", program))
+        for name, program in programs.items()
+    ]
+    monkeypatch.setattr(command, "stages", lambda quick, rehearse: found)
+    assert command.main(["--rehearse"]) == 1
+    assert (folders / "out" / "a.json").exists()
+    text = (folders / "out" / "summary.txt").read_text()
+    assert text.strip() in capsys.readouterr().out
+    outcomes = re.findall(r"^  (\w+) +(passed|failed|stopped) ", text, re.MULTILINE)
+    assert [how for _, how in outcomes] == ["passed", "stopped", "failed", "passed"]
+    for line in ("pass  fast: 1.2x", "FAIL  small: 9 GiB", "| at it", "| ValueError: what is"):
+        assert line in text, line
+
+
+@pytest.mark.slow
+def test_a_rehearsal_measures_judges_and_sums_up(
+    folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tests that need a GPU are skipped; the rest of the stage is what a GPU sees."""
+    status = command.main(["--rehearse", "--stages", "build,headline,large"])
+    text = capsys.readouterr().out
+    assert status == 0, text[-4000:]
+    outcomes = re.findall(r"^  (\w+) +(passed|skipped|failed|stopped) ", text, re.MULTILINE)
+    assert outcomes == [("build", "skipped"), ("headline", "passed"), ("large", "passed")]
+    assert "targets, suite tiny" in text and "gradient error" in text
+    (path,) = (folders / "runs").glob("*.json")
+    assert json.loads(path.read_text())["complete"] is True
+    assert "skipped" in (folders / "logs" / "large.log").read_text()
+
+
+def test_every_stage_is_rehearsed() -> None:
+    real, rehearsed = (command.stages(False, rehearse) for rehearse in (False, True))
+    assert [stage.name for stage in real] == [stage.name for stage in rehearsed]
+    assert all(stage.command for stage in rehearsed[1:])
+    assert not any("cuda" in stage.command for stage in rehearsed)
+
+
 def test_results_are_handed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results, out = tmp_path / "results", tmp_path / "out"
     (results / "run").mkdir(parents=True)
@@ -173,6 +276,7 @@ def test_results_are_handed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (results / "run" / "report.md").write_text("")
     monkeypatch.setattr(command, "RESULTS", results)
     monkeypatch.setattr(command, "RUNS", tmp_path / "none")
+    monkeypatch.setattr(command, "LOGS", tmp_path / "none")
     monkeypatch.setenv("OUT", str(out))
     command._hand_out(since=0)
     assert {path.name for path in out.iterdir()} == {"run.json", "report.md"}
@@ -187,9 +291,10 @@ from tests.gpu import pretended
 def empty(*shape, dtype=torch.float32):
     return torch.empty(*shape, dtype=dtype, device="cuda")
 
-with pretended.gpu(90, lambda compiled, constants: print(compiled.asm["ptx"])):
-    row_losses(empty(8, {vocab}), None, None, None, empty(8, dtype=torch.int64), empty(8), None,
-               empty(8), empty(8), "forward_kl", 0.0, 1.0, 0.0, 0.0, -100, torch.float32)
+with pretended.gpu("sm_90", lambda compiled, constants: print(compiled.asm["ptx"])):
+    z = empty(8, {vocab})
+    row_losses(z, None, None, None, empty(8, dtype=torch.int64), empty(8), None,
+               empty(8), empty(8), "forward_kl", 0.0, 1.0, 0.0, 0.0, -100, z)
 """
 
 

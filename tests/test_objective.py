@@ -21,6 +21,7 @@ from mllmkd_kernels.methods import llava_kd
 from mllmkd_kernels.terms import Relation
 from mllmkd_kernels.view import View
 from tests.test_llava_kd import D_S, D_T, RUNS, B, T, V, heads, labels_of, mask_of
+from tests.test_llava_kd import logits as logits_of
 from tests.tolerances import check
 
 KINDS = ["cot", "pot", "cot"]
@@ -395,3 +396,20 @@ def test_a_term_that_says_too_little_is_named():
 
     with pytest.raises(TypeError, match="Mine lacks over, needs"):
         Objective(Mine())  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_smoothed_labels_have_the_gradient_of_torch_s_own(smoothing: float) -> None:
+    student, _ = heads(softcap=5.0)
+    batch = batch_of()
+    ours = llava_kd.supervised(2.0, smoothing)(student, None, batch)
+    grads = torch.autograd.grad(ours.loss, [student.hidden, student.weight])
+    chosen = rows_of("response")
+    following = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)[chosen]
+    theirs = 2.0 * F.cross_entropy(logits_of(student)[chosen], following, label_smoothing=smoothing)
+    constant = 2.0 * smoothing * torch.tensor(V, dtype=torch.float64).log()
+    torch.testing.assert_close(ours.loss, theirs - constant, check_dtype=False)
+    for got, want in zip(
+        grads, torch.autograd.grad(theirs, [student.hidden, student.weight]), strict=True
+    ):
+        torch.testing.assert_close(got, want)

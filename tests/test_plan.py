@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import mllmkd_kernels as mk
-from mllmkd_kernels import plan
+from mllmkd_kernels import gpu_time, hardware, plan
 from mllmkd_kernels.backends import cpu
 from mllmkd_kernels.backends.products import strip_bytes
 from mllmkd_kernels.choose import choose_backend
+
+
+@pytest.fixture
+def needs_triton() -> None:
+    pytest.importorskip("triton")
+
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -26,10 +33,60 @@ def test_a_chunk_fits_the_budget_and_chunks_are_equal(rows: int, budget: float) 
     assert chunks * c - rows < chunks  # the last chunk lacks at most one row of each other
 
 
+@pytest.mark.parametrize("budget", [None, 2000.0, 700.0, 300.0, 100.0, 1.0])
+@pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_chunks_on_a_gpu_are_whole_tiles_and_the_same_from_step_to_step(
+    backend: str, train_head: bool, budget: float | None
+) -> None:
+    gpu = hardware.GPUS["h100"]
+
+    def blocks(rows: int) -> tuple[int, int]:
+        s = plan.Shapes(rows, 151_936, 1024, 2560, True, train_head, torch.bfloat16)
+        return plan._gpu_blocks(s, backend, gpu, plan._budget(backend, budget))
+
+    c, fold = blocks(8192)
+    assert {blocks(n) for n in (1, 100, 2100, 2200, 50_000)} == {(c, fold)}
+    assert fold % c == 0 and fold <= plan.MOST_FOLDED
+    if plan._budget(backend, budget) >= gpu_time.ROW_TILE * 151_936 * 10:
+        assert c % gpu_time.ROW_TILE == 0
+    if c > plan.MIN_CHUNK_ROWS:
+        assert 151_936 * (8 * c + 2 * fold) <= plan._budget(backend, budget)
+
+
+def test_the_model_counts_what_moves_and_what_is_computed() -> None:
+    """Each thing that a GPU has to do makes the prediction longer."""
+    gpu = hardware.GPUS["h100"]
+    s = plan.Shapes(8192, 151_936, 1024, 2560, True, True, torch.bfloat16)
+
+    def seconds(shapes: plan.Shapes = s, c: int = 512, fold: int = 2048, of: Any = gpu) -> float:
+        return gpu_time.fold(shapes, "triton", of, c, fold) / fold
+
+    assert seconds() < 0.9 * seconds(fold=512)  # dw is read and written a quarter as often
+    assert seconds() < 0.9 * seconds(c=128)  # so are the heads
+    assert seconds(replace(s, divergence="jsd")) > 1.2 * seconds()
+    assert seconds(replace(s, dtype=torch.float16)) > 1.3 * seconds()
+    assert seconds(of=replace(gpu, clock=gpu.clock / 4)) > 1.1 * seconds()
+    floor = s.floor_flops / gpu.half_flops
+    assert 8192 * seconds() > floor and gpu_time.slower(3.0, 4.0) > 4.0
+    saved = s.d_s * (8192 * 6 + 151_936 * 2)  # scaled and rounded; dw's first read left out
+    assert gpu_time.once(s, gpu) == (saved + 2 * 8192 * 1024 * 2) / gpu.bandwidth
+
+
+@pytest.mark.usefixtures("needs_triton")
+def test_what_a_prediction_assumes_is_printed() -> None:
+    text = str(mk.explain(8192, 151_936, 1024, 2560, device="cuda", gpu="h100"))
+    assert "assumed of h100: 50 TFLOP/s, 3.0 TB/s, 22e12 instructions/s" in text
+
+
 def test_an_ample_budget_is_one_chunk_and_a_poor_one_the_smallest() -> None:
     assert plan.chunk_rows("eager", 500, 100, 2, 4, None) == 500
     assert plan.chunk_rows("eager", 1024, 10**6, 2, 4, 1e-6) == plan.MIN_CHUNK_ROWS
     assert plan.chunk_rows("eager", 0, 100, 2, 4, None) == 1
+    none = plan._chunk_on_gpu(
+        plan.Shapes(0, 100, 8, 8, True, True, torch.bfloat16), "cuda", hardware.DEFAULT, None
+    )
+    assert (none.chunk_rows, none.fold_rows) == (1, 1)
 
 
 def test_a_processor_takes_no_more_rows_whatever_the_budget() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from mllmkd_kernels import Divergence, reference
-from mllmkd_kernels.backends import cuda
+from mllmkd_kernels.backends import cuda, products
 from mllmkd_kernels.backends.calls import Options
 from mllmkd_kernels.backends.triton import chunk, rows, tables
 from tests.problems import (
@@ -77,23 +77,29 @@ def run_rows(
     dz_dtype: torch.dtype | None = torch.float32,
     temperature: float = 1.0,
     caps: tuple[float, float] = (0.0, 0.0),
+    standardize: bool = False,
 ) -> Terms:
     """The kernel, on copies whose rows lie farther apart than they are long, with NaN between."""
 
-    def spread(z: Tensor | None) -> Tensor | None:
+    def spread(z: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
         if z is None:
             return None
-        copy = z.new_full((z.shape[0], rows.row_stride(V) + 16), math.nan)[:, :V]
+        copy = z.new_full((z.shape[0], rows.row_stride(V) + 16), math.nan, dtype=dtype)[:, :V]
         return copy.copy_(z)
 
     z_s = spread(b.z_s)
     assert z_s is not None
     ce, kd = (torch.zeros(z_s.shape[0], device=z_s.device) for _ in range(2))
-    dz = rows.row_losses(
+    dz = None
+    if dz_dtype is not None:  # fp32 in the place of the logits, 16 bits elsewhere
+        dz = spread(b.z_s if dz_dtype != torch.float32 else None, dz_dtype)
+        dz = z_s if dz is None else dz
+    rows.row_losses(
         z_s, spread(b.z_t), b.b_s, b.b_t, b.labels, b.ce_weight, b.kd_weight, ce, kd, divergence,
-        Divergence(divergence).param, temperature, *caps, -100, dz_dtype, launch,
+        Divergence(divergence).param, temperature, *caps, -100, dz, launch,
+        standardize=standardize,
     )  # fmt: skip
-    if dz_dtype is None:
+    if dz is not z_s:
         assert torch.equal(z_s, b.z_s)  # nobody asked for it to be overwritten
     return Terms(ce, kd, dz)
 
@@ -104,6 +110,7 @@ def definition(
     dtype: torch.dtype = torch.float64,
     temperature: float = 1.0,
     caps: tuple[float, float] = (0.0, 0.0),
+    standardize: bool = False,
 ) -> Terms:
     """The same by autograd of the reference."""
 
@@ -115,14 +122,18 @@ def definition(
 
     z = b.z_s.detach().clone().to(dtype).requires_grad_()
     z_s = head(z, b.b_s, caps[0])
+    z_t = head(None if b.z_t is None else b.z_t.to(dtype), b.b_t, caps[1])
     assert z_s is not None
-    loss, ce, kd = reference.linear_distill(
-        z_s, head(None if b.z_t is None else b.z_t.to(dtype), b.b_t, caps[1]), b.labels,
-        ce_weight=0.0 if b.ce_weight is None else b.ce_weight.to(dtype),
-        kd_weight=0.0 if b.kd_weight is None else b.kd_weight.to(dtype),
+    hard, ce, _ = reference.linear_distill(
+        z_s, None, b.labels, ce_weight=0.0 if b.ce_weight is None else b.ce_weight.to(dtype)
+    )
+    if standardize and z_t is not None:
+        z_s, z_t = reference.standardize(z_s), reference.standardize(z_t)
+    soft, _, kd = reference.linear_distill(
+        z_s, z_t, kd_weight=0.0 if b.kd_weight is None else b.kd_weight.to(dtype),
         divergence=divergence, temperature=temperature,
     )  # fmt: skip
-    loss.backward()
+    (hard + soft).backward()
     return Terms(ce.detach(), kd.detach(), z.grad)
 
 
@@ -149,6 +160,23 @@ def test_everything_at_once(
     bias = torch.randn(2, V + 3, device=device).to(dtype)
     b = block(device)._replace(b_s=bias[0], b_t=bias[1])
     check_terms(b, divergence, launch, temperature=1.7, caps=(4.0, 6.0))
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_z_scored_logits(divergence: str, launch: dict[str, int], device: torch.device) -> None:
+    """Of what biases and soft-caps make; beside a large mean nothing cancels. A broken row stays
+    alone and silent, and one of equal logits, whose σ is 0, keeps its gradient.
+    """
+    bias = torch.randn(2, V + 3, device=device) + 40
+    b = block(device)._replace(b_s=bias[0], b_t=bias[1])
+    check_terms(b, divergence, launch, standardize=True)
+    check_terms(b, divergence, launch, standardize=True, temperature=1.7, caps=(90.0, 60.0))
+    assert b.z_t is not None
+    b.z_s[4], b.z_t[4] = math.nan, math.inf  # of no weight
+    b = b._replace(b_s=None, z_s=b.z_s.index_fill(0, torch.tensor(5, device=device), 0.0))
+    got = run_rows(b, divergence, launch, standardize=True)
+    assert got.dz is not None and not got.dz[4].any() and got.dz[5].isfinite().all()
+    assert got.kd[4].isnan() and got.kd[:4].isfinite().all()
 
 
 def test_cross_entropy_alone(launch: dict[str, int], device: torch.device) -> None:
@@ -180,10 +208,9 @@ def test_tokens_that_the_teacher_forbids(
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("cap", [0.0, 5.0], ids=["no-cap", "cap"])
-def test_gradients_of_16_bits_lie_in_the_front_half(
+def test_gradients_of_16_bits_are_rounded_once(
     divergence: str, cap: float, launch: dict[str, int], device: torch.device
 ) -> None:
-    """The same numbers, rounded, though they overwrite what is still to be read."""
     b = block(device)
     exact = run_rows(b, divergence, launch, caps=(cap, cap))
     rounded = run_rows(b, divergence, launch, torch.bfloat16, caps=(cap, cap))
@@ -253,7 +280,7 @@ def test_blocks_of_different_strides_are_refused(device: torch.device) -> None:
 
 def test_bytes_moved() -> None:
     """DESIGN's figures: 18 bytes a logit for forward KL with a bf16 gradient in two sweeps."""
-    long, short = 151_936, 4096
+    long, short = 151_936, 2048
     assert rows.bytes_moved(3, long, True, "forward_kl", 2) == 3 * long * 18
     assert rows.bytes_moved(3, long, True, "jsd", 2) == 3 * long * 26
     assert rows.bytes_moved(3, long, True, "jsd", 0) == 3 * long * 16
@@ -301,6 +328,44 @@ def test_16_bits_in_chunks(
     monkeypatch.setattr(tables, "launch", lambda *_: {"BLOCK": 128, "num_warps": 1})
     p = problem("ragged", dtype)
     check_result(run_chunks(p, divergence, device, chunk_rows=5), p, divergence, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_may_be_folded_several_chunks_at_a_time(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """13 rows as 3 + 3, 3 + 3, 1; with an fp32 dz, which has no block of its own, as 3 each. What
+    is not written holds NaN.
+    """
+    p, empty, folded = problem("ragged", dtype), torch.empty, []
+
+    def add(grads: products.Gradients, rows: slice, dz: Tensor) -> None:
+        folded.append(rows.stop - rows.start)
+        real(grads, rows, dz)
+
+    real = products.Gradients.add
+    monkeypatch.setattr(products.Gradients, "add", add)
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    student, teacher, targets = asked(p.on(device), Divergence("jsd"))
+    out = chunk.distill_rows(student, teacher, targets, Options(p.vocab, 3, *(True,) * 3, fold=6))
+    monkeypatch.undo()
+    loss, ce, kd, dh, dw, db = (x.cpu() for x in out)
+    got = Result(loss, ce, kd, dh.to(dtype), dw.to(dtype), db)
+    check_result(got, p, "jsd", dtype)
+    assert folded == ([6, 6, 1] if dtype == torch.bfloat16 else [3, 3, 3, 3, 1])
+
+
+@pytest.mark.parametrize("write", [True, False])
+@pytest.mark.parametrize("shape", [(9000, 40, 24), (40, 9000, 24)], ids=["dw", "dh"])
+def test_a_product_in_bf16_parts_is_as_exact_as_fp16_asks(
+    shape: tuple[int, int, int], write: bool
+) -> None:
+    m, k, n = shape
+    a, b = torch.randn(m, k) * 1e-7, torch.randn(k, n).half()  # fp16 would hold nothing of a
+    out = torch.full((m, n), 1e-5)
+    want = a.double() @ b.double() + (0 if write else out.double())
+    products.fold_in_parts(out, a, b, write)
+    assert relative_error(out, want) < 2e-5
 
 
 @pytest.mark.parametrize("eps", LADDER)
@@ -360,15 +425,14 @@ def test_the_cuda_kernel_is_called_as_it_is_documented(
 
     def rows_(*a: Any) -> tuple[Tensor, Tensor]:
         z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, broken_s, broken_t, *options = a
-        assert z_s.is_contiguous() and z_t.is_contiguous()
+        assert z_s.stride() == z_t.stride() == (rows.row_stride(p.vocab), 1)
         assert not broken_s.any() and broken_t.dtype == torch.bool
         assert ce_weight.dtype == kd_weight.dtype == torch.float32
-        divergence, param, temperature, cap_s, cap_t, ignore_index, want_dz, dz_bf16 = options
+        divergence, param, temperature, cap_s, cap_t, ignore_index, dz = options
         ce, kd = (torch.zeros(z_s.shape[0], device=device) for _ in range(2))
-        dz_dtype = torch.bfloat16 if dz_bf16 else torch.float32
         rows.row_losses(
             z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, ce, kd, divergence, param,
-            temperature, cap_s, cap_t, ignore_index, dz_dtype if want_dz else None,
+            temperature, cap_s, cap_t, ignore_index, dz,
         )  # fmt: skip
         return ce, kd
 

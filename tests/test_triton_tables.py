@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,10 +83,29 @@ def test_fp32_that_was_tuned_is_not_for_16_bits(user_table: Path) -> None:
 
 @pytest.mark.parametrize(
     ("capability", "table"),
-    [(80, 80), (86, 80), (89, 80), (90, 90), (100, 100), (103, 100), (120, 100)],
+    [(80, 80), (86, 80), (89, 80), (90, 90), (100, 100), (103, 100), (120, 120), (121, 120)],
 )
 def test_an_unknown_architecture_takes_the_nearest_older_table(capability: int, table: int) -> None:
     assert tables.architecture(capability) == table
+
+
+def test_amds_gpus_have_a_table_of_their_own_and_no_descriptors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mllmkd_kernels.backends.calls import Head
+    from mllmkd_kernels.backends.triton import heads
+
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 4))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "an Instinct")
+    x = torch.empty(16, 64, dtype=torch.bfloat16)
+    head = Head(*(SimpleNamespace(is_cuda=True, device=GPU, data_ptr=x.data_ptr, itemsize=2,
+                                  shape=x.shape, numel=x.numel),) * 2)  # type: ignore  # fmt: skip
+    assert heads.tma(head) and tables._gpu(GPU)[1] == 94
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not heads.tma(head)
+    found = tables.built_in("relation_grad", GPU)
+    assert found == tables.TABLES[tables.HIP]["relation_grad"]["single"]
 
 
 def test_a_gpu_older_than_every_table_is_refused() -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from mllmkd_kernels.methods import Stage
 from training import config as configuration
 from training import settings
 from training.data.command import add_data
-from training.demo.recipes import DemoConfig
+from training.demo.recipes import DemoConfig, StudyConfig
 from training.evaluation.command import add_eval, add_export, evaluate, export
 from training.recipes import configured, names, summaries
 
@@ -24,7 +25,8 @@ EPILOG = (
     "Every field of a run's configuration (--config FILE.yaml, or --set FIELD=VALUE), here of the "
     "method {}; `methods NAME` has another's:\n\n{}"
 )
-DEMO_EPILOG = "Every field of the demo (--set FIELD=VALUE):\n\n{}"
+DEMO_FLAGS = ("seeds", "data", "out", "garments")
+DEMO_EPILOG = "Every field (--set FIELD=VALUE):\n\n{}"
 
 
 def main(arguments: Sequence[str] | None = None, stages: tuple[Stage, ...] | None = None) -> int:
@@ -104,13 +106,16 @@ def _parser(stages: tuple[Stage, ...] | None) -> argparse.ArgumentParser:
     command = commands.add_parser("methods", help="the methods, and one's equations and fields")
     command.add_argument("name", nargs="?", metavar="NAME", help="the method to describe")
     command.set_defaults(function=_methods)
-    fields = DEMO_EPILOG.format("\n".join(settings.describe(DemoConfig)))
-    text = "teacher, SFT student and distilled student, compared"
-    command = commands.add_parser("demo", help=text, epilog=fields, formatter_class=raw)
-    for flag in ("--seeds", "--data", "--out", "--garments"):
-        command.add_argument(flag, help=f"the same as --set {flag[2:]}=...")
-    command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
-    command.set_defaults(function=_demo)
+    for name, text, cls, function in (
+        ("demo", "teacher, SFT students and distilled students, compared", DemoConfig, _demo),
+        ("study", "one student, trained in many ways, in one table", StudyConfig, _study),
+    ):
+        epilog = DEMO_EPILOG.format("\n".join(settings.describe(cls)))
+        command = commands.add_parser(name, help=text, epilog=epilog, formatter_class=raw)
+        for flag in DEMO_FLAGS:
+            command.add_argument(f"--{flag}", help=f"the same as --set {flag}=...")
+        command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+        command.set_defaults(function=function)
     return parser
 
 
@@ -143,12 +148,21 @@ def _configured(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    flags = ("seeds", "data", "out", "garments")
-    given = [f"{flag}={getattr(options, flag)}" for flag in flags if getattr(options, flag)]
-    config = settings.load(DemoConfig, None, [*given, *options.set])
+    config = settings.load(DemoConfig, None, _demo_settings(options))
     from training.demo.run import demo
 
     demo(config)
+
+
+def _study(options: argparse.Namespace) -> None:
+    from training.demo.study import study
+
+    study(settings.load(StudyConfig, None, _demo_settings(options)))
+
+
+def _demo_settings(options: argparse.Namespace) -> list[str]:
+    given = [f"{flag}={getattr(options, flag)}" for flag in DEMO_FLAGS if getattr(options, flag)]
+    return [*given, *options.set]
 
 
 def _quiet() -> None:
@@ -156,6 +170,8 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():  # read when `datasets` is imported
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # of a mixture's shared expert, which may have width 0
+    warnings.filterwarnings("ignore", "Initializing zero-element tensors")
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -48,6 +48,7 @@ class ModelConfig(Section):
     hidden: int = setting(64, "new LM: hidden size D", gt=0)
     layers: int = setting(2, "new LM: number of layers", gt=0)
     heads: int = setting(4, "new LM: number of attention heads", gt=0)
+    dropout: float = setting(0.0, "new LM: dropout of its attention in training", ge=0, lt=1)
     vocab_size: int | None = setting(
         None, "new LM: rows of the lm_head; null: as many as the tokenizer has", gt=0
     )
@@ -73,7 +74,7 @@ class SourceConfig(Section):
     path: str | None = setting(
         None, "a LLaVA json(l); or a folder, parquet or json file, or hub name of HF datasets"
     )
-    use: Literal["captions", "conversations", "held_out"] = setting(
+    use: Literal["captions", "conversations", "preferences", "held_out"] = setting(
         "conversations", "what it is for"
     )
     kind: Literal["auto", "llava", "messages"] = setting(
@@ -102,6 +103,7 @@ class DataConfig(Section):
         None, "json(l) of image captions, for stages whose data they are"
     )
     conversations: str | None = setting(None, "json(l) of instructions, likewise")
+    preferences: str | None = setting(None, "json(l) of pairs of answers, likewise")
     held_out: str | None = setting(
         None, "json(l) to evaluate on after each stage; null: no evaluation"
     )
@@ -147,6 +149,9 @@ class StageConfig(Section):
     warmup: float = setting(0.03, "warm-up as a share of the steps", ge=0, lt=1)
     weight_decay: float = setting(
         0.0, "AdamW's weight decay, not applied to biases and norms", ge=0
+    )
+    beta2: float = setting(
+        0.999, "AdamW's decay of squared gradients; 0.95 where a model is new", gt=0, lt=1
     )
     clip: float = setting(1.0, "gradient norm is clipped to this; 0: no clipping", ge=0)
     loss: Any = section(Section, "the arguments of the stage's objective")

@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,20 @@ from transformers import TrainingArguments
 
 from mllmkd_kernels.methods import Stage
 from mllmkd_kernels.objective import Objective
-from mllmkd_kernels.rows import UNITS, kind_of
+from mllmkd_kernels.rows import PAIR, UNITS, kind_of
 from training import checkpoint, settings
 from training.anatomy import freeze, positions
 from training.claim import Claim, claimed
 from training.config import Config, StageConfig, require
 from training.data.collate import Collator
-from training.data.load import collator_of, epoch_size, has_data, open_data, order_of
+from training.data.load import (
+    collator_of,
+    epoch_size,
+    has_data,
+    open_data,
+    order_of,
+    require_data,
+)
 from training.data.records import DataError
 from training.evaluation.held_out import Scores, evaluate
 from training.forecast import forecast
@@ -95,15 +102,20 @@ def _run(config: Config, claim: Claim | None, say: Say) -> list[StageResult]:
     """`run`, with the claim on its folder in the first process."""
     processes().wait_for_everyone()  # the claim is checked
     out = Path(config.out)
+    _check_data(config)
     model, processor = build_model(config.model, config.seed)
+    _check_students(config, model)
     teacher = _teacher(config, model, processor, say)
     results = []
     for number, name in enumerate(config.stages, 1):
         folder = out / f"{number}-{name}"
         trained = None
         if (folder / "model").is_dir():
+            on_main(lambda folder=folder: _remove_checkpoints(folder))  # a kill may have left some
             say(f"{folder}: already done")
         else:
+            if (made := config.table[name].student) is not None:
+                model = made(model, **settings.arguments(config.of_stage(name).student))
             trained = _train(config, claim, number, model, processor, teacher, say)
         model = trained or load_vlm(folder / "model", dtype=torch.float32)[0]
         results.append(_result(config, claim, name, model, processor, folder, say))
@@ -129,8 +141,6 @@ def _train(
     stage = config.table[config.stages[number - 1]]
     folder = Path(config.out) / f"{number}-{stage.name}"
     options, objective = config.of_stage(stage.name), config.objective(stage.name)
-    if stage.student is not None:
-        model = stage.student(model, **settings.arguments(options.student))
     freeze(model, *stage.trains)
     if config.grad_checkpointing:
         recompute_activations(model)
@@ -140,7 +150,7 @@ def _train(
     dataset = load_data(config, processor, stage, own)
     if claim is not None:
         claim.check_data(stage.data, dataset)
-    _check_kinds(objective, dataset)
+    _check_kinds(objective, dataset, config.data.packing)
     for note in (*dataset.encoding.notes, *_too_long(model, dataset)):
         say(f"{folder.name}: {note}")
     source = asked.model if asked is not None else None
@@ -196,11 +206,18 @@ def _make_steps(trainer: DistillTrainer, folder: Path, steps: int, say: Say) -> 
         )
 
 
-def _check_kinds(objective: Objective, dataset: Any) -> None:
-    """Refuse rows of a kind that no sample is of: the mean over them would be 0 in every step."""
+def _check_kinds(objective: Objective, dataset: Any, packing: bool) -> None:
+    """Refuse rows of a kind that no sample is of: the mean over them would be 0 in every step; and
+    samples packed, of which nobody knows then where one of a kind ends.
+    """
+    if packing and objective.needs.views:
+        names = [name for name, term in objective.terms.items() if term.needs.views]
+        raise settings.ConfigError(
+            f"data.packing: got true, expected false: {', '.join(names)} tells samples apart"
+        )
     if (samples := getattr(dataset, "samples", None)) is None:  # a stream is not counted
         return
-    there = {sample.kind for sample in samples}
+    there = set(PAIR) if dataset.encoding.pairs else {sample.kind for sample in samples}
     for name in set(objective.over.values()) - set(UNITS):
         if (kind := kind_of(name)[1]) and kind not in there:
             known = ", ".join(sorted(map(str, there)))
@@ -242,7 +259,10 @@ def _finish(
     _write(folder / "summary.json", summary)
     (folder / SCORES).unlink(missing_ok=True)  # of a model that was taken away
     save_model(model, processor, folder / "model", state)
-    # on the disk before what it could be made from again is removed
+    _remove_checkpoints(folder)  # the model, which could be made from them again, is on the disk
+
+
+def _remove_checkpoints(folder: Path) -> None:
     for path in folder.glob(f"{checkpoint.PREFIX}*"):
         shutil.rmtree(path)
 
@@ -257,10 +277,16 @@ def on_main(work: Callable[[], None]) -> None:
 
 def load_data(config: Config, processor: Any, stage: Stage, teacher: Any = None) -> Any:
     """The data of a stage, encoded with its template; also as a teacher's own processor does, if
-    there is one."""
+    there is one; as pairs where the objective compares two answers."""
     template: Any = stage.template
     return open_data(
-        config.data, processor, stage.data, template, teacher=teacher, seed=config.seed
+        config.data,
+        processor,
+        stage.data,
+        template,
+        teacher=teacher,
+        seed=config.seed,
+        pairs="rejected" in config.objective(stage.name).needs.views,
     )
 
 
@@ -282,9 +308,29 @@ def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> Teac
     return Teacher(teacher, its_processor if report.own_batch else None)
 
 
+def _check_data(config: Config) -> None:
+    """Every stage has data: what is wrong with a later one is better known now."""
+    for name in config.stages:
+        require_data(config.data, config.table[name].data)
+
+
+def _check_students(config: Config, model: Vlm) -> None:
+    """What a later stage makes of the student has to be possible: better known now."""
+    found = model.config
+    for name in config.stages:
+        if (fits := config.table[name].fits) is None:
+            continue
+        try:
+            found = fits(found, **settings.arguments(config.of_stage(name).student))
+        except ValueError as error:
+            raise settings.ConfigError(f"stage.{name}.student: {error}") from error
+
+
 def check(config: Config, say: Say = print) -> None:
     """What `run` looks at before its first step, and nothing else."""
+    _check_data(config)
     model, processor = build_model(config.model, config.seed)
+    _check_students(config, model)
     if _teacher(config, model, processor, say) is None:
         say(f"no stage of {', '.join(config.stages)} compares with a teacher: nothing to check")
 
@@ -306,6 +352,7 @@ def _arguments(config: Config, options: StageConfig, steps: int, folder: Path) -
         lr_scheduler_type=options.schedule,
         warmup_steps=math.ceil(options.warmup * steps),
         weight_decay=options.weight_decay,
+        adam_beta2=options.beta2,
         max_grad_norm=options.clip,
         logging_steps=config.log_steps,
         logging_nan_inf_filter=False,  # a NaN in the loss curve is to be seen
@@ -367,10 +414,10 @@ def _result(
             size = config.eval_batch_size
             title = f"{folder.name} held-out"
             found = evaluate(model, held_out, Collator(processor), batch_size=size, title=title)
-            _write(file, found.to_dict())
+            _write(file, asdict(found))
 
         on_main(score)
-        scores = Scores.from_dict(_read(file))
+        scores = Scores(**_read(file))
         say(f"{folder}: {scores}")
     history, summary = Journal(folder / LOG).read(), _read(folder / "summary.json")
     return StageResult(name, folder / "model", history, summary, scores)

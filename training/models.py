@@ -247,6 +247,7 @@ def _language_model(config: ModelConfig, processor: LlavaProcessor) -> Any:
         num_attention_heads=config.heads,
         num_key_value_heads=config.heads,
         max_position_embeddings=2048,
+        attention_dropout=config.dropout,
         # the usual 0.02 suits widths of thousands; at D = 192 attention starts so flat that
         # learning to count and compare took three times the steps
         initializer_range=config.hidden**-0.5,

@@ -86,7 +86,12 @@ def prepare(accelerator: Accelerator, student: nn.Module, parts: Anatomy) -> Non
     """
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP:
-        _prepare_fsdp(accelerator.state.fsdp_plugin, units(student, parts))
+        plugin: Any = accelerator.state.fsdp_plugin
+        # a weight without numbers, as a mixture's shared expert of width 0 has, cannot be gathered
+        plugin.ignored_modules = [
+            m for m in student.modules() if any(not p.numel() for p in m.parameters(recurse=False))
+        ]
+        _prepare_fsdp(plugin, units(student, parts))
     elif kind == DistributedType.DEEPSPEED and _stage(accelerator) == 3:
         _prepare_zero3(student, parts)
 

@@ -117,7 +117,8 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         self.stopped_by = 0  # the signal on which all ranks agreed
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.add_callback(Progress(title, objective.names, folder))
+        shown = [name for name in objective.names if "/" not in name]  # of parts: in the log alone
+        self.add_callback(Progress(title, shown, folder))
         self.add_callback(Policies(self))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,8 @@
 //   cluster           index of the cluster in the grid
 //   shared            the CTA's dynamic shared memory
 //   sync              barrier of the CTA
-//   cluster_arrive    first half of a barrier of the cluster: what was written before is published
+//   cluster_arrive    first half of a barrier of the cluster; `wrote` publishes what the thread has
+//                     written before, for which it waits until all of that is out
 //   cluster_wait      second half: what others published can be seen
 //   remote            where another CTA of the cluster keeps what this one keeps at `p`
 //   shuffle_xor       the value of the lane whose index differs in the bits `lanes`
@@ -47,8 +48,12 @@ struct DeviceBlock {
 
   __device__ __forceinline__ void sync() const { __syncthreads(); }
 
-  __device__ __forceinline__ void cluster_arrive() const {
-    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  __device__ __forceinline__ void cluster_arrive(bool wrote) const {
+    if (wrote) {
+      asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    } else {
+      asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+    }
   }
 
   __device__ __forceinline__ void cluster_wait() const {
@@ -119,7 +124,7 @@ MLLMKD_DEVICE void cluster_reduce(
       if (lane < block.size) *block.remote(&memory.totals[stage][i][block.rank], lane) = total;
     }
   }
-  block.cluster_arrive();
+  block.cluster_arrive(warp == 0);  // the others have written nothing since the barrier of the CTA
   block.cluster_wait();
 #pragma unroll
   for (int i = 0; i < N; ++i) {

@@ -26,6 +26,23 @@ const T* data_of(
   return static_cast<const T*>(x->const_data_ptr());
 }
 
+// The data of a block (C, V) in `dtype` with adjacent columns, and how far apart its rows lie.
+const void* block_of(
+    const char* name, const at::Tensor& x, at::ScalarType dtype, const at::Tensor& beside,
+    int64_t* stride) {
+  TORCH_CHECK_VALUE(
+      x.sizes() == beside.sizes(), name, ": got shape ", x.sizes(), ", expected ", beside.sizes());
+  TORCH_CHECK_TYPE(
+      x.scalar_type() == dtype, name, ": got dtype ", x.scalar_type(), ", expected ", dtype);
+  TORCH_CHECK_VALUE(
+      x.stride(1) == 1 && x.stride(0) >= x.size(1), name, ": got strides ", x.strides(),
+      ", expected adjacent columns and rows at least ", x.size(1), " apart");
+  TORCH_CHECK_VALUE(
+      x.device() == beside.device(), name, ": on ", x.device(), ", expected ", beside.device());
+  *stride = x.stride(0);
+  return x.const_data_ptr();
+}
+
 // A bias of `vocab` entries or more, in the dtype it has.
 const void* bias_of(
     const char* name, const Optional& b, const at::Tensor& beside, cuda::BiasType* type) {
@@ -58,18 +75,27 @@ void check_cluster(const at::Tensor& zs, bool teacher, int64_t cluster) {
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> cuda_rows_(
-    at::Tensor& zs, const Optional& zt, const Optional& bs, const Optional& bt,
+    const at::Tensor& zs, const Optional& zt, const Optional& bs, const Optional& bt,
     const Optional& labels, const Optional& ce_weight, const Optional& kd_weight,
     const Optional& broken_s, const Optional& broken_t, std::string_view divergence, double param,
-    double temperature, double cap_s, double cap_t, int64_t ignore_index, bool want_dz,
-    bool dz_bf16, int64_t cluster) {
+    double temperature, double cap_s, double cap_t, int64_t ignore_index,
+    const std::optional<at::Tensor>& dz, int64_t cluster) {
   TORCH_CHECK_VALUE(zs.dim() == 2, "zs: got shape ", zs.sizes(), ", expected (C, V)");
   const at::IntArrayRef row{zs.sizes().data(), 1};
   const bool kd = zt && kd_weight, ce = labels && ce_weight;
   cuda::RowsJob job{};
-  data_of<float>("zs", zs, zs.sizes(), at::kFloat, zs);
-  job.z_s = zs.mutable_data_ptr<float>();
-  if (kd) job.z_t = data_of<float>("zt", zt, zs.sizes(), at::kFloat, zs);
+  job.z_s = static_cast<const float*>(block_of("zs", zs, at::kFloat, zs, &job.stride));
+  if (kd) {
+    int64_t stride = 0;
+    job.z_t = static_cast<const float*>(block_of("zt", *zt, at::kFloat, zs, &stride));
+    TORCH_CHECK_VALUE(
+        stride == job.stride, "zt: rows are ", stride, " apart, those of zs ", job.stride);
+  }
+  if (dz) {
+    job.dz_bf16 = dz->scalar_type() == at::kBFloat16;
+    block_of("dz", *dz, job.dz_bf16 ? at::kBFloat16 : at::kFloat, zs, &job.dz_stride);
+    job.dz = dz->mutable_data_ptr();
+  }
   job.b_s = bias_of("bs", bs, zs, &job.b_s_type);
   if (kd) job.b_t = bias_of("bt", bt, zs, &job.b_t_type);
   if (ce) job.labels = data_of<int64_t>("labels", labels, row, at::kLong, zs);
@@ -87,8 +113,6 @@ std::tuple<at::Tensor, at::Tensor> cuda_rows_(
   job.scale = static_cast<float>(1 / temperature);
   job.cap_s = static_cast<float>(cap_s);
   job.cap_t = static_cast<float>(cap_t);
-  job.want_dz = want_dz;
-  job.dz_bf16 = dz_bf16;
   const auto which = kd ? divergence_of(divergence) : Divergence::none;
   check_cluster(zs, kd, cluster);
   if (zs.numel() > 0) {

@@ -15,10 +15,13 @@ enum class BiasType : int { f32, bf16, f16 };
 
 // One block of logits, C rows of V columns. Null pointers stand for "none".
 struct RowsJob {
-  float* z_s;        // (C, V) products h·w; out: dz, if wanted
+  const float* z_s;  // (C, V) products h·w, rows `stride` apart
   const float* z_t;  // (C, V) likewise, of the teacher
-  const void* b_s;   // (>= V) bias of `b_s_type`
-  const void* b_t;   // (>= V)
+  void* dz;          // (C, V) out, fp32 or bf16, rows `dz_stride` apart; in fp32 it may be z_s
+  int64_t stride;    // what lies between V and the strides is read and written, and means nothing
+  int64_t dz_stride;
+  const void* b_s;  // (>= V) bias of `b_s_type`
+  const void* b_t;  // (>= V)
   BiasType b_s_type;
   BiasType b_t_type;
   const int64_t* labels;   // (C)
@@ -36,8 +39,7 @@ struct RowsJob {
   float scale;  // 1/T
   float cap_s;  // soft-cap, 0: none
   float cap_t;
-  bool want_dz;
-  bool dz_bf16;  // dz as bf16 in the front half of each row, else fp32
+  bool dz_bf16;
 };
 
 // Shared memory a CTA may have on sm_90 and sm_100, what leaves room for a second one on the SM

@@ -1,6 +1,10 @@
 // The row kernel on the GPU: instances of Row (rows_cluster.cuh), and how they are launched.
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+#include <tuple>
+
 #include "rows_cluster.cuh"
 #include "rows_launch.h"
 
@@ -61,12 +65,17 @@ class Launch {
   }
 
   // Can the GPU place one such cluster? Not 16 CTAs where its processors come in smaller groups.
+  // The driver is asked once.
   bool possible() const {
-    int clusters = 0;
-    const bool known = prepare() == cudaSuccess &&
-                       cudaOccupancyMaxActiveClusters(&clusters, kernel_, &config_) == cudaSuccess;
-    cudaGetLastError();  // the answer "no" is not an error of anything later
-    return known && clusters > 0;
+    static std::mutex mutex;
+    static std::map<std::tuple<Kernel, int, int, size_t>, bool> known;
+    int device = 0;
+    cudaGetDevice(&device);
+    const std::lock_guard lock(mutex);
+    const auto [at, unknown] =
+        known.try_emplace({kernel_, device, size_, config_.dynamicSmemBytes});
+    if (unknown) at->second = asked();
+    return at->second;
   }
 
   cudaError_t run() const {
@@ -75,6 +84,14 @@ class Launch {
   }
 
  private:
+  bool asked() const {
+    int clusters = 0;
+    const bool known = prepare() == cudaSuccess &&
+                       cudaOccupancyMaxActiveClusters(&clusters, kernel_, &config_) == cudaSuccess;
+    cudaGetLastError();  // the answer "no" is not an error of anything later
+    return known && clusters > 0;
+  }
+
   Kernel kernel_;
   RowsJob job_;
   int size_;
@@ -85,7 +102,8 @@ class Launch {
 }  // namespace
 
 cudaError_t launch_rows(Divergence divergence, RowsJob job, int size, cudaStream_t stream) {
-  const bool wide = job.vocab % 4 == 0 && aligned(job.z_s) && aligned(job.z_t);
+  const bool wide = job.stride % 4 == 0 && job.dz_stride % 4 == 0 && aligned(job.z_s) &&
+                    aligned(job.z_t) && aligned(job.dz);
   const Kernel kernel = wide ? kernel_of<4>(divergence) : kernel_of<1>(divergence);
   const bool teacher = job.z_t != nullptr;
   if (size == 0) {

@@ -7,9 +7,8 @@
 //              dz = ce_weight·(softmax(z) − onehot) + kd_weight/T·dD/da, through the soft-cap
 //   gradient   dz of the divergences that need Σ q g, from q·g kept in shared memory
 //
-// dz overwrites the row in memory; every CTA has read its slice before the first barrier of the
-// cluster, so it does not matter that bf16 gradients land elsewhere than the logits they come from.
-// W: columns moved at once, 4 where rows are aligned to 16 bytes, else 1.
+// dz may overwrite the row in memory: a thread writes the columns that it has read. W: columns
+// moved at once, 4 where rows are aligned to 16 bytes, whatever V is, else 1.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -79,10 +78,10 @@ class Row {
   }
 
   MLLMKD_DEVICE void run() {
-    block_.cluster_arrive();
+    block_.cluster_arrive(false);
     load();
     sums();
-    const bool live = job_.want_dz && (ce_weight_ != 0.0f || kd_weight_ != 0.0f);
+    const bool live = job_.dz && (ce_weight_ != 0.0f || kd_weight_ != 0.0f);
     float totals[2] = {0.0f, 0.0f};  // D, Σ q g
     if constexpr (kTeacher) {
       if (needs_mean(D) || !live) {
@@ -93,7 +92,7 @@ class Row {
       cluster_reduce<Sum>(block_, memory_, 2, true, totals);
     }
     if (live && (needs_mean(D) || !kTeacher)) gradient_sweep(totals[1]);
-    if (job_.want_dz && !live) zero_gradient();
+    if (job_.dz && !live) zero_gradient();
     write_terms(totals[0]);
   }
 
@@ -103,7 +102,7 @@ class Row {
   MLLMKD_DEVICE Source student() const {
     const float cap = job_.cap_s;
     return {
-        job_.z_s + row_ * job_.vocab,
+        job_.z_s + row_ * job_.stride,
         job_.b_s,
         job_.b_s_type,
         cap,
@@ -114,7 +113,7 @@ class Row {
   MLLMKD_DEVICE Source teacher() const {
     const float cap = job_.cap_t;
     return {
-        job_.z_t + row_ * job_.vocab,
+        job_.z_t + row_ * job_.stride,
         job_.b_t,
         job_.b_t_type,
         cap,
@@ -154,13 +153,17 @@ class Row {
     }
   }
 
-  // Writes one pack of final logits; returns their maximum.
+  // Writes one pack of final logits, −inf past the end of the row; returns their maximum.
   template <bool AsTheyAre>
   MLLMKD_DEVICE float keep(const Source& from, Floats x, int k, float* to) const {
     float top = -INFINITY;
 #pragma unroll
     for (int i = 0; i < W; ++i) {
-      if (!AsTheyAre) x.at[i] = final_logit(from, x.at[i], begin_ + k + i);
+      if (W > 1 && k + i >= count_) {
+        x.at[i] = -INFINITY;
+      } else if (!AsTheyAre) {
+        x.at[i] = final_logit(from, x.at[i], begin_ + k + i);
+      }
       top = fmaxf(top, x.at[i]);
     }
     *reinterpret_cast<Floats*>(to + k) = x;
@@ -266,15 +269,14 @@ class Row {
   }
 
   MLLMKD_DEVICE void write_gradient(int k, const Floats& dz) const {
-    float* row = job_.z_s + row_ * job_.vocab;
+    const int64_t at = row_ * job_.dz_stride + begin_ + k;
     if (job_.dz_bf16) {
       Pack<c10::BFloat16, W> half;
 #pragma unroll
       for (int i = 0; i < W; ++i) half.at[i] = c10::BFloat16(dz.at[i]);
-      *reinterpret_cast<Pack<c10::BFloat16, W>*>(
-          reinterpret_cast<c10::BFloat16*>(row) + begin_ + k) = half;
+      *reinterpret_cast<Pack<c10::BFloat16, W>*>(static_cast<c10::BFloat16*>(job_.dz) + at) = half;
     } else {
-      *reinterpret_cast<Floats*>(row + begin_ + k) = dz;
+      *reinterpret_cast<Floats*>(static_cast<float*>(job_.dz) + at) = dz;
     }
   }
 

@@ -37,6 +37,7 @@ class Targets:
     divergence: Divergence = _FORWARD
     temperature: float = 1.0
     ignore_index: int = -100
+    standardize: bool = False  # the divergence sees z-scored logits
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Options:
     want_db: bool = False
     diagnostics: Tensor | None = None  # (3, N) in the dtype of the loss, written
     slope: Tensor | None = None  # (N, vocab) likewise: dz of all rows; "eager" alone knows it
+    fold: int = 0  # rows whose 16-bit dz is folded into dh and dw at a time; 0: those of a chunk
 
     @property
     def wants(self) -> tuple[bool, bool, bool]:

@@ -59,8 +59,8 @@ def bytes_moved(rows: int, vocab: int, has_teacher: bool, dz_bytes: int) -> int:
 
 
 def rows_(
-    zs: Tensor,  # (C, V) fp32, contiguous: products without bias and soft-cap; overwritten by dz
-    zt: Tensor | None,  # (C, V) fp32; None: no divergence
+    zs: Tensor,  # (C, V) fp32, unit column stride: products without bias and soft-cap
+    zt: Tensor | None,  # (C, V) fp32, strides of zs; None: no divergence
     bs: Tensor | None,  # (≥V,) fp32, bf16 or fp16
     bt: Tensor | None,  # (≥V,)
     labels: Tensor | None,  # (C,) int64; None: no cross-entropy
@@ -74,17 +74,17 @@ def rows_(
     cap_s: float,
     cap_t: float,
     ignore_index: int,
-    want_dz: bool,
-    dz_bf16: bool,
+    dz: Tensor | None,  # (C, V) fp32 or bf16, unit column stride; written; zs itself may be it
     cluster: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """CE and D of every row, both (C,) fp32. If wanted, dz overwrites `zs`: in fp32, or as bf16 in
-    the front half of each row, ``zs.view(torch.bfloat16)[:, :V]``; exactly 0 in a row of zero
-    weight. `cluster` is the number of CTAs for a row, 1 to 16; 0 chooses.
+    """CE and D of every row, both (C,) fp32; their gradient in `dz` where it is wanted, exactly 0
+    in a row of zero weight. Columns between V and a stride may be written too. Strides that are
+    multiples of 4 move 16 bytes at a time. `cluster` is the number of CTAs for a row, 1 to 16; 0
+    chooses.
     """
     return torch.ops.mllmkd_cuda.rows_(
         zs, zt, bs, bt, labels, ce_weight, kd_weight, broken_s, broken_t, divergence, param,
-        temperature, cap_s, cap_t, ignore_index, want_dz, dz_bf16, cluster,
+        temperature, cap_s, cap_t, ignore_index, dz, cluster,
     )  # fmt: skip
 
 
@@ -97,6 +97,6 @@ if _built():
     @torch.library.register_fake("mllmkd_cuda::rows_")
     def _(
         zs, zt, bs, bt, labels, ce_weight, kd_weight, broken_s, broken_t, divergence, param,
-        temperature, cap_s, cap_t, ignore_index, want_dz, dz_bf16, cluster=0,
+        temperature, cap_s, cap_t, ignore_index, dz, cluster=0,
     ):  # fmt: skip
         return zs.new_empty(zs.shape[:1]), zs.new_empty(zs.shape[:1])

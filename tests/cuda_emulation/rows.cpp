@@ -38,7 +38,7 @@ struct Block {
     machine.fibers.wait(barrier, machine.fibers.arrive(barrier));
   }
 
-  void cluster_arrive() const { phase = machine.fibers.arrive(machine.barrier); }
+  void cluster_arrive(bool) const { phase = machine.fibers.arrive(machine.barrier); }
   void cluster_wait() const { machine.fibers.wait(machine.barrier, phase); }
 
   float* remote(float* p, int of) const {
@@ -137,16 +137,20 @@ int ring(int barrier) {
 
 // Null, or what went wrong. The arguments are RowsJob's fields, in its order.
 const char* emulate_rows(
-    float* z_s, const float* z_t, const void* b_s, const void* b_t, int b_s_type, int b_t_type,
+    const float* z_s, const float* z_t, void* dz, int64_t stride, int64_t dz_stride,
+    const void* b_s, const void* b_t, int b_s_type, int b_t_type,
     const int64_t* labels, const float* ce_weight, const float* kd_weight, const bool* broken_s,
     const bool* broken_t, float* ce, float* kd, int64_t rows, int64_t ignore_index, int vocab,
-    float param, float scale, float cap_s, float cap_t, bool want_dz, bool dz_bf16, int divergence,
+    float param, float scale, float cap_s, float cap_t, bool dz_bf16, int divergence,
     int size, int threads, unsigned seed) {
   using namespace mllmkd::cuda;
   const int slice = slice_of(vocab, size);
   const RowsJob job{
       z_s,
       z_t,
+      dz,
+      stride,
+      dz_stride,
       b_s,
       b_t,
       static_cast<BiasType>(b_s_type),
@@ -166,12 +170,12 @@ const char* emulate_rows(
       scale,
       cap_s,
       cap_t,
-      want_dz,
       dz_bf16};
   static thread_local std::string message;
   try {
     const auto which = static_cast<mllmkd::Divergence>(divergence);
-    const auto run = vocab % 4 == 0 ? emulation::runner<4>(which) : emulation::runner<1>(which);
+    const bool wide = stride % 4 == 0 && dz_stride % 4 == 0;
+    const auto run = wide ? emulation::runner<4>(which) : emulation::runner<1>(which);
     for (int64_t row = 0; row < rows; ++row) run(job, row, size, threads, seed + row);
   } catch (const std::exception& error) {
     message = error.what();

@@ -11,7 +11,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-from tests.gpu.resources import Row, of_ptxas
+from tests.gpu.resources import Row, machine_code, of_ptxas
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,10 +42,12 @@ def compile_all(folder: Path) -> tuple[list[Row], list[str], list[str]]:
             if not found:
                 errors.append(f"{source.name} for sm_{arch}: ptxas reported no kernel")
             names = _plain([str(row["kernel"]) for row in found])
+            code = machine_code(target)
             for row, name in zip(found, names, strict=True):
                 kernel, _, constants = name.partition("<")
                 config = constants.rsplit(">", 1)[0].replace("(anonymous namespace)::", "")
                 fields = {**row, "kernel": kernel.split("::")[-1].split("(")[0]}
+                fields["instructions"] = code[str(row["kernel"])].instructions
                 rows.append(
                     Row(
                         call=source.name, config=config, compiler=f"nvcc {_version(nvcc)}", **fields

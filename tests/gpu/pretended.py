@@ -73,22 +73,26 @@ def _raised(x: Any) -> Any:
 class _Driver:
     """What Triton asks about the machine before it compiles."""
 
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
+    def __init__(self, target: str) -> None:
+        self.target = target
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+        if self.target.startswith("gfx"):
+            return GPUTarget("hip", self.target, 64)
+        return GPUTarget("cuda", int(self.target.removeprefix("sm_")), 32)
 
-    def get_current_device(self) -> int:
-        return self.arch  # compiled kernels are remembered per device: one device an architecture
+    def get_current_device(self) -> str:
+        return self.target  # compiled kernels are remembered per device: one device a target
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
 
 
 @contextmanager
-def gpu(arch: int, seen: Seen) -> Iterator[None]:
-    """Inside, tensors on "cuda" are pretended ones of a GPU of `arch`; `seen` gets every kernel."""
+def gpu(target: str, seen: Seen) -> Iterator[None]:
+    """Inside, tensors on "cuda" are pretended ones of a GPU of `target` ("sm_90", "gfx942"); every
+    kernel is given to `seen`.
+    """
 
     def getitem(kernel: Any, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
@@ -99,20 +103,24 @@ def gpu(arch: int, seen: Seen) -> Iterator[None]:
 
         return launch
 
+    amd = target.startswith("gfx")
+    digits = target.removeprefix("gfx" if amd else "sm_")  # gfx942 is 9.4 with a step of 2
+    capability = (int(digits[0]), int(digits[1])) if amd else divmod(int(digits), 10)
     properties = SimpleNamespace(
-        name=f"pretended sm_{arch}", major=arch // 10, minor=arch % 10,
+        name=f"pretended {target}", major=capability[0], minor=capability[1],
         multi_processor_count=132, total_memory=80 * 2**30, warp_size=32,
         shared_memory_per_block_optin=227 * 1024, L2_cache_size=50 * 2**20,
     )  # fmt: skip
     answers: dict[str, Any] = {
-        "get_device_capability": lambda *_: divmod(arch, 10),
+        "get_device_capability": lambda *_: capability,
         "get_device_name": lambda *_: properties.name,
         "get_device_properties": lambda *_: properties,
         "current_device": lambda: 0,
         "device": lambda *_: nullcontext(),
     }
-    triton.runtime.driver.set_active(_Driver(arch))  # pyright: ignore
+    triton.runtime.driver.set_active(_Driver(target))  # pyright: ignore
     with (
+        mock.patch.object(torch.version, "hip", "pretended" if amd else None),
         mock.patch.multiple(torch.cuda, **answers),
         mock.patch.object(JITFunction, "__getitem__", getitem),
         GpuMode(),

@@ -1,7 +1,8 @@
 """Which kernels does one Triton compile? A process of its own, because a process has one Triton.
 
-Reads a job a line, ``{"call": …, "arch": …}``, and answers each with a line: the rows of the table,
-or the error. Standard output belongs to the answers; what libraries print goes to standard error.
+Reads a job a line, ``{"call": …, "target": …}``, and answers each with a line: the rows of the
+table, or the error. Standard output belongs to the answers; what libraries print goes to standard
+error.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         try:
             call = by_name[job["call"]]
-            with pretended.gpu(job["arch"], _Table(call, job["arch"], rows)):
+            with pretended.gpu(job["target"], _Table(call, job["target"], rows)):
                 call.run()
             answer: dict[str, Any] = {"rows": rows}
         except Exception as error:  # a kernel that does not compile is a finding, not the end
@@ -50,8 +51,8 @@ def _reason(error: BaseException) -> str:
 class _Table:
     """Turns each kernel that a call compiles into a row, once."""
 
-    def __init__(self, call: Any, arch: int, rows: list[dict[str, Any]]) -> None:
-        self.call, self.arch, self.rows = call, arch, rows
+    def __init__(self, call: Any, target: str, rows: list[dict[str, Any]]) -> None:
+        self.call, self.target, self.rows = call, target, rows
         self.seen: set[str] = set()
 
     def __call__(self, compiled: Any, constants: dict[str, Any]) -> None:
@@ -66,7 +67,7 @@ class _Table:
         row = resources.Row(
             kernel=kernel, call=self.call.name, config=_config(compiled, constants),
             compiler=f"triton {triton.__version__}", needs=self.call.needs.get(kernel, ()),
-            **resources.of_triton(compiled, self.arch),
+            target=self.target, **resources.of_triton(compiled),
         )  # fmt: skip
         self.rows.append(dataclasses.asdict(row))
 

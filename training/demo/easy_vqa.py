@@ -24,7 +24,7 @@ from types import ModuleType
 import numpy as np
 
 from training.bar import Bar
-from training.demo.folder import LlavaFolder, Record, record, write_folder
+from training.demo.folder import LlavaFolder, Record, more_questions, record, unseen, write_folder
 
 KINDS = ("colour", "shape", "yesno", "negated")
 CAPTION_QUESTION = "describe the image"
@@ -60,6 +60,7 @@ def write_easy_vqa(
     out_dir: str | Path,
     *,
     student_n: int = 1_000,
+    per_image: int = 8,
     seed: int = 0,
     progress: bool = True,
 ) -> LlavaFolder:
@@ -68,6 +69,7 @@ def write_easy_vqa(
     Args:
         out_dir: the folder to write.
         student_n: training questions that the student may see, drawn at random.
+        per_image: unanswered questions about each image of the student's.
         seed: of that draw.
         progress: show a bar.
 
@@ -93,10 +95,13 @@ def write_easy_vqa(
             "train": train,
             "student_pretrain": captions(student),
             "student_train": student,
+            "student_questions": more_questions(student, per_image, seed),
+            "dev": unseen(train, student),
             "test": _questions("test", *package.get_test_questions()),
         }
 
-    settings = {"data": "easy-vqa 1.0", "student_n": student_n, "seed": seed}
+    settings = {"data": "easy-vqa 1.0", "student_n": student_n, "per_image": per_image}
+    settings |= {"seed": seed}
     return write_folder(out_dir, settings, fill)
 
 

@@ -3,11 +3,16 @@
     images/{train,test}/*.png
     pretrain.json  train.json                    for the teacher: captions; all training questions
     student_pretrain.json  student_train.json    the limited subset students learn from
+    student_questions.json                       more questions about its images, unanswered
     test.json                                    held out; every entry has its "kind"
+    dev.json                                     training questions about other images, to choose
+                                                 settings by: the students have not seen them
     dataset.json                                 what the folder was made from
 
 ``student_pretrain.json`` holds only what ``student_train.json`` says too, so that a student with a
-captioning stage has seen no more labels than one without. A folder is written under another name
+captioning stage has seen no more labels than one without. ``student_questions.json`` asks, of each
+of the students' images, what is asked of any of them, and was drawn without looking at a label; the
+teacher has to answer. A folder is written under another name
 and renamed when complete; asked for again with the same settings it is reused, with others refused.
 """
 
@@ -20,11 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from training.data.records import IMAGE_MARK
 from training.demo.words import collect_words
 
 Record = dict[str, Any]
-SPLITS = ("pretrain", "train", "student_pretrain", "student_train", "test")
+LABELLED = ("pretrain", "train", "student_pretrain", "student_train", "test", "dev")
+SPLITS = (*LABELLED, "student_questions")
 
 
 @dataclass(frozen=True)
@@ -45,20 +53,48 @@ class LlavaFolder:
 
     def words(self) -> list[str]:
         """Every word of its questions and answers, held-out ones included (they are templates)."""
-        return collect_words(*(self.json(split) for split in SPLITS))
+        return collect_words(*(self.json(split) for split in LABELLED))
 
 
 def record(name: str, image: str, kind: str, question: str, answer: str) -> Record:
     """One entry of LLaVA's json: an image, one question about it, its answer."""
-    return {
-        "id": name,
-        "image": image,
-        "kind": kind,
-        "conversations": [
-            {"from": "human", "value": f"{IMAGE_MARK}\n{question}"},
-            {"from": "gpt", "value": answer},
-        ],
-    }
+    turns = [
+        {"from": "human", "value": f"{IMAGE_MARK}\n{question}"},
+        {"from": "gpt", "value": answer},
+    ]
+    return {"id": name, "image": image, "kind": kind, "conversations": turns}
+
+
+def unseen(train: Sequence[Record], student: Sequence[Record], limit: int = 2_000) -> list[Record]:
+    """The last training questions, at most `limit`, about images that the students do not see."""
+    seen = {entry["image"] for entry in student}
+    return [entry for entry in train if entry["image"] not in seen][-limit:]
+
+
+def more_questions(entries: Sequence[Record], per_image: int, seed: int) -> list[Record]:
+    """`per_image` different questions about each image of `entries`, as entries without an answer.
+
+    They are questions that `entries` ask of any image, every kind as often as every other: neither
+    what an image shows nor an answer is looked at.
+    """
+    rng = np.random.default_rng(seed)
+    texts: dict[str, list[str]] = {}
+    for entry in entries:
+        found = texts.setdefault(entry["kind"], [])
+        if (text := entry["conversations"][0]["value"]) not in found:
+            found.append(text)
+    kinds, limit = sorted(texts), min(per_image, sum(map(len, texts.values())))
+    asked = []
+    for image in dict.fromkeys(entry["image"] for entry in entries):
+        chosen: dict[str, str] = {}
+        while len(chosen) < limit:
+            kind = kinds[rng.integers(len(kinds))]
+            chosen[texts[kind][rng.integers(len(texts[kind]))]] = kind
+        for i, (text, kind) in enumerate(chosen.items()):
+            question = {"from": "human", "value": text}
+            name = f"{Path(image).stem}-{i}"
+            asked.append({"id": name, "image": image, "kind": kind, "conversations": [question]})
+    return asked
 
 
 def write_folder(

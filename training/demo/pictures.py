@@ -76,6 +76,21 @@ def stage_accuracy(runs: list[Run], path: Path) -> None:
     _save(figure, path)
 
 
+def accuracies(rows: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Held-out accuracy of each row of a study: its seeds, and their mean with its deviation."""
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.32 * len(rows)), layout="constrained")
+    for place, (name, seeds) in enumerate(rows.items()):
+        values = [row["questions"] for row in seeds]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        axis.plot(values, [place] * len(values), "o", color="#5b8db8", alpha=0.5, markersize=4)
+        axis.errorbar(statistics.mean(values), place, xerr=spread, fmt="|k", capsize=3, label=name)
+    axis.set(xlabel="exact match, questions", title="held-out accuracy: seeds, mean ± deviation")
+    axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
+    _save(figure, path)
+
+
 def answer_grid(runs: list[Run], data: LlavaFolder, path: Path) -> None:
     """Held-out images, the question, the true answer and what each model writes, green if right."""
     source = LlavaSource(data.json("test"), data.root)

@@ -1,21 +1,25 @@
 """The demo's runs as configurations: small models, started from random weights.
 
 No pre-trained LM stands behind them, so the projector-only stages can do little and are kept short,
-and rates are those of training from scratch.
+and rates are those of training from scratch. Both kinds of student have the same optimiser; what
+regularises is the SFT students' alone, because it helps them and not the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from training import settings
-from training.config import Config, load
+from training.config import Config, class_for, load
 from training.settings import Section, section, setting
 
 #: The arguments of LLaVA-KD's objective.
 LossConfig: Any = type(load().of_stage("dft").loss)
+#: What a student is shown: labelled captions and questions, questions that the teacher answered.
+LABELLED, ANSWERED = "labelled", "answered"
 
 
 class TowerConfig(Section):
@@ -42,28 +46,42 @@ class DemoConfig(Section):
         1, "students of each kind; with 3 or more the table has mean and spread", gt=0
     )
     data: Literal["scenes", "easy-vqa"] = setting("scenes", "which data")
+    held_out: Literal["test", "dev"] = setting(
+        "test", "what is held out; dev: of the teacher's training questions, to choose settings by"
+    )
     garments: str | None = setting(
         None, "folder of Fashion-MNIST's four files; null: the Debian package"
     )
     train_n: int = setting(40_000, "questions the teacher learns from (scenes)", gt=0)
     test_n: int = setting(2_000, "held-out questions (scenes)", gt=0)
-    student_n: int = setting(1_000, "questions the students learn from", gt=0)
+    student_n: int = setting(1_000, "questions with labels that the students learn from", gt=0)
+    per_image: int = setting(
+        8, "questions about each of the students' images that the teacher answers", gt=0
+    )
+    labelled: float = setting(
+        0.25, "distilled student: share of labelled samples, the rest is answered", gt=0, lt=1
+    )
     batch_size: int = setting(64, "samples a step, teacher and students", gt=0)
     teacher_pt_steps: int = setting(40, "teacher: steps of pre-training", gt=0)
     teacher_sft_steps: int = setting(1_200, "teacher: steps of fine-tuning", gt=0)
     teacher_lr: float = setting(5e-4, "teacher: peak learning rate", gt=0)
     dpt_steps: int = setting(40, "distilled student: steps of DPT", gt=0)
-    sft_steps: int = setting(100, "distilled student: steps of SFT", gt=0)
-    dft_steps: int = setting(460, "distilled student: steps of DFT", gt=0)
+    sft_steps: int = setting(60, "distilled student: steps of SFT", gt=0)
+    dft_steps: int = setting(500, "distilled student: steps of DFT", gt=0)
     student_lr: float = setting(2e-3, "students: peak learning rate", gt=0)
+    student_warmup: float = setting(
+        0.2, "students: warm-up as a share of a stage's steps; shorter ones sometimes fail", ge=0
+    )
     loss: Any = section(LossConfig, "distilled student: weights of the loss in DPT and DFT")
+    weight_decay: float = setting(1.0, "SFT students: AdamW's weight decay", ge=0)
+    smoothing: float = setting(0.1, "SFT students: share of smoothed labels", ge=0, le=1)
+    dropout: float = setting(0.1, "SFT students: dropout of attention", ge=0, lt=1)
     tower: TowerConfig = section(TowerConfig, "the vision tower that all models share")
-    ablation: bool = setting(False, "also train students with other loss weights, one table more")
     threads: int | None = setting(None, "CPU threads; null: PyTorch's choice", gt=0)
 
     @property
     def student_steps(self) -> int:
-        """Steps of the distilled student, all stages; the SFT student gets as many."""
+        """Steps of a distilled student, all stages; every other student gets as many."""
         return self.dpt_steps + self.sft_steps + self.dft_steps
 
     @property
@@ -71,81 +89,136 @@ class DemoConfig(Section):
         """The output folder as a path."""
         return Path(self.out)
 
+    @property
+    def teacher(self) -> Path:
+        """Where the finished teacher is."""
+        return self.folder / "teacher" / "2-sft" / "model"
+
+    @property
+    def answered(self) -> Path:
+        """Where its answers to the students' questions are."""
+        return self.folder / "answered" / "data.json"
+
+
+class StudyConfig(DemoConfig):
+    """The demo's sizes, steps and data; and which rows."""
+
+    seeds: int = setting(3, "students of each row", gt=0)
+    rows: tuple[str, ...] = setting((), "names of the rows; empty: all")
+
 
 def demo_teacher(demo: DemoConfig) -> Config:
     """192 wide, 4 layers, on all the training data: PT, then SFT."""
+    shared = {"batch_size": demo.batch_size, "warmup": 0.05}
     stages = {
-        "pt": _stage(demo, demo.teacher_pt_steps, 1e-3),
-        "sft": _stage(demo, demo.teacher_sft_steps, demo.teacher_lr),
+        "pt": {"steps": demo.teacher_pt_steps, "lr": 1e-3, **shared},
+        "sft": {"steps": demo.teacher_sft_steps, "lr": demo.teacher_lr, **shared},
     }
-    return _run(demo, "teacher", stages, hidden=192, layers=4, prefix="", seed=0)
+    data = demo.folder / "data"
+    sources = [
+        {"path": str(data / "pretrain.json"), "use": "captions"},
+        {"path": str(data / "train.json")},
+    ]
+    sizes = {"hidden": 192, "layers": 4}
+    return _run(demo, "teacher", "llava-kd", stages, sources, sizes, seed=0, teacher=None)
 
 
 def demo_sft(demo: DemoConfig, seed: int, steps: int, name: str) -> Config:
-    """64 wide, 2 layers, on the limited data: SFT alone, for `steps` steps."""
-    return _student(demo, name, seed, {"sft": _stage(demo, steps, demo.student_lr)})
+    """64 wide, 2 layers, on the limited data: regularised SFT alone, for `steps` steps."""
+    regularised = {"weight_decay": demo.weight_decay, "loss": {"smoothing": demo.smoothing}}
+    stages = {"sft": optimised(demo, steps) | regularised}
+    return student(demo, name, seed, stages, [LABELLED], dropout=demo.dropout, teacher=False)
 
 
-def demo_distilled(demo: DemoConfig, seed: int, name: str, loss: Mapping[str, Any]) -> Config:
-    """The same student on the same limited data, in three stages with the teacher: DPT, SFT,
-    DFT."""
+def demo_distilled(demo: DemoConfig, seed: int) -> Config:
+    """The same student on the same labels and on the teacher's answers to more questions about
+    the same images, in three stages with the teacher: DPT, SFT, DFT.
+    """
+    loss = {"loss": settings.to_dict(demo.loss)}
     stages = {
-        "dpt": _stage(demo, demo.dpt_steps, demo.student_lr) | {"loss": loss},
-        "sft": _stage(demo, demo.sft_steps, demo.student_lr),
-        "dft": _stage(demo, demo.dft_steps, demo.student_lr) | {"loss": loss},
+        "dpt": optimised(demo, demo.dpt_steps) | loss,
+        "sft": optimised(demo, demo.sft_steps),
+        "dft": optimised(demo, demo.dft_steps) | loss,
     }
-    teacher = str(demo.folder / "teacher" / "2-sft" / "model")
-    return _student(demo, name, seed, stages, teacher=teacher)
+    return student(demo, "distilled", seed, stages, [LABELLED, ANSWERED])
 
 
-ABLATION = {
-    "CE + response": {"visual": 0.0, "relation": 0.0},
-    "response only": {"ce": 0.0, "visual": 0.0, "relation": 0.0},
-    "response + visual + relation": {"ce": 0.0},
-}
+def demo_unlabelled(demo: DemoConfig, seed: int) -> Config:
+    """The same student without any label: DFT alone, on what the teacher answered."""
+    loss = {"loss": settings.to_dict(demo.loss)}
+    stages = {"dft": optimised(demo, demo.student_steps) | loss}
+    return student(demo, "unlabelled", seed, stages, [ANSWERED])
 
 
-def _stage(demo: DemoConfig, steps: int, lr: float) -> dict[str, Any]:
-    return {"steps": steps, "lr": lr, "batch_size": demo.batch_size, "warmup": 0.05}
+def optimised(demo: DemoConfig, steps: int) -> dict[str, Any]:
+    """How every student is optimised in a stage of `steps` steps."""
+    return {
+        "steps": steps,
+        "lr": demo.student_lr,
+        "batch_size": demo.batch_size,
+        "warmup": demo.student_warmup,
+        "beta2": 0.95,
+    }
 
 
-def _student(
-    demo: DemoConfig, name: str, seed: int, stages: Mapping[str, Any], teacher: str | None = None
+def student(
+    demo: DemoConfig,
+    name: str,
+    seed: int,
+    stages: Mapping[str, Any],
+    shown: Sequence[str],
+    *,
+    method: str = "llava-kd",
+    teacher: bool = True,
+    **model: Any,
 ) -> Config:
-    folder, sizes = f"seed{seed}/{name}", {"hidden": 64, "layers": 2}
-    return _run(demo, folder, stages, prefix="student_", seed=seed, teacher=teacher, **sizes)
+    """A student of 64 wide, 2 layers, called `name`, that is `shown` these kinds of data."""
+    data = demo.folder / "data"
+    labelled = {"path": str(data / "student_train.json")}
+    answered = {"path": str(demo.answered)}
+    if set(shown) == {LABELLED, ANSWERED}:
+        ratio = demo.labelled / (1 - demo.labelled)
+        labelled["weight"] = ratio * entries(demo.answered) / entries(data / "student_train.json")
+    sources = [{"path": str(data / "student_pretrain.json"), "use": "captions"}]
+    sources += [labelled] * (LABELLED in shown) + [answered] * (ANSWERED in shown)
+    if LABELLED not in shown:
+        del sources[0]
+    found = str(demo.teacher) if teacher else None
+    sizes = {"hidden": 64, "layers": 2, **model}
+    return _run(
+        demo, f"seed{seed}/{name}", method, stages, sources, sizes, seed=seed, teacher=found
+    )
+
+
+def entries(file: Path) -> int:
+    """How many a json file has."""
+    return len(json.loads(file.read_text(encoding="utf-8")))
 
 
 def _run(
     demo: DemoConfig,
     name: str,
+    method: str,
     stages: Mapping[str, Any],
+    sources: Sequence[Mapping[str, Any]],
+    sizes: Mapping[str, Any],
     *,
-    hidden: int,
-    layers: int,
-    prefix: str,
     seed: int,
-    teacher: str | None = None,
+    teacher: str | None,
 ) -> Config:
     """What teacher and students have in common."""
     tower, data = str(demo.folder / "tower"), demo.folder / "data"
+    # the tower is trained up to its last layer, so that is what the projector reads
+    model = {"vision": tower, "processor": tower, "feature_layer": -1, **sizes}
     values = {
         "out": str(demo.folder / name),
+        "method": method,
         "stages": list(stages),
         "stage": stages,
         "teacher": teacher,
-        "model": {
-            "vision": tower,
-            "processor": tower,
-            "hidden": hidden,
-            "layers": layers,
-            # the tower is trained up to its last layer, so that is what the projector reads
-            "feature_layer": -1,
-        },
+        "model": model,
         "data": {
-            "captions": str(data / f"{prefix}pretrain.json"),
-            "conversations": str(data / f"{prefix}train.json"),
-            "held_out": str(data / "test.json"),
+            "sources": [*sources, {"path": str(data / f"{demo.held_out}.json"), "use": "held_out"}],
             "image_root": str(data),
             "image_cache_mb": 1_500,
         },
@@ -155,4 +228,4 @@ def _run(
         "keep": 1,
         "threads": demo.threads,
     }
-    return settings.build(type(load()), values)
+    return settings.build(class_for(values), values)

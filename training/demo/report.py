@@ -4,7 +4,8 @@ The folder `out/report` holds report.md (all of it, pictures included), table.js
 (one row a run, not averaged), and the pictures of `training.demo.pictures`. The verdict is a rule,
 not a judgement: distillation is said to help only if, over the seeds, the distilled students' mean
 accuracy on held-out questions exceeds the SFT students' by more than the spread, which is the
-larger of the two sample standard deviations. One seed has no spread, and says so.
+larger of the two sample standard deviations. One seed has no spread, and says so. The gap is what
+the teacher is ahead of the SFT students.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,13 @@ from training.demo.recipes import DemoConfig
 from training.demo.trained import Run
 from training.evaluation.held_out import CAPTION
 
-TEACHER, EQUAL_STEPS, EQUAL_TIME, DISTILLED = (
+TEACHER, EQUAL_STEPS, EQUAL_TIME, DISTILLED, UNLABELLED = (
     "teacher",
     "SFT, equal steps",
     "SFT, equal time",
     "distilled",
+    "distilled, no label",
 )
-COMPARED = (TEACHER, EQUAL_STEPS, EQUAL_TIME, DISTILLED)
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,13 @@ def write_report(config: DemoConfig, runs: list[Run], data: LlavaFolder, seconds
     first = [run for run in runs if run.seed == 0]
     pictures.loss_curves(first, folder / "loss.png")
     pictures.stage_accuracy(runs, folder / "stages.png")
-    shown = [run for run in first if run.name in (TEACHER, EQUAL_STEPS, DISTILLED)]
+    shown = [run for run in first if run.name != EQUAL_TIME]
     pictures.answer_grid(shown, data, folder / "answers.png")
-    _write_rows(runs, folder)
+    write_rows(runs, folder)
     text = _markdown(config, rows, verdict, data, seconds)
     (folder / "report.md").write_text(text, encoding="utf-8")
     console = Console()
-    console.print(_terminal_table({name: rows[name] for name in COMPARED}))
-    others = {name: seeds for name, seeds in rows.items() if name not in COMPARED}
-    if others:
-        console.print(_terminal_table({DISTILLED: rows[DISTILLED], **others}))
+    console.print(terminal_table(*on_its_side(*table(rows))))
     console.print(verdict, highlight=False, soft_wrap=True)
     end = f"whole demo: {seconds:.0f} s; report: {folder / 'report.md'}"
     console.print(end, highlight=False, soft_wrap=True)
@@ -78,23 +76,29 @@ def write_report(config: DemoConfig, runs: list[Run], data: LlavaFolder, seconds
 
 def judge(rows: dict[str, list[dict[str, float]]]) -> str:
     """The verdict, by the rule in the module's docstring."""
-    ours = [row["questions"] for row in rows[DISTILLED]]
-    parts = []
-    for name in (EQUAL_STEPS, EQUAL_TIME):
-        theirs = [row["questions"] for row in rows[name]]
-        margin = statistics.mean(ours) - statistics.mean(theirs)
-        text = f"distilled minus {name}: {100 * margin:+.1f} points"
-        if len(ours) < 2:
-            parts.append(f"{text} (one seed, so no spread: SEEDS=3 measures it)")
-            continue
-        spread = max(statistics.stdev(ours), statistics.stdev(theirs))
-        won = sum(a > b for a, b in zip(ours, theirs, strict=True))
-        holds = "more" if margin > spread else "NOT more"
-        parts.append(
-            f"{text} in the mean of {len(ours)} seeds, {holds} than the spread "
-            f"({100 * spread:.1f}); ahead in {won} of {len(ours)}"
-        )
-    return ". ".join(parts) + "."
+    return " ".join(
+        _margin(rows, ours, theirs)
+        for ours in (DISTILLED, UNLABELLED)
+        for theirs in (EQUAL_STEPS, EQUAL_TIME)
+    )
+
+
+def _margin(rows: dict[str, list[dict[str, float]]], name: str, other: str) -> str:
+    """How far a distilled student is ahead of an SFT student, and what of the gap that is."""
+    ours, theirs, best = ([row["questions"] for row in rows[n]] for n in (name, other, TEACHER))
+    margin = statistics.mean(ours) - statistics.mean(theirs)
+    text = f"{name} minus {other}: {100 * margin:+.1f} points"
+    if (gap := statistics.mean(best) - statistics.mean(theirs)) > 0:
+        text += f", {margin / gap:.0%} of the gap"
+    if len(ours) < 2:
+        return f"{text} (one seed, so no spread: SEEDS=3 measures it)."
+    spread = max(statistics.stdev(ours), statistics.stdev(theirs))
+    won = sum(a > b for a, b in zip(ours, theirs, strict=True))
+    holds = "more" if margin > spread else "NOT more"
+    return (
+        f"{text} in the mean of {len(ours)} seeds, {holds} than the spread ({100 * spread:.1f}); "
+        f"ahead in {won} of {len(ours)}."
+    )
 
 
 def machine() -> dict[str, str]:
@@ -112,12 +116,9 @@ def machine() -> dict[str, str]:
 def table(rows: dict[str, list[dict[str, float]]]) -> tuple[list[str], list[list[str]]]:
     """Header and cells: one line a model, mean ± sample standard deviation where there are
     seeds."""
-    columns = list(next(iter(rows.values()))[0])
+    columns = [c for c in next(iter(rows.values()))[0] if c not in ("low", "high")]
     header = ["model", *(_TITLES.get(column, column) for column in columns)]
-    lines = []
-    for name, seeds in rows.items():
-        lines.append([name, *(_cell(column, [row[column] for row in seeds]) for column in columns)])
-    return header, lines
+    return header, [[name, *(_cell(c, seeds) for c in columns)] for name, seeds in rows.items()]
 
 
 _TITLES = {
@@ -136,26 +137,42 @@ _FORMATS: dict[str, Callable[[float], str]] = {
 }
 
 
-def _cell(column: str, values: list[float]) -> str:
+def _cell(column: str, seeds: list[dict[str, float]]) -> str:
+    values = [row[column] for row in seeds]
     show = _FORMATS.get(column, lambda x: f"{x:.3f}")
     if column in TERMS and not any(values):
         return "–"  # not a term of this model's last stage
     mean = show(statistics.mean(values))
-    return mean if len(values) < 2 else f"{mean} ± {show(statistics.stdev(values))}"
+    if len(values) > 1:
+        return f"{mean} ± {show(statistics.stdev(values))}"
+    if column == "questions":
+        return f"{mean} ({show(seeds[0]['low'])} to {show(seeds[0]['high'])})"
+    return mean
 
 
-def _terminal_table(rows: dict[str, list[dict[str, float]]]) -> Table:
-    """The table on its side: models are few, figures many, terminals narrow."""
-    header, lines = table(rows)
+def on_its_side(header: list[str], lines: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table whose models are columns, for few models and narrow pages."""
+    first, *others = zip(header, *lines, strict=True)
+    return list(first), [list(line) for line in others]
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *lines))
+
+
+def terminal_table(header: list[str], lines: list[list[str]]) -> Table:
+    """A table for the terminal."""
     shown = Table(title="held-out exact match, perplexity, final loss terms, cost")
-    for name in ("", *(line[0] for line in lines)):
-        shown.add_column(name, justify="right" if name else "left")
-    for i, title in enumerate(header[1:], 1):
-        shown.add_row(title, *(line[i] for line in lines))
+    for i, title in enumerate(header):
+        shown.add_column(title, justify="right" if i else "left")
+    for line in lines:
+        shown.add_row(*line)
     return shown
 
 
-def _write_rows(runs: list[Run], folder: Path) -> None:
+def write_rows(runs: Sequence[Run], folder: Path) -> None:
+    """Write table.json and table.csv, a row a run."""
     records: list[dict[str, Any]] = [{"model": r.name, "seed": r.seed, **r.row()} for r in runs]
     (folder / "table.json").write_text(
         json.dumps({"machine": machine(), "runs": records}, indent=1)
@@ -167,6 +184,21 @@ def _write_rows(runs: list[Run], folder: Path) -> None:
     (folder / "table.csv").write_text(text.getvalue())
 
 
+_LIMITS = """
+What the comparison does not show:
+
+- The vision tower that all models share was trained with the labels of all training images
+  (accuracy of its probe {accuracy:.3f}), the students' among them. And the teacher saw the true
+  answers about them, so what it says of the students' images is closer to the truth than it would
+  be of images that nobody labelled. The held-out images are new to all.
+- Questions are templates, so that more of them can be had for nothing. Whoever knows that the four
+  photographs of a scene are separate things can cut up and recompose the students' own labelled
+  scenes, and teach a student from those alone more than SFT does here. A teacher needs no such
+  knowledge.
+- Language models start from random weights: with a pre-trained one, less is left to be learned from
+  so few labels."""
+
+
 def _markdown(
     config: DemoConfig,
     rows: dict[str, list[dict[str, float]]],
@@ -174,10 +206,6 @@ def _markdown(
     data: LlavaFolder,
     seconds: float,
 ) -> str:
-    header, lines = table(rows)
-    # on its side, like the terminal's: models are columns
-    sides = list(zip(header, *lines, strict=True))
-    grid = [sides[0], ("---",) * len(sides[0]), *sides[1:]]
     tower = json.loads((config.folder / "tower" / "tower.json").read_text())
     entries = data.settings()["entries"]
     facts = "\n".join(f"- {name}: {value}" for name, value in machine().items())
@@ -186,16 +214,17 @@ def _markdown(
 
 **{verdict}**
 
-{chr(10).join("| " + " | ".join(row) + " |" for row in grid)}
+{markdown(*on_its_side(*table(rows)))}
 
 Exact match on {entries["test"]} held-out questions ("{CAPTION}" counts only if every word is
-right); perplexity of their answers; loss terms unweighted, mean over the last logged steps of the
-last stage; tokens/s of the last stage. Students learned from {entries["student_train"]} questions
-(their captions are among those), the teacher from {entries["train"]}. **The vision tower that all
-models share was trained with the labels of all training images** (accuracy of its probe
-{tower["accuracy"]:.3f}, {tower["seconds"]:.0f} s): the limited data limit what the students'
-projectors and language models see, not what the tower has seen. Language models start from random
-weights.
+right), {"mean ± standard deviation of the seeds" if config.seeds > 1 else "95% interval"} where
+there is one; perplexity of their answers; loss terms unweighted, mean over the last logged steps of
+the last stage; tokens/s of the last stage. The teacher learned from {entries["train"]} questions;
+students from {entries["student_train"]} of them (their captions are among those), the distilled one
+also from the teacher's answers to {entries["student_questions"]} more about the same images, "no
+label" from those answers alone. SFT students have weight decay {config.weight_decay:g}, label
+smoothing {config.smoothing:g} and dropout {config.dropout:g}.
+{_LIMITS.format(accuracy=tower["accuracy"])}
 
 ![loss curves](loss.png)
 

@@ -4,9 +4,12 @@ minutes.
     data     a LLaVA-format folder; everything below is trained from it as from anyone's data
     tower    a small SigLIP, trained as a classifier on all training photos, then frozen and shared
     teacher  192 wide, 4 layers: PT + SFT on all the training questions
-    sft      64 wide, 2 layers: SFT alone on the limited data, as many steps as the distilled one
+    answers  of the teacher to more questions about the students' images: `training data answer`
+    sft      64 wide, 2 layers: SFT alone on the limited data, regularised, as many steps as the
+             distilled one
     long     the same for as many *seconds* as the distilled one took
-    distilled  the same student, same limited data: DPT → SFT → DFT with the teacher
+    distilled  the same student, same limited data and the teacher's answers: DPT → SFT → DFT
+    unlabelled  the same student, DFT on the teacher's answers alone: it sees no true label
 
 Students of one seed start from the same weights. Everything is kept in `out` and continued if the
 command is given again; `training.demo.report` turns what is there into a table, pictures and a
@@ -23,14 +26,22 @@ from contextlib import contextmanager
 import torch
 from rich.console import Console
 
-from training import settings
+from training.data.answer import Request, answer
 from training.data.dataset import LlavaDataset
 from training.demo import recipes
 from training.demo.easy_vqa import write_easy_vqa
 from training.demo.folder import LlavaFolder
 from training.demo.garments import photo_arrays
 from training.demo.recipes import DemoConfig
-from training.demo.report import Report, write_report
+from training.demo.report import (
+    DISTILLED,
+    EQUAL_STEPS,
+    EQUAL_TIME,
+    TEACHER,
+    UNLABELLED,
+    Report,
+    write_report,
+)
 from training.demo.scenes import write_scenes
 from training.demo.tower import photo_tower, question_tower, save_tower
 from training.demo.trained import Run
@@ -51,6 +62,17 @@ def demo(config: DemoConfig) -> Report:
 def _demo(config: DemoConfig) -> Report:
     """`demo`, in a folder that no other writes to."""
     start = time.perf_counter()
+    folder, teacher = prepared(config)
+    runs = [teacher]
+    for seed in range(config.seeds):
+        runs += students(config, seed)
+    with part("report"):
+        report = write_report(config, runs, folder, time.perf_counter() - start)
+    return report
+
+
+def prepared(config: DemoConfig) -> tuple[LlavaFolder, Run]:
+    """What students are trained from: data, tower, teacher and its answers, made or reused."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with part("data"):
@@ -58,36 +80,29 @@ def _demo(config: DemoConfig) -> Report:
     with part("vision tower"):
         make_tower(config, folder)
     with part("teacher: PT, SFT"):
-        runs = [Run("teacher", 0, run(recipes.demo_teacher(config), say))]
-    for seed in range(config.seeds):
-        runs += students(config, seed)
-    for name, loss in recipes.ABLATION.items() if config.ablation else ():
-        for seed in range(config.seeds):
-            with part(f"ablation: {name}, seed {seed}"):
-                slug = "ablation-" + "".join(c if c.isalnum() else "-" for c in name)
-                variant = recipes.demo_distilled(config, seed, slug, loss)
-                runs.append(Run(name, seed, run(variant, say)))
-    with part("report"):
-        report = write_report(config, runs, folder, time.perf_counter() - start)
-    return report
+        teacher = Run(TEACHER, 0, run(recipes.demo_teacher(config), say))
+    with part("the teacher answers"):
+        answer_questions(config)
+    return folder, teacher
 
 
 def students(config: DemoConfig, seed: int) -> list[Run]:
-    """The three students of one seed."""
+    """The students of one seed."""
     with part(f"student by SFT alone, seed {seed}"):
         plain = run(recipes.demo_sft(config, seed, config.student_steps, "sft"), say)
     with part(f"student by DPT, SFT, DFT, seed {seed}"):
-        distilled = run(
-            recipes.demo_distilled(config, seed, "distilled", settings.to_dict(config.loss)), say
-        )
+        distilled = run(recipes.demo_distilled(config, seed), say)
+    with part(f"student by DFT without labels, seed {seed}"):
+        unlabelled = run(recipes.demo_unlabelled(config, seed), say)
     ratio = _seconds(distilled) / _seconds(plain)
     steps = max(config.student_steps, round(config.student_steps * ratio))
     with part(f"student by SFT alone for as long ({ratio:.1f} x the steps), seed {seed}"):
         long = run(recipes.demo_sft(config, seed, steps, "long"), say)
     return [
-        Run("SFT, equal steps", seed, plain),
-        Run("SFT, equal time", seed, long),
-        Run("distilled", seed, distilled),
+        Run(EQUAL_STEPS, seed, plain),
+        Run(EQUAL_TIME, seed, long),
+        Run(DISTILLED, seed, distilled),
+        Run(UNLABELLED, seed, unlabelled),
     ]
 
 
@@ -96,7 +111,7 @@ def make_data(config: DemoConfig) -> LlavaFolder:
     out = config.folder / "data"
     if config.data == "easy-vqa":
         try:
-            return write_easy_vqa(out, student_n=config.student_n)
+            return write_easy_vqa(out, student_n=config.student_n, per_image=config.per_image)
         except ImportError as error:
             raise ConfigError(f"data: got 'easy-vqa', which is not installed: {error}") from error
     return write_scenes(
@@ -104,8 +119,25 @@ def make_data(config: DemoConfig) -> LlavaFolder:
         train_n=config.train_n,
         test_n=config.test_n,
         student_n=config.student_n,
+        per_image=config.per_image,
         garments=config.garments,
     )
+
+
+def answer_questions(config: DemoConfig) -> None:
+    """The teacher's answers to the students' questions, in `out/answered`, written or reused."""
+    data = config.folder / "data"
+    asked = str(data / "student_questions.json")
+    request = Request(
+        str(config.teacher),
+        asked,
+        config.answered.parent,
+        image_root=str(data),
+        batch_size=256,
+        max_new_tokens=16,
+    )
+    _, found = answer(request)
+    say(f"{config.answered}: {found.written} of {found.entries} questions answered")
 
 
 def make_tower(config: DemoConfig, folder: LlavaFolder) -> None:

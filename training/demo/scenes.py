@@ -29,7 +29,9 @@ from training.bar import Bar
 from training.demo.folder import (
     LlavaFolder,
     Record,
+    more_questions,
     record,
+    unseen,
     write_folder,
     write_lines,
 )
@@ -90,6 +92,7 @@ def write_scenes(
     train_n: int = 40_000,
     test_n: int = 4_000,
     student_n: int = 1_000,
+    per_image: int = 8,
     seed: int = 0,
     progress: bool = True,
     photos: Photos | None = None,
@@ -106,6 +109,7 @@ def write_scenes(
         train_n: training questions; even.
         test_n: held-out questions; even.
         student_n: training questions that the student may see; at most one a scene.
+        per_image: unanswered questions about each image of the student's.
         seed: of photos, kinds and questions.
         progress: show a bar.
         photos: the photographs, if they are at hand.
@@ -122,7 +126,8 @@ def write_scenes(
             raise ValueError(f"{name}: got {value}, expected {expected}")
     if not 1 <= student_n <= train_n // QUESTIONS_PER_SCENE:
         raise ValueError(f"student_n: got {student_n}, expected 1 to train_n / 2 = {train_n // 2}")
-    sizes = {"train_n": train_n, "test_n": test_n, "student_n": student_n, "seed": seed}
+    sizes = {"train_n": train_n, "test_n": test_n, "student_n": student_n}
+    sizes |= {"per_image": per_image, "seed": seed}
 
     def fill(root: Path) -> dict[str, Sequence[Record]]:
         source = photo_arrays(garments) if photos is None else photos
@@ -137,6 +142,8 @@ def write_scenes(
             "train": train.questions,
             "student_pretrain": [entry for entry in student if entry["kind"] == "caption"],
             "student_train": student,
+            "student_questions": more_questions(student, per_image, seed),
+            "dev": unseen(train.questions, student),
             "test": test.questions,
         }
 

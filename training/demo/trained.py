@@ -30,7 +30,9 @@ class Run:
     def row(self) -> dict[str, float]:
         """The run's numbers, in the order of the table's columns."""
         last = self.stages[-1]
-        row = {"questions": self.scores.questions, **self.scores.kinds}
+        row = {"questions": self.scores.questions}
+        row["low"], row["high"] = self.scores.interval()
+        row |= self.scores.kinds
         row["perplexity"] = self.scores.perplexity
         row |= {term: last.history[-1].get(term, 0.0) for term in TERMS}
         row["steps"] = sum(stage.summary["steps"] for stage in self.stages)

@@ -16,12 +16,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
+from scipy.stats import binomtest
 from torch.utils.data import DataLoader
 
 import mllmkd_kernels as mk
@@ -52,18 +53,29 @@ class Scores:
         asked = {kind: n for kind, n in self.counts.items() if kind != CAPTION}
         return sum(self.kinds[k] * n for k, n in asked.items()) / max(sum(asked.values()), 1)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for json."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Scores:
-        """The inverse of `to_dict`."""
-        return cls(**values)
+    def interval(self, kind: str | None = None) -> tuple[float, float]:
+        """95% confidence interval of the accuracy of one kind, or of `questions`: what other
+        samples from where these come from would give (Wilson's, for a share of n)."""
+        asked = [k for k in self.counts if (k != CAPTION if kind is None else k == kind)]
+        n = sum(self.counts[k] for k in asked)
+        right = sum(round(self.kinds[k] * self.counts[k]) for k in asked)
+        return wilson(right, n)
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in self.kinds.items())
-        return f"exact match {self.questions:.3f} ({kinds}), perplexity {self.perplexity:.3f}"
+        low, high = self.interval()
+        return (
+            f"exact match {self.questions:.3f} (95% {low:.3f} to {high:.3f}; {kinds}), "
+            f"perplexity {self.perplexity:.3f}"
+        )
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95% confidence interval of a share, `right` of `n`; all there is where n is 0."""
+    if not n:
+        return 0.0, 1.0
+    found = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def evaluate(

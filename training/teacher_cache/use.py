@@ -139,7 +139,7 @@ def check_needs(config: Config, stage: str, visual: bool, holds: str) -> None:
                 f"stage.{stage}.loss: {name} reads {', '.join(lacking)} rows of the teacher, "
                 f"{holds} {' and '.join(sorted(stored))} rows of its last layer alone; weigh that "
                 "term with 0, store visual rows (teacher_cache.visual=true), or run the teacher "
-                "online (teacher_cache.path=null)"
+                "online (teacher_cache.path=null, or teacher_cache.stages without this one)"
             )
 
 

@@ -1,10 +1,11 @@
 """chunk: a vendor's GEMM makes the logits of C rows, `rows` turns them into loss terms and
 gradient, two more products fold the gradient into dh and dw.
 
-Nothing here is larger than one block of logits of each model, allocated once and used by every
-chunk; dz lies in the student's. Where hidden states and head are bf16, so is dz, and all products
-run on tensor cores; otherwise dz is fp32: in fp16 entries below 6e-8, most of a vocabulary's
-share of a row of weight 1/N, would be 0.
+There is one block of logits of each model, allocated once and used by every chunk. Where hidden
+states and head are bf16, so is dz, and all products run on tensor cores. It then has a block of its
+own for the rows of several chunks, which are folded at once: each fold reads and writes all of dw.
+Otherwise dz is fp32 and takes the place of the student's logits: in fp16 entries below 6e-8, most
+of a vocabulary's share of a row of weight 1/N, would be 0.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mllmkd_kernels.backends.triton.rows import row_losses, row_stride
 
 
 def _distill(
-    losses: Callable[..., Tensor | None],  # `rows.row_losses` or another of its signature
+    losses: Callable[..., None],  # `rows.row_losses` or another of its signature
     student: Head,
     teacher: Head | None,
     targets: Targets,
@@ -38,34 +39,40 @@ def _distill(
         teacher, targets = None, replace(targets, kd_weight=None)
     eager.check_labels(targets.labels, vocab, targets.ignore_index)
     n, diagnostics = hs.shape[0], options.diagnostics
-    if diagnostics is not None and losses is not row_losses:
-        raise ValueError(
-            "diagnostics: the row kernel of backend 'cuda' has none; backend='triton' computes them"
-        )
+    if losses is not row_losses and (diagnostics is not None or targets.standardize):
+        name = "standardize" if diagnostics is None else "diagnostics"
+        raise ValueError(f"{name}: the row kernel of backend 'cuda' has none; backend='triton' has")
     alive = eager.alive(hs, targets) if options.want_dw else hs
     grads = products.Gradients(alive, ws, acc, *options.wants)
-    half = hs.dtype == ws.dtype == torch.bfloat16
-    dz_dtype = (torch.bfloat16 if half else acc) if grads.wanted else None
+    apart = grads.wanted and hs.dtype == ws.dtype == torch.bfloat16
+    fold = max(options.fold, options.chunk) if apart else options.chunk
 
     ce, kd = (torch.zeros(n, dtype=acc, device=hs.device) for _ in range(2))
-    stride = row_stride(vocab) if losses is row_losses else vocab
+    stride = row_stride(vocab)
     block_s = torch.empty(min(options.chunk, n), stride, dtype=acc, device=hs.device)
     block_t = None if teacher is None else torch.empty_like(block_s)
+    block_dz = block_s
+    if apart:
+        block_dz = torch.empty(min(fold, n), stride, dtype=torch.bfloat16, device=hs.device)
     seen = None if diagnostics is None else torch.zeros(n, 3, dtype=acc, device=hs.device)
-    for rows in products.chunks(n, options.chunk):
-        z_s = _logits(block_s, hs[rows], ws, vocab)
-        z_t = None
-        if teacher is not None and block_t is not None:
-            z_t = _logits(block_t, teacher.h[rows], teacher.w, vocab)
-        dz = losses(
-            z_s, z_t, student.b, None if teacher is None else teacher.b,
-            *(_of(x, rows) for x in (targets.labels, targets.ce_weight, targets.kd_weight)),
-            ce[rows], kd[rows], targets.divergence.name, targets.divergence.param,
-            targets.temperature, student.cap, 0.0 if teacher is None else teacher.cap,
-            targets.ignore_index, dz_dtype, seen=_of(seen, rows),
-        )  # fmt: skip
-        if dz is not None:
-            grads.add(rows, dz)
+    for folded in products.chunks(n, fold):
+        dz = block_dz[: folded.stop - folded.start, :vocab]
+        for part in products.chunks(folded.stop - folded.start, options.chunk):
+            rows = slice(folded.start + part.start, folded.start + part.stop)
+            z_s = _logits(block_s, hs[rows], ws, vocab)
+            z_t = None
+            if teacher is not None and block_t is not None:
+                z_t = _logits(block_t, teacher.h[rows], teacher.w, vocab)
+            losses(
+                z_s, z_t, student.b, None if teacher is None else teacher.b,
+                *(_of(x, rows) for x in (targets.labels, targets.ce_weight, targets.kd_weight)),
+                ce[rows], kd[rows], targets.divergence.name, targets.divergence.param,
+                targets.temperature, student.cap, 0.0 if teacher is None else teacher.cap,
+                targets.ignore_index, dz[part] if grads.wanted else None, seen=_of(seen, rows),
+                standardize=targets.standardize,
+            )  # fmt: skip
+        if grads.wanted:
+            grads.add(folded, dz)
     if diagnostics is not None and seen is not None:
         diagnostics.copy_(seen.mT)
     loss = torch.zeros((), dtype=torch.float64, device=hs.device)
@@ -77,8 +84,8 @@ def _distill(
 
 
 def _cluster_losses(
-    z_s: Tensor,  # (C, V) fp32, contiguous, overwritten where dz is wanted
-    z_t: Tensor | None,  # (C, V) fp32, contiguous
+    z_s: Tensor,  # (C, V) fp32
+    z_t: Tensor | None,  # (C, V) fp32
     b_s: Tensor | None,  # (≥V,)
     b_t: Tensor | None,  # (≥V,)
     labels: Tensor | None,  # (C,)
@@ -92,11 +99,12 @@ def _cluster_losses(
     cap_s: float,
     cap_t: float,
     ignore_index: int,
-    dz_dtype: torch.dtype | None,
+    dz: Tensor | None,  # (C, V) fp32 or bf16
     seen: Tensor | None,
-) -> Tensor | None:
+    standardize: bool,
+) -> None:
     """`rows.row_losses` by the CUDA kernel that reads a row once."""
-    assert seen is None
+    assert seen is None and not standardize
 
     def broken(z: Tensor | None, cap: float) -> Tensor | None:
         # every product of a hidden state that is not finite is ±inf or NaN, so one column tells
@@ -107,11 +115,10 @@ def _cluster_losses(
         None if ce_weight is None else ce_weight.float(),
         None if kd_weight is None else kd_weight.float(),
         broken(z_s, cap_s), broken(z_t, cap_t), divergence, param, temperature, cap_s, cap_t,
-        ignore_index, dz_dtype is not None, dz_dtype == torch.bfloat16,
+        ignore_index, dz,
     )  # fmt: skip
     ce.copy_(terms[0])
     kd.copy_(terms[1])
-    return None if dz_dtype is None else z_s.view(dz_dtype)[:, : z_s.shape[1]]
 
 
 #: With Triton's row kernel, and with the CUDA one: the arguments of `eager.distill_rows`.

@@ -107,7 +107,8 @@ def tma(head: Head) -> bool:
     aligned = all(
         x.data_ptr() % 16 == 0 and x.itemsize == 2 and x.shape[1] % 8 == 0 for x in (head.h, head.w)
     )
-    able = head.h.is_cuda and torch.cuda.get_device_capability(head.h.device)[0] > 8
+    nvidia = head.h.is_cuda and not torch.version.hip  # AMD's have no TMA
+    able = nvidia and torch.cuda.get_device_capability(head.h.device)[0] > 8
     return able and aligned and head.h.numel() > 0
 
 

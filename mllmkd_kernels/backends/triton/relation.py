@@ -20,7 +20,7 @@ time; `block_d` columns of M at a time.
 
 Entries of R are fp32 and reach 1e6, while 1 − cos of a nearly aligned pair is 1e-4: products of
 entries are formed and added in fp64. Operands are fp32, multiplied on tensor cores as three TF32
-products each, which keeps 22 of the 24 bits; sums are fp32.
+products each, which keeps 22 of the 24 bits (on AMD's as they are); sums are fp32.
 """
 
 from __future__ import annotations
@@ -34,9 +34,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mllmkd_kernels.backends.triton import tables
-
-#: How fp32 operands are multiplied on a GPU: "tf32x3" on its tensor cores, "ieee" without them.
-PRECISION = "tf32x3"
 
 #: Partial results that the merging program reads at a time.
 _MERGE_BLOCK = 128
@@ -239,13 +236,11 @@ def _padded(x: Tensor, block: int) -> Tensor:
     return F.pad(x, (0, missing)) if missing else x.contiguous()  # padding by nothing copies
 
 
-def _settings(
-    kernel: str, device: torch.device, launch: dict[str, int] | None, precision: str
-) -> dict[str, Any]:
+def _settings(kernel: str, device: torch.device, launch: dict[str, int] | None) -> dict[str, Any]:
     """Launch parameters by the names they have in the kernel; `launch` overrides the table."""
     chosen = tables.launch(kernel, device) | (launch or {})
     named = {k if k.startswith("num_") else k.upper(): v for k, v in chosen.items()}
-    return named | {"PRECISION": precision}
+    return named | {"PRECISION": "ieee" if torch.version.hip else "tf32x3"}
 
 
 def relation_stats(
@@ -255,10 +250,9 @@ def relation_stats(
     kt: Tensor,  # (N, D_t)
     cu_seqlens: Tensor,  # (images + 1,) int32
     launch: dict[str, int] | None = None,
-    precision: str = PRECISION,
 ) -> Tensor:
     """<R_s, R_s>, <R_t, R_t>, <R_s, R_t> of every image, (images, 3) fp64."""
-    settings = _settings("relation_stats", hs.device, launch, precision)
+    settings = _settings("relation_stats", hs.device, launch)
     splits, n, images = settings["SPLITS"], hs.shape[0], cu_seqlens.shape[0] - 1
     stats = torch.zeros(images, 3, dtype=torch.float64, device=hs.device)
     if not images:
@@ -283,10 +277,9 @@ def relation_grad(
     cu_seqlens: Tensor,  # (images + 1,) int32
     coef: Tensor,  # (images, 2) fp64
     launch: dict[str, int] | None = None,
-    precision: str = PRECISION,
 ) -> Tensor:
     """M = dR · H_s of every image, (N, D_s) fp32, with dR = coef[0]·R_t + coef[1]·R_s."""
-    settings = _settings("relation_grad", hs.device, launch, precision)
+    settings = _settings("relation_grad", hs.device, launch)
     splits, n, images = settings["SPLITS"], hs.shape[0], cu_seqlens.shape[0] - 1
     d_s, columns = hs.shape[1], max(settings["BLOCK_K"], settings["BLOCK_D"])
     hs, ks, ht, kt = (_padded(x, columns) for x in (hs, ks, ht, kt))

@@ -5,7 +5,7 @@ An entry belongs to a kernel and a class of operands, "half" (bf16, fp16) or "si
 matrix-product kernels need other tiles for other element sizes, and a row kernel's operands are
 fp32 logits whatever the model's dtype. "half-tma" is "half" loaded through tensor descriptors,
 where another tile is better then. Architectures are 10 · major + minor of the compute
-capability; an unknown newer one takes the nearest lower table.
+capability; an unknown newer one takes the nearest lower table. "hip" stands for AMD's.
 
 ``python -m mllmkd_kernels.tune`` writes a file with measured entries for the GPU it ran on, and
 entries of that file win over those below. The file is ``tables.json`` in the user's cache folder
@@ -55,8 +55,10 @@ def _row(block: int, warps: int) -> dict[str, int]:
 # 255 registers. `values` and `gradient` hold a tile of both models and the terms of a divergence on
 # top. `gradient` with descriptors takes 128 × 128 (213 to 246 registers); loaded by pointers it
 # spills there, and `values` does for one divergence (255, two spills), so they take 128 × 64.
+# `rows` takes 2,048 columns: 64 registers for forward KL, so that four blocks share a
+# multiprocessor, and two where a divergence needs 104.
 _HOPPER: Table = {
-    "rows": {"single": _row(4096, 8)},
+    "rows": {"single": _row(2048, 8)},
     "statistics": {
         "half-tma": _matrix(128, 128, 64, 8, 3),
         "half": _matrix(128, 64, 64, 8, 3),
@@ -81,7 +83,28 @@ _BLACKWELL: Table = _HOPPER | {
     "values": _HOPPER["values"] | {"half-tma": _matrix(128, 128, 64, 8, 3)},
 }
 
-TABLES: dict[int, Table] = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL}
+# Compiled, not timed, for sm_120: 99 KB of shared memory, and no fp64 units to speak of, whose
+# emulation takes registers that the relation's tiles then do without.
+_CONSUMER: Table = _HOPPER | {
+    "relation_stats": {"single": _relation(32, 32, 4, 4, 2)},
+    "relation_grad": {"single": _relation(32, 16, 4, 4, 2) | {"block_d": 64}},
+}
+
+# Compiled, not timed, for gfx942 and gfx950: wavefronts of 64 lanes, 64 KiB of local memory, no
+# descriptors. With 8 warps `gradient` and `values` spill on gfx950.
+_CDNA: Table = {
+    "rows": {"single": _row(2048, 8)},
+    "statistics": {"half": _matrix(128, 64, 64, 8, 2), "single": _matrix(64, 64, 32, 8, 2)},
+    "values": {"half": _matrix(128, 64, 64, 4, 2), "single": _matrix(64, 64, 32, 8, 2)},
+    "gradient": {"half": _matrix(128, 64, 64, 4, 2), "single": _matrix(64, 64, 32, 8, 2)},
+    "relation_stats": {"single": _relation(64, 32, 4, 8, 2)},
+    "relation_grad": {"single": _relation(64, 16, 4, 8, 2) | {"block_d": 64}},
+}
+
+HIP = "hip"
+TABLES: dict[int | str, Table] = {
+    80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 120: _CONSUMER, HIP: _CDNA,
+}  # fmt: skip
 
 #: Under Triton's interpreter a block is an array of NumPy and a test has a few dozen rows: blocks
 #: this small make every loop run more than once.
@@ -147,22 +170,25 @@ def built_in(
     return dict(_entry(TABLES[architecture(_gpu(device)[1])], kernel, dtype, tma))
 
 
-def architecture(capability: int) -> int:
-    """The table for a GPU of compute capability 10 · major + minor: the nearest that is not newer.
+def architecture(capability: int | str) -> int | str:
+    """The table for a GPU of compute capability 10 · major + minor: the nearest that is not newer;
+    `HIP` is its own.
 
     Raises:
         ValueError: older than every table.
     """
-    known = [arch for arch in TABLES if arch <= capability]
-    if not known:
+    if isinstance(capability, str):
+        return capability
+    numbers = [arch for arch in TABLES if isinstance(arch, int)]
+    if capability < min(numbers):
         raise ValueError(
             f"device: compute capability {capability / 10:.1f}, the Triton kernels need "
-            f"{min(TABLES) / 10:.1f} or newer; backend='eager' runs anywhere"
+            f"{min(numbers) / 10:.1f} or newer; backend='eager' runs anywhere"
         )
-    return max(known)
+    return max(arch for arch in numbers if arch <= capability)
 
 
-def every(kernel: str, arch: int) -> Iterator[tuple[str, dict[str, int]]]:
+def every(kernel: str, arch: int | str) -> Iterator[tuple[str, dict[str, int]]]:
     """(class of operands, launch parameters) of every built-in entry: what must compile."""
     for kind, entry in TABLES[architecture(arch)][kernel].items():
         yield kind, dict(entry)
@@ -233,7 +259,7 @@ def _mapping(path: Path, field: str, value: Any) -> dict[str, Any]:
 
 def _checked(path: Path, field: str, kernel: str, kind: str, entry: Any) -> dict[str, int]:
     """The entry, if it has exactly the parameters of the built-in one and sane values."""
-    like = TABLES[max(TABLES)].get(kernel, {}).get(kind)
+    like = next((t[kernel][kind] for t in TABLES.values() if kind in t.get(kernel, {})), None)
     if like is None:
         raise ValueError(f"{path}: {field}: no such kernel or class of operands in this version")
     if set(_mapping(path, field, entry)) != set(like):
@@ -269,15 +295,16 @@ def _entry(table: Table, kernel: str, dtype: torch.dtype, tma: bool) -> dict[str
     return found
 
 
-def _gpu(device: torch.device) -> tuple[str, int]:
+def _gpu(device: torch.device) -> tuple[str, int | str]:
     """Name and compute capability."""
     major, minor = torch.cuda.get_device_capability(device)
-    return torch.cuda.get_device_name(device), 10 * major + minor
+    capability = HIP if torch.version.hip else 10 * major + minor
+    return torch.cuda.get_device_name(device), capability
 
 
 @functools.cache
 def _for_gpu(
-    kernel: str, dtype: torch.dtype, tma: bool, name: str, capability: int
+    kernel: str, dtype: torch.dtype, tma: bool, name: str, capability: int | str
 ) -> dict[str, int]:
     built_in = _entry(TABLES[architecture(capability)], kernel, dtype, tma)
     path = path_of_user_table()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,15 @@ from training.cli import main
 from training.config import load
 from training.demo.garments import FILES
 from training.demo.recipes import DemoConfig
-from training.demo.report import DISTILLED, EQUAL_STEPS, EQUAL_TIME, judge, table
+from training.demo.report import (
+    DISTILLED,
+    EQUAL_STEPS,
+    EQUAL_TIME,
+    TEACHER,
+    UNLABELLED,
+    judge,
+    table,
+)
 from training.demo.run import demo
 from training.settings import ConfigError
 
@@ -23,9 +32,10 @@ SMALL = [
     "train_n=40",
     "test_n=12",
     "student_n=16",
+    "per_image=2",
     "batch_size=8",
     "teacher_pt_steps=2",
-    "teacher_sft_steps=2",
+    "teacher_sft_steps=40",  # before that it does not end its answers
     "dpt_steps=2",
     "sft_steps=2",
     "dft_steps=2",
@@ -82,31 +92,54 @@ def test_table_holds_every_run(finished):
     runs = saved["runs"]
     assert [(run["model"], run["seed"]) for run in runs] == [
         ("teacher", 0),
-        *((name, seed) for seed in (0, 1) for name in (EQUAL_STEPS, EQUAL_TIME, DISTILLED)),
+        *(
+            (name, seed)
+            for seed in (0, 1)
+            for name in (EQUAL_STEPS, EQUAL_TIME, DISTILLED, UNLABELLED)
+        ),
     ]
     for run in runs:
         assert 0 <= run["questions"] <= 1 and run["perplexity"] > 1
         assert run["tokens_per_second"] > 0 and run["peak_gib"] > 0
-        assert (run["response_kl"] > 0) == (run["model"] == DISTILLED)
+        assert 0 <= run["low"] <= run["questions"] <= run["high"] <= 1
+        assert (run["response_kl"] > 0) == (run["model"] in (DISTILLED, UNLABELLED))
     with (report.folder / "table.csv").open() as lines:
         assert [row["model"] for row in csv.DictReader(lines)] == [run["model"] for run in runs]
 
 
 def test_fair_comparison(finished):
     config, report = finished
-    for plain, long, distilled in zip(
-        report.rows[EQUAL_STEPS], report.rows[EQUAL_TIME], report.rows[DISTILLED], strict=True
+    for plain, long, *distilled in zip(
+        *(report.rows[name] for name in (EQUAL_STEPS, EQUAL_TIME, DISTILLED, UNLABELLED)),
+        strict=True,
     ):
-        assert plain["steps"] == distilled["steps"] == config.student_steps
+        assert {plain["steps"], *(run["steps"] for run in distilled)} == {config.student_steps}
         assert long["steps"] >= plain["steps"]
-    for seed in range(2):
-        data = set()
-        for name, stages in (("sft", ["1-sft"]), ("distilled", ["1-dpt", "2-sft", "3-dft"])):
+    labelled = {"student_pretrain.json", "student_train.json"}
+    for name, stages, shown in (
+        ("sft", ["1-sft"], labelled),
+        ("distilled", ["1-dpt", "2-sft", "3-dft"], labelled | {"data.json"}),
+        ("unlabelled", ["1-dft"], {"data.json"}),
+    ):
+        for seed in range(2):
             folder = config.folder / f"seed{seed}" / name
             assert sorted(p.name for p in folder.glob("[0-9]-*")) == stages
-            written = load(folder / "config.yaml")
-            data.add((written.data.captions, written.data.conversations))
-        assert len(data) == 1, "both students see the same limited data"
+            sources = load(folder / "config.yaml").data.sources
+            assert {Path(str(s.path)).name for s in sources} == shown | {"test.json"}, name
+
+
+def test_teacher_answers_what_nobody_labelled(finished):
+    config, _ = finished
+    data = config.folder / "data"
+    asked = json.loads((data / "student_questions.json").read_text())
+    answered = json.loads(config.answered.read_text())
+    found = json.loads((config.answered.parent / "report.json").read_text())
+    assert len(asked) == 32 == found["entries"] and len(answered) == found["written"] > 0
+    assert {e["image"] for e in asked} == {
+        e["image"] for e in json.loads((data / "student_train.json").read_text())
+    }
+    for entry in answered:
+        assert [turn["from"] for turn in entry["conversations"]] == ["human", "gpt"]
 
 
 def test_given_again_nothing_is_trained(finished, capsys):
@@ -137,20 +170,40 @@ def test_command_line_prints_table_and_verdict(finished, capsys):
 
 def rows(**accuracies: list[float]) -> dict[str, list[dict[str, float]]]:
     names = {"steps": EQUAL_STEPS, "time": EQUAL_TIME, "ours": DISTILLED}
-    return {names[k]: [{"questions": x} for x in values] for k, values in accuracies.items()}
+    found = {names[k]: [{"questions": x} for x in values] for k, values in accuracies.items()}
+    return found | {TEACHER: [{"questions": 0.8}], UNLABELLED: found[DISTILLED]}
 
 
 def test_verdict_follows_the_rule():
     clear = judge(rows(steps=[0.50, 0.52, 0.54], time=[0.55, 0.56, 0.57], ours=[0.61, 0.62, 0.63]))
-    assert "+10.0 points in the mean of 3 seeds, more than the spread (2.0)" in clear
+    assert "+10.0 points, 36% of the gap in the mean of 3 seeds, more than the spread (2" in clear
     assert "+6.0 points" in clear and "NOT" not in clear
     unclear = judge(rows(steps=[0.5, 0.6, 0.7], time=[0.60, 0.61, 0.62], ours=[0.60, 0.65, 0.70]))
-    assert "+5.0 points in the mean of 3 seeds, NOT more than the spread (10.0)" in unclear
+    assert "+5.0 points, 25% of the gap in the mean of 3 seeds, NOT more than the spr" in unclear
     one = judge(rows(steps=[0.5], time=[0.5], ours=[0.4]))
-    assert "-10.0 points (one seed, so no spread" in one
+    assert "-10.0 points, -33% of the gap (one seed, so no spread" in one
 
 
 def test_table_shows_mean_and_deviation():
     header, lines = table({"a": [{"questions": 0.4, "ce": 0.0}, {"questions": 0.6, "ce": 0.0}]})
     assert header == ["model", "questions (all but captions)", "CE"]
     assert lines == [["a", "0.500 ± 0.141", "–"]]
+
+
+def test_study_has_a_line_for_each_row_and_trains_none_twice(finished, capsys):
+    config, _ = finished
+    names = ["SFT, regularised", "CE + KL", "answered: CE + KL + features"]
+    given = [f"rows={json.dumps(names)}", f"out={config.out}", f"garments={config.garments}"]
+    flags = [part for item in [*given, *SMALL] for part in ("--set", item)]
+    assert main(["study", "--seeds", "1", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "CE + KL: " in printed and "points on SFT, regularised" in printed
+    saved = json.loads((config.folder / "study" / "table.json").read_text())
+    assert [run["model"] for run in saved["runs"]] == names
+    assert (config.folder / "study" / "accuracy.png").is_file()
+    model = config.folder / "seed0" / "ce-kl" / "1-dft" / "model"
+    before = model.stat().st_mtime_ns
+    assert main(["study", "--seeds", "1", *flags]) == 0
+    assert model.stat().st_mtime_ns == before
+    assert main(["study", "--set", "rows=[nothing]"]) == 2
+    assert "rows: got ['nothing'], expected some of SFT, regularised" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import pytest
 from tests.training.llava_files import paint
 from training.data.dataset import LlavaDataset
 from training.demo.easy_vqa import captions, question_kind, write_easy_vqa
-from training.demo.folder import SPLITS
+from training.demo.folder import LABELLED
 from training.demo.words import build_processor
 
 # (question, answer, image): the published wording of each kind
@@ -91,7 +91,7 @@ def test_student_captions_use_the_student_s_questions_only(tmp_path: Path) -> No
 def test_trains_like_anyone_s(tmp_path: Path) -> None:
     folder = write_easy_vqa(tmp_path / "out", student_n=6, progress=False)
     processor = build_processor(folder.words(), image_size=16, patch_size=8)
-    for split in SPLITS:
+    for split in LABELLED:
         data = LlavaDataset(folder.json(split), folder.root, processor)
         assert "pixel_values" in data[0]
 

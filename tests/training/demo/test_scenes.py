@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.training.llava_files import pixels
 from training.data.dataset import LlavaDataset
-from training.demo.folder import SPLITS, LlavaFolder
+from training.demo.folder import LABELLED, LlavaFolder, Record, more_questions, record
 from training.demo.garments import (
     CLASSES,
     FILES,
@@ -92,7 +92,7 @@ def true_answer(question: str, names: list[str]) -> str:
     return "yes" if question.removeprefix("is there any ") in names else "no"
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", LABELLED)
 def test_answers_follow_from_the_labels_of_the_photos_in_the_picture(
     folder: LlavaFolder, split: str
 ) -> None:
@@ -178,7 +178,7 @@ def test_same_seed_same_bytes_other_seed_other_questions(
 
 def test_folder_trains_like_anyone_s(folder: LlavaFolder) -> None:
     processor = build_processor(folder.words(), image_size=64, patch_size=32)
-    for split in SPLITS:
+    for split in LABELLED:
         template = "pretrain" if "pretrain" in split else "chat"
         data = LlavaDataset(folder.json(split), folder.root, processor, template=template)
         assert pixels(data[0]).shape == (1, 3, 64, 64)
@@ -258,3 +258,21 @@ def test_real_photographs() -> None:
     train = {image.tobytes() for image in photos.train_images}
     assert len(train) == 60_000
     assert not any(image.tobytes() in train for image in photos.test_images)
+
+
+def test_more_questions_are_drawn_without_looking_at_labels(folder: LlavaFolder) -> None:
+    student, asked = entries(folder, "student_train"), entries(folder, "student_questions")
+    images = {entry["image"] for entry in student}
+    texts = {entry["conversations"][0]["value"] for entry in student}
+    assert {entry["image"] for entry in asked} == images
+    for image in images:
+        own = [e["conversations"] for e in asked if e["image"] == image]
+        assert len(own) == len({turns[0]["value"] for turns in own}) == min(8, len(texts))
+        assert all(len(turns) == 1 and turns[0]["value"] in texts for turns in own)
+    lied = [record(e["id"], e["image"], e["kind"], text_of(e), "a lie") for e in student]
+    assert more_questions(lied, 8, 3) == more_questions(student, 8, 3)
+    assert len({entry["id"] for entry in asked}) == len(asked)
+
+
+def text_of(entry: Record) -> str:
+    return entry["conversations"][0]["value"].removeprefix("<image>\n")

@@ -1,0 +1,119 @@
+"""How long will a GPU take? Seconds of each algorithm, from bytes, FLOPs and instructions: a model,
+which compares algorithms and block sizes with each other and with the floor.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from mllmkd_kernels.divergence import ONE_SWEEP
+
+if TYPE_CHECKING:
+    from mllmkd_kernels.hardware import Gpu
+    from mllmkd_kernels.plan import Shapes
+
+#: Rows of a tile of a vendor's product, which is multiplied whole.
+ROW_TILE = 128
+
+#: Share of the vendor's rate that the products inside Triton's kernels are taken to reach
+#: (assumed, not measured): one block a multiprocessor, whose pipeline starts anew with each tile.
+STREAM_EFFICIENCY = 0.55
+
+
+def rates(s: Shapes, gpu: Gpu) -> tuple[float, int, int]:
+    """FLOP/s of the products, bytes of an operand, bytes of an entry of the gradient block."""
+    half = s.uniform and s.dtype.itemsize == 2
+    bf16 = s.uniform and s.dtype == torch.bfloat16
+    return (gpu.half_flops if half else gpu.single_flops), (2 if half else 4), (2 if bf16 else 4)
+
+
+def slower(a: float, b: float) -> float:
+    """Seconds of two things that a GPU does side by side: the longer, and more where both are long,
+    since neither then reaches its rate.
+    """
+    return (a**4 + b**4) ** 0.25
+
+
+#: Instructions of the row kernels per logit pair, from their machine code for sm_90: by backend,
+#: without a teacher, with one where ∂D/∂a = q − p, and with any other divergence.
+ROW_INSTRUCTIONS = {"triton": (21, 59, 211), "cuda": (35, 83, 214)}
+
+
+def row_instructions(s: Shapes, backend: str) -> int:
+    """Of the row kernel, for an entry of the logits of one or both models."""
+    alone, one, several = ROW_INSTRUCTIONS[backend]
+    return alone if not s.d_t else one if s.divergence in ONE_SWEEP else several
+
+
+def fold(s: Shapes, name: str, gpu: Gpu, c: int, rows: int) -> float:
+    """R `rows` of chunk: their logits and row terms in chunks of C, then their gradient folded into
+    dh and dw. A product is as slow as its FLOPs and its bytes, a row kernel as its bytes and its
+    instructions.
+    """
+    rate, operand, dz = rates(s, gpu)
+    chunks, blocks = -(-rows // c), 2 if s.d_t else 1
+
+    def product(m: int, d: int, moved: int, times: int = 1) -> float:
+        tiled = -(-m // ROW_TILE) * ROW_TILE
+        return slower(2 * tiled * s.vocab * d * times / rate, moved / gpu.bandwidth)
+
+    block, gradient = c * s.vocab * 4, rows * s.vocab * dz
+    seconds = 0.0
+    for d in (s.d_s, s.d_t):
+        if d:
+            seconds += chunks * product(c, d, s.vocab * d * operand + block)
+    reads = 1 if name == "cuda" else s.sweeps
+    moved = reads * blocks * block + c * s.vocab * dz * (s.gradients > 0)
+    instructions = c * s.vocab * row_instructions(s, name) / gpu.instructions
+    seconds += chunks * slower(moved / gpu.bandwidth, instructions)
+    times = 3 if operand < dz else 1  # fp16: dz in two bf16 parts, see `products._fold`
+    head = s.vocab * s.d_s * operand
+    if s.want_dh:
+        seconds += product(rows, s.d_s, times * (head + gradient), times)
+    if s.want_dw:  # dw is read and written
+        seconds += product(rows, s.d_s, times * (gradient + 2 * s.vocab * s.d_s * 4), times)
+    return seconds
+
+
+def once(s: Shapes, gpu: Gpu) -> float:
+    """What does not repeat: h masked for dw; saved gradients read, scaled, rounded and written;
+    less the read of dw that its first fold does without.
+    """
+    operand = s.dtype.itemsize
+    saved = s.rows * s.d_s * s.want_dh + s.vocab * s.d_s * s.want_dw
+    moved = saved * (4 + operand) + s.want_dw * s.d_s * (2 * operand * s.rows - 4 * s.vocab)
+    return moved / gpu.bandwidth
+
+
+def chunk(s: Shapes, name: str, gpu: Gpu, c: int, rows: int) -> float:
+    """All N rows, R `rows` of them folded at once."""
+    whole, rest = divmod(s.rows, rows)
+    seconds = whole * fold(s, name, gpu, c, rows) + once(s, gpu)
+    return seconds + (fold(s, name, gpu, min(c, rest), rest) if rest else 0.0)
+
+
+def stream(s: Shapes, gpu: Gpu, columns: int) -> float:
+    """Both heads are multiplied once for the statistics and once more for gradients or values; a
+    third time where the gradient needs a mean over the whole row first. The terms are computed
+    between the products of a tile, not beside them. `columns` of the gradient exist at a time.
+    """
+    rate, operand, dz = rates(s, gpu)
+    logits = 2 * s.rows * s.vocab * (s.d_s + s.d_t)
+    folded = 2 * s.rows * s.vocab * s.d_s * s.gradients
+    moved = s.rows * s.vocab * dz * (1 + s.gradients) * (s.gradients > 0)
+    # dh is read and written by every slice
+    moved += -(-s.vocab // columns) * s.rows * s.d_s * 8 * s.want_dh
+    seconds = s.sweeps * logits / (rate * STREAM_EFFICIENCY) + once(s, gpu)
+    seconds += s.rows * s.vocab * row_instructions(s, "triton") / gpu.instructions
+    times = 3 if operand < dz else 1
+    return seconds + slower(times * folded / rate, times * moved / gpu.bandwidth)
+
+
+def assumed(gpu: Gpu, rate: float) -> str:
+    """What a prediction rests on, in words."""
+    return (
+        f"assumed of {gpu.name}: {rate / 1e12:.0f} TFLOP/s, {gpu.bandwidth / 1e12:.1f} TB/s, "
+        f"{gpu.instructions / 1e12:.0f}e12 instructions/s; two of them take (a⁴ + b⁴)^¼"
+    )
