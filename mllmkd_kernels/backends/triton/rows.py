@@ -21,7 +21,8 @@ padding is read, never used, and dz is 0 there.
 Where they are wanted, `seen` (C, 3) gets both entropies, from the sums of the log-sum-exps, and
 the agreement: 1 where some column is the maximum of both rows.
 """
-# pyright: reportAssignmentType=false, reportRedeclaration=false
+# pyright: reportAssignmentType=false, reportRedeclaration=false, reportArgumentType=false
+# pyright: reportOptionalOperand=false
 # (`NAME: tl.constexpr = ...` tells Triton when a name is known, and is no type.)
 
 from typing import Any
