@@ -68,7 +68,7 @@ bench: install ## measure time, memory and accuracy against plain PyTorch (ARGS=
 gpu: ## on a machine with a GPU: its tests and benchmark, with no virtual environment (ARGS="--stages bench")
 	PYTHONPATH=. python3 -m tests.gpu $(ARGS)
 
-gpu-offline: install ## compile every GPU kernel for sm_80, sm_90, sm_100 without a GPU (ARGS="--arch 90")
+gpu-offline: install ## compile every GPU kernel for NVIDIA's and AMD's without a GPU (ARGS="--arch 90,gfx942")
 	$(BIN)/python -m tests.gpu.offline $(ARGS)
 
 clean: ## remove the compiled extension, build folders and caches; keep .venv, data and runs/

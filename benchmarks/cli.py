@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,12 +101,16 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
         busy = f"The machine is busy (load {load}): ratios, taken within a round, survive that "
         console.print(busy + "better than seconds do.", style="yellow")
     parts = SECTIONS if args.command == "all" else (args.command,)
-    run |= _sections(parts, session, console)
     judged = methods.ours_by_default(suite.device)
-    run["judged_method"], run["judged"] = judged.key, judged.label
-    run["targets"] = targets.judge(run, judged.key)
+    run |= {"judged_method": judged.key, "judged": judged.label, "targets": []}
+    kept = args.out or Path("runs", "benchmarks")
+    for done in _measured(run, parts, session, console):
+        run |= {"complete": done, "targets": targets.judge(run, judged.key)}
+        unfinished = record.save(run | {"complete": False}, kept)  # whoever stops it loses one case
     report.show(run, console)
     path = record.save(run, args.out or _folder(run))
+    if run["complete"]:
+        unfinished.unlink()
     page = report.write(run, path.with_suffix(""))
     written = "\n         ".join(map(os.path.relpath, (path, page)))
     console.print(f"\nwritten: {written}", highlight=False)
@@ -134,27 +138,34 @@ def _folder(run: dict[str, Any]) -> Path:
     return record.RESULTS if published else Path("runs", "benchmarks")
 
 
-def _sections(parts: Iterable[str], session: Session, console: Console) -> dict[str, Any]:
-    """The figures of every part, under one progress bar: a step of it is a case."""
+def _measured(
+    run: dict[str, Any], parts: Iterable[str], session: Session, console: Console
+) -> Iterator[bool]:
+    """Puts the figures of every part into `run`, under one progress bar: a step of it is a case.
+    After each, whether that was all.
+    """
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     cases = {part: getattr(session.suite, part) for part in parts}
-    found: dict[str, Any] = {}
     with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
         task = progress.add_task("", total=sum(map(len, cases.values())))
         session.tell = lambda what: progress.update(task, description=what)
         try:
             for part in parts:
-                rows = []
+                run[part] = []
                 for case in cases[part]:
-                    rows += SECTIONS[part][0].measure(session, case)
+                    run[part] += SECTIONS[part][0].measure(session, case)
                     gc.collect()  # the inputs of one case leave before those of the next come
                     progress.advance(task)
-                found[part] = rows
-        except KeyboardInterrupt:  # Ctrl-C, or a time limit: whole sections are worth keeping
-            console.print(f"interrupted; measured: {', '.join(found) or 'nothing'}", style="yellow")
-            if not found:
+                    yield False
+        except KeyboardInterrupt:  # Ctrl-C, or a time limit
+            measured = [part for part in parts if run.get(part)]
+            console.print(
+                f"interrupted; measured: {', '.join(measured) or 'nothing'}", style="yellow"
+            )
+            if not measured:
                 raise
-    return found
+            return
+    yield True
 
 
 def _readme(args: argparse.Namespace, console: Console) -> int:

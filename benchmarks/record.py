@@ -39,7 +39,9 @@ def file_name(record: dict[str, Any]) -> str:
     slug = re.sub(r"[^a-z0-9]+", "-", machine.get("gpu", machine["cpu"]).lower()).strip("-")
     cores = [] if "gpu" in machine else [f"{machine['cores']}-cores"]
     parts = [slug, *cores, record["date"][:10]]
-    if not publishable(record):
+    if not record.get("complete", True):
+        parts += [record["suite"], *record["only"], "unfinished"]
+    elif not publishable(record):
         measured = [name for name in SECTIONS if name in record]
         parts += [record["suite"], *(measured if len(measured) < len(SECTIONS) else ())]
         parts += record["only"]
@@ -49,6 +51,7 @@ def file_name(record: dict[str, Any]) -> str:
 def publishable(record: dict[str, Any]) -> bool:
     """Every required section and all methods of the full suite, medians of at least five rounds."""
     whole = all(name in record for name in REQUIRED) and not record["only"]
+    whole = whole and record.get("complete", True)
     return whole and record["suite"] in ("cpu", "gpu") and record["rounds"] >= 5
 
 

@@ -280,10 +280,30 @@ def _cpu_suite() -> Suite:
     )
 
 
-def _gpu_suite() -> Suite:
-    # The targets on a GPU are about these two, and about the relation of 8 images.
+def gpu_headline() -> tuple[Case, Case, Case]:
+    """What the targets on a GPU are about: head trained, head frozen, the relation of 8 images."""
     trained = case("qwen1.5-4b-0.5b", 8192, "bf16")
-    both = (trained, replace(trained, train_head=False))
+    frozen = replace(trained, train_head=False)
+    return trained, frozen, replace(frozen, rows=729, loss="relation", images=8)
+
+
+def _headline_suite() -> Suite:
+    trained, frozen, relation = gpu_headline()
+    return Suite(
+        "headline",
+        "a GPU's targets alone, a minute",
+        speed=(trained, frozen, relation),
+        memory=(trained, frozen, relation),
+        accuracy=(),
+        every_backend=(trained, frozen),
+        rounds=10,
+        device="cuda",
+    )
+
+
+def _gpu_suite() -> Suite:
+    trained, frozen, relation = gpu_headline()
+    both = (trained, frozen)
     middle = replace(trained, rows=4096)
     sweep = (replace(trained, rows=1024), middle, *with_vocab(middle, 32000, 65536))
     other = (
@@ -292,7 +312,6 @@ def _gpu_suite() -> Suite:
         *(replace(trained, loss=loss) for loss in ("ce", "kl")),
         *(replace(trained, rows=1024, dtype=dtype) for dtype in ("fp32", "fp16")),
     )
-    relation = replace(both[1], rows=729, loss="relation", images=8)
     answers = [replace(trained, rows=512, images=16, loss=loss) for loss in PREFERENCES]
     sizes = (
         *(replace(relation, rows=rows) for rows in (256, 1024)),
@@ -357,4 +376,7 @@ def _tiny_suite() -> Suite:
     )
 
 
-SUITES = {s.name: s for s in (_cpu_suite(), _gpu_suite(), _quick_suite(), _tiny_suite())}
+SUITES = {
+    s.name: s
+    for s in (_cpu_suite(), _gpu_suite(), _headline_suite(), _quick_suite(), _tiny_suite())
+}

@@ -2,7 +2,8 @@
 
 They are stated for the headline shape (N 1024, V 65,536, Ds 896, Dt 2048; CE + forward KL, forward
 and backward, student head trained) and for what ``backend="auto"`` chooses on the machine; on a CPU
-also for the eager backend, which a machine without a compiler gets, at `shapes.fallback`.
+also for the eager backend, which a machine without a compiler gets, at `shapes.fallback`. A GPU has
+targets of its own, at the shapes of LLaVA-KD's main pair (`shapes.gpu_headline`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.methods import EAGER
-from benchmarks.shapes import PROMISED, Case, fallback, headline
+from benchmarks.shapes import PROMISED, Case, fallback, gpu_headline, headline
 
 #: Time over the matrix products alone, at most.
 OVER_FLOOR = 1.15
@@ -25,6 +26,12 @@ FALLBACK_MEMORY = 2 / 3
 #: Extra memory as a share of eager PyTorch's, at most.
 MEMORY_SHARE = 1 / 3
 
+#: On a GPU: time over the matrix products alone, at most; extra memory, at most; the relation loss,
+#: times faster than eager PyTorch through the logits, at least.
+GPU_OVER_FLOOR = 1.3
+GPU_MEMORY_GIB = 1.75
+GPU_RELATION = 20.0
+
 
 Target = dict[str, Any]
 
@@ -33,6 +40,8 @@ def judge(record: dict[str, Any], method: str) -> list[Target]:
     """Every promise, judged for the method key `method`: the promise in words, the figure in words,
     and whether it holds, None where this run did not measure it.
     """
+    if record["machine"].get("gpu"):
+        return _gpu(record, method)
     found = []
     for dtype in PROMISED:
         found += _speed(record.get("speed", []), method, dtype)
@@ -56,6 +65,33 @@ def _speed(rows: list[dict[str, Any]], method: str, dtype: str) -> list[Target]:
             f"{dtype}: at least {least:.2f}x faster than eager PyTorch",
             row.get("times_eager"), "{:.2f}x", lambda x: x >= least,
         ),
+    ]  # fmt: skip
+
+
+def _gpu(record: dict[str, Any], method: str) -> list[Target]:
+    trained, frozen, relation = gpu_headline()
+    speed, memory = record.get("speed", []), record.get("memory", [])
+    extra = _row(memory, method, trained).get("extra_bytes")
+    floors = [
+        _target(
+            f"{name} head: at most {GPU_OVER_FLOOR:.2f}x the time of the matrix products alone",
+            _row(speed, method, case).get("over_floor"), "{:.2f}x",
+            lambda x: x <= GPU_OVER_FLOOR,
+        )
+        for name, case in (("trained", trained), ("frozen", frozen))
+    ]  # fmt: skip
+    return [
+        *floors,
+        _target(
+            f"trained head: at most {GPU_MEMORY_GIB} GiB beyond inputs and gradients",
+            None if extra is None else extra / 2**30, "{:.2f} GiB", lambda x: x <= GPU_MEMORY_GIB,
+        ),
+        _target(
+            f"relation of 8 images: at least {GPU_RELATION:.0f}x faster than eager PyTorch",
+            _row(speed, method, relation).get("times_eager"), "{:.1f}x",
+            lambda x: x >= GPU_RELATION,
+        ),
+        *(_accuracy(record.get("accuracy", []), method, dtype) for dtype in PROMISED),
     ]  # fmt: skip
 
 

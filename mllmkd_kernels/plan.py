@@ -302,7 +302,8 @@ def _chunk_on_gpu(s: Shapes, name: str, gpu: hardware.Gpu, workspace_mb: float |
     rate, operand, dz = gpu_time.rates(s, gpu)
     c, fold = _gpu_blocks(s, name, gpu, _budget(name, workspace_mb))
     apart, chunks = dz == 2 and s.gradients > 0, -(-s.rows // c)
-    blocks, held, folded = 2 if s.d_t else 1, min(c, s.rows), min(fold, s.rows)
+    blocks, held = 2 if s.d_t else 1, max(1, min(c, s.rows))
+    folded = max(held, min(fold, s.rows))
     workspace = _block_bytes(s, held, folded, apart) + _masked_rows(s, operand)
     reads = 1 if name == "cuda" else s.sweeps
     beside = f", and dz of {folded} x {s.vocab} x 2 bytes, folded at once" if apart else ""

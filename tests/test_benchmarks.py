@@ -41,6 +41,7 @@ from benchmarks.shapes import (
     Case,
     StepCase,
     fallback,
+    gpu_headline,
     headline,
     with_vocab,
 )
@@ -222,7 +223,7 @@ def _broken(run: methods.Run | None, key: str, missing: str = "") -> methods.Met
 def test_a_method_that_is_wrong_fails_or_is_missing_becomes_a_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    peer = peers.Peer("x", "x", methods.ALL, (peers.Call("x", "no_such_module", "f"),))
+    peer = peers.Peer("x", "x", methods.ALL, (peers.Call("x", "no_such_module", "f", _raises),))
     unusable = (
         _broken(None, "half-gradient"),
         _broken(_raises, "raises"),
@@ -566,16 +567,45 @@ def test_one_section_alone(command: str, tmp_path: Path) -> None:
     assert [name for name in record.SECTIONS if name in found] == [command]
 
 
-def test_an_interrupted_run_keeps_its_whole_sections(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("how", [KeyboardInterrupt, SystemExit], ids=["limit", "killed"])
+def test_a_run_that_is_stopped_keeps_every_case_that_was_measured(
+    how: type[BaseException],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def stop(*_: object) -> list[dict[str, Any]]:
-        raise KeyboardInterrupt
+    measured = []
 
-    monkeypatch.setattr("benchmarks.speed.measure", lambda *_: [])
-    monkeypatch.setattr("benchmarks.memory.measure", stop)
-    assert main(["all", "--suite", "tiny", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("*.json")
+    def measure(session: Session, case: Case) -> list[dict[str, Any]]:
+        if len(measured) == 2:
+            raise how
+        measured.append(case)
+        return real(session, case)
+
+    real = speed.measure
+    monkeypatch.setattr("benchmarks.speed.measure", measure)
+    arguments = ["all", "--suite", "tiny", "--device", "cpu", "--out", str(tmp_path)]
+    arguments += ["--only", "floor,mk-eager"]
+    if how is SystemExit:
+        with pytest.raises(SystemExit):
+            main(arguments)
+    else:
+        assert main(arguments) == 0
+        assert "interrupted; measured: speed" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*-unfinished.json")
     found = record.load(path)
-    assert found["speed"] == [] and "memory" not in found and not record.publishable(found)
-    assert "interrupted; measured: speed" in capsys.readouterr().out
+    assert len({json.dumps(row["case"]) for row in found["speed"]}) == 2
+    assert found["targets"] and not record.publishable(found)
+
+
+def test_a_gpu_has_targets_of_its_own() -> None:
+    cases = gpu_headline()
+    figures = {"over_floor": 1.29, "times_eager": 20.5, "extra_bytes": 1.7 * 2**30}
+    rows = [{"method": "mk-triton", "case": asdict(case), **figures} for case in cases]
+    found = {"machine": {"gpu": "one"}, "suite": "headline", "speed": rows, "memory": rows}
+    marks = [target["holds"] for target in targets.judge(found, "mk-triton")]
+    assert marks == [True] * 4 + [None] * 2
+    for row in rows:
+        row |= {"over_floor": 1.31, "times_eager": 19.0, "extra_bytes": 2 * 2**30}
+    marks = [target["holds"] for target in targets.judge(found, "mk-triton")]
+    assert marks == [False] * 4 + [None] * 2

@@ -186,13 +186,13 @@ def test_every_stage_names_files_that_exist() -> None:
                 assert (command.ROOT / word).exists(), word
 
 
-def test_a_stage_that_takes_too_long_is_stopped() -> None:
+def test_a_stage_that_takes_too_long_is_stopped(folders: Path) -> None:
     assert command._run(_stage("tests", seconds=1, command=("sleep", "60"))) is None
 
 
 def test_an_unknown_stage_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--stages", "tests,nobody"]) == 2
-    assert "got nobody, expected some of build, tests" in capsys.readouterr().out
+    assert "got nobody, expected some of build, compile" in capsys.readouterr().out
 
 
 def test_without_a_gpu_the_command_points_to_the_other(
@@ -203,6 +203,71 @@ def test_without_a_gpu_the_command_points_to_the_other(
     assert "gpu-offline" in capsys.readouterr().out
 
 
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Results and logs go elsewhere."""
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(command, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(command, "LOGS", tmp_path / "logs")
+    return tmp_path
+
+
+def test_a_stage_that_hangs_or_fails_takes_nothing_with_it(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one before has handed out its record by then, and the one after still runs."""
+    record = {"suite": "headline", "complete": True, "targets": [
+        {"promise": "fast", "found": "1.2x", "holds": True},
+        {"promise": "small", "found": "9 GiB", "holds": False},
+    ]}  # fmt: skip
+    (folders / "results").mkdir()
+    (folders / "out").mkdir()
+    monkeypatch.setenv("OUT", str(folders / "out"))
+    write = f"import pathlib; pathlib.Path({str(folders / 'results' / 'a.json')!r}).write_text"
+    programs = {
+        "headline": f"{write}({json.dumps(record)!r})",
+        "tests": "import time; print('at it', flush=True); time.sleep(60)",
+        "large": "raise ValueError('what is wrong')",
+        "bench": "print('measured')",
+    }
+    found = [
+        command.Stage(name, 2 if name == "tests" else 60, (sys.executable, "-c", program))
+        for name, program in programs.items()
+    ]
+    monkeypatch.setattr(command, "stages", lambda quick, rehearse: found)
+    assert command.main(["--rehearse"]) == 1
+    assert (folders / "out" / "a.json").exists()
+    text = (folders / "out" / "summary.txt").read_text()
+    assert text.strip() in capsys.readouterr().out
+    outcomes = re.findall(r"^  (\w+) +(passed|failed|stopped) ", text, re.MULTILINE)
+    assert [how for _, how in outcomes] == ["passed", "stopped", "failed", "passed"]
+    for line in ("pass  fast: 1.2x", "FAIL  small: 9 GiB", "| at it", "| ValueError: what is"):
+        assert line in text, line
+
+
+@pytest.mark.slow
+def test_a_rehearsal_measures_judges_and_sums_up(
+    folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tests that need a GPU are skipped; the rest of the stage is what a GPU sees."""
+    status = command.main(["--rehearse", "--stages", "build,headline,large"])
+    text = capsys.readouterr().out
+    assert status == 0, text[-4000:]
+    outcomes = re.findall(r"^  (\w+) +(passed|skipped|failed|stopped) ", text, re.MULTILINE)
+    assert outcomes == [("build", "skipped"), ("headline", "passed"), ("large", "passed")]
+    assert "targets, suite tiny" in text and "gradient error" in text
+    (path,) = (folders / "runs").glob("*.json")
+    assert json.loads(path.read_text())["complete"] is True
+    assert "skipped" in (folders / "logs" / "large.log").read_text()
+
+
+def test_every_stage_is_rehearsed() -> None:
+    real, rehearsed = (command.stages(False, rehearse) for rehearse in (False, True))
+    assert [stage.name for stage in real] == [stage.name for stage in rehearsed]
+    assert all(stage.command for stage in rehearsed[1:])
+    assert not any("cuda" in stage.command for stage in rehearsed)
+
+
 def test_results_are_handed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results, out = tmp_path / "results", tmp_path / "out"
     (results / "run").mkdir(parents=True)
@@ -211,6 +276,7 @@ def test_results_are_handed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (results / "run" / "report.md").write_text("")
     monkeypatch.setattr(command, "RESULTS", results)
     monkeypatch.setattr(command, "RUNS", tmp_path / "none")
+    monkeypatch.setattr(command, "LOGS", tmp_path / "none")
     monkeypatch.setenv("OUT", str(out))
     command._hand_out(since=0)
     assert {path.name for path in out.iterdir()} == {"run.json", "report.md"}

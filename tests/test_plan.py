@@ -83,6 +83,10 @@ def test_an_ample_budget_is_one_chunk_and_a_poor_one_the_smallest() -> None:
     assert plan.chunk_rows("eager", 500, 100, 2, 4, None) == 500
     assert plan.chunk_rows("eager", 1024, 10**6, 2, 4, 1e-6) == plan.MIN_CHUNK_ROWS
     assert plan.chunk_rows("eager", 0, 100, 2, 4, None) == 1
+    none = plan._chunk_on_gpu(
+        plan.Shapes(0, 100, 8, 8, True, True, torch.bfloat16), "cuda", hardware.DEFAULT, None
+    )
+    assert (none.chunk_rows, none.fold_rows) == (1, 1)
 
 
 def test_a_processor_takes_no_more_rows_whatever_the_budget() -> None:

@@ -280,7 +280,7 @@ def test_blocks_of_different_strides_are_refused(device: torch.device) -> None:
 
 def test_bytes_moved() -> None:
     """DESIGN's figures: 18 bytes a logit for forward KL with a bf16 gradient in two sweeps."""
-    long, short = 151_936, 4096
+    long, short = 151_936, 2048
     assert rows.bytes_moved(3, long, True, "forward_kl", 2) == 3 * long * 18
     assert rows.bytes_moved(3, long, True, "jsd", 2) == 3 * long * 26
     assert rows.bytes_moved(3, long, True, "jsd", 0) == 3 * long * 16
@@ -347,10 +347,10 @@ def test_rows_may_be_folded_several_chunks_at_a_time(
     monkeypatch.setattr(products.Gradients, "add", add)
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
     student, teacher, targets = asked(p.on(device), Divergence("jsd"))
-    out = chunk.distill_rows(student, teacher, targets, Options(p.vocab, 3, True, True, fold=6))
+    out = chunk.distill_rows(student, teacher, targets, Options(p.vocab, 3, *(True,) * 3, fold=6))
     monkeypatch.undo()
-    loss, ce, kd, dh, dw, _ = (x.cpu() for x in out)
-    got = Result(loss, ce, kd, dh.to(dtype), dw.to(dtype), None)
+    loss, ce, kd, dh, dw, db = (x.cpu() for x in out)
+    got = Result(loss, ce, kd, dh.to(dtype), dw.to(dtype), db)
     check_result(got, p, "jsd", dtype)
     assert folded == ([6, 6, 1] if dtype == torch.bfloat16 else [3, 3, 3, 3, 1])
 

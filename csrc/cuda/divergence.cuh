@@ -119,6 +119,21 @@ struct Terms {
   float value, slope;
 };
 
+// JSD, (1−w)·KL(p ‖ m) + w·KL(q ‖ m), m = (1−w)p + w q. One logarithm serves both: log m/p =
+// log m/q + u.
+MLLMKD_DEVICE Terms middle(const Token& t, float w) {
+  const float x_p = w * (t.bend + t.u_near);  // m/p − 1, and m/q − 1
+  const float x_q = (1.0f - w) * (exp_minus_line(-t.u_near) - t.u_near);
+  // far from u = 0 only expm1(−|u|) is formed, as in `mixture`; there w(1−w)(q − p) cancels
+  const bool of_q = t.near || t.u > 0.0f;
+  const float far = (of_q ? 1.0f - w : w) * (exp_of(-fabsf(t.u)) - 1.0f);
+  const float l = log1pf(t.near ? x_q : far);
+  const float log_p = of_q ? l + t.u : l, log_q = of_q ? l : l - t.u;
+  const float value_p = t.near ? t.p * log_defect(x_p, log_p) : -times(t.p, log_p);
+  const float value_q = t.near ? t.q * log_defect(x_q, log_q) : -times(t.q, log_q);
+  return {(1.0f - w) * value_p + w * value_q, -w * log_q};
+}
+
 template <Divergence D>
 MLLMKD_DEVICE Terms terms(const Token& t, float param) {
   if constexpr (D == Divergence::forward_kl) {
@@ -140,10 +155,7 @@ MLLMKD_DEVICE Terms terms(const Token& t, float param) {
     const Mixture m = mixture(t.q, t.p, -t.u, -t.u_near, t.near, w);
     return {m.value, param * m.share - m.log};
   } else if constexpr (D == Divergence::jsd) {
-    const float rest = 1.0f - param;
-    const Mixture m_p = mixture(t.p, t.q, t.u, t.u_near, t.near, rest);
-    const Mixture m_q = mixture(t.q, t.p, -t.u, -t.u_near, t.near, param);
-    return {param * m_p.value + rest * m_q.value, -rest * m_q.log};
+    return middle(t, 1.0f - param);
   } else {
     return {0.0f, 0.0f};
   }

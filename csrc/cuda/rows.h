@@ -20,8 +20,8 @@ struct RowsJob {
   void* dz;          // (C, V) out, fp32 or bf16, rows `dz_stride` apart; in fp32 it may be z_s
   int64_t stride;    // what lies between V and the strides is read and written, and means nothing
   int64_t dz_stride;
-  const void* b_s;   // (>= V) bias of `b_s_type`
-  const void* b_t;   // (>= V)
+  const void* b_s;  // (>= V) bias of `b_s_type`
+  const void* b_t;  // (>= V)
   BiasType b_s_type;
   BiasType b_t_type;
   const int64_t* labels;   // (C)

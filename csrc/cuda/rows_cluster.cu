@@ -64,15 +64,16 @@ class Launch {
     return cudaFuncSetAttribute(kernel_, cudaFuncAttributeNonPortableClusterSizeAllowed, size_ > 8);
   }
 
-  // Can the GPU place one such cluster? Not 16 CTAs where its processors come in smaller groups. The
-  // driver is asked once.
+  // Can the GPU place one such cluster? Not 16 CTAs where its processors come in smaller groups.
+  // The driver is asked once.
   bool possible() const {
     static std::mutex mutex;
     static std::map<std::tuple<Kernel, int, int, size_t>, bool> known;
     int device = 0;
     cudaGetDevice(&device);
     const std::lock_guard lock(mutex);
-    const auto [at, unknown] = known.try_emplace({kernel_, device, size_, config_.dynamicSmemBytes});
+    const auto [at, unknown] =
+        known.try_emplace({kernel_, device, size_, config_.dynamicSmemBytes});
     if (unknown) at->second = asked();
     return at->second;
   }
@@ -102,7 +103,7 @@ class Launch {
 
 cudaError_t launch_rows(Divergence divergence, RowsJob job, int size, cudaStream_t stream) {
   const bool wide = job.stride % 4 == 0 && job.dz_stride % 4 == 0 && aligned(job.z_s) &&
-      aligned(job.z_t) && aligned(job.dz);
+                    aligned(job.z_t) && aligned(job.dz);
   const Kernel kernel = wide ? kernel_of<4>(divergence) : kernel_of<1>(divergence);
   const bool teacher = job.z_t != nullptr;
   if (size == 0) {

@@ -7,8 +7,8 @@
 //              dz = ce_weight·(softmax(z) − onehot) + kd_weight/T·dD/da, through the soft-cap
 //   gradient   dz of the divergences that need Σ q g, from q·g kept in shared memory
 //
-// dz may overwrite the row in memory: a thread writes the columns that it has read. W: columns moved
-// at once, 4 where rows are aligned to 16 bytes, whatever V is, else 1.
+// dz may overwrite the row in memory: a thread writes the columns that it has read. W: columns
+// moved at once, 4 where rows are aligned to 16 bytes, whatever V is, else 1.
 #pragma once
 
 #include <c10/util/BFloat16.h>

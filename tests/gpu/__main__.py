@@ -1,38 +1,49 @@
 """Everything that needs a GPU, in one command and under ten minutes: ``make gpu``.
 
     python3 -m tests.gpu                          all stages
-    python3 -m tests.gpu --stages tests,bench     some of them
+    python3 -m tests.gpu --stages headline,tests  some of them
     python3 -m tests.gpu --quick                  the same, shorter: does it work at all
+    python3 -m tests.gpu --rehearse               the same on a machine without a GPU, tiny shapes
 
 Uses the Python that runs it and what is installed there: no virtual environment, no network.
-Stages, each with a time limit after which it is stopped and counts as failed:
+Stages, each a process of its own with a time limit after which it is stopped and counts as failed;
+none waits for, or falls with, another:
 
     build      compile the extension in place; where that fails the CUDA kernel is left out
+    compile    the kernels of the headline shapes, on all processors, into build/triton-cache
+    headline   the targets: trained, frozen and relation at real shapes, time and memory
     tests      every test of the Triton and CUDA kernels, on the GPU
     large      real vocabularies, blocks past 2^31 elements, memory, determinism, host waits
     sanitizer  every kernel on small shapes under compute-sanitizer
     bench      time, memory and accuracy against the floor and the peers that can be imported
 
-Figures go to benchmarks/results/<gpu>-<date>.json, and to the folder $OUT where that is set.
+Figures go to benchmarks/results/<gpu>-<date>*.json, case by case as they are measured, what stages
+print to runs/gpu/<stage>.log, and all of it to the folder $OUT where that is set. A summary comes
+last.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, BinaryIO
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 RUNS = ROOT / "runs" / "benchmarks"
+LOGS = ROOT / "runs" / "gpu"
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class Result:
     seconds: float
 
 
-def stages(quick: bool) -> list[Stage]:
+def stages(quick: bool, rehearse: bool = False) -> list[Stage]:
     """All of them, in order, for this machine."""
     python, pytest = sys.executable, _pytest()
     kernels = sorted(map(_short, (ROOT / "tests").glob("test_triton_*.py")))
@@ -71,29 +82,42 @@ def stages(quick: bool) -> list[Stage]:
     some = ("-k", "forward_kl or jsd or aligned or relation") if quick else ()
     nvcc, sanitizer = shutil.which("nvcc"), shutil.which("compute-sanitizer")
     build = (python, "setup.py", "--quiet", "build_ext", "--inplace")
+    ahead = (python, "-m", "tests.gpu.offline", "--only-installed", "--here")
     checked = (
         sanitizer or "", "--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "5",
-        python, "-m", "tests.gpu.small",
+        "--report-api-errors", "no", python, "-m", "tests.gpu.small",
     )  # fmt: skip
-    suite = ("--suite", "quick") if quick else ("--suite", "gpu")
-    bench = (python, "-m", "benchmarks", "all", "--device", "cuda", *suite)
-    out = ("--out", str(RUNS if quick else RESULTS))
-    return [
-        Stage("build", 120, build, "" if nvcc else "no nvcc: without CUDA kernels", needed=False),
-        Stage("tests", 150, (*pytest, *_parallel(), *some, *kernels)),
-        Stage("large", 90, (*pytest, *(("-k", "not 2_31") if quick else ()), "tests/gpu")),
+    device = ("--device", "cpu" if rehearse else "cuda")
+    out = ("--out", str(RUNS if quick or rehearse else RESULTS))
+    bench = (python, "-m", "benchmarks", "all", *device, *out, "--suite")
+    suites = ("tiny", "tiny") if rehearse else ("headline", "quick" if quick else "gpu")
+    if rehearse:  # the same programs: one kernel, a few tests, small tensors
+        bench = (*bench[:-1], "--only", "floor,mk-eager", bench[-1])
+        build, checked = (), (python, "-m", "tests.gpu.small", "cpu")
+        sanitizer = checked[0]
+        ahead = (*ahead[:-1], "--arch", "90", "--kernel", "chunk without teacher")
+        some = ("-k", "equal_models")
+    found = [
+        Stage("build", 90, build, "" if nvcc else "no nvcc: without CUDA kernels", needed=False),
+        Stage("compile", 75, ahead, needed=False),
+        Stage("headline", 75, (*bench, suites[0])),
+        Stage("tests", 110, (*pytest, *_parallel(), *some, *kernels)),
+        Stage("large", 80, (*pytest, *(("-k", "not 2_31") if quick else ()), "tests/gpu")),
         Stage(
-            "sanitizer", 50, checked if sanitizer else (),
+            "sanitizer", 40, checked if sanitizer else (),
             "" if sanitizer else "compute-sanitizer is not on PATH", needed=bool(sanitizer),
         ),
-        Stage("bench", 60 if quick else 170, (*bench, *out)),
+        Stage("bench", 60 if quick else 130, (*bench, suites[1])),
     ]  # fmt: skip
+    if rehearse:  # a processor, which may be busy, and an interpreter
+        found = [replace(stage, seconds=10 * stage.seconds) for stage in found]
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the stages, print a summary last; 0 if all passed, 1 if not, 2 for no GPU."""
     args = parser().parse_args(argv)
-    everything = stages(args.quick)
+    everything = stages(args.quick, args.rehearse)
     known = [stage.name for stage in everything]
     unknown = [name for name in args.stages if name not in known]
     if unknown:
@@ -106,14 +130,20 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     import torch
 
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not args.rehearse:
         print("gpu: PyTorch sees no GPU here; `make gpu-offline` is what can be checked without")
         return 2
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {sys.executable}")
-    begin = time.time()
-    results = [perform(stage, _run) for stage in chosen]
-    _hand_out(begin)
-    print(summary(results))
+    where = "a rehearsal on CPU" if args.rehearse else torch.cuda.get_device_name()
+    print(f"{where}, torch {torch.__version__}, {sys.executable}")
+    begin, results = time.time(), []
+    run = functools.partial(_run, rehearse=args.rehearse)
+    for stage in chosen:  # handed out after each: whatever comes next cannot take it away
+        results.append(perform(stage, run))
+        text = summary(results, _records(begin))
+        LOGS.mkdir(parents=True, exist_ok=True)
+        (LOGS / "summary.txt").write_text(text + "\n", encoding="utf-8")
+        _hand_out(begin)
+    print(text)
     return int(any(r.stage.needed and r.outcome in ("failed", "stopped") for r in results))
 
 
@@ -129,6 +159,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     top.add_argument("--quick", action="store_true", help="fewer tests, small benchmark shapes")
     top.add_argument("--dry-run", action="store_true", help="only print what would be run")
+    top.add_argument(
+        "--rehearse", action="store_true", help="every stage on CPU, kernels in the interpreter"
+    )
     return top
 
 
@@ -145,32 +178,90 @@ def perform(stage: Stage, run: Callable[[Stage], int | None]) -> Result:
     return Result(stage, outcome, seconds)
 
 
-def summary(results: list[Result]) -> str:
-    """A line a stage."""
+def summary(results: list[Result], records: Sequence[Mapping[str, Any]] = ()) -> str:
+    """What a person reads: a line a stage, the targets of every record, what failed last."""
     lines = ["", "summary"]
     for r in results:
         note = r.stage.note or ("" if r.stage.needed else "may fail")
         lines.append(f"  {r.stage.name:10} {r.outcome:8} {r.seconds:5.0f} s  {note}".rstrip())
+    marks = {True: "pass", False: "FAIL", None: " -  "}
+    for record in records:
+        state = "" if record.get("complete") else ", unfinished"
+        lines.append(f"targets, suite {record['suite']}{state}")
+        lines += [
+            f"  {marks[target['holds']]}  {target['promise']}: {target['found']}"
+            for target in record["targets"]
+        ]
+    for r in results:
+        if r.outcome in ("failed", "stopped") and (log := _log(r.stage)).exists():
+            last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
+            lines += [f"{r.stage.name} ended with", *(f"  | {line[:150]}" for line in last)]
     return "\n".join(lines)
 
 
-def _run(stage: Stage) -> int | None:
+def _records(since: float) -> list[Mapping[str, Any]]:
+    """What the benchmarks have written so far, the oldest first."""
+    found = [path for path, _ in _written(since) if path.suffix == ".json"]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in found]
+    return [record for record in records if "targets" in record]
+
+
+def _written(since: float) -> list[tuple[Path, float]]:
+    """Files of results and logs that are newer, with their times, the oldest first."""
+    found = [
+        (path, path.stat().st_mtime)
+        for folder in (RESULTS, RUNS, LOGS)
+        for path in (folder.rglob("*") if folder.exists() else ())
+        if path.is_file()
+    ]
+    return sorted((x for x in found if x[1] >= since), key=lambda x: x[1])
+
+
+def _log(stage: Stage) -> Path:
+    return LOGS / f"{stage.name}.log"
+
+
+def _run(stage: Stage, rehearse: bool = False) -> int | None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
     environment |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    environment["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton-cache")  # all stages share it
+    if rehearse:
+        environment["TRITON_INTERPRET"] = "1"
     if stage.name == "sanitizer":  # every tensor an allocation of its own, so that its end is seen
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    process = subprocess.Popen(stage.command, cwd=ROOT, env=environment, start_new_session=True)
+    LOGS.mkdir(parents=True, exist_ok=True)
+    with _log(stage).open("wb") as log:
+        process = subprocess.Popen(
+            stage.command, cwd=ROOT, env=environment, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        echo = threading.Thread(target=_echo, args=(process, log), daemon=True)
+        echo.start()
+        status = _ended(process, stage.seconds)
+        echo.join(5)
+    return status
+
+
+def _echo(process: subprocess.Popen[bytes], log: BinaryIO) -> None:
+    """What it prints, on the terminal and in its log."""
+    assert process.stdout is not None
+    with process.stdout as output:
+        while chunk := os.read(output.fileno(), 65536):
+            log.write(chunk)
+            log.flush()
+            print(chunk.decode(errors="replace"), end="", flush=True)
+
+
+def _ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """Its exit status; None where its time was over and it was stopped."""
     try:
-        return process.wait(stage.seconds)
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        for how in (
-            signal.SIGINT,
-            signal.SIGKILL,
-        ):  # both commands write what they have when interrupted
+        for how in (signal.SIGINT, signal.SIGKILL):  # a report is written when interrupted
             os.killpg(process.pid, how)
             try:
-                process.wait(30)
+                process.wait(10)
                 break
             except subprocess.TimeoutExpired:
                 continue
@@ -178,14 +269,11 @@ def _run(stage: Stage) -> int | None:
 
 
 def _hand_out(since: float) -> None:
-    """Copy what the benchmark wrote to $OUT, flat, where there is such a folder."""
+    """Copy what was written to $OUT, flat, where there is such a folder."""
     out = os.environ.get("OUT")
-    if not out or not Path(out).is_dir():
-        return
-    for folder in (RESULTS, RUNS):
-        for path in folder.rglob("*") if folder.exists() else ():
-            if path.is_file() and path.stat().st_mtime >= since:
-                shutil.copy(path, Path(out) / path.name)
+    if out and Path(out).is_dir():
+        for path, _ in _written(since):
+            shutil.copy(path, Path(out) / path.name)
 
 
 def _pytest() -> tuple[str, ...]:

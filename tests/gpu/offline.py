@@ -84,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"error: {error}", style="red", markup=False)
         return 2
     names = [call.name for call in wanted if call.quick or not args.quick]
+    if args.here:
+        args.arch = (_here(),)
     found = Findings()
     versions = [""] if args.only_installed else _versions(found, console)
     jobs = [
@@ -101,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
             progress.update(task, advance=1, description=what)
 
         compile_all(jobs, args.processes, found, tick, begin + 60 * args.minutes)
-        if not args.kernel and not args.quick:
+        if not args.kernel and not args.quick and not args.here:
             progress.update(task, description="nvcc")
             rows, notes, errors = nvcc.compile_all(BUILD / "nvcc")
             found.rows += rows
@@ -130,6 +132,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--only-installed", action="store_true", help=f"leave out Triton {OLDEST}"
     )  # fmt: skip
+    top.add_argument("--here", action="store_true", help="for the GPU of this machine")
     top.add_argument(
         "--processes", type=int, default=os.cpu_count() or 2, metavar="N",
         help="at once; default: as many as there are processors",
@@ -269,6 +272,16 @@ def _report(found: Findings, console: Console) -> int:
     for fault in faults:
         console.print(f"FAIL {fault}", style="red", markup=False, highlight=False)
     return int(bool(faults))
+
+
+def _here() -> str:
+    """The target of the GPU that is here."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def _targets(text: str) -> tuple[str, ...]:

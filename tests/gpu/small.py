@@ -7,6 +7,7 @@ and writes outside a tensor. Sizes are primes, so that every masked tail runs.
 from __future__ import annotations
 
 import functools
+import sys
 
 import torch
 
@@ -48,4 +49,4 @@ def main(device: str = "cuda") -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(*sys.argv[1:]))

@@ -7,6 +7,7 @@ bits twice, and no waiting for the device.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -66,6 +67,26 @@ def test_the_ladder_with_a_real_vocabulary(
     for name in ("dh", "dw"):
         error = relative_error(getattr(got, name), getattr(want, name))
         assert error <= ladder_bound(dtype, eps), f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("eps", [0.1, 0.003])
+def test_logits_do_not_drift_with_the_hidden_size(eps: float, algorithm: str) -> None:
+    """h_t = [h, h] and W_t = [W/2, W/2] plus noise: the same logits at twice the K. An accumulator
+    that truncates is then off by more for the teacher than for the student, where near convergence
+    equal errors would cancel.
+    """
+    n, v, d = 64, VOCAB, 1024
+    hs, ws = _normal(n, d), _normal(v, d)
+    noise = _normal(v, 2 * d, dtype=torch.float32, seed=3) * eps
+    wt = (torch.cat([ws, ws], 1).float() / 2 + noise / 2).bfloat16()
+    ht = torch.cat([hs, hs], 1)
+    h = hs.clone().requires_grad_()
+    mk.fused_linear_distill(h, ws, ht, wt, kd_weight=1000.0, backend="triton").loss.backward()
+    exact = hs.double().requires_grad_()
+    z_s, z_t = (reference.logits(a, b.double()) for a, b in ((exact, ws), (ht.double(), wt)))
+    reference.linear_distill(z_s, z_t, None, ce_weight=0.0, kd_weight=1000.0)[0].backward()
+    assert h.grad is not None and exact.grad is not None
+    assert relative_error(h.grad, exact.grad) <= ladder_bound(torch.bfloat16, eps)
 
 
 # --- sizes ----------------------------------------------------------------------------------------
@@ -199,10 +220,39 @@ def test_nothing_waits_for_the_device(name: str, algorithm: str) -> None:
     real, made = torch.tensor, {}
     torch.cuda.synchronize()
     ends = real([0, 131, 131, 400], dtype=torch.int32, device="cuda")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode")  # PyTorch says so once
         patch.setattr(torch, "tensor", lambda *args, **kwargs: made.setdefault("ends", ends))
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             CALLS[name]()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_forward_and_backward_are_captured_in_a_graph(algorithm: str) -> None:
+    """A replay on other numbers gives what a call gives."""
+    hs, ws = _normal(300, 128).requires_grad_(), _normal(5003, 128).requires_grad_()
+    ht, wt, labels = _normal(300, 192), _normal(5003, 192), torch.arange(300, device="cuda")
+
+    def step() -> list[Tensor]:
+        hs.grad = ws.grad = None
+        out = mk.fused_linear_distill(hs, ws, ht, wt, labels, ce_weight=1.0, divergence="jsd")
+        out.loss.backward()
+        assert hs.grad is not None and ws.grad is not None
+        return [out.loss.detach(), hs.grad, ws.grad]
+
+    aside = torch.cuda.Stream()
+    with torch.cuda.stream(aside):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = step()
+    with torch.no_grad():
+        hs.copy_(_normal(300, 128, seed=7))
+    graph.replay()
+    replayed = [x.clone() for x in held]
+    for got, want in zip(replayed, step(), strict=True):
+        assert torch.equal(got, want)

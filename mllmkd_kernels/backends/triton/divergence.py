@@ -13,7 +13,14 @@ A column that both models mask (log p = log q = −inf, padding too) contributes
 import triton
 import triton.language as tl
 
-from mllmkd_kernels.backends.triton.tiles import exp_minus_line, expm1_near, log1p, log_defect
+from mllmkd_kernels.backends.triton.tiles import (
+    exp,
+    exp_minus_line,
+    expm1_both,
+    expm1_near,
+    log1p,
+    log_defect,
+)
 from mllmkd_kernels.divergence import ONE_SWEEP, PARAMETERS
 
 #: Divergences whose gradient needs mean = Σ_k q_k slope_k before it can be written.
@@ -50,7 +57,7 @@ def mixture(p, q, u, w):
     x = w * expm1_near(tl.where(near, u, 0.0))
     # far from u = 0 only expm1(−|u|) is formed: log m/p = u + log1p((1−w) expm1(−u)) for u > 0
     up = u > 0.0
-    e = tl.exp(-tl.abs(u))
+    e = exp(-tl.abs(u))
     t = tl.where(near, x, tl.where(up, 1.0 - w, w) * (e - 1.0))
     log = log1p(t)
     inverse = 1.0 / (1.0 + t)
@@ -61,9 +68,27 @@ def mixture(p, q, u, w):
 
 
 @triton.jit
+def middle(p, q, u, w):
+    """(value, log m/q), m = (1−w)p + w q: of JSD, (1−w)·KL(p ‖ m) + w·KL(q ‖ m). One logarithm
+    serves both: log m/p = log m/q + u.
+    """
+    near = tl.abs(u) < 1.0
+    up_u, down_u = expm1_both(tl.where(near, u, 0.0))
+    x_p, x_q = w * up_u, (1.0 - w) * down_u  # m/p − 1, m/q − 1
+    # far from u = 0 only expm1(−|u|) is formed, as in `mixture`; there w(1−w)(q − p) cancels
+    of_q = near | (u > 0.0)
+    t = tl.where(near, x_q, tl.where(of_q, 1.0 - w, w) * (exp(-tl.abs(u)) - 1.0))
+    log = log1p(t)
+    log_p, log_q = tl.where(of_q, log + u, log), tl.where(of_q, log, log - u)
+    value_p = tl.where(near, p * log_defect(x_p, log_p), -times(p, log_p))
+    value_q = tl.where(near, q * log_defect(x_q, log_q), -times(q, log_q))
+    return (1.0 - w) * value_p + w * value_q, log_q
+
+
+@triton.jit
 def terms(log_p, log_q, param, NAME: tl.constexpr):
     """(value, slope) of every token, from normalised log-probabilities."""
-    p, q, u = tl.exp(log_p), tl.exp(log_q), log_ratio(log_p, log_q)
+    p, q, u = exp(log_p), exp(log_q), log_ratio(log_p, log_q)
     near = tl.abs(u) < 1.0
     u_near = tl.where(near, u, 0.0)
     value, slope = tl.zeros_like(u), tl.zeros_like(u)
@@ -87,9 +112,7 @@ def terms(log_p, log_q, param, NAME: tl.constexpr):
         slope = param * share - log_mix
     else:
         tl.static_assert(NAME == "jsd", "unknown divergence")
-        value_p, _, _ = mixture(p, q, u, 1.0 - param)
-        value_q, log_mix, _ = mixture(q, p, -u, param)
-        value = param * value_p + (1.0 - param) * value_q
+        value, log_mix = middle(p, q, u, 1.0 - param)
         slope = (param - 1.0) * log_mix
     return value, slope
 
@@ -97,9 +120,9 @@ def terms(log_p, log_q, param, NAME: tl.constexpr):
 @triton.jit
 def gradient(log_p, log_q, slope, mean, NAME: tl.constexpr):
     """∂D/∂a of every token; `slope` and `mean` are looked at for names in `NEEDS_MEAN` only."""
-    q = tl.exp(log_q)
+    q = exp(log_q)
     if NAME == "forward_kl" or NAME == "soft_cross_entropy":
-        da = difference(tl.exp(log_p), q, log_ratio(log_p, log_q))
+        da = difference(exp(log_p), q, log_ratio(log_p, log_q))
     else:
         da = times(q, slope - mean)
     return da

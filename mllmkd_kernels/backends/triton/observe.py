@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mllmkd_kernels.backends.triton.tiles import log_of_sum
+from mllmkd_kernels.backends.triton.tiles import exp, log_of_sum
 
 #: exp of less is 0 in fp32, and x·exp(x) must be 0 there too, not −inf · 0.
 NOTHING_LEFT = tl.constexpr(-200.0)
@@ -23,13 +23,13 @@ NOTHING_LEFT = tl.constexpr(-200.0)
 @triton.jit
 def weighted(x):
     """x·exp(x) for x ≤ 0; 0 for −inf."""
-    return tl.maximum(x, NOTHING_LEFT) * tl.exp(x)
+    return tl.maximum(x, NOTHING_LEFT) * exp(x)
 
 
 @triton.jit
 def lowered(sum_x, total, step):
     """Σ x·exp(x), given it and Σ exp(x), once every x is lower: by −step ≥ 0."""
-    return tl.exp(step) * (sum_x + tl.maximum(step, NOTHING_LEFT) * total)
+    return exp(step) * (sum_x + tl.maximum(step, NOTHING_LEFT) * total)
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def entropy(total, sum_x):
 @triton.jit
 def fold_entropy(step, total, sum_x):
     """H of a row from the sums of its lanes, each of which is higher by −step."""
-    return entropy(tl.sum(total * tl.exp(step), 0), tl.sum(lowered(sum_x, total, step), 0))
+    return entropy(tl.sum(total * exp(step), 0), tl.sum(lowered(sum_x, total, step), 0))
 
 
 @triton.jit

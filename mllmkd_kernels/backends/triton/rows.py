@@ -34,8 +34,16 @@ from mllmkd_kernels.backends.triton import tables
 from mllmkd_kernels.backends.triton.divergence import NEEDS_MEAN, gradient, terms, times
 from mllmkd_kernels.backends.triton.heads import rounded
 from mllmkd_kernels.backends.triton.observe import entropy, fold_entropy, lowered, weighted
-from mllmkd_kernels.backends.triton.scores import along, logits, scored, scored_weight, spread
-from mllmkd_kernels.backends.triton.tiles import LOWEST, log_of_sum, softcap_slope
+from mllmkd_kernels.backends.triton.scores import (
+    along,
+    logits,
+    offset_of,
+    pull_of,
+    scored,
+    scored_weight,
+    spread,
+)
+from mllmkd_kernels.backends.triton.tiles import LOWEST, exp, log_of_sum, softcap_slope
 from mllmkd_kernels.divergence import sweeps
 
 #: Rows of a logit block start this many elements apart, or a multiple: 64 bytes in fp32.
@@ -66,28 +74,28 @@ def swept(
     a, down = divided(x, inverse, SCALED), divided(step, inverse, SCALED)
     if ENTROPY:
         sum_x = lowered(sum_x, total, down) + tl.sum(weighted(a), 1)
-    total = total * tl.exp(down) + tl.sum(tl.exp(a), 1)
+    total = total * exp(down) + tl.sum(exp(a), 1)
     if ONE:
-        total_one = total_one * tl.exp(step) + tl.sum(tl.exp(x), 1)
+        total_one = total_one * exp(step) + tl.sum(exp(x), 1)
     return new, total, total_one, sum_x
 
 
 @triton.jit
 def fold(top, most, total, inverse, SCALED: tl.constexpr):
     """log Σ exp((x − most)/T) of all lanes, `most` being the largest top."""
-    return log_of_sum(tl.sum(total * tl.exp(divided(top - most, inverse, SCALED)), 0))
+    return log_of_sum(tl.sum(total * exp(divided(top - most, inverse, SCALED)), 0))
 
 
 @triton.jit
 def whole(a):
     """The same from the row itself, less its maximum and divided by T."""
-    return log_of_sum(tl.sum(tl.exp(a), 0))
+    return log_of_sum(tl.sum(exp(a), 0))
 
 
 @triton.jit
 def whole_entropy(a):
     """And the entropy of the row."""
-    return entropy(tl.sum(tl.exp(a), 0), tl.sum(weighted(a), 0))
+    return entropy(tl.sum(exp(a), 0), tl.sum(weighted(a), 0))
 
 
 @triton.jit
@@ -130,7 +138,7 @@ def write_dz(
             g -= scored(log_q, offset) * pull
         g = tl.where(kd_w == 0.0, 0.0, kd_w * g)
     if CE:
-        q = tl.exp(log_q_ce)
+        q = exp(log_q_ce)
         g += tl.where(ce_w == 0.0, 0.0, ce_w * tl.where(columns == label, q - 1.0, q))
     if CAP != 0.0:  # 0 stays 0: x is −inf in the padding, and may be NaN in a row without weight
         g = tl.where(g == 0.0, 0.0, g * softcap_slope(x, CAP))
@@ -183,7 +191,7 @@ def whole_row_kernel(
     below = x - top
     a = divided(below, inverse_s, SCALED)
     rest = whole(a)
-    log_q, offset = a - rest, rest + (top - middle) * inverse_s
+    log_q, offset = a - rest, offset_of(rest, top, middle, inverse_s)
     if seen is not None:
         tl.store(seen + row * 3, whole_entropy(a))
     log_p, log_q_ce, mean = log_q, log_q, 0.0
@@ -203,10 +211,10 @@ def whole_row_kernel(
             tl.store(seen + row * 3 + 2, tl.max(tl.where(both, 1.0, 0.0), 0))
         value, slope = terms(log_p, log_q, param, NAME)
         tl.store(kd + row, tl.sum(value, 0))
-        mean = tl.sum(times(tl.exp(log_q), slope), 0)
+        mean = tl.sum(times(exp(log_q), slope), 0)
         if SCORED:
             forth, centre = along(log_p, log_q, slope, offset, NAME)
-            pull = through * (tl.sum(forth, 0) - mean * tl.sum(centre, 0))
+            pull = pull_of(through, tl.sum(forth, 0), mean, tl.sum(centre, 0))
     if dz is not None:
         write_dz(
             dz + row * dz_stride, columns, dz_stride, x, log_p, log_q, log_q_ce, label, ce_w, kd_w,
@@ -254,7 +262,7 @@ def long_row_kernel(
             )
     most_s = tl.max(top_s, 0)
     rest_s = fold(top_s, most_s, total_s, inverse_s, SCALED)
-    offset = rest_s + (most_s - middle) * inverse_s
+    offset = offset_of(rest_s, most_s, middle, inverse_s)
     rest_ce, most_t, rest_t = rest_s, most_s, rest_s
     if CE_APART:
         rest_ce = fold(top_s, most_s, total_ce, inverse, False)
@@ -287,7 +295,7 @@ def long_row_kernel(
             if TEACHER:
                 f, slope = terms(log_p, log_q, param, NAME)
                 value += f
-                mean += times(tl.exp(log_q), slope)
+                mean += times(exp(log_q), slope)
                 if SCORED:
                     ahead, aside = along(log_p, log_q, slope, offset, NAME)
                     forth, centre = forth + ahead, centre + aside
@@ -305,7 +313,7 @@ def long_row_kernel(
         if dz is not None and MEAN_FIRST:
             row_mean, pull = tl.sum(mean, 0), 0.0
             if SCORED:
-                pull = through * (tl.sum(forth, 0) - row_mean * tl.sum(centre, 0))
+                pull = pull_of(through, tl.sum(forth, 0), row_mean, tl.sum(centre, 0))
             for start in range(0, vocab, BLOCK):
                 x, _, log_p, log_q, log_q_ce = log_probabilities(
                     z_s, z_t, b_s, b_t, start + lanes, most_s, rest_s, rest_ce, most_t, rest_t,
@@ -378,7 +386,7 @@ def whole_block(vocab: int, block: int) -> int:
 
 
 def bytes_moved(
-    rows: int, vocab: int, teacher: bool, divergence: str, dz_bytes: int, block: int = 4096
+    rows: int, vocab: int, teacher: bool, divergence: str, dz_bytes: int, block: int = 2048
 ) -> int:
     """Bytes that `row_losses` reads and writes in memory, the V-long ones; `dz_bytes` is the size
     of an element of dz, 0 where no gradient is wanted.

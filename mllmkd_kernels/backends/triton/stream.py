@@ -34,7 +34,7 @@ from mllmkd_kernels.backends.triton.heads import (
     rounded,
 )
 from mllmkd_kernels.backends.triton.observe import counted, entropy, lowered, vote, weighted
-from mllmkd_kernels.backends.triton.tiles import LOWEST, log_of_sum, softcap_slope
+from mllmkd_kernels.backends.triton.tiles import LOWEST, exp, log_of_sum, softcap_slope
 
 #: What is known of every row: `facts` is a matrix (11, N) fp32. Of the student and of the teacher
 #: what `statistics` finds (log Σ at scale 1 and the label's logit for the student only), then
@@ -121,9 +121,9 @@ def statistics_kernel(
             x, step = z - higher[:, None], top - higher
             if ENTROPY:
                 sum_x = lowered(sum_x, total, step * scale) + tl.sum(weighted(x * scale), 1)
-            total = total * tl.exp(step * scale) + tl.sum(tl.exp(x * scale), 1)
+            total = total * exp(step * scale) + tl.sum(exp(x * scale), 1)
             if TWO_SCALES:
-                total_one = total_one * tl.exp(step) + tl.sum(tl.exp(x), 1)
+                total_one = total_one * exp(step) + tl.sum(exp(x), 1)
             if labels is not None:
                 z_label += tl.sum(tl.where(label[:, None] == columns[None, :], z, 0.0), 1)
             top = higher
@@ -159,10 +159,10 @@ def merge_kernel(
             own = tl.load(theirs + n, mask=inside, other=1.0)
             own_x = tl.load(theirs + 4 * n, mask=inside, other=0.0)
             sum_x = lowered(sum_x, total, step * scale) + lowered(own_x, own, other_step * scale)
-        total *= tl.exp(step * scale)
-        total += tl.load(theirs + n, mask=inside, other=1.0) * tl.exp(other_step * scale)
-        total_one *= tl.exp(step)
-        total_one += tl.load(theirs + 2 * n, mask=inside, other=1.0) * tl.exp(other_step)
+        total *= exp(step * scale)
+        total += tl.load(theirs + n, mask=inside, other=1.0) * exp(other_step * scale)
+        total_one *= exp(step)
+        total_one += tl.load(theirs + 2 * n, mask=inside, other=1.0) * exp(other_step)
         z_label += tl.load(theirs + 3 * n, mask=inside, other=0.0)
         top = higher
     tl.store(merged + rows, top, mask=inside)
@@ -204,7 +204,7 @@ def values_kernel(
             log_p = _log_probability(z_t, facts, TOP_T, LOG_T, n, rows, scale)
             f, slope = terms(log_p, log_q, param, NAME)
             value += tl.sum(f, 1)
-            mean += tl.sum(times(tl.exp(log_q), slope), 1)
+            mean += tl.sum(times(exp(log_q), slope), 1)
             if votes is not None:
                 best_s, best_t, agree = vote(best_s, best_t, agree, z_s, z_t)
     mine = partial + split.to(tl.int64) * 2 * n + rows
@@ -260,7 +260,7 @@ def gradient_kernel(
             if TWO_SCALES:
                 log_q = z - top_s - _fact(facts, LOG_ONE, n, rows)
             label = tl.load(labels + rows, mask=rows < n, other=-1).to(tl.int32)[:, None]
-            dq = tl.exp(log_q) - (label == columns[None, :]).to(tl.float32)
+            dq = exp(log_q) - (label == columns[None, :]).to(tl.float32)
             weight = _fact(facts, CE_WEIGHT, n, rows)
             dz_part += tl.where(weight == 0, 0.0, weight * dq)
         if CAP_S > 0:

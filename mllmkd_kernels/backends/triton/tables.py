@@ -55,8 +55,10 @@ def _row(block: int, warps: int) -> dict[str, int]:
 # 255 registers. `values` and `gradient` hold a tile of both models and the terms of a divergence on
 # top. `gradient` with descriptors takes 128 × 128 (213 to 246 registers); loaded by pointers it
 # spills there, and `values` does for one divergence (255, two spills), so they take 128 × 64.
+# `rows` takes 2,048 columns: 64 registers for forward KL, so that four blocks share a
+# multiprocessor, and two where a divergence needs 104.
 _HOPPER: Table = {
-    "rows": {"single": _row(4096, 8)},
+    "rows": {"single": _row(2048, 8)},
     "statistics": {
         "half-tma": _matrix(128, 128, 64, 8, 3),
         "half": _matrix(128, 64, 64, 8, 3),
@@ -91,7 +93,7 @@ _CONSUMER: Table = _HOPPER | {
 # Compiled, not timed, for gfx942 and gfx950: wavefronts of 64 lanes, 64 KiB of local memory, no
 # descriptors. With 8 warps `gradient` and `values` spill on gfx950.
 _CDNA: Table = {
-    "rows": {"single": _row(4096, 8)},
+    "rows": {"single": _row(2048, 8)},
     "statistics": {"half": _matrix(128, 64, 64, 8, 2), "single": _matrix(64, 64, 32, 8, 2)},
     "values": {"half": _matrix(128, 64, 64, 4, 2), "single": _matrix(64, 64, 32, 8, 2)},
     "gradient": {"half": _matrix(128, 64, 64, 4, 2), "single": _matrix(64, 64, 32, 8, 2)},

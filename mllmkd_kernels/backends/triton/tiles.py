@@ -18,6 +18,14 @@ LOWEST = tl.constexpr(-3.4e38)
 
 
 @triton.jit
+def exp(x):
+    """exp(x) in two instructions, 0 below 1e-38: `tl.exp` takes six on NVIDIA's GPUs, four of them
+    for what is smaller. As there, the product is rounded: 6e-8·|x| of the result.
+    """
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def exp_minus_line(u):
     """exp(u) − 1 − u for |u| ≤ 1 by its series: no cancellation."""
     c = 1 / 362880 + u * (1 / 3628800)
@@ -34,6 +42,18 @@ def exp_minus_line(u):
 def expm1_near(u):
     """expm1(u) for |u| ≤ 1."""
     return exp_minus_line(u) + u
+
+
+@triton.jit
+def expm1_both(u):
+    """expm1(u) and expm1(−u) for |u| ≤ 1: the even and the odd part of one series."""
+    s = u * u
+    even = 1 / 40320 + s * (1 / 3628800)
+    even = 1 / 720 + s * even
+    even = s * (1 / 2 + s * (1 / 24 + s * even))
+    odd = 1 / 5040 + s * (1 / 362880 + s * (1 / 39916800))
+    odd = u + u * s * (1 / 6 + s * (1 / 120 + s * odd))
+    return even + odd, even - odd
 
 
 @triton.jit
@@ -78,7 +98,7 @@ def tanh(x):
     y = 2.0 * tl.abs(x)
     small = y < 1.0
     y = tl.where(y > 80.0, 80.0, y)
-    e = tl.where(small, expm1_near(tl.where(small, y, 0.0)), tl.exp(y) - 1.0)
+    e = tl.where(small, expm1_near(tl.where(small, y, 0.0)), exp(y) - 1.0)
     t = e / (e + 2.0)
     return tl.where(x < 0.0, -t, t)
 
