@@ -19,7 +19,8 @@ from typing import Any
 
 from training.config import SourceConfig
 from training.data.messages import CHAT
-from training.data.records import LLAVA, DataError, Form, Sample, checked, read_entries
+from training.data.preferences import Form
+from training.data.records import LLAVA, DataError, Sample, checked, read_entries
 from training.data.sources import LlavaSource, MessagesSource, Source, open_source
 from training.journal import whole, write_whole
 

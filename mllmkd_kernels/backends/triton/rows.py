@@ -184,7 +184,7 @@ def whole_row_kernel(
     inverse_s, inverse_t, middle, through, pull = inverse, inverse, 0.0, 0.0, 0.0
     if SCORED:
         middle, inverse_s, through = spread(z_s, b_s, vocab, stride, inverse, CAP_S, EVEN, BLOCK)
-        _, inverse_t, _ = spread(z_t, b_t, vocab, stride, inverse, CAP_T, EVEN, BLOCK)
+        inverse_t = spread(z_t, b_t, vocab, stride, inverse, CAP_T, EVEN, BLOCK)[1]
         kd_w = scored_weight(kd_w, inverse_s, inverse)
     x = logits(z_s, b_s, columns, vocab, stride, CAP_S, EVEN)
     top = tl.max(x, 0)
@@ -244,7 +244,7 @@ def long_row_kernel(
     inverse_s, inverse_t, middle, through = inverse, inverse, 0.0, 0.0
     if SCORED:
         middle, inverse_s, through = spread(z_s, b_s, vocab, stride, inverse, CAP_S, EVEN, BLOCK)
-        _, inverse_t, _ = spread(z_t, b_t, vocab, stride, inverse, CAP_T, EVEN, BLOCK)
+        inverse_t = spread(z_t, b_t, vocab, stride, inverse, CAP_T, EVEN, BLOCK)[1]
         kd_w = scored_weight(kd_w, inverse_s, inverse)
     top_s = tl.full((LANES,), LOWEST, tl.float32)
     total_s = tl.zeros((LANES,), tl.float32)
