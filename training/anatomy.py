@@ -61,6 +61,12 @@ class Anatomy:
         wanted = {*roles, *(_MIXTURE.values() if "language" in roles else ())}
         return [name for name, role in self.roles.items() if role in wanted]
 
+    def require(self, *trained: str) -> None:
+        """`ValueError` where no parameter has one of these roles."""
+        if absent := [role for role in trained if role not in self.roles.values()]:
+            known = ", ".join(dict.fromkeys(self.roles.values()))
+            raise ValueError(f"trains: got {', '.join(absent)}, expected some of {known}")
+
     def still(self, model: nn.Module) -> None:
         """Put the frozen tower into eval mode, but for a projector inside it."""
         training = {path: model.get_submodule(path).training for path in self.modules["projector"]}
@@ -112,9 +118,7 @@ def freeze(model: nn.Module, *trained: str) -> list[str]:
         ValueError: no parameter has one of the roles.
     """
     parts = anatomy(model)
-    if absent := [role for role in trained if role not in parts.roles.values()]:
-        known = ", ".join(dict.fromkeys(parts.roles.values()))
-        raise ValueError(f"trains: got {', '.join(absent)}, expected some of {known}")
+    parts.require(*trained)
     names = [name for name in parts.parameters(*trained) if model.get_parameter(name).numel()]
     model.requires_grad_(False)
     for name in names:

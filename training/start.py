@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mllmkd_kernels.experts import routers
 from mllmkd_kernels.objective import Objective
 from mllmkd_kernels.rows import PAIR, UNITS, kind_of
 from training import settings
-from training.anatomy import positions
+from training.anatomy import anatomy, positions
 from training.config import Config, require
 from training.data.load import require_data
 from training.data.records import DataError
@@ -70,15 +71,21 @@ def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> Teac
 
 
 def _check_students(config: Config, model: Vlm) -> None:
-    """What a later stage makes of the student has to be possible."""
-    found = model.config
+    """What a later stage makes of the student, trains of it or reads in it has to be possible."""
+    found, parts, made = model.config, anatomy(model), False
     for name in config.stages:
-        if (fits := config.table[name].fits) is None:
-            continue
+        stage, where = config.table[name], f"stage.{name}"
+        made = made or stage.student is not None  # of what is made only `fits` knows
         try:
-            found = fits(found, **settings.arguments(config.of_stage(name).student))
+            if not made:
+                parts.require(*stage.trains)
+                if config.objective(name).needs.router:
+                    routers(model)
+            elif stage.fits is not None:
+                where = f"{where}.student"
+                found = stage.fits(found, **settings.arguments(config.of_stage(name).student))
         except ValueError as error:
-            raise settings.ConfigError(f"stage.{name}.student: {error}") from error
+            raise settings.ConfigError(f"{where}: {error}") from error
 
 
 def check_kinds(objective: Objective, dataset: Any, packing: bool) -> None:

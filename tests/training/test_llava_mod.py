@@ -45,6 +45,7 @@ def write_config(root: Path, out: Path, method: str = "llava-mod", **more: Any) 
         "data": {
             "captions": str(root / "captions.json"),
             "conversations": str(root / "data.json"),
+            "preferences": str(root / "data.json"),  # which nobody reads
             "image_root": str(root),
         },
         "log_steps": 1,
@@ -100,6 +101,8 @@ def test_language_is_experts_and_routers_too(tmp_path: Path) -> None:
         ("stage.d2s.student.expert=8", "stage.d2s.student.expert: no such field; nearest is 'expe"),
         ("stage.d2s.student.experts=two", "stage.d2s.student.experts: got 'two', expected"),
         ("stage.d2d.student.experts=4", "stage.d2d.student.experts: no such field"),
+        ("stages=[d2d,preference]", "stage.preference: trains: got experts, router, expected some"),
+        ("stage.d2d.loss.balance=0.1", "stage.d2d: router: LlavaForConditionalGeneration has no"),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "check"])
