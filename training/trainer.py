@@ -45,6 +45,7 @@ from training.watch import Watch
 #: The whole weights once more, in a form of accelerate's, which `Trainer` writes beside an FSDP
 #: optimizer's state; `_load_from_checkpoint` reads those of the student's folder.
 SECOND_COPY = "pytorch_model_fsdp.bin"
+SUMS = "sums_{}.json"  # of a checkpoint: a rank's part of the log
 
 
 class DistillTrainer(mk.DistillMixin, Trainer):
@@ -242,7 +243,7 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         try:
             super()._save_checkpoint(model, trial)
             state = {"meter": self.meter.state(), "watch": self.watch.state(), "notes": self.notes}
-            (staged / self._sums_file).write_text(json.dumps(state))
+            (staged / SUMS.format(self.args.process_index)).write_text(json.dumps(state))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 (staged / SECOND_COPY).unlink(missing_ok=True)
@@ -250,19 +251,20 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(checkpoint.not_written(staged, target, error)) from error
 
-    @property
-    def _sums_file(self) -> str:
-        """The file of a checkpoint with this rank's part of the log."""
-        return f"sums_{self.args.process_index}.json"
-
     def _restore(self, path: Path) -> None:
-        """Log and guard as they were; a rank the run did not have then starts from nothing."""
-        file = path / self._sums_file
-        if file.is_file():
-            state = json.loads(file.read_text())
+        """Log and guard as they were. A rank the run did not have then has no part of the log, but
+        notes by the names that all sum, and a guard that stops when the others do.
+        """
+        own = path / SUMS.format(self.args.process_index)
+        file = own if own.is_file() else path / SUMS.format(0)
+        if not file.is_file():
+            return
+        state = json.loads(file.read_text())
+        notes = state.get("notes", {})
+        self.watch.load(state["watch"], checkpoint.step_of(path))
+        self.notes.update(notes if file == own else dict.fromkeys(notes, 0))
+        if file == own:
             self.meter.load(state["meter"])
-            self.watch.load(state["watch"], checkpoint.step_of(path))
-            self.notes.update(state.get("notes", {}))
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None

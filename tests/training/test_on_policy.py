@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +17,11 @@ from transformers import AutoModelForImageTextToText
 from tests.training import tiny
 from training.config import load
 from training.loop import run
+from training.meter import Meter
 from training.settings import ConfigError
 from training.teacher_cache.fill import make
 from training.trainer import DistillTrainer
+from training.watch import Watch
 
 OWN = ("own_answers", "own_cut", "own_empty")
 
@@ -101,6 +106,29 @@ def test_a_stopped_run_writes_the_same_answers(
     assert curves[0] == curves[1] and any(entry[4] for entry in curves[0])
     states = [load_file(r.model / "model.safetensors") for (r,) in (whole, again)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_more_processes_go_on_with_one_set_of_notes_and_stop_together(tmp_path: Path) -> None:
+    """Ranks sum their notes, and raise, alike, or one waits for ever."""
+    path, ranks = tmp_path / "checkpoint-3", []
+    path.mkdir()
+    state = {
+        "meter": Meter(("loss",)).state() | {"steps": 2},
+        "watch": {"skipped": 4, "in_a_row": 2},
+        "notes": dict(zip(OWN, (4, 1, 0), strict=True)),
+    }
+    (path / "sums_0.json").write_text(json.dumps(state))
+    for rank in range(2):
+        ranks.append(SimpleNamespace(args=SimpleNamespace(process_index=rank), notes=Counter()))
+        accelerator: Any = SimpleNamespace(is_main_process=rank == 0)
+        ranks[-1].watch = Watch(torch.nn.Identity(), ("loss",), accelerator, tmp_path)
+        ranks[-1].meter = Meter(("loss",))
+        DistillTrainer._restore(ranks[-1], path)
+    assert [list(rank.notes.items()) for rank in ranks] == [
+        list(zip(OWN, values, strict=True)) for values in ((4, 1, 0), (0, 0, 0))
+    ]
+    assert [rank.watch.state() for rank in ranks] == [state["watch"]] * 2
+    assert [rank.meter.state()["steps"] for rank in ranks] == [2, 0]
 
 
 def test_what_does_not_go_with_own_answers_is_refused(root: Path, tmp_path: Path) -> None:
