@@ -141,10 +141,14 @@ def _configured(options: argparse.Namespace) -> None:
         from training.teacher_cache.fill import make
 
         make(config, dry_run=options.dry_run)
-    else:
-        from training import loop
+    elif options.command == "check":
+        from training.start import check
 
-        getattr(loop, options.command)(config)
+        check(config)
+    else:
+        from training.loop import run
+
+        run(config)
 
 
 def _demo(options: argparse.Namespace) -> None:

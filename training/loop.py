@@ -29,12 +29,10 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from mllmkd_kernels.methods import Stage
-from mllmkd_kernels.objective import Objective
-from mllmkd_kernels.rows import PAIR, UNITS, kind_of
 from training import checkpoint, settings
-from training.anatomy import freeze, positions
+from training.anatomy import freeze
 from training.claim import Claim, claimed
-from training.config import Config, StageConfig, require
+from training.config import Config, StageConfig
 from training.data.collate import Collator
 from training.data.load import (
     collator_of,
@@ -42,7 +40,6 @@ from training.data.load import (
     has_data,
     open_data,
     order_of,
-    require_data,
 )
 from training.data.records import DataError
 from training.evaluation.held_out import Scores, evaluate
@@ -50,20 +47,17 @@ from training.forecast import forecast
 from training.interrupt import Interrupted
 from training.journal import Journal, write_whole
 from training.models import (
-    DTYPES,
     Processor,
     Vlm,
-    build_model,
     load_vlm,
     recompute_activations,
     save_model,
 )
-from training.pairs import check_pair
 from training.progress import LOG
-from training.teacher_cache.use import open_rows, stored_stages, use_stored
+from training.start import Say, Teacher, check_kinds, start, too_long
+from training.teacher_cache.use import stored_stages, use_stored
 from training.trainer import DistillTrainer
 
-Say = Callable[[str], None]
 SCORES = "scores.json"
 PROJECT = "mllmkd"  # of Trackio and W&B, where runs of several folders are compared
 
@@ -90,22 +84,11 @@ def run(config: Config, say: Say = print) -> list[StageResult]:
         return _run(config, claim, say)
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A model in memory; its processor where it needs batches of its own."""
-
-    model: Vlm
-    processor: Processor | None
-
-
 def _run(config: Config, claim: Claim | None, say: Say) -> list[StageResult]:
     """`run`, with the claim on its folder in the first process."""
     processes().wait_for_everyone()  # the claim is checked
     out = Path(config.out)
-    _check_data(config)
-    model, processor = build_model(config.model, config.seed)
-    _check_students(config, model)
-    teacher = _teacher(config, model, processor, say)
+    model, processor, teacher = start(config, say)
     results = []
     for number, name in enumerate(config.stages, 1):
         folder = out / f"{number}-{name}"
@@ -150,8 +133,8 @@ def _train(
     dataset = load_data(config, processor, stage, own)
     if claim is not None:
         claim.check_data(stage.data, dataset)
-    _check_kinds(objective, dataset, config.data.packing)
-    for note in (*dataset.encoding.notes, *_too_long(model, dataset)):
+    check_kinds(objective, dataset, config.data.packing)
+    for note in (*dataset.encoding.notes, *too_long(model, dataset)):
         say(f"{folder.name}: {note}")
     source = asked.model if asked is not None else None
     collator = collator_of(config.data, (model, processor), source, own)
@@ -206,37 +189,6 @@ def _make_steps(trainer: DistillTrainer, folder: Path, steps: int, say: Say) -> 
         )
 
 
-def _check_kinds(objective: Objective, dataset: Any, packing: bool) -> None:
-    """Refuse rows of a kind that no sample is of: the mean over them would be 0 in every step; and
-    samples packed, of which nobody knows then where one of a kind ends.
-    """
-    if packing and objective.needs.views:
-        names = [name for name, term in objective.terms.items() if term.needs.views]
-        raise settings.ConfigError(
-            f"data.packing: got true, expected false: {', '.join(names)} tells samples apart"
-        )
-    if (samples := getattr(dataset, "samples", None)) is None:  # a stream is not counted
-        return
-    there = set(PAIR) if dataset.encoding.pairs else {sample.kind for sample in samples}
-    for name in set(objective.over.values()) - set(UNITS):
-        if (kind := kind_of(name)[1]) and kind not in there:
-            known = ", ".join(sorted(map(str, there)))
-            raise DataError(f"data: no sample is of kind {kind!r}, as {name} asks; kinds: {known}")
-
-
-def _too_long(model: Any, dataset: Any) -> list[str]:
-    """A note where samples may be longer than the model's positions, and about how many are."""
-    known, encoding = positions(model.config), dataset.encoding
-    if known is None or encoding.max_length <= known:
-        return []
-    about = ""
-    if samples := getattr(dataset, "samples", None):  # a stream is not counted
-        longer = sum(encoding.estimate(sample) > known for sample in samples)
-        about = f"; about {longer:,} of {len(samples):,} are longer"
-    allowed = f"data.max_length allows samples of {encoding.max_length:,} tokens"
-    return [f"the model has {known:,} positions, and {allowed}{about}"]
-
-
 def _steps(options: StageConfig, samples: int | None) -> int:
     if samples is None and options.steps is None:
         raise settings.ConfigError(
@@ -288,51 +240,6 @@ def load_data(config: Config, processor: Any, stage: Stage, teacher: Any = None)
         seed=config.seed,
         pairs="rejected" in config.objective(stage.name).needs.views,
     )
-
-
-def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> Teacher | None:
-    """The teacher that a stage of the run needs, checked against the student."""
-    stored = stored_stages(config)
-    for name in stored:  # what is wrong with a later stage's is better known now
-        open_rows(config, name)
-    needs = {n: config.objective(n).needs for n in config.stages if n not in stored}
-    needs = {name: need for name, need in needs.items() if need.teacher}
-    if not needs:
-        return None
-    path = require(config.teacher, "teacher", f"stage {next(iter(needs))} compares with a teacher")
-    teacher, its_processor = load_vlm(path, dtype=DTYPES[config.teacher_dtype])
-    visual = any(need.visual for need in needs.values())
-    report = check_pair(model, processor, teacher, its_processor, visual=visual)
-    say(str(report))
-    report.require()
-    return Teacher(teacher, its_processor if report.own_batch else None)
-
-
-def _check_data(config: Config) -> None:
-    """Every stage has data: what is wrong with a later one is better known now."""
-    for name in config.stages:
-        require_data(config.data, config.table[name].data)
-
-
-def _check_students(config: Config, model: Vlm) -> None:
-    """What a later stage makes of the student has to be possible: better known now."""
-    found = model.config
-    for name in config.stages:
-        if (fits := config.table[name].fits) is None:
-            continue
-        try:
-            found = fits(found, **settings.arguments(config.of_stage(name).student))
-        except ValueError as error:
-            raise settings.ConfigError(f"stage.{name}.student: {error}") from error
-
-
-def check(config: Config, say: Say = print) -> None:
-    """What `run` looks at before its first step, and nothing else."""
-    _check_data(config)
-    model, processor = build_model(config.model, config.seed)
-    _check_students(config, model)
-    if _teacher(config, model, processor, say) is None:
-        say(f"no stage of {', '.join(config.stages)} compares with a teacher: nothing to check")
 
 
 def _arguments(config: Config, options: StageConfig, steps: int, folder: Path) -> TrainingArguments:
