@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 import mllmkd_kernels as mk
-from benchmarks.methods import BY_KEY, FLOOR, Method
+from benchmarks.methods import BY_KEY, FLOOR, ROWWISE, Method
 from benchmarks.problem import make
 from benchmarks.session import Session, said
 from benchmarks.shapes import DTYPES, Case
@@ -61,7 +61,7 @@ def measure(session: Session, case: Case) -> list[Figures]:
 def predicted(method: Method, case: Case, device: str = "cpu") -> int | None:
     """What `mllmkd_kernels.explain` says of our methods; None for what it does not plan."""
     unfit = not method.key.startswith("mk-") or method.why_not(torch.device(device))
-    if unfit or case.loss == "relation":
+    if unfit or case.loss not in ROWWISE:
         return None
     backend, _, budget = method.key[3:].partition("-")
     return mk.explain(

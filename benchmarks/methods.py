@@ -8,6 +8,7 @@ same loss, a mean over the N rows:
     ce+kl      mean CE(z_s, labels) + mean KL(p_t ‖ p_s)
     ce, kl     one of the two
     relation   1 − cos(R_s, R_t), R = Z Zᵀ, one image
+    dpo, kto   preference losses of pairs of answers, mean over pairs; kto is `kto_pair`
 
 "floor" is not a method but the yardstick: the matrix products alone. What plain PyTorch computes is
 in `naive`, methods of other projects are in `peers`.
@@ -22,11 +23,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import mllmkd_kernels as mk
 from benchmarks import naive, peers
-from benchmarks.problem import Forward, Problem, Run, with_backward
-from benchmarks.shapes import Case, StepCase
+from benchmarks.problem import BETA, Forward, Problem, Run, with_backward
+from benchmarks.shapes import PREFERENCES, Case, StepCase
 from mllmkd_kernels import choose
 
 
@@ -62,6 +64,8 @@ def _ours(backend: str, workspace_mb: float | None = None) -> Method:
     def build(problem: Problem) -> Run:
         if problem.case.loss == "relation":
             return with_backward(_our_relation(problem, backend))
+        if problem.case.loss in PREFERENCES:
+            return with_backward(_our_preference(problem, backend, workspace_mb))
         return with_backward(_our_distill(problem, backend, workspace_mb))
 
     def why_not(device: torch.device) -> str:
@@ -74,7 +78,7 @@ def _ours(backend: str, workspace_mb: float | None = None) -> Method:
     key, label, losses = f"mk-{backend}", f"mllmkd_kernels, {backend} backend", ALL
     if workspace_mb is not None:
         key, label = f"{key}-{workspace_mb:g}mb", f"{label}, {workspace_mb:g} MiB of workspace"
-        losses = ROWWISE  # the relation has no workspace
+        losses = LOGITS  # the relation has no workspace
     version = f"mllmkd_kernels {mk.__version__}"
     return Method(key, label, losses, build, why_not, lambda: version)
 
@@ -99,6 +103,19 @@ def _our_relation(problem: Problem, backend: str) -> Forward:
     return lambda: mk.fused_linear_relation(
         problem.hs, problem.ws, ht, wt, ends,
         student_gram=gram_s, teacher_gram=gram_t, backend=backend,
+    )  # fmt: skip
+
+
+def _our_preference(problem: Problem, backend: str, workspace_mb: float | None) -> Forward:
+    ht, wt = problem.teacher()
+    how = {"vocab_size": problem.case.vocab, "backend": backend, "workspace_mb": workspace_mb}
+
+    def answers(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return problem.answers(mk.fused_linear_logprob(h, w, problem.labels, **how))
+
+    return lambda: mk.preference_loss(
+        *answers(problem.hs, problem.ws), *answers(ht, wt),
+        kind=PREFERENCES[problem.case.loss], beta=BETA,
     )  # fmt: skip
 
 
@@ -146,8 +163,9 @@ def _floor(problem: Problem) -> Run:
 
 
 ROWWISE = frozenset({"ce+kl", "ce", "kl"})
-ALL = ROWWISE | {"relation"}
-FLOOR = Method("floor", "matrix products alone (floor)", ROWWISE, _floor)
+LOGITS = ROWWISE | set(PREFERENCES)  # those that need all V·N of them
+ALL = LOGITS | {"relation"}
+FLOOR = Method("floor", "matrix products alone (floor)", LOGITS, _floor)
 EAGER = Method("torch-eager", "PyTorch, whole logits", ALL, _eager)
 COMPILED = Method("torch-compile", "PyTorch, torch.compile", ROWWISE, _compiled)
 OURS = tuple(_ours(backend) for backend in reversed(choose.BACKENDS))

@@ -14,12 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mllmkd_kernels as mk
-from benchmarks.problem import Problem
+from benchmarks.problem import BETA, Problem
+from benchmarks.shapes import PREFERENCES
+from mllmkd_kernels import reference
 
 
 def loss_of(problem: Problem) -> Tensor:
     """The loss of a case."""
     case, labels = problem.case, problem.labels
+    if case.loss in PREFERENCES:
+        return preference(problem, log_ratios(problem))
     z_s = _logits(problem.hs, problem.ws, case.vocab)
     if case.loss == "ce":
         return F.cross_entropy(z_s, labels)
@@ -29,6 +33,20 @@ def loss_of(problem: Problem) -> Tensor:
         return _relation(z_s, z_t, [case.rows] * case.images)
     kl = _kl(z_s, z_t)
     return kl if case.loss == "kl" else F.cross_entropy(z_s, labels) + kl
+
+
+def log_ratios(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Of chosen and rejected answers, to the teacher: (B,) each."""
+    vocab, labels = problem.case.vocab, problem.labels
+    with torch.no_grad():
+        theirs = reference.linear_logprob(_logits(*problem.teacher(), vocab), labels)
+    ours = reference.linear_logprob(_logits(problem.hs, problem.ws, vocab), labels)
+    return problem.answers(ours - theirs)
+
+
+def preference(problem: Problem, ratios: tuple[Tensor, Tensor]) -> Tensor:
+    """Of such log-ratios."""
+    return reference.preference(*ratios, PREFERENCES[problem.case.loss], BETA)
 
 
 class WholeLogitsLoss(mk.LlavaKDLoss):

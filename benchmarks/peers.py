@@ -9,8 +9,10 @@ All of them want one vocabulary. Where the heads differ in rows, both are cut to
 before a peer sees them, as its users would have to do: uncut, most give a wrong number and some
 read beyond the smaller head, which on a GPU ends every later measurement.
 
-Left out: functions of whole logits (torchtune, DistillKit, Model-Optimizer), which are
-"PyTorch, whole logits" in other words.
+Left out: functions of whole logits (torchtune, DistillKit, Model-Optimizer), which are "PyTorch,
+whole logits" in other words; and unsloth_zoo's chunked JSD (2026.10.9), which imports only after
+unsloth, and that changes settings of the allocator and of Triton, and patches PyTorch, for every
+other method of the process.
 """
 
 from __future__ import annotations
@@ -27,8 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import naive
 from benchmarks.machine import version
-from benchmarks.problem import Forward, Problem, Run, with_backward
+from benchmarks.problem import BETA, Forward, Problem, Run, with_backward
+from benchmarks.shapes import PREFERENCES
 
 CUDA_ONLY = frozenset({"cuda"})
 EVERYWHERE = frozenset({"cpu", "cuda"})
@@ -41,19 +45,16 @@ class Call:
     Attributes:
         package: its distribution.
         module, function: where it lives; looked for before it is called.
-        prepare: given the function and a problem, returns what computes the loss; None for what is
-            refused.
+        prepare: given the function and a problem, returns what computes the loss.
     """
 
     package: str
     module: str
     function: str
-    prepare: Callable[[Any, Problem], Forward] | None = None
+    prepare: Callable[[Any, Problem], Forward]
 
     def on(self, problem: Problem) -> Forward:
         """What computes the loss of the problem."""
-        if self.prepare is None:
-            raise RuntimeError(f"peers: {self.function} is refused, and was asked for a loss")
         return self.prepare(getattr(importlib.import_module(self.module), self.function), problem)
 
 
@@ -66,7 +67,6 @@ class Peer:
         calls: their sum is the loss.
         devices: types of device it runs on.
         capability: least compute capability of a GPU.
-        refused: why it is not run although it is installed, "" if it is.
     """
 
     key: str
@@ -75,7 +75,6 @@ class Peer:
     calls: tuple[Call, ...]
     devices: frozenset[str] = EVERYWHERE
     capability: tuple[int, int] = (0, 0)
-    refused: str = ""
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -88,9 +87,6 @@ class Peer:
 
     def missing(self) -> str:
         """Why it cannot be called, "" if it can."""
-        if self.refused:
-            absent = [package for package in self.packages if version(package) is None]
-            return f"not installed: {', '.join(absent)}" if absent else self.refused
         reasons = (_why_not_importable(call.module, call.function) for call in self.calls)
         return next(filter(None, reasons), "")
 
@@ -198,6 +194,60 @@ def _cce(function: Any, problem: Problem) -> Forward:
     return lambda: function(problem.hs, _head(problem), problem.labels, impl=impl)
 
 
+def _answers(problem: Problem) -> list[Tensor]:
+    """hs, labels and ht, answer by answer: (answers, tokens, ...)."""
+    of = (problem.case.images, problem.case.rows)
+    return [x.unflatten(0, of) for x in (problem.hs, problem.labels, problem.teacher()[0])]
+
+
+def _liger_dpo(function: Any, problem: Problem) -> Forward:
+    """Pair by pair, ``torch.func`` per pair."""
+    loss, (_, wt) = function(beta=BETA, compiled=problem.hs.is_cuda), _teacher(problem)
+
+    def forward() -> Tensor:
+        hs, labels, ht = _answers(problem)
+        return loss(_head(problem), hs, labels, ref_input=ht, ref_weight=wt)[0]
+
+    return forward
+
+
+def _liger_kto(function: Any, problem: Problem) -> Forward:
+    """Answer by answer, once for either half: it has one baseline, which it leaves to the trainer,
+    so that it is given here.
+    """
+    loss = function(beta=BETA, compiled=problem.hs.is_cuda, use_ref_model=True)
+    with torch.no_grad():
+        k_c, k_r = (r.mean().clamp(min=0) for r in naive.log_ratios(problem))
+    _, wt = _teacher(problem)
+
+    def forward() -> Tensor:
+        halves = zip(
+            *(x.chunk(2) for x in _answers(problem)), (k_r, k_c), (True, False), strict=True
+        )
+        both = [
+            loss(
+                hs, _head(problem), labels, ref_input=ht, ref_weight=wt, kl=k,
+                preference_labels=torch.full((len(hs),), chosen, device=wt.device),
+            )[0]
+            for hs, labels, ht, k, chosen in halves
+        ]  # fmt: skip
+        return (both[0] + both[1]) / 2
+
+    return forward
+
+
+def _trl_logprob(function: Any, problem: Problem) -> Forward:
+    """Vocabulary tiles as wide as its trainers take them; log-probabilities of tokens."""
+    how = (None, problem.labels, 1.0, 32768, None, 1.0, ())  # no bias, T, columns, no soft-cap
+
+    def forward() -> Tensor:
+        heads = (problem.hs, _head(problem)), _teacher(problem)
+        ours, theirs = (function.apply(*head, *how)[0] for head in heads)
+        return naive.preference(problem, problem.answers(ours - theirs))
+
+    return forward
+
+
 def _quack(function: Any, problem: Problem) -> Forward:
     """Token chunks of 4,096 through CuTe kernels."""
     return lambda: function(problem.hs, _head(problem), problem.labels)
@@ -213,21 +263,14 @@ _LIGER, _LIGER_KERNELS = "liger_kernel.chunked_loss", "liger_kernel.transformers
 LIGER = Call("liger-kernel", _LIGER, "LigerFusedLinearJSDLoss", _liger)
 LIGER_JSD = Call("liger-kernel", _LIGER_KERNELS, "LigerFusedLinearJSD", _liger_jsd)
 LIGER_CE = Call("liger-kernel", _LIGER_KERNELS, "LigerFusedLinearCrossEntropyLoss", _liger_ce)
+LIGER_DPO = Call("liger-kernel", _LIGER, "LigerFusedLinearDPOLoss", _liger_dpo)
+LIGER_KTO = Call("liger-kernel", _LIGER, "LigerFusedLinearKTOLoss", _liger_kto)
+TRL_LOGPROB = Call("trl", "trl.kernels", "ChunkedLogProbFunction", _trl_logprob)
 TRL = Call("trl", "trl.kernels.chunked_divergence", "ChunkedDivergenceFunction", _trl)
 FLA = Call("flash-linear-attention", "fla.modules.fused_kl_div", "FusedKLDivLoss", _fla)
 CCE = Call("cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy", _cce)
 QUACK = Call("quack-kernels", "quack.linear_cross_entropy", "chunked_linear_cross_entropy", _quack)
 CHUNKED = Call("torch", "torch.nn", "LinearCrossEntropyOptions", _torch_chunked)
-UNSLOTH = Call("unsloth_zoo", "unsloth_zoo.rl_replacements", "distillation_chunked_jsd")
-
-#: Of version 2026.10.9. Its module can be imported only after `unsloth`; on the way the environment
-#: gets settings of PyTorch's allocator and of Triton, and patches for some fifty model families are
-#: loaded. Measured here were then every other method under those. It also asks for trl ≤ 1.15.0,
-#: which is not the version that is compared.
-_NOT_UNSLOTH = (
-    "not run: its module imports only after unsloth, which changes settings of the allocator and "
-    "of Triton, and patches PyTorch, for every other method of the process"
-)
 
 _BOTH, _CE, _KL = frozenset({"ce+kl"}), frozenset({"ce"}), frozenset({"kl"})
 PEERS = (
@@ -237,9 +280,11 @@ PEERS = (
     Peer("trl", "TRL chunked divergence", _KL, (TRL,)),
     Peer("trl-both", "Liger CE + TRL divergence", _BOTH, (TRL, LIGER_CE), CUDA_ONLY),
     Peer("fla", "fla FusedKLDivLoss", _KL, (FLA,), CUDA_ONLY),
-    Peer("unsloth", "unsloth chunked JSD", _KL, (UNSLOTH,), refused=_NOT_UNSLOTH),
     Peer("liger-ce", "Liger fused-linear CE", _CE, (LIGER_CE,), CUDA_ONLY),
     Peer("cce", "cut-cross-entropy", _CE, (CCE,)),
     Peer("quack", "quack chunked CE", _CE, (QUACK,), CUDA_ONLY, (9, 0)),
+    Peer("liger-dpo", "Liger chunked DPO", frozenset({"dpo"}), (LIGER_DPO,)),
+    Peer("liger-kto", "Liger chunked KTO", frozenset({"kto"}), (LIGER_KTO,)),
+    Peer("trl-logprob", "TRL chunked log-probabilities", frozenset(PREFERENCES), (TRL_LOGPROB,)),
     Peer("torch-chunked", "F.linear_cross_entropy", _CE, (CHUNKED,)),
 )

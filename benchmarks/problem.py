@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.shapes import DTYPES, Case
 
 LOGIT_STD = 2.5
+BETA = 0.1  # of preference losses
 
 Forward = Callable[[], Tensor]  # the loss of a problem
 Run = Callable[[], Tensor | None]  # and its backward: gradients are left; the floor has no loss
@@ -47,6 +48,11 @@ class Problem:
         if self.ht is None or self.wt is None:
             raise ValueError(f"problem: loss {self.case.loss!r} has no teacher")
         return self.ht, self.wt
+
+    def answers(self, logp: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of (N,) log-probabilities over the chosen answers and over the rejected: (B,)."""
+        chosen, rejected = logp.view(-1, self.case.rows).sum(1).chunk(2)
+        return chosen, rejected
 
     def forget_gradients(self) -> None:
         """As ``zero_grad(set_to_none=True)`` between steps."""

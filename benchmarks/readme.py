@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.methods import EAGER
 from benchmarks.record import load
 from benchmarks.report import machine_line
-from benchmarks.shapes import PROMISED, Case, headline, step_case
+from benchmarks.shapes import PREFERENCES, PROMISED, Case, headline, step_case
 from benchmarks.tables import (
     STEP,
     Body,
@@ -44,6 +44,8 @@ def block(path: Path, root: Path) -> str:
     ]
     if relation := "\n".join(_relation_lines(record)):
         parts.append(relation)
+    if (preferences := _preference_table(record)).rows:
+        parts += [_PREFERENCES, markdown(preferences)]
     if record.get("step"):
         parts += [_step_note(record["step"]), markdown(_step_table(record["step"]))]
     folder = path.with_suffix("")
@@ -117,6 +119,26 @@ def _step_table(rows: list[Row]) -> Table:
 
 def _table(heads: Iterable[str], rows: Body) -> Table:
     return Table("", "", ("", *heads), rows)
+
+
+_PREFERENCES = """\
+Preference losses of pairs of answers with the teacher as reference, forward and backward; error of
+the loss, and of the gradient:"""
+
+
+def _preference_table(record: dict[str, Any]) -> Table:
+    memory, body = _by_case_and_label(record["memory"]), []
+    for (case, label), row in _by_case_and_label(record["speed"]).items():
+        if case.loss not in PREFERENCES or not row.get("errors") or "median_s" not in row:
+            continue
+        errors, found = row["errors"], memory.get((case, label), {})
+        body.append((
+            f"{case.loss.upper()}, {case.dtype}, {label}", seconds(row["median_s"]),
+            times(row["over_floor"]), times(row["times_eager"]),
+            mebibytes(found.get("extra_bytes")), f"{errors['loss']:.0e}",
+            f"{max(errors['dh'], errors['dw'] or 0):.0e}",
+        ))  # fmt: skip
+    return _table(("time", "over floor", "faster", "memory", "loss", "gradient"), body)
 
 
 def _relation_lines(record: dict[str, Any]) -> Iterator[str]:

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+#: Preference losses of pairs of answers, by the names of `mk.preference_loss`.
+PREFERENCES = {"dpo": "sigmoid", "kto": "kto_pair"}
 #: Which loss: CE + forward KL of the same rows (a distillation step), CE alone, forward KL alone,
-#: or the relation loss of the logits of one image.
-LOSSES = ("ce+kl", "ce", "kl", "relation")
+#: the relation loss of the logits of one image, or a preference loss with the teacher as reference.
+LOSSES = ("ce+kl", "ce", "kl", "relation", *PREFERENCES)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Those that the promises are about.
@@ -42,12 +44,13 @@ class Case:
 
     Attributes:
         pair: key of `PAIRS`, or any name for a shape of its own.
-        rows: N. For "relation" the visual rows of one image.
+        rows: N. For "relation" the visual rows of one image, for a preference loss the tokens of
+            one answer.
         d_t, d_s, vocab_t, vocab_s: sizes of both heads; d_t and vocab_t are not read by "ce".
         dtype: key of `DTYPES`, of hidden states and heads alike.
         train_head: whether the student's head gets a gradient (DFT) or is frozen (DPT).
         loss: one of `LOSSES`.
-        images: of `rows` rows each; more than one for "relation" only.
+        images: of `rows` rows each, or answers, the first half chosen; else 1.
     """
 
     pair: str
@@ -63,7 +66,7 @@ class Case:
 
     @property
     def all_rows(self) -> int:
-        """N, the rows of all images."""
+        """N, the rows of all images or answers."""
         return self.rows * self.images
 
     @property
@@ -264,11 +267,13 @@ def _cpu_suite() -> Suite:
     one = case("headline", 729, "bf16", train_head=False, loss="relation")
     relation = (one, replace(one, train_head=True))
     sweep = *(replace(few, rows=rows) for rows in (128, 256, 512)), *with_vocab(few, 16384, 2**17)
+    (pairs,) = with_vocab(replace(few, rows=64, images=8, loss="dpo"), 16384)
+    answers = pairs, replace(pairs, loss="kto"), replace(pairs, dtype="fp32")
     return Suite(
         "cpu",
         "two CPU cores, minutes",
-        speed=(*big, frozen, *real, *others, *relation, replace(one, rows=256, images=3)),
-        memory=(*big, *fallbacks, *sweep, frozen, *relation),
+        speed=(*big, frozen, *real, *others, *relation, replace(one, rows=256, images=3), *answers),
+        memory=(*big, *fallbacks, *sweep, frozen, *relation, *answers),
         accuracy=_LADDERS,
         every_backend=(*others, few),
         step=_stages(StepCase(_SMALL, "dft", 64, 40, 4, 192)),
@@ -307,6 +312,7 @@ def _gpu_suite() -> Suite:
         *(replace(trained, loss=loss) for loss in ("ce", "kl")),
         *(replace(trained, rows=1024, dtype=dtype) for dtype in ("fp32", "fp16")),
     )
+    answers = [replace(trained, rows=512, images=16, loss=loss) for loss in PREFERENCES]
     sizes = (
         *(replace(relation, rows=rows) for rows in (256, 1024)),
         *(replace(relation, images=images) for images in (1, 16)),
@@ -315,8 +321,16 @@ def _gpu_suite() -> Suite:
     return Suite(
         "gpu",
         "one large GPU, minutes",
-        speed=(*both, *sweep, *other, relation, replace(relation, train_head=True), *sizes),
-        memory=(*sweep, *both, relation, *sizes),
+        speed=(
+            *both,
+            *sweep,
+            *other,
+            relation,
+            replace(relation, train_head=True),
+            *sizes,
+            *answers,
+        ),
+        memory=(*sweep, *both, relation, *sizes, *answers),
         accuracy=(*_LADDERS, Ladder(wide)),
         every_backend=both,
         rounds=10,
@@ -330,7 +344,8 @@ def _quick_suite() -> Suite:
     middle = replace(small, dtype="bf16")
     # Few rows of fp16: most processors have no arithmetic for it, and emulate it.
     few = replace(small, dtype="fp16", rows=16)
-    cases = (small, middle, few, replace(middle, loss="relation"))
+    pairs = replace(middle, rows=16, images=4, loss="dpo")
+    cases = (small, middle, few, replace(middle, loss="relation"), pairs)
     (ladder,) = with_vocab(replace(_LADDER, dtype="bf16"), 8000)
     return Suite(
         "quick",
@@ -347,12 +362,13 @@ def _tiny_suite() -> Suite:
     tiny = Case("tiny", 24, 24, 16, 640, 608)
     relation = replace(tiny, loss="relation", dtype="bf16")
     ladder = replace(tiny, loss="kl", d_t=16, vocab_t=608)
-    cases = (tiny, replace(tiny, dtype="bf16", train_head=False), relation)
+    pairs = replace(tiny, rows=6, images=4, loss="kto")
+    cases = (tiny, replace(tiny, dtype="bf16", train_head=False), relation, pairs)
     return Suite(
         "tiny",
         "seconds: for testing the suite itself; its figures mean nothing",
         speed=cases,
-        memory=(replace(tiny, rows=12), tiny),
+        memory=(replace(tiny, rows=12), tiny, pairs),
         accuracy=(Ladder(ladder, (0.3, 0.03)), Ladder(replace(ladder, dtype="bf16"), (0.3, 0.03))),
         every_backend=cases,
         rounds=2,

@@ -110,7 +110,8 @@ def _speed(rows: list[Row]) -> Table:
 
     def worst(row: Row) -> str:
         errors = row["errors"]
-        return "–" if errors is None else f"{max(errors['dh'], errors['dw'] or 0):.1e}"
+        gradient = errors and f"{max(errors['dh'], errors['dw'] or 0):.1e} ({errors['loss']:.0e})"
+        return gradient or "–"
 
     columns: Columns = {
         **_TIME,
@@ -118,7 +119,7 @@ def _speed(rows: list[Row]) -> Table:
         "faster than PyTorch": lambda row: times(row["times_eager"]),
         "GFLOP/s": lambda row: f"{row['gflops']:,.0f}",
         "inputs GB/s": lambda row: f"{case.input_bytes / row['median_s'] / 1e9:.2f}",
-        "gradient error": worst,
+        "gradient (loss) error": worst,
     }
     return Table(
         case.title,

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.methods import Method
+from benchmarks.naive import preference
 from benchmarks.problem import Problem
+from benchmarks.shapes import PREFERENCES
 from mllmkd_kernels import reference
 
 #: A method is wrong, not merely coarse, beyond these relative errors. Far from convergence plain
@@ -56,6 +58,9 @@ def truth(problem: Problem) -> Truth:
     z_t = None if problem.ht is None else _logits(*problem.teacher(), vocab)
     if case.loss == "relation" and z_t is not None:
         loss = reference.relation_cosine(z_s, z_t, problem.ends)
+    elif case.loss in PREFERENCES and z_t is not None:
+        ours, theirs = (reference.linear_logprob(z, problem.labels) for z in (z_s, z_t))
+        loss = preference(problem, problem.answers(ours - theirs))
     else:
         mean = 1 / case.rows
         loss, _, _ = reference.linear_distill(

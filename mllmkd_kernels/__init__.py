@@ -13,6 +13,7 @@ from mllmkd_kernels.balance import balance_loss
 from mllmkd_kernels.batch import count_rows, counts_of, distill_batch, forward_through
 from mllmkd_kernels.distill import DistillOutput, fused_linear_distill
 from mllmkd_kernels.divergence import Divergence
+from mllmkd_kernels.drawn import BatchView, Moment
 from mllmkd_kernels.explain import explain
 from mllmkd_kernels.heads import HeadInputs
 from mllmkd_kernels.hf_trainer import DistillMixin, sum_counts
@@ -22,11 +23,13 @@ from mllmkd_kernels.logprob import fused_linear_logprob
 from mllmkd_kernels.models import head_inputs
 from mllmkd_kernels.needs import Needs
 from mllmkd_kernels.objective import Losses, Objective, Term
+from mllmkd_kernels.own_answers import on_policy
 from mllmkd_kernels.plan import Plan
 from mllmkd_kernels.preference import preference_loss
 from mllmkd_kernels.relation import fused_linear_relation, head_gram, relation_cosine
 from mllmkd_kernels.rows import RowCounts, image_seqlens, response_rows, visual_rows
 from mllmkd_kernels.sweep import RowTerm
+from mllmkd_kernels.upcycle import upcycle
 from mllmkd_kernels.view import View
 from mllmkd_kernels.vocab_parallel import (
     vocab_parallel_distill,
@@ -38,6 +41,7 @@ from mllmkd_kernels.vocab_slices import VocabSlice, vocab_rows, vocab_slice
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchView",
     "DistillMixin",
     "DistillOutput",
     "Divergence",
@@ -45,6 +49,7 @@ __all__ = [
     "LlavaKDLoss",
     "LlavaKDOutput",
     "Losses",
+    "Moment",
     "Needs",
     "Objective",
     "Plan",
@@ -69,11 +74,13 @@ __all__ = [
     "image_seqlens",
     "logit_std",
     "methods",
+    "on_policy",
     "preference_loss",
     "relation_cosine",
     "release_workspace",
     "response_rows",
     "sum_counts",
+    "upcycle",
     "visual_rows",
     "vocab_parallel_distill",
     "vocab_parallel_gram",

@@ -7,7 +7,8 @@
 A batch is what `model(**batch)` takes, with `labels`, and may hold what no model takes: `teacher`,
 a batch of the teacher's own where its processor makes other tokens; `image_lens`, the rows of each
 image; `kind`, a word for each sample; `sample_ids`; `teacher_hidden`, rows of a teacher's that were
-stored. What it leaves out: loops and everything around them (`hf_trainer`).
+stored; `on_policy` (B,) bool, samples whose answer the student wrote. What it leaves out: loops and
+everything around them (`hf_trainer`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from mllmkd_kernels.objective import Objective
 from mllmkd_kernels.rows import IGNORE_INDEX, Batch, Counts, RowCounts, entry
 
 #: Entries of a batch that are no model's.
-BESIDES = ("teacher", "teacher_hidden", "image_lens", "kind", "sample_ids")
+BESIDES = ("teacher", "teacher_hidden", "image_lens", "kind", "sample_ids", "on_policy")
 #: Whatever says what enters a teacher's head for a batch.
 Teacher = nn.Module | Callable[[Batch], HeadInputs]
 
@@ -97,12 +98,12 @@ def ask(teacher: Teacher, batch: Batch, record: Needs | None = None) -> HeadInpu
     with torch.no_grad():
         if not isinstance(teacher, nn.Module):
             return teacher(batch)
-        with _in_eval(teacher):
+        with in_eval(teacher):
             return run_to_head(teacher, batch.get("teacher") or batch, record)
 
 
 @contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
+def in_eval(model: nn.Module) -> Iterator[None]:
     """No dropout; each module gets its mode back, for it may be a part of something that trains."""
     training = [module for module in model.modules() if module.training]
     for module in training:
@@ -134,6 +135,11 @@ def _loss(
         _same_images(ours["image_lens"], own["image_lens"])
     if isinstance(loss, Objective):
         return loss(student, teacher, {**ours, "teacher": own}, counts)
+    if batch.get("on_policy") is not None:
+        raise ValueError(
+            "on_policy: got answers of the student's, which a LlavaKDLoss would train as if they "
+            "were given; expected an objective (methods.llava_kd.objective())"
+        )
     return loss(
         student,
         teacher,

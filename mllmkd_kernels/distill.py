@@ -6,7 +6,7 @@ the row weights and calls the operator in `ops.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from mllmkd_kernels.backends.products import accumulation_dtype
 from mllmkd_kernels.casting import wants
 from mllmkd_kernels.choose import choose_backend
 from mllmkd_kernels.divergence import Divergence
-from mllmkd_kernels.logits import standardized
 
 
 @dataclass(frozen=True)
@@ -108,9 +107,10 @@ def fused_linear_distill(
             The teacher's, and the agreement, are None where no divergence is computed: without a
             teacher, or with ``kd_weight=0``. The backend "cuda" has none.
         standardize: the divergence sees each row's logits z-scored, (z − μ)/(σ + 1e-7) with their
-            population standard deviation, gradient through σ included (LLAVADI's `norm_logits`).
-            Through scaled hidden states: see `logit_std` for the cost. Refused with a bias or a
-            soft-cap. The cross-entropy sees the logits as they are, in a sweep of its own.
+            population standard deviation, gradient through σ included (LLAVADI's `norm_logits`);
+            the temperature divides them. μ and σ are of the logits at hand, after bias and
+            soft-cap, so a masked token (−inf) makes its row NaN. The cross-entropy sees the logits
+            as they are. The backend "cuda" has none.
 
     Returns:
         `DistillOutput` with the loss and the per-row terms. Gradients come in the dtype of what
@@ -130,21 +130,6 @@ def fused_linear_distill(
     heads = [w for w in (student_weight, teacher_weight) if w is not None]
     vocab = checks.vocabulary(vocab_size, *(w.shape[0] for w in heads))
     table, temperature = Divergence.of(divergence), checks.temperature(temperature)
-    if standardize and ht is not None and wt is not None:
-        scaled_s = standardized("student_", hs, ws, bs, student_softcap, vocab, kd_rows)
-        scaled_t = standardized("teacher_", ht, wt, bt, teacher_softcap, vocab, kd_rows)
-        options: dict[str, Any] = dict(vocab_size=vocab, backend=backend, workspace_mb=workspace_mb)
-        with torch.autocast(hs.device.type, enabled=False):  # scaled in fp32, they stay so
-            out = fused_linear_distill(
-                scaled_s, ws, scaled_t, wt, kd_weight=kd_weight, divergence=table,
-                temperature=temperature, diagnostics=diagnostics, **options,
-            )  # fmt: skip
-            if ce_rows is None:
-                return out
-            alone = fused_linear_distill(
-                hs, ws, labels=labels, ce_weight=ce_weight, ignore_index=ignore_index, **options
-            )
-        return replace(out, loss=out.loss + alone.loss, ce=alone.ce)
     acc = accumulation_dtype(hs, ws, bs, ht, wt, bt)
     want_dh, want_dw, want_db = wants(hs, ws, bs)
     late = want_dw and _factored(checks.backend(backend), hs, acc)
@@ -155,7 +140,7 @@ def fused_linear_distill(
         checks.softcap("teacher_softcap", teacher_softcap),
         vocab, checks.integer("ignore_index", ignore_index), want_dh,
         want_dw and not late, want_db, checks.backend(backend), checks.workspace(workspace_mb),
-        diagnostics, late,
+        diagnostics, late, standardize and ht is not None,
     )  # fmt: skip
     shown = found.detach().unbind()[: 1 if ht is None else 3] if diagnostics else ()
     return DistillOutput(loss, ce.detach(), kd.detach(), *shown)

@@ -40,26 +40,6 @@ def gram(
     return g
 
 
-def grams(
-    ws: Tensor,  # (≥V, D_s)
-    bs: Tensor | None,  # (≥V,)
-    wt: Tensor,  # (≥V, D_t)
-    bt: Tensor | None,  # (≥V,)
-    vocab: int,
-) -> tuple[Tensor, Tensor]:
-    """G = W_sᵀ W_s, (D_s, D_s), and C = W_sᵀ W_t, (D_s, D_t), over the first `vocab` rows, fp64;
-    biases are extra columns.
-    """
-    d_s, d_t = ws.shape[1] + (bs is not None), wt.shape[1] + (bt is not None)
-    g = torch.zeros(d_s, d_s, dtype=torch.float64, device=ws.device)
-    c = torch.zeros(d_s, d_t, dtype=torch.float64, device=ws.device)
-    for rows in products.chunks(vocab, products.VOCAB_SLICE):
-        w = _with_bias(ws, bs, rows, g.dtype)
-        g.addmm_(w.mT, w)
-        c.addmm_(w.mT, _with_bias(wt, bt, rows, c.dtype))
-    return g, c
-
-
 def gram_backward(
     dg: Tensor,  # (D, D)
     weight: Tensor,  # (≥V, D)
@@ -69,36 +49,11 @@ def gram_backward(
     """dW = W (dG + dGᵀ) in the weight's dtype, zero beyond `vocab`; db is its last column
     (empty without a bias).
     """
-    return _head_gradient([(weight, bias, dg + dg.mT)], weight, bias, vocab)
-
-
-def grams_backward(
-    dg: Tensor,  # (D_s, D_s)
-    dc: Tensor,  # (D_s, D_t)
-    ws: Tensor,  # (≥V, D_s)
-    bs: Tensor | None,  # (≥V,)
-    wt: Tensor,  # (≥V, D_t)
-    bt: Tensor | None,  # (≥V,)
-    vocab: int,
-) -> tuple[Tensor, Tensor]:
-    """dW_s = W_s (dG + dGᵀ) + W_t dCᵀ, otherwise as `gram_backward`. Near convergence the two
-    cancel, so that they are summed before they are rounded.
-    """
-    return _head_gradient([(ws, bs, dg + dg.mT), (wt, bt, dc.mT)], ws, bs, vocab)
-
-
-def _head_gradient(
-    terms: list[tuple[Tensor, Tensor | None, Tensor]],  # heads, and what they are multiplied by
-    weight: Tensor,
-    bias: Tensor | None,
-    vocab: int,
-) -> tuple[Tensor, Tensor]:
-    d = weight.shape[1]
+    d, both = weight.shape[1], dg + dg.mT
     dw = torch.zeros_like(weight)
     db = torch.zeros_like(bias) if bias is not None else weight.new_empty(0)
     for rows in products.chunks(vocab, products.VOCAB_SLICE):
-        total = sum(_with_bias(w, b, rows, matrix.dtype) @ matrix for w, b, matrix in terms)
-        assert isinstance(total, Tensor)
+        total = _with_bias(weight, bias, rows, both.dtype) @ both
         dw[rows] = total[:, :d].to(dw.dtype)
         if bias is not None:
             db[rows] = total[:, d].to(db.dtype)

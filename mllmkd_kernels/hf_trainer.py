@@ -14,15 +14,17 @@ The trainer keeps its model, data, optimiser, checkpoints and wrappers; the mixi
 3. logs: the terms by name (and the loss's diagnostics), in training and in evaluation, where
    they and the loss are means over the rows of the whole set, however it is cut into batches;
 4. `prediction_step`: logits are made only where `compute_metrics` asks for them;
-5. the loading of checkpoints, which for some classes silently loads nothing.
+5. the loading of checkpoints, which for some classes silently loads nothing;
+6. the batch, where a view makes another of it, before anything is counted (`drawn`).
 
 The teacher is an attribute of the trainer, not of its model: no optimiser, checkpoint or wrapper
 sees it. Terms with parameters of their own are the student's while it trains (`learned`). Left out:
-context and sequence parallelism; teachers sharded over devices; such terms under FSDP, DeepSpeed.
+context and sequence parallelism; teachers sharded over devices; such terms under DeepSpeed.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +42,8 @@ from mllmkd_kernels.batch import (
     forward_through,
     image_token_id,
 )
+from mllmkd_kernels.drawn import BatchView, DrawsThroughView
+from mllmkd_kernels.experts import check_adapters
 from mllmkd_kernels.llava_kd import LlavaKDLoss, LlavaKDOutput
 from mllmkd_kernels.models import hidden_size
 from mllmkd_kernels.objective import Losses, Objective
@@ -116,7 +120,7 @@ class LoadsItsCheckpoints(Trainer):
         student.load_state_dict(saved.state_dict() | learned.state(student))
 
 
-class DistillMixin(StepCounts, LoadsItsCheckpoints):
+class DistillMixin(DrawsThroughView, StepCounts, LoadsItsCheckpoints):
     """Goes before a `transformers.Trainer` class and makes its loss a distillation's.
 
     Args:
@@ -126,6 +130,7 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         objective: the terms, and what they need. Those with parameters of their own are trained as
             the student is, at its rate, and are in checkpoints but in no saved model.
         kd_loss: LLaVA-KD's four terms instead; by default these, under the paper's weights.
+        view: what becomes of a batch first, `mk.on_policy()` for instance.
         *args, **kwargs: the trainer's own.
 
     Batches are `mllmkd_kernels.batch`'s: what the student takes, with `labels`; optionally
@@ -143,9 +148,11 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         teacher: Teacher | None,
         kd_loss: LlavaKDLoss | None = None,
         objective: Objective | None = None,
+        view: BatchView | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.view, self.notes = view, Counter[str]()
         self._refuse_what_would_be_ignored()
         self.model_accepts_loss_kwargs = True  # what transformers before 5.19 goes by
         if objective is not None and kd_loss is not None:
@@ -220,7 +227,7 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss of an evaluation batch; a second forward for its logits where metrics want them."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self.seen(self._prepare_inputs(inputs), training=False)
         counts = self._get_num_items_in_batch([inputs], self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs, num_items_in_batch=counts)
@@ -247,11 +254,14 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the terms, means over the optimiser steps since the last entry."""
+        """Add the terms, means over the optimiser steps since the last entry, and what a view has
+        noted since then.
+        """
         if "loss" in logs and self._counted_from is not None:
             steps = self.state.global_step - self._counted_from
             logs.update(self._means(True, [steps] * len(self._sums[True])))
             self._sums[True], self._counted_from = {}, None
+            logs.update(self.noted())
         super().log(logs, start_time)
 
     def note(
@@ -288,13 +298,18 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
     def _attach(self, teacher: Teacher | None) -> None:
         """The parameters of the objective's own become the student's."""
         student: Any = self.accelerator.unwrap_model(self.model)
+        check_adapters(student)
         learned.detach(student)
-        if not isinstance(self.objective, Objective) or not len(self.objective.learned):
+        if not isinstance(self.objective, Objective):
             return
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        self.objective.report_on(student)
+        if not len(self.objective.learned):
+            return
+        fsdp: Any = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if self.is_deepspeed_enabled or (fsdp is not None and fsdp.fsdp_version < 2):
             raise ValueError(
                 f"objective: its terms {list(self.objective.learned)} have parameters, which are "
-                "not whole where FSDP or DeepSpeed shards them; expected one process a GPU, or DDP"
+                "not whole under FSDP1 and not tried under DeepSpeed; expected DDP or FSDP2"
             )
         # one that is no model may say its own
         known = hidden_size(teacher) if isinstance(teacher, nn.Module) else None
@@ -305,7 +320,10 @@ class DistillMixin(StepCounts, LoadsItsCheckpoints):
                 f"{list(self.objective.learned)} are made for"
             )
         self.objective.build(hidden_size(student), known)
-        learned.attach(student, self.objective.learned.to(self.args.device))
+        terms = self.objective.learned.to(self.args.device)
+        if fsdp is not None:  # which gathers what trains in one dtype
+            terms.to(next(p.dtype for p in student.parameters() if p.requires_grad))
+        learned.attach(student, terms)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

@@ -1,5 +1,5 @@
 """Where do an objective's own parameters live while a trainer trains? In the student, as one more
-submodule of it: optimiser and DDP take them for its own. No student is saved with them; a
+submodule of it: optimiser, DDP and FSDP2 take them for its own. No student is saved with them; a
 checkpoint has them in a file of its own.
 """
 
@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from mllmkd_kernels.pieces import load_whole, whole
 
 PLACE = "objective_terms"  # of the submodule
 FILE = f"{PLACE}.safetensors"  # in a checkpoint
@@ -37,8 +38,10 @@ def names(student: nn.Module) -> list[str]:
 
 
 def state(student: nn.Module) -> dict[str, Tensor]:
-    """Their values, by the names of the student's state."""
-    return {name: student.state_dict()[name].detach() for name in names(student)}
+    """Their whole values, by the names of the student's state. All processes must call it."""
+    terms = getattr(student, PLACE, None)
+    values = {} if terms is None else terms.state_dict()
+    return {f"{PLACE}.{name}": whole(x.detach()) for name, x in values.items()}
 
 
 def saved(folder: str | Path, student: nn.Module) -> dict[str, Tensor]:
@@ -65,9 +68,8 @@ def save(folder: str | Path, values: dict[str, Tensor]) -> None:
 
 
 def load(folder: str | Path, student: nn.Module) -> None:
-    """Values of a checkpoint into a student that is not sharded."""
+    """Values of a checkpoint into the student."""
     terms: Any = getattr(student, PLACE, None)
     if terms is not None:
         values = saved(folder, student)
-        with torch.no_grad():
-            terms.load_state_dict({n.removeprefix(f"{PLACE}."): x for n, x in values.items()})
+        load_whole(terms, {n.removeprefix(f"{PLACE}."): x for n, x in values.items()})

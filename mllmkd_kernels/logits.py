@@ -1,28 +1,14 @@
-"""What can be said of logits without logits? Their spread, and how far the student's are from the
-teacher's in squares.
-
-Both are quadratic forms of the hidden states, whose matrices are Grams of the heads:
-
-    mean_k (z_s − z_t)² = (h_s G_s h_s − 2 h_s C h_t + h_t G_t h_t) / V,   C = W_sᵀ W_t
-    σ² = h (G/V − w̄ w̄ᵀ) h,   w̄ = the mean row of W
-
-Near convergence the first is a small difference of large numbers, and so is the second where logits
-have a large mean: Grams, forms and sums are fp64 whatever the inputs are. A Gram costs V·D²
-products, as much as D/2 rows of logits; processors that are slow in fp64 feel it.
-"""
+"""What can be said of a head's logits? How wide they spread, how far they are from another's."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mllmkd_kernels import checks
+from mllmkd_kernels import checks, ops, relation_ops
 from mllmkd_kernels.backends.products import accumulation_dtype
-from mllmkd_kernels.casting import autocast
-from mllmkd_kernels.relation import check_gram, with_ones
-from mllmkd_kernels.relation_ops import grams, head_gram
-
-EPS = 1e-7  # beside σ, as LLAVADI's released code has it
+from mllmkd_kernels.casting import autocast, wants
+from mllmkd_kernels.relation import with_ones
 
 
 def logit_std(
@@ -34,6 +20,11 @@ def logit_std(
 ) -> Tensor:
     """Population standard deviation of each row's logits over the vocabulary: (N,) fp32 (fp64 for
     fp64), differentiable; where it is 0 its gradient is 0.
+
+    Through the Gram matrix of the head, ``σ² = h (G/V − w̄ w̄ᵀ) h`` with w̄ the mean row of W, so
+    there are no logits; in fp64, because it is a small difference where logits have a large mean.
+    G costs V·D² products, as much as D/2 rows of logits, whatever N is; a bias, one copy of the
+    head. Inside a divergence, `fused_linear_distill` with ``standardize=True`` needs no G.
 
     Args:
         hidden, weight, bias: the head and its input, as in `fused_linear_distill`.
@@ -47,40 +38,14 @@ def logit_std(
     vocab = checks.vocabulary(vocab_size, weight.shape[0])
     h, w, b = autocast(hidden, weight, bias)
     assert h is not None and w is not None
-    ones = torch.ones(1, 1, dtype=w.dtype, device=w.device).expand(vocab, 1)
-    gram, total = grams(w, b, ones, None, vocab)  # C = Wᵀ 1 is V·w̄
-    variance = _form(with_ones(h.double(), b), gram / vocab - total @ total.mT / vocab**2)
+    wide = w if b is None else torch.cat((w, b[:, None]), 1)
+    both = relation_ops.head_gram(wide, wide.new_ones(wide.shape[0]), vocab, True)  # of [W 1]
+    gram, total = both[:-1, :-1], both[:-1, -1:]  # Wᵀ 1 is V·w̄
+    x = with_ones(h.double(), b)
+    variance = (x @ (gram / vocab - total @ total.mT / vocab**2) * x).sum(-1)
     spread = ~(variance <= 0)  # or NaN
     std = torch.where(spread, variance, 1.0).sqrt().where(spread, 0.0)
     return std.to(accumulation_dtype(h, w, b))
-
-
-def standardized(
-    who: str,
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,
-    softcap: float | None,
-    vocab_size: int,
-    row_weight: Tensor | None = None,  # (N,)
-) -> Tensor:
-    """h/(σ + ε), (N, D) fp32 (fp64 for fp64): softmax of its logits is softmax((z − μ)/(σ + ε)),
-    the z-scored logits of LLAVADI's `norm_logits`, since a softmax does not see μ. Differentiable,
-    σ included.
-
-    Raises:
-        ValueError: a bias or a soft-cap, which a scaled hidden state does not scale.
-    """
-    for name, given in (("bias", bias), ("softcap", softcap)):
-        if given is not None:
-            raise ValueError(
-                f"{who}{name}: got one beside standardize=True, expected None: the logits are "
-                "scaled through the hidden states"
-            )
-    if row_weight is not None:
-        hidden = finite(hidden, row_weight == 0)
-    std = logit_std(hidden, weight, vocab_size=vocab_size)
-    return hidden.to(std.dtype) / (std + EPS)[:, None]
 
 
 def fused_linear_logit_mse(
@@ -93,19 +58,18 @@ def fused_linear_logit_mse(
     student_bias: Tensor | None = None,  # (V_s,)
     teacher_bias: Tensor | None = None,  # (V_t,)
     vocab_size: int | None = None,
-    teacher_gram: Tensor | None = None,  # (D_t, D_t)
+    workspace_mb: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Σ_n row_weight[n] · mean_k (z_s − z_t)², exactly, without logits (LLAVADI's logit MSE).
+    """Σ_n row_weight[n] · mean_k (z_s − z_t)² (LLAVADI's logit MSE), a chunk of rows at a time.
 
-    Rows whose weight is 0 contribute exactly 0.
+    Rows whose weight is 0 contribute exactly 0. Plain PyTorch on every device: see `squares`.
 
     Args:
         student_hidden, student_weight, teacher_hidden, teacher_weight, *_bias: the heads as in
             `fused_linear_distill`; only the student's receive gradients. Biases are finite.
         row_weight: a number or (N,); it carries the normalisation.
         vocab_size: shared columns; default the smaller head.
-        teacher_gram: cached ``head_gram(..., dtype=torch.float64)`` of the teacher's head, with its
-            bias and this `vocab_size`.
+        workspace_mb: as in `fused_linear_distill`.
 
     Returns:
         the loss, a scalar, differentiable, and the mean square of every row (N,), detached; fp32
@@ -128,23 +92,9 @@ def fused_linear_logit_mse(
     hs, ws, bs = autocast(student_hidden, student_weight, student_bias)
     ht, wt, bt = autocast(*(None if x is None else x.detach() for x in teacher))
     assert hs is not None and ws is not None and ht is not None and wt is not None
-    check_gram("teacher_", teacher_gram, wt, bt, torch.float64)
-    gt = head_gram(wt, bt, vocab, True) if teacher_gram is None else teacher_gram.detach()
-    xs, xt = (with_ones(finite(h, weight == 0).double(), b) for h, b in ((hs, bs), (ht, bt)))
-    gs, cross = grams(ws, bs, wt, bt, vocab)
-    squares = _form(xs, gs) - 2 * (xs @ cross * xt).sum(-1) + _form(xt, gt)
-    mean = (squares / vocab).clamp(min=0)
     acc = accumulation_dtype(hs, ws, bs, ht, wt, bt)
-    return (weight.double() * mean).sum().to(acc), mean.detach().to(acc)
-
-
-def finite(hidden: Tensor, dead: Tensor) -> Tensor:
-    """Hidden states (N, D) without what is not finite in `dead` rows, those without weight: their
-    gradient is 0, and through a Gram it would be 0 · NaN.
-    """
-    return hidden.masked_fill(dead[:, None] & ~hidden.isfinite(), 0)
-
-
-def _form(x: Tensor, matrix: Tensor) -> Tensor:
-    """x M x of each row of x (N, D): (N,)."""
-    return (x @ matrix * x).sum(-1)
+    loss, squares, *_ = ops.linear_logit_mse(
+        hs, ws, bs, ht, wt, bt, weight.to(acc), vocab, *wants(hs, ws, bs),
+        checks.workspace(workspace_mb),
+    )  # fmt: skip
+    return loss, squares.detach()

@@ -208,10 +208,10 @@ def _find_head(model: Any) -> tuple[nn.Linear, str]:
             f"{tuple(weight.shape)} of {weight.dtype} on {weight.device}, expected a floating "
             "(V, D) tensor, whole and in memory: gather it if sharded, keep it out of offloading"
         )
-    return head, _path_of(model, head)
+    return head, path_of(model, head)
 
 
-def _path_of(model: nn.Module, part: nn.Module) -> str:
+def path_of(model: nn.Module, part: nn.Module) -> str:
     """The dotted name of `part` in `model`."""
     for path, module in model.named_modules():
         if module is part:

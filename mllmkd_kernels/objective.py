@@ -10,6 +10,7 @@ only a method's file says (`methods/`).
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -31,7 +32,11 @@ SAYS = ("name", "weight", "over", "needs")
 
 
 class Term(Protocol):
-    """A summand of the loss that is no row term; it may be an `nn.Module` with parameters."""
+    """A summand of the loss that is no row term; it may be an `nn.Module` with parameters.
+
+    One that reports on parts of the student, with diagnostics, also has `report_on(student)`, which
+    gives names, and `report(view)`, by these names this micro-batch's shares of means.
+    """
 
     @property
     def name(self) -> str:
@@ -110,6 +115,7 @@ class Objective(nn.Module):
         self._sweeps = sweeps(rows)
         answers = [term for term in rows if term.rows.startswith("response")]
         self._watched = answers[-1] if self.settings.diagnostics and answers else None
+        self._reports: dict[str, list[str]] = {}
         self.over = {name: term.over for name, term in self.terms.items()}
         if watched := self._watched:
             compared = any(sweep.has(watched) and sweep.divergence for sweep in self._sweeps)
@@ -126,6 +132,20 @@ class Objective(nn.Module):
         for term in self.learned.values():
             if build := getattr(term, "build", None):
                 build(student, teacher)
+
+    def report_on(self, student: nn.Module) -> None:
+        """With diagnostics, terms that report on parts of the student name them; from then on they
+        are among the means.
+        """
+        for name in itertools.chain(*self._reports.values()):
+            del self.over[name]
+        self._reports = {
+            term.name: report_on(student)
+            for term in self.terms.values()
+            if self.settings.diagnostics and (report_on := getattr(term, "report_on", None))
+        }
+        for name, reported in self._reports.items():
+            self.over |= dict.fromkeys(reported, self.terms[name].over)
 
     def forward(
         self,
@@ -171,6 +191,9 @@ class Objective(nn.Module):
                     )
                 losses.append(term.weight * value)
                 means[name] = value.detach()
+                if name in self._reports:
+                    reporter: Any = term
+                    means |= reporter.report(view)
         return Losses(
             functools.reduce(operator.add, losses), {name: means[name] for name in self.over}
         )

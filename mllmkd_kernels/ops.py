@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllmkd_kernels import plan
+from mllmkd_kernels import plan, squares
 from mllmkd_kernels.backends import eager, products
 from mllmkd_kernels.backends.calls import Head, Options, Targets
 from mllmkd_kernels.divergence import Divergence
@@ -51,6 +51,7 @@ def linear_distill(
     workspace_mb: float,
     want_diagnostics: bool = False,
     factored: bool = False,
+    standardize: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, ce (N,), kd (N,), dh, dw, db, dz, h, diagnostics): see `backends.eager.distill_rows`.
 
@@ -64,7 +65,8 @@ def linear_distill(
         torch.float64 if torch.float64 in dtypes else ws.dtype, len(dtypes) == 1, divergence,
     )  # fmt: skip
     budget = workspace_mb if workspace_mb > 0 else None
-    chosen = plan.distill_plan(shapes, hs.device, backend, budget)
+    algorithm = "chunk" if standardize else None  # σ is of a whole row
+    chosen = plan.distill_plan(shapes, hs.device, backend, budget, algorithm)
     module, stream = module_named(chosen.backend), chosen.algorithm == "stream"
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     found = hs.new_zeros((3, hs.shape[0]) if want_diagnostics else 0, dtype=acc)
@@ -72,7 +74,9 @@ def linear_distill(
     student = Head(hs, ws, bs, cap_s)
     teacher = None if ht is None or wt is None else Head(ht, wt, bt, cap_t)
     table = Divergence.with_param(divergence, param)
-    targets = Targets(labels, ce_weight, kd_weight, table, temperature, ignore_index)
+    targets = Targets(
+        labels, ce_weight, kd_weight, table, temperature, ignore_index, standardize
+    )  # fmt: skip
     options = Options(
         vocab, chosen.chunk_vocab if stream else chosen.chunk_rows, want_dh, want_dw, want_db,
         found if want_diagnostics else None, slope if factored else None, chosen.fold_rows,
@@ -89,7 +93,7 @@ def linear_distill(
 @linear_distill.register_fake
 def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature, cap_s,
       cap_t, vocab, ignore_index, want_dh, want_dw, want_db, backend, workspace_mb,
-      want_diagnostics=False, factored=False):  # fmt: skip
+      want_diagnostics=False, factored=False, standardize=False):  # fmt: skip
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     rows = hs.new_empty(hs.shape[0], dtype=acc)
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
@@ -102,7 +106,44 @@ def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, t
     return loss, rows, kd, dh, dw, db, slope, alive, found
 
 
-gradients_formed_in_forward(linear_distill, 23, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2}, factors=(6, 7))
+gradients_formed_in_forward(linear_distill, 24, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2}, factors=(6, 7))
+
+
+# --- linear_logit_mse: squared distance of the logits of two heads ------------------------------
+
+
+@operator("linear_logit_mse")
+def linear_logit_mse(
+    hs: Tensor,
+    ws: Tensor,
+    bs: Tensor | None,
+    ht: Tensor,
+    wt: Tensor,
+    bt: Tensor | None,
+    row_weight: Tensor,
+    vocab: int,
+    want_dh: bool,
+    want_dw: bool,
+    want_db: bool,
+    workspace_mb: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, mean squares (N,), dh, dw, db): see `squares.logit_mse`."""
+    acc, budget = row_weight.dtype, workspace_mb if workspace_mb > 0 else None
+    name = "triton" if hs.is_cuda else "eager"  # the budget of the device
+    chunk = plan.chunk_rows(name, hs.shape[0], vocab, 2, acc.itemsize, budget)
+    options = Options(vocab, chunk, want_dh, want_dw, want_db)
+    return squares.logit_mse(Head(hs, ws, bs), Head(ht, wt, bt), row_weight, options)
+
+
+@linear_logit_mse.register_fake
+def _(hs, ws, bs, ht, wt, bt, row_weight, vocab, want_dh, want_dw, want_db, workspace_mb):
+    dh = row_weight.new_empty(hs.shape if want_dh else (0,))
+    dw = row_weight.new_empty(ws.shape if want_dw else (0,))
+    db = row_weight.new_empty(ws.shape[0] if want_db else 0)
+    return row_weight.new_empty(()), torch.empty_like(row_weight), dh, dw, db
+
+
+gradients_formed_in_forward(linear_logit_mse, 12, {0: 2, 1: 3, 2: 4, 6: 1})
 
 
 # --- linear_logprob: log-probability of given tokens ----------------------------------------------

@@ -28,6 +28,13 @@ _OF_MARGIN: dict[str, Callable[[Tensor, float], Tensor]] = {
 KINDS = ("kto_pair", *_OF_MARGIN)
 
 
+def check_kind(kind: str, beta: float) -> float:
+    """β of a loss of that kind; `ValueError`, `TypeError` where there is no such kind or β."""
+    if kind not in KINDS:
+        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+    return checks.positive("beta", beta)
+
+
 def preference_loss(
     chosen: Tensor,  # (B,)
     rejected: Tensor,  # (B,)
@@ -39,6 +46,9 @@ def preference_loss(
     detach_baseline: bool = True,
 ) -> Tensor:
     """Mean over pairs of the loss of that kind: a scalar, fp32 (fp64 for fp64), 0 without pairs.
+
+    A few operations on B numbers, so plain PyTorch on every device: what costs, the products with
+    the heads, is in `fused_linear_logprob`.
 
     Args:
         chosen, rejected: the student's log-probability of each whole answer, summed over its
@@ -59,9 +69,7 @@ def preference_loss(
         checks.floating(name, x, 1)
         checks.same_rows(name, x.shape[0], "chosen", chosen.shape[0])
         checks.same_device(name, x, "chosen", chosen)
-    if kind not in KINDS:
-        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
-    beta, acc = checks.positive("beta", beta), accumulation_dtype(*given.values())
+    beta, acc = check_kind(kind, beta), accumulation_dtype(*given.values())
     r_c = chosen.to(acc) - reference_chosen.detach().to(acc)
     r_r = rejected.to(acc) - reference_rejected.detach().to(acc)
     pairs = max(chosen.shape[0], 1)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mllmkd_kernels.experts import decoder_layers, routers
 from mllmkd_kernels.heads import Recorded
 from mllmkd_kernels.needs import Needs
 
@@ -54,14 +55,14 @@ def recording(model: Any, needs: Needs | None) -> Iterator[Callable[[], Recorded
 
     wanted = needs or Needs()
     if wanted.layers or wanted.attention or wanted.router:
-        parts = _layers(model)
+        parts = decoder_layers(model)
         for k in wanted.layers:
             see(_at(parts, k, "layers"), _into(layers, k), 0, "layers")
         for k in wanted.attention:
             part: Any = _at(parts, k, "attention")
             see(part.self_attn, _into(attention, k), 1, "attention")
         if wanted.router:
-            for gate in _routers(model, parts):
+            for gate in routers(model).values():
                 see(gate, router.append, 0, "router")
     try:
         yield lambda: Recorded(layers, attention, tuple(router))
@@ -70,26 +71,10 @@ def recording(model: Any, needs: Needs | None) -> Iterator[Callable[[], Recorded
             handle.remove()
 
 
-def _layers(model: Any) -> nn.ModuleList:
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise TypeError(f"model: {type(model).__name__} has no decoder with layers to record")
-    return layers
-
-
 def _at(layers: nn.ModuleList, index: int, what: str) -> nn.Module:
     if not -len(layers) <= index < len(layers):
         raise ValueError(f"{what}: got {index}, expected one of {len(layers)} layers")
     return layers[index]
-
-
-def _routers(model: nn.Module, layers: nn.ModuleList) -> list[nn.Module]:
-    gates = [getattr(getattr(layer, "mlp", None), "gate", None) for layer in layers]
-    found = [gate for gate in gates if isinstance(gate, nn.Module)]
-    if not found:
-        raise ValueError(f"router: {type(model).__name__} has no mixture of experts")
-    return found
 
 
 def _into(found: dict[int, Tensor], key: int) -> Callable[[Tensor], None]:

@@ -58,7 +58,6 @@ def head_gram(
     bias: Tensor | None = None,  # (V,)
     *,
     vocab_size: int | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """G = WᵀW, to compute once and keep while a head is frozen: (D, D) fp32, (D + 1, D + 1) with a
     bias.
@@ -67,7 +66,6 @@ def head_gram(
         weight, bias: the head, floating. A trainable one makes G differentiable.
         vocab_size: rows that take part. For a pair of heads of different sizes pass the smaller to
             both.
-        dtype: ``torch.float64`` for `fused_linear_logit_mse`, where quadratic forms cancel.
 
     Raises:
         TypeError, ValueError: as `fused_linear_distill`.
@@ -75,10 +73,8 @@ def head_gram(
     checks.floating("weight", weight, 2)
     checks.head_bias("bias", bias, "weight", weight)
     checks.in_memory("weight", weight)
-    if dtype not in (None, torch.float64):
-        raise ValueError(f"dtype: expected None or torch.float64, got {dtype}")
     vocab = checks.vocabulary(vocab_size, weight.shape[0])
-    return relation_ops.head_gram(weight, bias, vocab, dtype is not None)
+    return relation_ops.head_gram(weight, bias, vocab)
 
 
 def fused_linear_relation(
@@ -195,13 +191,7 @@ class Pair(NamedTuple):
         return relation_ops.relation(hs, gs, ht, gt.detach(), self.cu, *want, chosen, joint)[0]
 
 
-def check_gram(
-    who: str,
-    gram: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype | None = None,
-) -> None:
+def check_gram(who: str, gram: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
     """A cached Gram fits its head."""
     if gram is None:
         return
@@ -209,8 +199,6 @@ def check_gram(
     size = weight.shape[1] + (bias is not None)
     if tuple(gram.shape) != (size, size):
         raise ValueError(f"{who}gram: expected shape ({size}, {size}), got {tuple(gram.shape)}")
-    if dtype not in (None, gram.dtype):
-        raise TypeError(f"{who}gram: expected {dtype}, got {gram.dtype}")
     checks.same_device(f"{who}gram", gram, f"{who}weight", weight)
 
 

@@ -61,55 +61,6 @@ head_gram.register_autograd(_gram_backward, setup_context=_gram_context)
 no_double_backward(head_gram_backward)
 
 
-@operator("grams")
-def grams(
-    ws: Tensor, bs: Tensor | None, wt: Tensor, bt: Tensor | None, vocab: int
-) -> tuple[Tensor, Tensor]:
-    """G = W_sᵀ W_s and C = W_sᵀ W_t, fp64, differentiable in W_s: see `gram.grams`."""
-    return gram.grams(ws, bs, wt, bt, vocab)
-
-
-@grams.register_fake
-def _(ws, bs, wt, bt, vocab):
-    d_s, d_t = ws.shape[1] + (bs is not None), wt.shape[1] + (bt is not None)
-    double = torch.float64
-    return ws.new_empty(d_s, d_s, dtype=double), ws.new_empty(d_s, d_t, dtype=double)
-
-
-@operator("grams_backward")
-def grams_backward(
-    dg: Tensor,
-    dc: Tensor,
-    ws: Tensor,
-    bs: Tensor | None,
-    wt: Tensor,
-    bt: Tensor | None,
-    vocab: int,
-) -> tuple[Tensor, Tensor]:
-    """dW_s and db_s of `grams`: see `gram.grams_backward`."""
-    return gram.grams_backward(dg, dc, ws, bs, wt, bt, vocab)
-
-
-@grams_backward.register_fake
-def _(dg, dc, ws, bs, wt, bt, vocab):
-    return ws.new_empty(ws.shape), ws.new_empty(0) if bs is None else bs.new_empty(bs.shape)
-
-
-def _grams_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *heads, ctx.vocab = inputs
-    ctx.save_for_backward(*heads)
-
-
-def _grams_backward(ctx: Any, dg: Tensor, dc: Tensor) -> tuple[Tensor | None, ...]:
-    ws, bs, wt, bt = ctx.saved_tensors
-    dw, db = grams_backward(dg, dc, ws, bs, wt, bt, ctx.vocab)
-    return dw, None if bs is None else db, None, None, None
-
-
-grams.register_autograd(_grams_backward, setup_context=_grams_context)
-no_double_backward(grams_backward)
-
-
 @operator("affinity")
 def affinity(
     visual_s: Tensor,

@@ -6,6 +6,7 @@ name               positions of the (B, T) of a batch
 ================== ====================================================================
 response           whose *next* token has a label: position t predicts token t + 1
 response:unshifted that have a label themselves
+response:given     of `response`, in samples whose answer the student did not write
 visual             of images, unshifted: what the head says *at* an image token
 valid              all but padding
 response:cot       of `response`, in samples of that kind: any set, any kind
@@ -124,6 +125,10 @@ def _unshifted(batch: Batch, ignore_index: int) -> Tensor:
     return entry(batch, "labels") != ignore_index
 
 
+def _given(batch: Batch, ignore_index: int) -> Tensor:
+    return targets(batch, ignore_index) != ignore_index
+
+
 def _visual(batch: Batch, ignore_index: int) -> Tensor:
     return entry(batch, "image_mask")
 
@@ -139,15 +144,19 @@ def _valid(batch: Batch, ignore_index: int) -> Tensor:
 ROW_SETS: dict[str, Callable[[Batch, int], Tensor]] = {
     "response": _response,
     "response:unshifted": _unshifted,
+    "response:given": _given,
     "visual": _visual,
     "valid": _valid,
 }
+
+#: Kinds of the two answers of a pair; a batch of pairs has all of one, then all of the other.
+PAIR = ("chosen", "rejected")
 
 #: What a mean may be over besides rows.
 UNITS: dict[str, Callable[[Batch], int]] = {
     "images": lambda batch: images(batch),
     "samples": lambda batch: len(entry(batch, "labels")),
-    "pairs": lambda batch: len(entry(batch, "labels")) // 2,  # chosen ones, then rejected ones
+    "pairs": lambda batch: len(entry(batch, "labels")) // len(PAIR),
 }
 
 
@@ -183,11 +192,17 @@ def row_mask(name: str, batch: Batch, ignore_index: int = IGNORE_INDEX) -> Tenso
 
 
 def select(name: str, batch: Batch, ignore_index: int = IGNORE_INDEX) -> tuple[Tensor, Tensor]:
-    """Flat indices (N,) into B·T of a row set, and the labels of their next tokens (N,),
-    `ignore_index` where there is none.
-    """
+    """Flat indices (N,) into B·T of a row set, and their `targets` (N,)."""
     index = flat(row_mask(name, batch, ignore_index))
-    return index, next_tokens(entry(batch, "labels"), ignore_index).flatten()[index]
+    return index, targets(batch, ignore_index).flatten()[index]
+
+
+def targets(batch: Batch, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """(B, T), the next tokens that cross-entropy teaches: none, `ignore_index`, that the student
+    wrote itself.
+    """
+    following, own = next_tokens(entry(batch, "labels"), ignore_index), batch.get("on_policy")
+    return following if own is None else following.masked_fill(own[:, None], ignore_index)
 
 
 def count(name: str, batch: Batch, ignore_index: int = IGNORE_INDEX) -> int | Tensor:

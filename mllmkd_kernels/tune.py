@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,12 +141,15 @@ def jobs(quick: bool = False) -> list[Job]:
     """Every kernel of the tables for each class of operands; `quick` tries half the candidates."""
     half, single = torch.bfloat16, torch.float32
     found = [Job("rows", "single", single, _rows, tuple(_row_candidates()))]
-    for name, prepare in (
-        ("statistics", _statistics), ("values", _values), ("gradient", _gradient),
-    ):  # fmt: skip
+    asked: dict[str, dict[str, Any]] = {
+        "statistics": {"teacher": False}, "values": {},
+        "gradient": {"divergence": "forward_kl", "gradient": True},
+    }  # fmt: skip
+    for name, options in asked.items():
         for kind, dtype in (("half", half), ("single", single)):
             candidates = tuple(_matrix_candidates(kind, two_heads=name != "statistics"))
-            found.append(Job(name, kind, dtype, _with_dtype(prepare, dtype), candidates))
+            prepare = functools.partial(_distill, name, "stream", dtype, **options)
+            found.append(Job(name, kind, dtype, prepare, candidates))
     for name in ("relation_stats", "relation_grad"):
         candidates = tuple(_relation_candidates(name == "relation_grad"))
         prepare = functools.partial(_relation, name)
@@ -184,10 +188,6 @@ def _relation_candidates(grad: bool) -> Iterator[Launch]:
 # --- their inputs ---------------------------------------------------------------------------------
 
 
-def _with_dtype(prepare: Callable, dtype: torch.dtype) -> Callable:
-    return lambda sizes, device: prepare(sizes, device, dtype)
-
-
 def _normal(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     rng = torch.Generator(device).manual_seed(len(shape))
     return (
@@ -202,7 +202,7 @@ def _labels(s: Sizes, device: torch.device) -> Tensor:
 
 
 def _distill(
-    kernel: str, algorithm: str, s: Sizes, dtype: torch.dtype, device: torch.device,
+    kernel: str, algorithm: str, dtype: torch.dtype, s: Sizes, device: torch.device,
     divergence: str = "jsd", teacher: bool = True, gradient: bool = False,
 ) -> Callable[[Launch], Tensor]:  # fmt: skip
     """A call of the backend in which `kernel` takes most of the time."""
@@ -230,19 +230,7 @@ def _distill(
 
 def _rows(s: Sizes, device: torch.device) -> Callable[[Launch], Tensor]:
     small = replace(s, d_s=min(s.d_s, 64), d_t=min(s.d_t, 64))  # so that the products cost little
-    return _distill("rows", "chunk", small, torch.bfloat16, device, "forward_kl", gradient=True)
-
-
-def _statistics(s: Sizes, device: torch.device, dtype: torch.dtype) -> Callable[[Launch], Tensor]:
-    return _distill("statistics", "stream", s, dtype, device, teacher=False)
-
-
-def _values(s: Sizes, device: torch.device, dtype: torch.dtype) -> Callable[[Launch], Tensor]:
-    return _distill("values", "stream", s, dtype, device)
-
-
-def _gradient(s: Sizes, device: torch.device, dtype: torch.dtype) -> Callable[[Launch], Tensor]:
-    return _distill("gradient", "stream", s, dtype, device, "forward_kl", gradient=True)
+    return _distill("rows", "chunk", torch.bfloat16, small, device, "forward_kl", gradient=True)
 
 
 def _relation(kernel: str, s: Sizes, device: torch.device) -> Callable[[Launch], Tensor]:

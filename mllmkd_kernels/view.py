@@ -28,7 +28,7 @@ class Rows(NamedTuple):
 
     student: Tensor  # (N,) flat indices of its hidden states
     teacher: Tensor  # (N,) of the teacher's; the student's where there is no teacher
-    labels: Tensor  # (N,) next tokens, ignore_index where there is no label
+    labels: Tensor  # (N,) next tokens, ignore_index where none is to be learnt
 
 
 @dataclass(frozen=True)

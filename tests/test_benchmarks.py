@@ -35,6 +35,8 @@ from benchmarks.problem import Problem, make, make_near
 from benchmarks.session import Session
 from benchmarks.shapes import (
     DTYPES,
+    LOSSES,
+    PREFERENCES,
     SUITES,
     Case,
     StepCase,
@@ -156,10 +158,11 @@ def test_peak_rise_sees_memory_that_is_already_free_again() -> None:
 # --- the truth, and what is not measured ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["ce+kl", "ce", "kl", "relation"])
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
 def test_truth_is_the_reference_in_fp64(loss: str, train_head: bool) -> None:
-    problem = make(replace(CASE, loss=loss, train_head=train_head))
+    images = 4 if loss in PREFERENCES else 1
+    problem = make(replace(CASE, loss=loss, train_head=train_head, images=images))
     h, w = (x.detach().double().requires_grad_(True) for x in (problem.hs, problem.ws))
     z_s, z_t = reference.logits(h, w, vocab_size=problem.case.vocab), None
     if loss != "ce":
@@ -167,6 +170,15 @@ def test_truth_is_the_reference_in_fp64(loss: str, train_head: bool) -> None:
         z_t = reference.logits(ht, wt, vocab_size=problem.case.vocab)
     if loss == "relation" and z_t is not None:
         expected = reference.relation_cosine(z_s, z_t, torch.tensor([0, 7]))
+    elif loss in PREFERENCES and z_t is not None:  # answers of 7 tokens: two chosen, two rejected
+        ratio = (z_s.log_softmax(1) - z_t.log_softmax(1)).gather(1, problem.labels[:, None])
+        r = ratio.view(4, 7).sum(1)
+        margin = 0.1 * (r[:2] - r[2:])
+        if loss == "kto":
+            k = r.view(2, 2).mean(1).clamp(min=0).detach()
+            expected = 1 - torch.cat((0.1 * (r[:2] - k[1]), 0.1 * (k[0] - r[2:]))).sigmoid().mean()
+        else:
+            expected = -margin.sigmoid().log().mean()
     else:
         _, ce, kd = reference.linear_distill(
             z_s, z_t, problem.labels if loss != "kl" else None, ce_weight=1.0
@@ -183,10 +195,10 @@ def test_truth_is_the_reference_in_fp64(loss: str, train_head: bool) -> None:
         assert found.dw is None
 
 
-@pytest.mark.parametrize("loss", ["ce+kl", "ce", "kl", "relation"])
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_plain_pytorch_and_ours_compute_the_same_loss(loss: str, dtype: str) -> None:
-    case = replace(CASE, loss=loss, dtype=dtype)
+    case = replace(CASE, loss=loss, dtype=dtype, images=4 if loss in PREFERENCES else 1)
     verdicts = Session(TINY).verdicts([methods.EAGER, *methods.OURS], case)
     for key, verdict in verdicts.items():
         assert verdict.status in ("ok", "missing"), (key, verdict.reason)
@@ -211,7 +223,7 @@ def _broken(run: methods.Run | None, key: str, missing: str = "") -> methods.Met
 def test_a_method_that_is_wrong_fails_or_is_missing_becomes_a_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    peer = peers.Peer("x", "x", methods.ALL, (peers.Call("x", "no_such_module", "f"),))
+    peer = peers.Peer("x", "x", methods.ALL, (peers.Call("x", "no_such_module", "f", _raises),))
     unusable = (
         _broken(None, "half-gradient"),
         _broken(_raises, "raises"),

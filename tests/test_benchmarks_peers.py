@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks import methods, naive, peers, session, speed, truth
 from benchmarks.problem import Problem, make
 from benchmarks.session import Session
-from benchmarks.shapes import LOSSES, SUITES, Case
+from benchmarks.shapes import LOSSES, PREFERENCES, SUITES, Case
 
 CPU = torch.device("cpu")
 #: Rows are a multiple of 8, which quack's kernels want; no other size is a multiple of another.
@@ -98,7 +98,7 @@ def test_whatever_happens_at_import_is_a_reason(
 
 
 def test_a_module_that_is_not_there_is_not_installed() -> None:
-    absent = peers.Call("no-such", "no_such.module", "f")
+    absent = peers.Call("no-such", "no_such.module", "f", _right)
     assert _peer(absent).missing().startswith("not installed: ")
     assert _peer(_call(), absent).missing().startswith("not installed: ")
     assert _peer(absent).version() == "no-such, not installed"
@@ -115,18 +115,6 @@ def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert peer.unfit(torch.device("cuda")) == "needs compute capability 9.0, this GPU has 8.6"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert peer.unfit(torch.device("cuda")) == ""
-
-
-def test_a_refused_peer_says_why_and_is_never_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    peer = PEERS["unsloth"]
-    monkeypatch.setattr(peers, "version", lambda package: None)
-    assert peer.missing() == "not installed: unsloth_zoo"
-    monkeypatch.setattr(peers, "version", lambda package: "1.0")
-    assert peer.missing().startswith("not run: ")
-    assert _vetted(peer, replace(CASE, loss="kl")).status == "missing"
-    assert peer.calls[0].module not in sys.modules
-    with pytest.raises(RuntimeError, match="refused"):
-        peer.build(make(CASE))
 
 
 def _raises(error: BaseException) -> Any:
@@ -266,7 +254,8 @@ def test_peers_that_are_installed_compute_the_loss(
     if why_not:
         pytest.skip(f"{key}: {why_not}")
     for loss in sorted(peer.losses):
-        case = replace(CASE, loss=loss, dtype=dtype, train_head=train_head)
+        images = 4 if loss in PREFERENCES else 1
+        case = replace(CASE, loss=loss, dtype=dtype, train_head=train_head, images=images)
         problem = make(case, device=str(device))
         method = methods.Method(key, peer.label, peer.losses, peer.build)
         found = truth.errors(method, problem, truth.truth(problem))

@@ -92,12 +92,6 @@ def id_of(value: Any) -> str | None:
     return "-".join(value) if isinstance(value, dict) else None
 
 
-@pytest.mark.parametrize(("change", "error", "message"), BAD_DISTILL, ids=id_of)
-def test_distill(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        mk.fused_linear_distill(**{**good(), **change})
-
-
 #: Numbers by name, and what each expects.
 NUMBERS = {
     "temperature": "a positive number", "student_softcap": "None or a positive number",
@@ -257,18 +251,6 @@ BAD_LOGPROB: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), BAD_LOGPROB, ids=id_of)
-def test_logprob(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    x = good()
-    arguments = {
-        "hidden": x["student_hidden"],
-        "weight": x["student_weight"],
-        "labels": x["labels"],
-    }
-    with pytest.raises(error, match=message):
-        mk.fused_linear_logprob(**{**arguments, **change})
-
-
 def cu(*ends: int, dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.tensor(ends, dtype=dtype)
 
@@ -299,11 +281,26 @@ BAD_RELATION: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "error", "message"), BAD_RELATION, ids=id_of)
-def test_relation(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    x = {k: v for k, v in good().items() if k[:7] in ("student", "teacher")}
+BAD = {
+    "fused_linear_distill": BAD_DISTILL, "fused_linear_logprob": BAD_LOGPROB,
+    "fused_linear_relation": BAD_RELATION,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("function", "change", "error", "message"),
+    [(name, *case) for name, cases in BAD.items() for case in cases], ids=id_of,
+)  # fmt: skip
+def test_bad_input(
+    function: str, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    x = good()
+    if function == "fused_linear_relation":
+        x = {k: v for k, v in x.items() if k[:7] in ("student", "teacher")}
+    if function == "fused_linear_logprob":
+        x = {k: x[f"student_{k}"] for k in ("hidden", "weight")} | {"labels": x["labels"]}
     with pytest.raises(error, match=message):
-        mk.fused_linear_relation(**{**x, **change})
+        getattr(mk, function)(**{**x, **change})
 
 
 def test_relation_of_features() -> None:

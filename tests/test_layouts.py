@@ -149,7 +149,8 @@ def logit_std(x: dict[str, Tensor], backend: str) -> Tensor:
 def z_scored(x: dict[str, Tensor], backend: str) -> Tensor:
     return mk.fused_linear_distill(
         x["hs"], x["ws"], x["ht"], x["wt"], x["labels"], ce_weight=x["ce_weight"],
-        kd_weight=x["kd_weight"], standardize=True, backend=backend,
+        kd_weight=x["kd_weight"], standardize=True, student_bias=x["bs"], teacher_bias=x["bt"],
+        student_softcap=3.0, backend=backend,
     ).loss  # fmt: skip
 
 
@@ -170,7 +171,10 @@ READS: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     "gram": (gram, ("ws", "bs")),
     "logit_mse": (logit_mse, ("hs", "ws", "bs", "ht", "wt", "bt", "kd_weight")),
     "logit_std": (logit_std, ("hs", "ws", "bs")),
-    "z_scored": (z_scored, ("hs", "ws", "ht", "wt", "labels", "ce_weight", "kd_weight")),
+    "z_scored": (
+        z_scored,
+        ("hs", "ws", "bs", "ht", "wt", "bt", "labels", "ce_weight", "kd_weight"),
+    ),
     "affinity": (affinity, ("hs", "ht", "rows", "cu")),
 }
 

@@ -122,7 +122,7 @@ def test_a_checkpointed_loss_has_the_same_gradients(
 def test_a_gradient_cannot_be_differentiated(name: str, backend: str) -> None:
     t = heads()
     # what is made of a Gram outside of operators may be, and is right
-    x = t["ws"] if name in ("gram", "logit_mse", "logit_std") else t["hs"]
+    x = t["ws"] if name in ("gram", "logit_std") else t["hs"]
     (dx,) = torch.autograd.grad(callers(backend)[name](**t), x, create_graph=True)
     with pytest.raises(RuntimeError, match="a gradient of this loss was differentiated again"):
         dx.square().sum().backward()
@@ -237,7 +237,9 @@ def operator_calls(backend: str, dtype: torch.dtype, grad: bool) -> dict[str, tu
     return {
         "linear_distill": (ops.linear_distill, (
             *t.values(), LABELS, weight, weight, "jsd", PARAMETERS["jsd"][1], 1.5, 2.0, 0.0, V_S,
-            -100, grad, grad, grad, backend, -1.0, True)),
+            -100, grad, grad, grad, backend, -1.0, True, False, True)),
+        "linear_logit_mse": (ops.linear_logit_mse, (
+            *t.values(), weight, V_S, grad, grad, grad, -1.0)),
         "linear_logprob": (ops.linear_logprob, (t["hs"], t["ws"], t["bs"], LABELS, *options)),
         "linear_logprob_backward": (ops.linear_logprob_backward, (
             torch.randn(N), *(t[k].detach() for k in ("hs", "ws", "bs")), LABELS, torch.randn(N),
@@ -245,10 +247,6 @@ def operator_calls(backend: str, dtype: torch.dtype, grad: bool) -> dict[str, tu
         "head_gram": (relation_ops.head_gram, (t["ws"], t["bs"], 5)),
         "head_gram_backward": (relation_ops.head_gram_backward, (
             torch.randn(D_S + 1, D_S + 1), t["ws"].detach(), t["bs"].detach(), 5)),
-        "grams": (relation_ops.grams, (t["ws"], t["bs"], t["wt"].detach(), None, 5)),
-        "grams_backward": (relation_ops.grams_backward, (
-            torch.randn(D_S + 1, D_S + 1), torch.randn(D_S + 1, D_T), t["ws"].detach(),
-            t["bs"].detach(), t["wt"].detach(), None, 5)),
         "affinity": (relation_ops.affinity, (
             t["hs"], t["hs"].detach().clone().requires_grad_(grad), t["ht"], t["ht"], CU, CU, False,
             grad, grad)),
@@ -281,7 +279,7 @@ def test_opcheck(name: str, grad: bool, backend: str) -> None:
         backend = "eager"
     op, arguments = operator_calls(backend, torch.bfloat16, grad)[name]
     if factored:
-        arguments = (*arguments[:17], False, *arguments[18:], True)
+        arguments = (*arguments[:17], False, *arguments[18:-2], True, True)
     # The dispatch test differentiates the sum of *all* outputs; these refuse to differentiate a
     # gradient. test_compile_of_a_caller differentiates what may be differentiated.
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]

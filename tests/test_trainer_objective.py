@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,7 +137,7 @@ def test_an_objective_that_cannot_be_computed_is_refused(tmp_path: Path) -> None
         run(teacher=lambda batch: None, objective=learning())
 
 
-@pytest.mark.parametrize("shards", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+@pytest.mark.parametrize("shards", ["is_fsdp_enabled", "is_deepspeed_enabled"])  # FSDP1
 def test_parameters_that_would_be_sharded_are_refused(
     shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +147,8 @@ def test_parameters_that_would_be_sharded_are_refused(
     def launched(self: Any) -> None:
         make(self)
         setattr(self, shards, True)
+        first = SimpleNamespace(fsdp_version=1)
+        monkeypatch.setattr(self.accelerator.state, "fsdp_plugin", first, raising=False)
 
     monkeypatch.setattr(MixedTrainer, "_refuse_what_would_be_ignored", launched)
     with pytest.raises(ValueError, match=r"objective: its terms \['features'\] have parameters"):

@@ -77,6 +77,7 @@ def run_rows(
     dz_dtype: torch.dtype | None = torch.float32,
     temperature: float = 1.0,
     caps: tuple[float, float] = (0.0, 0.0),
+    standardize: bool = False,
 ) -> Terms:
     """The kernel, on copies whose rows lie farther apart than they are long, with NaN between."""
 
@@ -96,6 +97,7 @@ def run_rows(
     rows.row_losses(
         z_s, spread(b.z_t), b.b_s, b.b_t, b.labels, b.ce_weight, b.kd_weight, ce, kd, divergence,
         Divergence(divergence).param, temperature, *caps, -100, dz, launch,
+        standardize=standardize,
     )  # fmt: skip
     if dz is not z_s:
         assert torch.equal(z_s, b.z_s)  # nobody asked for it to be overwritten
@@ -108,6 +110,7 @@ def definition(
     dtype: torch.dtype = torch.float64,
     temperature: float = 1.0,
     caps: tuple[float, float] = (0.0, 0.0),
+    standardize: bool = False,
 ) -> Terms:
     """The same by autograd of the reference."""
 
@@ -119,14 +122,18 @@ def definition(
 
     z = b.z_s.detach().clone().to(dtype).requires_grad_()
     z_s = head(z, b.b_s, caps[0])
+    z_t = head(None if b.z_t is None else b.z_t.to(dtype), b.b_t, caps[1])
     assert z_s is not None
-    loss, ce, kd = reference.linear_distill(
-        z_s, head(None if b.z_t is None else b.z_t.to(dtype), b.b_t, caps[1]), b.labels,
-        ce_weight=0.0 if b.ce_weight is None else b.ce_weight.to(dtype),
-        kd_weight=0.0 if b.kd_weight is None else b.kd_weight.to(dtype),
+    hard, ce, _ = reference.linear_distill(
+        z_s, None, b.labels, ce_weight=0.0 if b.ce_weight is None else b.ce_weight.to(dtype)
+    )
+    if standardize and z_t is not None:
+        z_s, z_t = reference.standardize(z_s), reference.standardize(z_t)
+    soft, _, kd = reference.linear_distill(
+        z_s, z_t, kd_weight=0.0 if b.kd_weight is None else b.kd_weight.to(dtype),
         divergence=divergence, temperature=temperature,
     )  # fmt: skip
-    loss.backward()
+    (hard + soft).backward()
     return Terms(ce.detach(), kd.detach(), z.grad)
 
 
@@ -153,6 +160,23 @@ def test_everything_at_once(
     bias = torch.randn(2, V + 3, device=device).to(dtype)
     b = block(device)._replace(b_s=bias[0], b_t=bias[1])
     check_terms(b, divergence, launch, temperature=1.7, caps=(4.0, 6.0))
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_z_scored_logits(divergence: str, launch: dict[str, int], device: torch.device) -> None:
+    """Of what biases and soft-caps make; beside a large mean nothing cancels. A broken row stays
+    alone and silent, and one of equal logits, whose σ is 0, keeps its gradient.
+    """
+    bias = torch.randn(2, V + 3, device=device) + 40
+    b = block(device)._replace(b_s=bias[0], b_t=bias[1])
+    check_terms(b, divergence, launch, standardize=True)
+    check_terms(b, divergence, launch, standardize=True, temperature=1.7, caps=(90.0, 60.0))
+    assert b.z_t is not None
+    b.z_s[4], b.z_t[4] = math.nan, math.inf  # of no weight
+    b = b._replace(b_s=None, z_s=b.z_s.index_fill(0, torch.tensor(5, device=device), 0.0))
+    got = run_rows(b, divergence, launch, standardize=True)
+    assert got.dz is not None and not got.dz[4].any() and got.dz[5].isfinite().all()
+    assert got.kd[4].isnan() and got.kd[:4].isfinite().all()
 
 
 def test_cross_entropy_alone(launch: dict[str, int], device: torch.device) -> None:

@@ -10,7 +10,9 @@ that it cannot place is an error: left out, it would be neither frozen nor train
 |---|---|---|
 | `vision` | patches to features; frozen in every stage | `vision_tower`, `visual`, `vision_model` |
 | `projector` | features to the LM's width | `multi_modal_projector`, `image_newline`, `merger` |
-| `language` | the LM, its embeddings and its head | `language_model`, `text_model`, `lm_head` |
+| `language` | the LM and its head; also the next two | `language_model`, `text_model`, `lm_head` |
+| `experts` | of the LM, a mixture's feed-forward blocks | `mlp.experts` |
+| `router` | of the LM, what sends tokens to experts | `mlp.gate` |
 | `objective` | none of the model's: terms with parameters, while they train | `objective_terms` |
 """
 
@@ -23,7 +25,7 @@ from torch import nn
 
 from mllmkd_kernels import batch, learned
 
-Role = Literal["vision", "projector", "language", "objective"]
+Role = Literal["vision", "projector", "language", "experts", "router", "objective"]
 
 # Below `model.`; the longest name wins, so that `visual.merger` is not taken for the tower.
 _PLACES: dict[str, Role] = {
@@ -38,6 +40,8 @@ _PLACES: dict[str, Role] = {
     "language_model": "language",
     "text_model": "language",
 }
+# Within a language model's layers.
+_MIXTURE: dict[str, Role] = {".mlp.experts.": "experts", ".mlp.gate.": "router"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Anatomy:
     """Names of a model's parts.
 
     Attributes:
-        roles: role of every parameter, by its name in `model.named_parameters()`.
+        roles: role of every parameter, the narrowest, by its name in `model.named_parameters()`.
         modules: path of each module that plays a role, by role; a bare parameter is no module.
     """
 
@@ -54,7 +58,8 @@ class Anatomy:
 
     def parameters(self, *roles: str) -> list[str]:
         """Names of the parameters with one of these roles, in the model's order."""
-        return [name for name, role in self.roles.items() if role in roles]
+        wanted = {*roles, *(_MIXTURE.values() if "language" in roles else ())}
+        return [name for name, role in self.roles.items() if role in wanted]
 
     def still(self, model: nn.Module) -> None:
         """Put the frozen tower into eval mode, but for a projector inside it."""
@@ -79,7 +84,9 @@ def anatomy(model: nn.Module) -> Anatomy:
         if name.startswith(f"{learned.PLACE}."):
             roles[name] = "objective"
         elif found:
-            roles[name] = places[max(found, key=len)]
+            role = places[max(found, key=len)]
+            inner: list[Role] = [each for part, each in _MIXTURE.items() if part in name]
+            roles[name] = inner[0] if role == "language" and inner else role
         else:
             odd.append(name)
     missing = [role for role in ("vision", "projector", "language") if role not in roles.values()]
@@ -98,7 +105,8 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 
 def freeze(model: nn.Module, *trained: str) -> list[str]:
-    """Let exactly the parameters of these roles require gradients; return their names.
+    """Let exactly the parameters of these roles that have numbers (a mixture's shared expert of
+    width 0 has none) require gradients; return their names.
 
     Raises:
         ValueError: no parameter has one of the roles.
@@ -107,7 +115,7 @@ def freeze(model: nn.Module, *trained: str) -> list[str]:
     if absent := [role for role in trained if role not in parts.roles.values()]:
         known = ", ".join(dict.fromkeys(parts.roles.values()))
         raise ValueError(f"trains: got {', '.join(absent)}, expected some of {known}")
-    names = parts.parameters(*trained)
+    names = [name for name in parts.parameters(*trained) if model.get_parameter(name).numel()]
     model.requires_grad_(False)
     for name in names:
         model.get_parameter(name).requires_grad_(True)

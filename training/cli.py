@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from mllmkd_kernels.methods import Stage
@@ -140,10 +141,14 @@ def _configured(options: argparse.Namespace) -> None:
         from training.teacher_cache.fill import make
 
         make(config, dry_run=options.dry_run)
-    else:
-        from training import loop
+    elif options.command == "check":
+        from training.start import check
 
-        getattr(loop, options.command)(config)
+        check(config)
+    else:
+        from training.loop import run
+
+        run(config)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -169,6 +174,8 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():  # read when `datasets` is imported
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # of a mixture's shared expert, which may have width 0
+    warnings.filterwarnings("ignore", "Initializing zero-element tensors")
     from transformers.utils import logging
 
     logging.disable_progress_bar()

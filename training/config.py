@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 import yaml
 from pydantic import create_model, model_validator
 
-from mllmkd_kernels import methods
+from mllmkd_kernels import BatchView, methods
 from mllmkd_kernels.methods import Stage
 from mllmkd_kernels.objective import Objective
 from training import settings
@@ -74,7 +74,7 @@ class SourceConfig(Section):
     path: str | None = setting(
         None, "a LLaVA json(l); or a folder, parquet or json file, or hub name of HF datasets"
     )
-    use: Literal["captions", "conversations", "held_out"] = setting(
+    use: Literal["captions", "conversations", "preferences", "held_out"] = setting(
         "conversations", "what it is for"
     )
     kind: Literal["auto", "llava", "messages"] = setting(
@@ -103,6 +103,7 @@ class DataConfig(Section):
         None, "json(l) of image captions, for stages whose data they are"
     )
     conversations: str | None = setting(None, "json(l) of instructions, likewise")
+    preferences: str | None = setting(None, "json(l) of pairs of answers, likewise")
     held_out: str | None = setting(
         None, "json(l) to evaluate on after each stage; null: no evaluation"
     )
@@ -155,6 +156,7 @@ class StageConfig(Section):
     clip: float = setting(1.0, "gradient norm is clipped to this; 0: no clipping", ge=0)
     loss: Any = section(Section, "the arguments of the stage's objective")
     student: Any = section(Section, "the arguments of what is made of the student")
+    view: Any = section(Section, "the arguments of what becomes of a batch")
 
 
 class TeacherCacheConfig(Section):
@@ -246,6 +248,11 @@ class Config(Section):
         more = {"diagnostics": True} if inspect.Parameter.VAR_KEYWORD in kinds else {}
         return make(**arguments(self.of_stage(name).loss), **more)
 
+    def view(self, name: str) -> BatchView | None:
+        """What becomes of a stage's batches before they are counted, made of its `view`."""
+        make = self.table[name].view
+        return None if make is None else make(**arguments(self.of_stage(name).view))
+
     def compares(self, name: str) -> bool:
         """Whether a stage has a teacher."""
         return self.objective(name).needs.teacher
@@ -257,8 +264,8 @@ class Config(Section):
 @functools.cache
 def config_class(stages: tuple[Stage, ...], method: str = DEFAULT) -> type[Config]:
     """The class of a method's configurations: `stage` has a section for each row of its table, with
-    the row's own defaults, and in it `loss` and `student`, which are the arguments of the row's
-    `objective` and `student`.
+    the row's own defaults, and in it `loss`, `student` and `view`, which are the arguments of the
+    row's `objective`, `student` and `view`.
     """
     names = tuple(stage.name for stage in stages)
     table = {stage.name: _field(_stage_section(stage), stage.title) for stage in stages}
@@ -294,6 +301,8 @@ def _stage_section(stage: Stage) -> type[StageConfig]:
         model = tuple(inspect.signature(stage.student).parameters)[:1]
         student = arguments_of(stage.student, "Student", given=model)
     fields["student"] = _field(student, "what is made of the student before the stage")
+    view = Section if stage.view is None else arguments_of(stage.view, "View")
+    fields["view"] = _field(view, "what becomes of a batch: see the method's docstring")
     return create_model(stage.name, __base__=StageConfig, **fields)
 
 

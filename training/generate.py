@@ -22,6 +22,7 @@ import torch
 from transformers import GenerationConfig
 
 from mllmkd_kernels.batch import BESIDES
+from mllmkd_kernels.own_answers import seeded
 from training.anatomy import positions
 from training.data.collate import Collator
 from training.data.encoding import Encoding, Images
@@ -158,16 +159,6 @@ class Writer:
             if ids is not None:
                 found.update([ids] if isinstance(ids, int) else ids)
         return found
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's generators as after `manual_seed`, and afterwards as they were."""
-    devices = [] if device.type == "cpu" else [device]
-    kind = "cuda" if device.type == "cpu" else device.type
-    with torch.random.fork_rng(devices, device_type=kind):
-        torch.manual_seed(seed)
-        yield
 
 
 def load(path: str) -> tuple[Any, Any]:

@@ -81,8 +81,9 @@ def whole(target: Path) -> Iterator[Path]:
 
 
 def publish(staged: Path, target: Path) -> None:
-    """Put `staged` on the disk, then make it `target`."""
-    sync(staged)
+    """Put `staged` on the disk, so that it survives a power cut too, then make it `target`."""
+    for path in (*staged.rglob("*"), staged):
+        _sync(path)
     if staged.is_dir():
         remove(target)
     os.replace(staged, target)
@@ -95,12 +96,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Put a file, or a folder with all in it, on the disk, so that it survives a power cut too."""
-    for each in (*path.rglob("*"), path):
-        _sync(each)
 
 
 def _sync(path: Path) -> None:

@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +29,35 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from mllmkd_kernels.methods import Stage
-from mllmkd_kernels.objective import Objective
-from mllmkd_kernels.rows import UNITS, kind_of
 from training import checkpoint, settings
-from training.anatomy import freeze, positions
+from training.anatomy import freeze
 from training.claim import Claim, claimed
-from training.config import Config, StageConfig, require
+from training.config import Config, StageConfig
 from training.data.collate import Collator
-from training.data.load import collator_of, epoch_size, has_data, open_data, order_of
+from training.data.load import (
+    collator_of,
+    epoch_size,
+    has_data,
+    open_data,
+    order_of,
+)
 from training.data.records import DataError
 from training.evaluation.held_out import Scores, evaluate
 from training.forecast import forecast
 from training.interrupt import Interrupted
 from training.journal import Journal, write_whole
 from training.models import (
-    DTYPES,
     Processor,
     Vlm,
-    build_model,
     load_vlm,
     recompute_activations,
     save_model,
 )
-from training.pairs import check_pair
 from training.progress import LOG
-from training.teacher_cache.use import open_rows, stored_stages, use_stored
+from training.start import Say, Teacher, check_kinds, start, too_long
+from training.teacher_cache.use import stored_stages, use_stored
 from training.trainer import DistillTrainer
 
-Say = Callable[[str], None]
 SCORES = "scores.json"
 PROJECT = "mllmkd"  # of Trackio and W&B, where runs of several folders are compared
 
@@ -83,27 +84,21 @@ def run(config: Config, say: Say = print) -> list[StageResult]:
         return _run(config, claim, say)
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A model in memory; its processor where it needs batches of its own."""
-
-    model: Vlm
-    processor: Processor | None
-
-
 def _run(config: Config, claim: Claim | None, say: Say) -> list[StageResult]:
     """`run`, with the claim on its folder in the first process."""
     processes().wait_for_everyone()  # the claim is checked
     out = Path(config.out)
-    model, processor = build_model(config.model, config.seed)
-    teacher = _teacher(config, model, processor, say)
+    model, processor, teacher = start(config, say)
     results = []
     for number, name in enumerate(config.stages, 1):
         folder = out / f"{number}-{name}"
         trained = None
         if (folder / "model").is_dir():
+            on_main(lambda folder=folder: _remove_checkpoints(folder))  # a kill may have left some
             say(f"{folder}: already done")
         else:
+            if (made := config.table[name].student) is not None:
+                model = made(model, **settings.arguments(config.of_stage(name).student))
             trained = _train(config, claim, number, model, processor, teacher, say)
         model = trained or load_vlm(folder / "model", dtype=torch.float32)[0]
         results.append(_result(config, claim, name, model, processor, folder, say))
@@ -129,8 +124,6 @@ def _train(
     stage = config.table[config.stages[number - 1]]
     folder = Path(config.out) / f"{number}-{stage.name}"
     options, objective = config.of_stage(stage.name), config.objective(stage.name)
-    if stage.student is not None:
-        model = stage.student(model, **settings.arguments(options.student))
     freeze(model, *stage.trains)
     if config.grad_checkpointing:
         recompute_activations(model)
@@ -140,8 +133,8 @@ def _train(
     dataset = load_data(config, processor, stage, own)
     if claim is not None:
         claim.check_data(stage.data, dataset)
-    _check_kinds(objective, dataset)
-    for note in (*dataset.encoding.notes, *_too_long(model, dataset)):
+    check_kinds(objective, dataset, config.data.packing)
+    for note in (*dataset.encoding.notes, *too_long(model, dataset)):
         say(f"{folder.name}: {note}")
     source = asked.model if asked is not None else None
     collator = collator_of(config.data, (model, processor), source, own)
@@ -157,6 +150,7 @@ def _train(
         arguments,
         teacher=source,
         objective=objective,
+        view=config.view(stage.name),
         processor=processor,
         dataset=dataset,
         collator=collator,
@@ -195,30 +189,6 @@ def _make_steps(trainer: DistillTrainer, folder: Path, steps: int, say: Say) -> 
         )
 
 
-def _check_kinds(objective: Objective, dataset: Any) -> None:
-    """Refuse rows of a kind that no sample is of: the mean over them would be 0 in every step."""
-    if (samples := getattr(dataset, "samples", None)) is None:  # a stream is not counted
-        return
-    there = {sample.kind for sample in samples}
-    for name in set(objective.over.values()) - set(UNITS):
-        if (kind := kind_of(name)[1]) and kind not in there:
-            known = ", ".join(sorted(map(str, there)))
-            raise DataError(f"data: no sample is of kind {kind!r}, as {name} asks; kinds: {known}")
-
-
-def _too_long(model: Any, dataset: Any) -> list[str]:
-    """A note where samples may be longer than the model's positions, and about how many are."""
-    known, encoding = positions(model.config), dataset.encoding
-    if known is None or encoding.max_length <= known:
-        return []
-    about = ""
-    if samples := getattr(dataset, "samples", None):  # a stream is not counted
-        longer = sum(encoding.estimate(sample) > known for sample in samples)
-        about = f"; about {longer:,} of {len(samples):,} are longer"
-    allowed = f"data.max_length allows samples of {encoding.max_length:,} tokens"
-    return [f"the model has {known:,} positions, and {allowed}{about}"]
-
-
 def _steps(options: StageConfig, samples: int | None) -> int:
     if samples is None and options.steps is None:
         raise settings.ConfigError(
@@ -241,7 +211,10 @@ def _finish(
     _write(folder / "summary.json", summary)
     (folder / SCORES).unlink(missing_ok=True)  # of a model that was taken away
     save_model(model, processor, folder / "model", state)
-    # on the disk before what it could be made from again is removed
+    _remove_checkpoints(folder)  # the model, which could be made from them again, is on the disk
+
+
+def _remove_checkpoints(folder: Path) -> None:
     for path in folder.glob(f"{checkpoint.PREFIX}*"):
         shutil.rmtree(path)
 
@@ -256,36 +229,17 @@ def on_main(work: Callable[[], None]) -> None:
 
 def load_data(config: Config, processor: Any, stage: Stage, teacher: Any = None) -> Any:
     """The data of a stage, encoded with its template; also as a teacher's own processor does, if
-    there is one."""
+    there is one; as pairs where the objective compares two answers."""
     template: Any = stage.template
     return open_data(
-        config.data, processor, stage.data, template, teacher=teacher, seed=config.seed
+        config.data,
+        processor,
+        stage.data,
+        template,
+        teacher=teacher,
+        seed=config.seed,
+        pairs="rejected" in config.objective(stage.name).needs.views,
     )
-
-
-def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> Teacher | None:
-    """The teacher that a stage of the run needs, checked against the student."""
-    stored = stored_stages(config)
-    for name in stored:  # what is wrong with a later stage's is better known now
-        open_rows(config, name)
-    needs = {n: config.objective(n).needs for n in config.stages if n not in stored}
-    needs = {name: need for name, need in needs.items() if need.teacher}
-    if not needs:
-        return None
-    path = require(config.teacher, "teacher", f"stage {next(iter(needs))} compares with a teacher")
-    teacher, its_processor = load_vlm(path, dtype=DTYPES[config.teacher_dtype])
-    visual = any(need.visual for need in needs.values())
-    report = check_pair(model, processor, teacher, its_processor, visual=visual)
-    say(str(report))
-    report.require()
-    return Teacher(teacher, its_processor if report.own_batch else None)
-
-
-def check(config: Config, say: Say = print) -> None:
-    """What `run` looks at before its first step, and nothing else."""
-    model, processor = build_model(config.model, config.seed)
-    if _teacher(config, model, processor, say) is None:
-        say(f"no stage of {', '.join(config.stages)} compares with a teacher: nothing to check")
 
 
 def _arguments(config: Config, options: StageConfig, steps: int, folder: Path) -> TrainingArguments:
@@ -367,10 +321,10 @@ def _result(
             size = config.eval_batch_size
             title = f"{folder.name} held-out"
             found = evaluate(model, held_out, Collator(processor), batch_size=size, title=title)
-            _write(file, found.to_dict())
+            _write(file, asdict(found))
 
         on_main(score)
-        scores = Scores.from_dict(_read(file))
+        scores = Scores(**_read(file))
         say(f"{folder}: {scores}")
     history, summary = Journal(folder / LOG).read(), _read(folder / "summary.json")
     return StageResult(name, folder / "model", history, summary, scores)

@@ -27,11 +27,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from mllmkd_kernels import pieces
 from training.anatomy import Anatomy
 from training.models import CheckpointError
 from training.settings import ConfigError
@@ -87,7 +86,12 @@ def prepare(accelerator: Accelerator, student: nn.Module, parts: Anatomy) -> Non
     """
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP:
-        _prepare_fsdp(accelerator.state.fsdp_plugin, units(student, parts))
+        plugin: Any = accelerator.state.fsdp_plugin
+        # a weight without numbers, as a mixture's shared expert of width 0 has, cannot be gathered
+        plugin.ignored_modules = [
+            m for m in student.modules() if any(not p.numel() for p in m.parameters(recurse=False))
+        ]
+        _prepare_fsdp(plugin, units(student, parts))
     elif kind == DistributedType.DEEPSPEED and _stage(accelerator) == 3:
         _prepare_zero3(student, parts)
 
@@ -146,20 +150,11 @@ def _stage(accelerator: Accelerator) -> int:
     return plugin.deepspeed_config["zero_optimization"]["stage"]
 
 
-def whole(x: Any) -> Any:
-    """A number or tensor, gathered where FSDP2 has it in pieces. All processes must call it."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 def load_whole(model: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
     """Copy whole weights, which every process has, into a model that may be sharded; raises
     `CheckpointError` naming `origin` and the keys that are missing, surplus or misshapen."""
     try:
-        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            values: dict[str, Any] = dict(state)
-            set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True))
-        else:
-            model.load_state_dict(state)
+        pieces.load_whole(model, state)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{origin}: another architecture: {reason:.1000}") from error

@@ -31,6 +31,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import learned
+from mllmkd_kernels.pieces import whole
 from training import checkpoint, sharding
 from training.anatomy import anatomy
 from training.data.stream import StreamDataset
@@ -53,6 +54,7 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         student, args: what is trained, and how.
         teacher: what the objective compares with; see `mllmkd_kernels.DistillMixin`.
         objective: what is minimised.
+        view: what becomes of a batch first; see `mllmkd_kernels.DistillMixin`.
         processor, dataset, collator: the data; the processor is saved beside the student.
         title: of the stage, for the progress.
         on_nan, skip_limit: see `training.watch`.
@@ -76,6 +78,7 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         skip_limit: int = 5,
         say: Callable[[str], None] = print,
         order: torch.utils.data.Sampler[int] | None = None,
+        view: mk.BatchView | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.order = order
@@ -87,6 +90,7 @@ class DistillTrainer(mk.DistillMixin, Trainer):
             processing_class=processor,
             teacher=teacher,
             objective=objective,
+            view=view,
             callbacks=callbacks,
         )
         self.student = student
@@ -113,7 +117,8 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         self.stopped_by = 0  # the signal on which all ranks agreed
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.add_callback(Progress(title, objective.names, folder))
+        shown = [name for name in objective.names if "/" not in name]  # of parts: in the log alone
+        self.add_callback(Progress(title, shown, folder))
         self.add_callback(Policies(self))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -165,6 +170,13 @@ class DistillTrainer(mk.DistillMixin, Trainer):
             self.parts.still(student)
         with sharding.touched(student, self._projector):
             return super().distill(student, batch, counts)
+
+    def seen(self, *args: Any, **kwargs: Any) -> Any:
+        """The mixin's; what a view cannot do with these data is the configuration's fault."""
+        try:
+            return super().seen(*args, **kwargs)
+        except ValueError as error:
+            raise ConfigError(f"view: {error}") from error
 
     def note(self, training: bool, batch: Any, output: Any, counts: Any) -> None:
         """The guard sees every micro-batch, and the meter every step that it lets through."""
@@ -229,7 +241,7 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
-            state = {"meter": self.meter.state(), "watch": self.watch.state()}
+            state = {"meter": self.meter.state(), "watch": self.watch.state(), "notes": self.notes}
             (staged / self._sums_file).write_text(json.dumps(state))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -250,6 +262,7 @@ class DistillTrainer(mk.DistillMixin, Trainer):
             state = json.loads(file.read_text())
             self.meter.load(state["meter"])
             self.watch.load(state["watch"], checkpoint.step_of(path))
+            self.notes.update(state.get("notes", {}))
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
@@ -273,7 +286,7 @@ class Policies(TrainerCallback):
         if self.trainer.is_deepspeed_enabled:
             return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not self.trainer.close(sharding.whole(torch.nn.utils.get_total_norm(gradients))):
+        if not self.trainer.close(whole(torch.nn.utils.get_total_norm(gradients))):
             model.zero_grad(set_to_none=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

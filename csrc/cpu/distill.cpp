@@ -8,8 +8,10 @@
 //   small where the
 //            models agree) and G = dL/dz, which is multiplied into dH and dW at once and never
 //            stored.
-// Divergences whose gradient needs Σ q g take a sweep of values in between. All reductions over
-// tiles are in double.
+// Divergences whose gradient needs Σ q g take a sweep of values in between. So do z-scored logits
+// a = (z − μ)/(T(σ + ε)), whose tiles are also read for their log-sum-exps once σ is known: with
+// G = ∂D/∂a, dD/dz = (G − a·T²(σ + ε)/(σV)·Σ G a)/(T(σ + ε)). All reductions over tiles are in
+// double.
 #include <ATen/Parallel.h>
 
 #include <cmath>
@@ -26,7 +28,7 @@ struct Options {
   double param, temperature, cap_s, cap_t;
   int64_t vocab, ignore_index;
   Wanted wanted;
-  bool diagnostics;
+  bool diagnostics, standardize;  // the latter of a divergence's logits
 };
 
 template <class T>
@@ -41,13 +43,16 @@ class Distill {
         tiles_(tiles_of(o.vocab)),
         panels_(chunk / kernels_.panel),
         student_(hs, ws, bs, o.cap_s, o.vocab, chunk, "student"),
-        stats_s_(tiles_, chunk, static_cast<T>(1 / o.temperature), true, o.diagnostics),
-        stats_t_(tiles_, chunk, static_cast<T>(1 / o.temperature), false, o.diagnostics),
+        stats_s_(o.vocab, chunk, o.temperature, {true, o.diagnostics, o.standardize}),
+        stats_t_(o.vocab, chunk, o.temperature, {false, o.diagnostics, o.standardize}),
         rows_(chunk),
         gradients_(hs, ws, o.vocab, chunk, many, o.wanted, c10::CppTypeToScalarType<T>::value),
         mean_(chunk),
         values_(tiles_, chunk * sizeof(T)),
         slopes_(tiles_, chunk * sizeof(T)),
+        pull_(o.standardize ? chunk : 0),
+        along_(o.standardize ? tiles_ : 0, chunk * sizeof(T)),
+        centre_(o.standardize ? tiles_ : 0, chunk * sizeof(T)),
         agree_(o.diagnostics ? tiles_ : 0, chunk * sizeof(T)) {
     if (ht) teacher_.emplace(*ht, *wt, bt, o.cap_t, o.vocab, chunk, "teacher");
     const int64_t bytes = kTile * kernels_.panel * sizeof(T);
@@ -63,7 +68,8 @@ class Distill {
     rows_.load(row, count, labels, ce, kd, o_.ignore_index);
     ce_ = labels != nullptr;
     sweep_logits();
-    const bool early = teacher_ && (needs_mean(o_.divergence) || !o_.wanted.any());
+    const bool early =
+        teacher_ && (needs_mean(o_.divergence) || !o_.wanted.any() || o_.standardize);
     if (early) sweep_losses(true, false);
     if (!o_.wanted.any()) return;
     gradients_.load(row, count, rows_.live.get(), last);
@@ -105,6 +111,7 @@ class Distill {
   }
 
   void sweep_logits() {
+    stats_s_.start(), stats_t_.start();
     for_blocks(student_.product(), true, [&](int64_t v, int m, int64_t p, int64_t n, int thread) {
       logits_block(student_, stats_s_, z_s_, v, m, p, n, thread);
       const int panel = kernels_.panel;
@@ -113,11 +120,21 @@ class Distill {
       });
     });
     stats_s_.merge();
+    if (o_.standardize) sweep_z_scores(stats_s_, z_s_);
     if (!teacher_) return;
     for_blocks(teacher_->product(), true, [&](int64_t v, int m, int64_t p, int64_t n, int thread) {
       logits_block(*teacher_, stats_t_, z_t_, v, m, p, n, thread);
     });
     stats_t_.merge();
+    if (o_.standardize) sweep_z_scores(stats_t_, z_t_);
+  }
+
+  void sweep_z_scores(SoftmaxStats<T>& stats, const Buffer& z) {
+    stats.standardize();
+    for_blocks(student_.product(), true, [&](int64_t v, int m, int64_t p, int64_t n, int) {
+      for (int64_t i = p; i < p + n; ++i) stats.again(v, m, i, tile(z, v, i));
+    });
+    stats.merge_again();
   }
 
   void logits_block(
@@ -138,7 +155,13 @@ class Distill {
           }
           if (gradients) gradients_.multiply(v, m, p, n, thread);
         });
-    for (int64_t c = 0; values && c < chunk_; ++c) mean_[c] = static_cast<T>(total(slopes_, c));
+    for (int64_t c = 0; values && c < chunk_; ++c) {
+      const double mean = total(slopes_, c);
+      mean_[c] = static_cast<T>(mean);
+      if (!o_.standardize) continue;
+      const double along = total(along_, c) - mean * total(centre_, c);
+      pull_[c] = static_cast<T>(stats_s_.through()[c] * along);
+    }
   }
 
   void agree_panel(int64_t v, int m, int64_t i) {
@@ -151,17 +174,21 @@ class Distill {
   void loss_panel(int64_t v, int m, int64_t i, bool values, T* g) {
     const int panel = kernels_.panel;
     const int64_t c0 = i * panel;
-    const T scale = static_cast<T>(1 / o_.temperature);
     LossJob<T> job{};
     job.divergence = teacher_ ? o_.divergence : Divergence::none;
     job.param = static_cast<T>(o_.param);
     job.z_s = tile(z_s_, v, i), job.z_t = teacher_ ? tile(z_t_, v, i) : nullptr, job.rows = m;
-    job.scale = scale, job.ce_scale = 1, job.cap = student_.cap();
-    job.ce = ce_, job.shared = teacher_ && scale == 1;
+    job.ce_scale = 1, job.cap = student_.cap();
+    job.ce = ce_, job.shared = teacher_ && o_.temperature == 1 && !o_.standardize;
     const SoftmaxStats<T>& other = teacher_ ? stats_t_ : stats_s_;
     job.top_s = job.top_ce = stats_s_.top() + c0, job.top_t = other.top() + c0;
     job.rest_s = stats_s_.rest() + c0, job.rest_t = other.rest() + c0;
     job.rest_ce = stats_s_.rest_plain() + c0;
+    job.scale_s = stats_s_.scale() + c0, job.scale_t = other.scale() + c0;
+    if (o_.standardize) {
+      job.shift = stats_s_.shift() + c0, job.pull = pull_.data() + c0;
+      job.along = along_.part<T>(v / kTile) + c0, job.centre = centre_.part<T>(v / kTile) + c0;
+    }
     job.ce_weight = rows_.ce_weight.data() + c0, job.kd_weight = rows_.kd_weight.data() + c0;
     job.mean = mean_.data() + c0;
     if (values)
@@ -183,6 +210,8 @@ class Distill {
   Gradients<T> gradients_;
   std::vector<T> mean_;     // (chunk) Σ q g
   Buffer values_, slopes_;  // (tiles) of (chunk)
+  std::vector<T> pull_;     // (chunk) of z-scored logits, see LossJob
+  Buffer along_, centre_;   // (tiles) of (chunk)
   Buffer agree_;            // (tiles) of (chunk) where diagnostics are wanted
   Buffer z_s_, z_t_;        // (tiles, panels) of (kTile, panel)
 };
@@ -273,7 +302,7 @@ Result distill_rows(
     const Optional& wt, const Optional& bt, const Optional& labels, const Optional& ce_weight,
     const Optional& kd_weight, std::string_view divergence, double param, double temperature,
     double cap_s, double cap_t, int64_t vocab, int64_t ignore_index, bool want_dh, bool want_dw,
-    bool want_db, int64_t chunk_rows, const Optional& diagnostics) {
+    bool want_db, int64_t chunk_rows, const Optional& diagnostics, bool standardize) {
   TORCH_CHECK_VALUE(
       ht.has_value() == wt.has_value(), "teacher: hidden states and weight come together");
   TORCH_CHECK_VALUE(
@@ -290,7 +319,8 @@ Result distill_rows(
       vocab,
       ignore_index,
       {want_dh, want_dw, want_db},
-      diagnostics.has_value()};
+      diagnostics.has_value(),
+      standardize && ht};
   const auto f64 = [](const Optional& x) { return x && x->scalar_type() == at::kDouble; };
   const auto chosen =
       f64(hs) || f64(ws) || f64(bs) || f64(ht) || f64(wt) || f64(bt) ? run<double> : run<float>;

@@ -56,12 +56,15 @@ struct StatsJob {
   int rows;
   const T* bias;  // (rows) or null
   T cap;          // 0: none
-  T scale;        // 1/T
+  const T* scale; // (panel) of the softmax: 1/T, or 1/(T(σ + ε)) of z-scored logits
   bool plain;     // also the sum at temperature 1
+  bool again;     // z is final and `max` known: only the sums are made, at another scale
   T* max;         // (panel) of z; null: only the logits are wanted
   T* sum;         // (panel) Σ exp(scale · (z − max))
   T* sum_plain;   // (panel) Σ exp(z − max)
   T* weighted;    // (panel) Σ x·exp(x), x = scale · (z − max), for the entropy; null: not wanted
+  T* mean;        // (panel) of z; null: not wanted
+  T* square;      // (panel) Σ (z − mean)²
 };
 
 // Has some vocabulary row of a panel the largest logit of both models?
@@ -83,15 +86,15 @@ struct LossJob {
   const T* z_s;
   const T* z_t;  // null: no teacher
   int rows;
-  T scale;      // 1/T of the divergence
-  T ce_scale;   // 1/T of the cross-entropy
+  const T *scale_s, *scale_t;  // (panel) of the divergence: 1/T, or 1/(T(σ + ε))
+  T ce_scale;                  // 1/T of the cross-entropy
   T cap;        // the student's soft-cap, 0: none
   bool ce;      // any cross-entropy at all
   bool shared;  // the cross-entropy's softmax is the divergence's
   // log q = scale·(z − top) − rest: the log-sum-exp in two parts, since a sum of 60 would round log
   // q by 4e-6
-  const T *top_s, *rest_s;    // at `scale`
-  const T *top_t, *rest_t;    // at `scale`
+  const T *top_s, *rest_s;    // at `scale_s`
+  const T *top_t, *rest_t;    // at `scale_t`
   const T *top_ce, *rest_ce;  // at `ce_scale`
   const T* ce_weight;         // 0 switches the term off, NaN or not
   const T* kd_weight;
@@ -99,6 +102,11 @@ struct LossJob {
   T* value;       // out (panel): this tile's part of D, null: not wanted
   T* slope;       // out (panel): this tile's part of Σ q g
   T* g;           // out (rows, panel): dL/dz without the one-hot part, null: not wanted
+  // Of z-scored logits a = scale_s·(z − top_s) + shift, whose mean is 0; null: they are not.
+  const T* shift;
+  const T* pull;  // with G = ∂D/∂a, what goes back through σ is −pull·a, pull ~ Σ G a
+  T* along;       // out (panel) with `value`: this tile's part of Σ G a, but for the mean Σ q g
+  T* centre;      // out (panel) with `value`: this tile's part of Σ q a
 };
 
 template <class T>

@@ -26,13 +26,14 @@ std::tuple<at::Tensor, at::Tensor> forward(
   at::Tensor logp = at::zeros({rows}, real), lse = at::empty({rows}, real);
   const T scale = static_cast<T>(1 / o.temperature);
   Head<T> head(h, w, b, o.cap, o.vocab, chunks.padded, "logprob");
-  SoftmaxStats<T> stats(tiles_of(o.vocab), chunks.padded, scale, false);
+  SoftmaxStats<T> stats(o.vocab, chunks.padded, o.temperature, {});
   ChunkRows<T> tokens(chunks.padded);
   const int64_t block = head.product().depth / panel;
   const Buffer z(at::get_num_threads(), block * kTile * panel * sizeof(T));
   for (int64_t row = 0; row < rows; row += chunks.rows) {
     const int64_t count = std::min(chunks.rows, rows - row), panels = (count + panel - 1) / panel;
     head.load(row, count);
+    stats.start();
     tokens.load(row, count, labels.const_data_ptr<int64_t>(), nullptr, nullptr, o.ignore_index);
     for_tiles(head.product(), o.vocab, true, [&](int64_t v, int m, int thread) {
       for (int64_t p = 0; p < panels; p += block) {
@@ -100,6 +101,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
           job.ce_scale = scale, job.cap = head.cap();
           job.top_s = job.rest_s = job.top_t = job.rest_t = none.data() + c0;
           job.kd_weight = job.mean = job.top_ce = none.data() + c0;
+          job.scale_s = job.scale_t = none.data() + c0;
           job.rest_ce = padded_lse.data() + c0, job.ce_weight = tokens.ce_weight.data() + c0;
           job.g = gradients.panel(thread);
           kernel.loss(job);

@@ -37,6 +37,7 @@ class Targets:
     divergence: Divergence = _FORWARD
     temperature: float = 1.0
     ignore_index: int = -100
+    standardize: bool = False  # the divergence sees z-scored logits
 
 
 @dataclass(frozen=True)

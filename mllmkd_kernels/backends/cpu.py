@@ -89,7 +89,7 @@ def distill_rows(
     return torch.ops.mllmkd_cpu.distill_rows(
         s.h, s.w, s.b, ht, wt, bt, targets.labels, targets.ce_weight, targets.kd_weight,
         d.name, d.param, targets.temperature, s.cap, cap_t, options.vocab, targets.ignore_index,
-        *options.wants, options.chunk, options.diagnostics,
+        *options.wants, options.chunk, options.diagnostics, targets.standardize,
     )  # fmt: skip
 
 
@@ -155,6 +155,7 @@ if available():
     def _(
         hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature,
         cap_s, cap_t, vocab, ignore_index, want_dh, want_dw, want_db, chunk_rows, diagnostics=None,
+        standardize=False,
     ):  # fmt: skip
         dtype = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
         rows = hs.new_empty(hs.shape[:1], dtype=dtype)

@@ -28,6 +28,7 @@ from mllmkd_kernels import divergence as div
 from mllmkd_kernels.backends import products
 from mllmkd_kernels.backends.calls import Head, Options, Targets, dtype_of
 from mllmkd_kernels.backends.products import Gradients, chunks
+from mllmkd_kernels.zscore import Score
 
 #: Side of a relation tile: R_s and R_t of 512 × 512 fp32 entries are 2 MiB, the size of a core's L2
 #: cache.
@@ -91,14 +92,23 @@ def _strip_losses(
         labels, weight = targets.labels[strip], targets.ce_weight[strip]
         ce[strip] = _cross_entropy(log_q, labels, weight, targets.ignore_index, dz)
     if b is not None and targets.kd_weight is not None:
-        b = b.div_(temperature)
-        if temperature != 1:
-            log_q = (z / temperature).log_softmax(-1)
-        pair, weight = div.Pair(b.log_softmax(-1), log_q), targets.kd_weight[strip]
-        kd[strip] = _divergence_rows(targets.divergence, pair, weight / temperature, dz)
+        if seen is not None:
+            seen[2, strip] = _agree(z, b)
+        weight, score = targets.kd_weight[strip], None
+        if targets.standardize:
+            score = Score.of(z, temperature)
+            log_q, log_p = score.a.log_softmax(-1), Score.of(b, temperature).a.log_softmax(-1)
+            weight = torch.where(weight == 0, 0, weight * score.scale.squeeze(1))
+        else:
+            log_p, weight = b.div_(temperature).log_softmax(-1), weight / temperature
+            log_q = log_q if temperature == 1 else (z / temperature).log_softmax(-1)
+        pair = div.Pair(log_p, log_q)
+        kd[strip] = div.values(targets.divergence, pair)
+        if dz is not None:
+            slope = div.gradients(targets.divergence, pair)
+            dz += _scaled(slope if score is None else score.gradient(slope), weight)
         if seen is not None:
             seen[1, strip] = div.entropies(pair.log_p)
-            seen[2, strip] = _agree(z, b)
     if seen is not None:
         seen[0, strip] = div.entropies(log_q)
     return dz
@@ -286,15 +296,6 @@ def _cross_entropy(
         slope = _minus_one_hot_(log_q.exp(), labels, ignore_index)
         dz += _scaled(slope, weight.masked_fill(ignored, 0))
     return -_at_label(log_q, labels, ignore_index).masked_fill_(ignored, 0)
-
-
-def _divergence_rows(
-    table: div.Divergence, pair: div.Pair, weight: Tensor, dz: Tensor | None
-) -> Tensor:
-    """D of every row; adds weight·∂D/∂a to `dz`."""
-    if dz is not None:
-        dz += _scaled(div.gradients(table, pair), weight)
-    return div.values(table, pair)
 
 
 def _weighted_sum(x: Tensor, weight: Tensor | None, valid: Tensor | None = None) -> Tensor:

@@ -187,6 +187,9 @@ def _fold(out: Tensor, a: Tensor, b: Tensor, write: bool) -> None:
     tensor cores instead of one in fp32 without them.
     """
     if not (out.device.type == "cuda" and a.dtype == torch.float32 and b.dtype == torch.float16):
+        if write and b.dtype != out.dtype and not _gemm_widens(a, b, out):
+            out.zero_()  # `product` would widen all of b at once, `add_product` a block at a time
+            write = False
         product(a, b, out) if write else add_product(out, a, b)
         return
     fold_in_parts(out, a, b, write)

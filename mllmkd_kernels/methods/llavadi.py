@@ -21,6 +21,8 @@ The paper finds L_res with L_feat the best of these. Its released code differs, 
   standardize=True``, whose σ is of V − 1: ``temperature=(V / (V - 1)) ** 0.5`` is its
 * its affinity is one mean over all cells of a batch: ``joint=True``
 * early versions weigh by 5 (``response=5, features=5``)
+* on-policy, the student writes half of the answers itself (`own_answers`), which L_ce leaves out:
+  ``view: {probability: 0.5}`` of the stage kd
 * its means are over samples of means over rows, ours over the rows of a step: equal for one sample
 """
 
@@ -29,9 +31,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from mllmkd_kernels.divergence import Divergence
+from mllmkd_kernels.drawn import BatchView
 from mllmkd_kernels.methods.stage import PROJECTOR, WHOLE, Stage
 from mllmkd_kernels.methods.supervised import PRETRAINING, TUNING, supervised
 from mllmkd_kernels.objective import Objective, RowTerm
+from mllmkd_kernels.own_answers import on_policy
 from mllmkd_kernels.terms import Affinity, Features, LogitMse
 
 
@@ -64,13 +68,25 @@ def objective(
     """
     answers = "response" if rows == "valid" else rows
     return Objective(
-        RowTerm("ce", ce, "response"),
+        RowTerm("ce", ce, "response", over="response:given"),
         RowTerm("response_kl", response, rows, divergence, temperature, standardize=standardize),
         Features("features", features, rows, feature_loss),
         Affinity("affinity", affinity, answers, joint),
         LogitMse("logit_mse", logit_mse, rows),
         **settings,
     )
+
+
+def own_answers(
+    probability: float = 0.0, max_new_tokens: int = 64, temperature: float = 1.0
+) -> BatchView | None:
+    """The view of kd: none, unless the student is to write answers itself.
+
+    Args:
+        probability, max_new_tokens, temperature: see `mllmkd_kernels.on_policy`.
+    """
+    view = on_policy(probability, max_new_tokens, temperature)
+    return view if probability else None
 
 
 STAGES = (
@@ -83,7 +99,7 @@ STAGES = (
         title="supervised fine-tuning: projector and LM, CE", defaults=TUNING, usual=False,
     ),
     Stage(
-        "kd", WHOLE, "conversations", "chat", objective,
+        "kd", WHOLE, "conversations", "chat", objective, view=own_answers,
         title="distillation: projector and LM, logits and features", defaults=TUNING,
     ),
 )  # fmt: skip

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mllmkd_kernels.drawn import BatchView
 from mllmkd_kernels.objective import Objective
 
-#: Roles of parameters; a transform of the student may add more ("experts", "router").
+#: Roles of parameters; a mixture of experts also has "experts" and "router", of its "language".
 PROJECTOR, WHOLE = ("projector",), ("projector", "language")
+SPARSE = ("projector", "experts", "router")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,9 @@ class Stage:
         objective: section `loss`: () -> what is minimised.
         student: section `student`: (model) -> the model that is trained; None for the model as it
             is.
+        fits: (configuration of the model, arguments of `student`) -> that of what `student` makes
+            of it, or `ValueError`: asked before the first stage of a run.
+        view: section `view`: () -> what becomes of a batch before it is counted, or None.
         callbacks: () -> a `transformers.TrainerCallback`, each.
         title: in a few words.
         defaults: of the stage's settings, where the method has others than the trainer.
@@ -39,6 +44,8 @@ class Stage:
     template: str
     objective: Callable[..., Objective]
     student: Callable[..., Any] | None = None
+    fits: Callable[..., Any] | None = None
+    view: Callable[..., BatchView | None] | None = None
     callbacks: tuple[Callable[..., Any], ...] = ()
     title: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)

@@ -71,6 +71,12 @@ def _distill(algorithm: str) -> list[Call]:
         )
 
     calls = [call(name, divergence=name) for name in PARAMETERS]
+    if algorithm == "chunk":  # σ is of a whole row
+        calls += [
+            call("z-scored", standardize=True),
+            call("z-scored jsd", standardize=True, divergence="jsd"),
+            call("z-scored, tiny vocabulary", standardize=True, shape=Shape(vocab=2048)),
+        ]
     calls += [
         call("without labels", labels=False),
         call("without teacher", teacher=False),
@@ -135,6 +141,7 @@ def distill(
     cap: float = 0.0,
     temperature: float = 1.0,
     diagnostics: bool = False,
+    standardize: bool = False,
 ) -> Any:
     """`distill_rows` ("chunk") or `distill_stream` ("stream")."""
     from mllmkd_kernels.backends import triton
@@ -156,7 +163,7 @@ def distill(
     targets = Targets(
         _empty(s.n, dtype=torch.int64) if labels else None,
         weight if labels else None, weight if teacher else None,
-        Divergence(divergence), temperature,
+        Divergence(divergence), temperature, standardize=standardize,
     )  # fmt: skip
     seen = _empty(3, s.n, dtype=torch.float32) if diagnostics else None
     options = Options(s.vocab, at_a_time, gradient, gradient, gradient and bias, seen)

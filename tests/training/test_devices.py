@@ -18,24 +18,33 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, TrainingArguments
 
 import training.loop
+from mllmkd_kernels import learned
+from tests import pair
 from tests.gloo import on_ranks
+from tests.test_trainer_mixin import MixedTrainer, arguments
+from tests.test_trainer_objective import learning
 from tests.tolerances import relative_error
 from tests.training import tiny
 from training import settings, sharding
 from training.anatomy import Anatomy, freeze
-from training.config import Config, load
+from training.config import Config, class_for, load
 from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.loop import run
 from training.models import build_model, load_vlm
 from training.trainer import DistillTrainer, Policies
 
-STAGES = load().table
+_OF_OTHERS = {
+    **load(overrides=["method=llava-mod"]).table,
+    **load(overrides=["method=llavadi"]).table,
+}
+STAGES = {**_OF_OTHERS, **load().table}
 # Samples 4 and 9 have no image, 3, 8 and 13 two. Two processes take batches of two in turn.
 ORDERS = {
     "uneven": [4, 9, 0, 1, 3, 8, 2, 13],  # the first process starts with text alone
@@ -45,6 +54,8 @@ ORDERS = {
 CASES = [
     ("ddp", "sft", "uneven", 1), ("ddp", "dft", "no-image", 2), ("ddp", "dpt", "no-image", 1),
     ("fsdp2", "dft", "uneven", 2), ("fsdp2", "dft", "no-image", 1), ("fsdp2", "dpt", "no-image", 2),
+    ("ddp", "d2s", "uneven", 2), ("fsdp2", "d2s", "no-image", 1),
+    ("fsdp2", "kd", "uneven", 2),
 ]  # fmt: skip
 CONFIGURATIONS = Path(training.loop.__file__).parent / "accelerate"
 # Row weights are fp32 beside fp64 models too: 6e-8 each, of terms whose gradients partly cancel.
@@ -79,6 +90,9 @@ def one_step(root: Path, out: Path, wrapper: str, stage: str, order: str, accumu
     student, processor = build_model(tiny.model_config(root / "tower", layers=2), 0)
     student.lm_head.weight.data *= 4  # losses that differ from sample to sample
     teacher, _ = load_vlm(root / "teacher")
+    if (made := STAGES[stage].student) is not None:
+        student = made(student)
+        student.set_experts_implementation("eager")  # grouped_mm knows no fp64
     freeze(student, *STAGES[stage].trains)
     objective = STAGES[stage].objective(backend="eager")
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -122,7 +136,10 @@ def work(root: Path) -> Any:
         FSDP_STATE_DICT_TYPE="FULL_STATE_DICT", FSDP_RESHARD_AFTER_FORWARD="true",
     )  # fmt: skip
     return {case: one_step(root, root / "out", *case) for case in CASES} | {
-        "run": interrupted_run(run_config(root, root / "fsdp2"), pretend_fsdp)
+        "run": interrupted_run(run_config(root, root / "fsdp2"), pretend_fsdp),
+        "sparse": interrupted_run(sparse_config(root, root / "sparse"), pretend_fsdp),
+        "features": interrupted_run(features_config(root, root / "features"), pretend_fsdp),
+        "mixin": [someone_elses(root / "mixin", resume) for resume in (None, "checkpoint-1")],
     }
 
 
@@ -131,6 +148,48 @@ def run_config(root: Path, out: Path, stages: tuple[str, ...] = ("dpt", "dft")) 
     config = tiny.run_config(root, out, stages=stages)
     plan = {"steps": 4, "batch_size": 4, "micro_batch": 1}
     return settings.changed(config, stage=dict.fromkeys(stages, plan))
+
+
+def sparse_config(root: Path, out: Path) -> Config:
+    """A stage in which a student that has become a mixture of experts trains those."""
+    more = {"loss": {"backend": "eager"}, "student": {"every": 1}}
+    return config_of(root, out, "llava-mod", "d2s", more)
+
+
+def features_config(root: Path, out: Path) -> Config:
+    """A stage whose objective has parameters of its own."""
+    return config_of(root, out, "llavadi", "kd", {})
+
+
+def config_of(root: Path, out: Path, method: str, stage: str, more: dict[str, Any]) -> Config:
+    """One stage of another method, otherwise as `run_config`."""
+    like = settings.to_dict(run_config(root, out, ("dft",)))
+    kept = ("out", "teacher", "model", "data", "log_steps", "save_steps", "threads")
+    plan = {k: like["stage"]["dft"][k] for k in ("steps", "batch_size", "micro_batch", "lr")}
+    values = {"method": method, "stages": [stage], "stage": {stage: plan | more}}
+    return settings.build(class_for(values), {**values, **{name: like[name] for name in kept}})
+
+
+def someone_elses(out: Path, resume: str | None) -> Any:
+    """A plain `Trainer` with the mixin: what its objective has learnt after two steps, whether it
+    was in pieces, and the log."""
+    os.environ.update(ACCELERATE_USE_FSDP="false", FSDP_TRANSFORMER_CLS_TO_WRAP="Qwen2DecoderLayer")
+    student, teacher = pair.models()
+    student.model.vision_tower.requires_grad_(False)
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
+    made = arguments(out, **options)
+    pretend_fsdp()
+    trainer = MixedTrainer(
+        model=student, args=made, teacher=teacher, objective=learning(),
+        train_dataset=pair.samples((1, 1, 2, 1)), data_collator=pair.collate,
+    )  # fmt: skip
+    own = list(trainer.objective.parameters())
+    for parameter in own if resume else ():
+        parameter.data.zero_()
+    trainer.train(resume_from_checkpoint=None if resume is None else str(out / resume))
+    pieces = all(isinstance(p, DTensor) for p in trainer.objective.parameters())
+    trainer.save_model(str(out / "model"))
+    return learned.state(student), pieces, trainer.state.log_history[1]["loss"]
 
 
 def interrupted_run(config: Config, select: Callable[[], None]) -> Any:
@@ -177,8 +236,10 @@ def ranks(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_loss_and_gradients_are_those_of_one_process(ranks, root: Path, case: Any) -> None:
-    wrapper, stage, order, _ = case
-    want, history, _ = one_step(root, root / "out", "none", stage, order, 1)
+    wrapper, stage, order, accumulate = case
+    # a balance is of a micro-batch: there the same ones are compared
+    parts = 2 * accumulate if "balance" in STAGES[stage].objective().names else 1
+    want, history, _ = one_step(root, root / "out", "none", stage, order, parts)
     for rank in ranks:
         got, _, kind = rank[case]
         assert kind == ("FSDP" if wrapper == "fsdp2" else "MULTI_CPU")
@@ -197,6 +258,31 @@ def test_a_stopped_fsdp2_run_goes_on_and_leaves_ordinary_folders(ranks, root: Pa
     assert "pytorch_model_fsdp.bin" not in files
     assert curves == same and quiet == []
     check_run(root, run_config(root, root / "fsdp2"), said, curves)
+
+
+def test_a_stopped_fsdp2_run_of_experts_does_too(ranks, root: Path) -> None:
+    said, _, curves = ranks[0]["sparse"]
+    check_run(root, sparse_config(root, root / "sparse"), said, curves)
+    assert any("parameters train (experts, projector, router)" in line for line in said)
+
+
+def test_what_an_objective_learns_is_sharded_kept_and_in_no_student(ranks, root: Path) -> None:
+    (said, files, curves), (_, _, same) = (rank["features"] for rank in ranks)
+    assert learned.FILE in files and curves == same
+    config = features_config(root, root / "features")
+    check_run(root, config, said, curves)
+    model = Path(config.out) / "1-kd" / "model" / "model.safetensors"
+    assert not any(learned.PLACE in name for name in load_file(model))
+
+
+def test_what_an_objective_learns_goes_on_in_any_trainer(ranks, root: Path) -> None:
+    for (whole, pieces, loss), (again, _, same) in (rank["mixin"] for rank in ranks):
+        assert len(whole) == 4 and pieces and loss == same
+        assert all(torch.equal(again[name], whole[name]) for name in whole)
+    kept = load_file(root / "mixin" / "checkpoint-2" / learned.FILE)
+    assert all(torch.equal(kept[name], ranks[0]["mixin"][0][0][name]) for name in kept)
+    saved = load_file(root / "mixin" / "model" / "model.safetensors")
+    assert not any(learned.PLACE in name for name in saved)
 
 
 def check_run(root: Path, config: Config, said: list[str], curves: Any) -> None:

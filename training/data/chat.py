@@ -227,7 +227,7 @@ class ChatEncoder:
         """The text of answer i; what is learned must be words that the model could say."""
         unknown = self.tokenizer.unk_token_id
         if unknown != self.tokenizer.eos_token_id and unknown in self._text.ids(text):
-            field = sample.field.format(sample.first + 2 * i + 1)
+            field = sample.field_of(2 * i + 1)
             raise fault(sample.place, field, repr(text), "only words the tokenizer knows")
         return text
 

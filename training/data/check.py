@@ -43,9 +43,10 @@ class Report:
 
     names: list[str]
     read: int = 0
+    sound: int = 0  # entries that can be trained on
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
-    lengths: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # of a pair, of either answer
     labels: int = 0
     image_tokens: int = 0
     images: Counter[int] = field(default_factory=Counter)  # images a sample -> samples
@@ -53,11 +54,6 @@ class Report:
     shown: list[Shown] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)  # fields that are not read -> samples
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def sound(self) -> int:
-        """Entries that can be trained on."""
-        return len(self.lengths)
 
     @property
     def n_images(self) -> int:
@@ -164,14 +160,21 @@ def _count(
         raise entry
     images = source.images(entry)
     item = encoding.item(entry, lambda: images)
-    report.lengths.append(len(item["input_ids"]))
-    report.labels += int((item["labels"] != IGNORE).sum())
-    report.image_tokens += int(item["image_lens"].sum())
+    report.sound += 1
+    for one in both(item):
+        report.lengths.append(len(one["input_ids"]))
+        report.labels += int((one["labels"] != IGNORE).sum())
+        report.image_tokens += int(one["image_lens"].sum())
     report.images[len(images)] += 1
     report.conversions.update(done for image in images for done in conversions(image))
     report.unread.update(entry.unread)
     if show:
         report.shown.append(Shown(entry, item, images))
+
+
+def both(item: Item) -> list[Item]:
+    """Of a pair the items of its two answers, the better first; else the item."""
+    return [item, item["rejected"]] if "rejected" in item else [item]
 
 
 def reason_of(message: str) -> str:

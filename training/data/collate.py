@@ -7,7 +7,8 @@ the samples, which is how every class of model finds it again: images (LLaVA), t
 patches with their `image_grid_thw` (Qwen). Where a class has an axis of tiles per image (OneVision)
 or of images per sample (SmolVLM), that axis is filled up with zeros first, which those models leave
 out themselves. Text-only samples bring no images, so they mix with the others freely; a batch of
-text alone has no pixel_values.
+text alone has no pixel_values. A batch of pairs is twice as long: the better answers, then the
+worse ones in the same order, each with its images; `kind` says which.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from mllmkd_kernels.rows import PAIR
 from training.data.item import IGNORE, TOKEN_EXTRAS, Item
 from training.settings import ConfigError
 
-NOT_VISUAL = ("input_ids", "labels", "image_lens", "sample_id", "kind", "teacher", *TOKEN_EXTRAS)
+NOT_VISUAL = {*Item.__annotations__, *TOKEN_EXTRAS} - {"pixel_values"}
 
 
 class Batch(TypedDict):
@@ -34,8 +36,8 @@ class Batch(TypedDict):
     attention_mask: Tensor  # (B, T) int64, 1 on tokens and 0 on padding
     labels: Tensor  # (B, T) int64
     image_lens: Tensor  # (images,) int64: image-token rows of each image
-    sample_ids: list[str]
-    kind: list[str]  # "" for a sample without one
+    sample_ids: list[str]  # of pairs one each
+    kind: list[str]  # "" for a sample without one; of pairs "chosen" and "rejected"
     pixel_values: NotRequired[Tensor]  # absent when no sample has an image
     teacher: NotRequired[Any]  # a Batch of the same samples, made by the teacher's encoder
 
@@ -66,29 +68,34 @@ class Collator:
         """
         if not items:
             raise ValueError("items: got none, expected at least one")
+        own = {}
+        if self.teacher is not None:
+            own["teacher"] = self.teacher([item["teacher"] for item in items])  # pyright: ignore[reportTypedDictNotRequiredAccess]
+        names = [item["sample_id"] for item in items]
+        kinds = [item.get("kind", "") for item in items]
+        if "rejected" in items[0]:
+            kinds = [kind for kind in PAIR for _ in items]
+            items = [*items, *(item["rejected"] for item in items)]  # pyright: ignore[reportTypedDictNotRequiredAccess]
         ids = [item["input_ids"] for item in items]
         batch: dict[str, Any] = {
             "input_ids": self._padded(ids, padding_value=self.pad_id),
             "attention_mask": self._padded([torch.ones_like(row) for row in ids]),
             "labels": self._padded([item["labels"] for item in items], padding_value=IGNORE),
             "image_lens": torch.cat([item["image_lens"] for item in items]),
-            "sample_ids": [item["sample_id"] for item in items],
-            "kind": [item.get("kind", "") for item in items],
+            "sample_ids": names,
+            "kind": kinds,
         }
         for name in TOKEN_EXTRAS:
             rows = [item[name] for item in items if name in item]  # pyright: ignore
             if rows:
                 batch[name] = self._padded(rows)
-        batch |= _visual(items)
-        if self.teacher is not None:
-            batch["teacher"] = self.teacher([item["teacher"] for item in items])  # pyright: ignore[reportTypedDictNotRequiredAccess]
-        return batch  # pyright: ignore[reportReturnType]
+        return batch | _visual(items) | own  # pyright: ignore[reportReturnType]
 
 
 def _visual(items: Sequence[Item]) -> dict[str, Tensor]:
     """Every entry that came of images, put end to end."""
     shown = [item for item in items if len(item["image_lens"])]
-    names = sorted({name for item in shown for name in item} - set(NOT_VISUAL))
+    names = sorted({name for item in shown for name in item} - NOT_VISUAL)
     entries = {}
     for name in names:
         if any(name not in item for item in shown):

@@ -20,7 +20,7 @@ data set of messages in, the same form out, images by the same paths. An entry m
 question. Killed, the same command continues. --out gets the data, report.json with the counts, and
 what is needed to go on. Left out and counted: entries that cannot be asked, and conversations in
 which an answer was empty or, without --keep-cut, cut at --max-new-tokens."""
-USES = ("captions", "conversations", "held_out")
+USES = ("captions", "conversations", "preferences", "held_out")
 
 
 def add_data(command: argparse.ArgumentParser, source: argparse.ArgumentParser) -> None:
@@ -80,6 +80,7 @@ def check_data(options: argparse.Namespace) -> None:
     """Run `data check`: figures to stdout, the page and the json to files."""
     from training.data.check import read_data
     from training.data.encoding import Encoding
+    from training.data.load import sources_of
     from training.data.page import rows_of, write_page
     from training.journal import write_whole
     from training.models import known_positions
@@ -93,10 +94,12 @@ def check_data(options: argparse.Namespace) -> None:
         data = DataConfig(sources=(one,), image_root=options.image_root)
     processor = _processor(options, config)
     template: Any = "pretrain" if use == "captions" else "chat"
-    encoding = Encoding(processor, template=template, max_length=config.data.max_length)
-    sources = _sources(data, use)
+    pairs = use == "preferences"
+    encoding = Encoding(
+        processor, template=template, max_length=config.data.max_length, pairs=pairs
+    )
     report = read_data(
-        sources,
+        sources_of(data, use),
         encoding,
         show=options.samples,
         limit=options.limit,
@@ -120,9 +123,3 @@ def _processor(options: argparse.Namespace, config: Config) -> Any:
     if options.json is not None and options.config is None and options.recipe is None:
         raise ConfigError("--processor: expected with --json: its folder decides the tokens")
     return build_processor(config.model)
-
-
-def _sources(data: DataConfig, use: str) -> Any:
-    from training.data.load import sources_of
-
-    return sources_of(data, use)

@@ -134,6 +134,7 @@ class SampleDataset(Dataset[Item]):
     ) -> Sample:
         """The entry if it is sound, else its fault: cheap checks, or with skip_bad all of them."""
         sample = present(source, entry, faults)
+        self.encoding.admit(sample)
         if self.skip_bad:
             images = source.images(sample)
             self.encoding.check(sample, lambda: images)

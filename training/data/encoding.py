@@ -10,10 +10,12 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from training.data.chat import ChatEncoder
-from training.data.item import Item, Seen
-from training.data.records import Sample, fault, named
+from training.data.faults import fault, named, shown
+from training.data.item import IGNORE, Item, Seen
+from training.data.records import Sample
 from training.data.template import TemplateName
 
 TYPICAL_IMAGE = (448, 448)  # what an image counts as in an estimate of lengths
@@ -37,6 +39,8 @@ class Encoding:
         max_length: most tokens a sample may have, image tokens included. A longer one is a
             fault: cutting it could cut an image or the answer.
         image_cache_mb: keep processed images in memory up to this size, per process.
+        pairs: samples have two answers, of which the last turns are learned: an item of the better
+            one, and in it as ``rejected`` one of the worse. Without, samples have one answer.
 
     Raises:
         ValueError: a bad max_length, image_cache_mb, template or processor (a `ConfigError` where
@@ -52,12 +56,13 @@ class Encoding:
         system: str = "",
         max_length: int = 2048,
         image_cache_mb: int = 0,
+        pairs: bool = False,
     ) -> None:
         if max_length < 1:
             raise ValueError(f"max_length: got {max_length}, expected at least 1")
         if image_cache_mb < 0:
             raise ValueError(f"image_cache_mb: got {image_cache_mb}, expected 0 or more")
-        self.max_length = max_length
+        self.max_length, self.pairs = max_length, pairs
         both = [processor] if teacher is None else [processor, teacher]
         self.encoders: list[ChatEncoder] = [ChatEncoder(one, template, system) for one in both]
         # for each encoder, by where the images come from and their names there
@@ -91,6 +96,7 @@ class Encoding:
 
     def _items(self, sample: Sample, images: Images, identity: Hashable, make: str) -> Item:
         """What the encoders' method `make` makes of a sample, the teacher's within it."""
+        self.admit(sample)
         key = (identity, sample.images)
         kept = all(key in cache for cache in self.cache)
         opened = [] if kept else self._images(sample, images)
@@ -100,19 +106,31 @@ class Encoding:
             items[0]["teacher"] = extra
         return items[0]
 
+    def admit(self, sample: Sample) -> None:
+        """Raise `DataError` unless the sample has as many answers as are wanted: no look at it."""
+        if self.pairs and sample.rejected is None:
+            raise fault(sample.place, "rejected", "nothing", "a worse answer: pairs are compared")
+        if not self.pairs and sample.rejected is not None:
+            expected = "no such field: an answer is learned, not preferred to another"
+            raise fault(sample.place, sample.answers[1], shown(sample.rejected), expected)
+
     def check(self, sample: Sample, images: Images) -> None:
         """Raise what `item` would raise, without processing images where that can be avoided."""
+        self.admit(sample)
         for encoder in self.encoders:
             seen = None
             if encoder.tokens_per_image is None:
                 seen = self._seen(encoder, sample, self._images(sample, images))
-            with named(sample.place, "conversations", ENCODED):
-                length = encoder.length(sample, seen)
-            self._fits(sample, length)
+            for one in sample.apart():
+                with named(sample.place, "conversations", ENCODED):
+                    length = encoder.length(one, seen)
+                self._fits(sample, length)
 
     def estimate(self, sample: Sample) -> int:
-        """About how many tokens the sample has: 4 letters a token, images of a usual size."""
-        letters = sum(len(text) for _, text in sample.texts())
+        """About how many tokens the sample has: 4 letters a token, images of a usual size; of a
+        pair, with the longer answer.
+        """
+        letters = max(sum(len(text) for _, text in one.texts()) for one in sample.apart())
         return letters // LETTERS_PER_TOKEN + len(sample.images) * self._tokens_per_image()
 
     def _tokens_per_image(self) -> int:
@@ -133,8 +151,13 @@ class Encoding:
                 self.cache_left -= seen.nbytes
                 cache[key] = seen
         with named(sample.place, "conversations", ENCODED):
-            item = getattr(encoder, make)(sample, seen)
-        self._fits(sample, len(item["input_ids"]))
+            item, *worse = [getattr(encoder, make)(one, seen) for one in sample.apart()]
+        for other in worse:
+            item["rejected"] = other
+        for one in (item, *worse):
+            self._fits(sample, len(one["input_ids"]))
+            if self.pairs:
+                _last_answer(one["labels"])
         return item
 
     def _images(self, sample: Sample, images: Images) -> Sequence[Image.Image]:
@@ -154,3 +177,9 @@ class Encoding:
         if length > self.max_length:
             got = f"{length} tokens"
             raise fault(sample.place, "conversations", got, f"at most max_length {self.max_length}")
+
+
+def _last_answer(labels: Tensor) -> None:
+    """Take away the labels of all but the last answer; what is between two has none."""
+    last = (labels != IGNORE).nonzero()[-1]
+    labels[: int((labels[: int(last)] == IGNORE).nonzero()[-1])] = IGNORE

@@ -15,7 +15,7 @@ _EMPTY = ("", "[]", "{}", [], (), {})
 _WRITTEN = "no such field: what the model is to write belongs in the answer's text"
 _TOOLS = "no such field: calls of tools are not trained"
 _MEDIA = "no such field: only images are read"
-_PAIRS = "no such field: an answer is learned, not preferred to another"
+_PAIRS = "no such field: pairs of answers are told by the entry"
 _PLACED = "images named by the entry or by parts of the text"
 _SIZE = "no such field: the processor decides the size"
 _WEIGHT = "1, or no such field: every answer counts alike (a source can have a weight)"
@@ -26,9 +26,7 @@ _ANYWHERE = {"video": _MEDIA, "videos": _MEDIA, "audio": _MEDIA, "audios": _MEDI
 ENTRY = _ANYWHERE | {
     "tools": _TOOLS,
     "functions": _TOOLS,
-    "chosen": _PAIRS,
-    "rejected": _PAIRS,
-    "rejected_response": _PAIRS,
+    "rejected_images": "no such field: both answers are to the images of the entry",
     "chat_template_kwargs": "no such field: all entries are rendered alike",
     "weight": _WEIGHT,
 }

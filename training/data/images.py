@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 from PIL.ExifTags import Base
 
-from training.data.records import Place, fault, named, shown
+from training.data.faults import Place, fault, named, shown
 
 WHOLE_IMAGE = "an image file that decodes whole"
 FORMS = "a PIL image, bytes, an array, a path or a data URL"

@@ -31,6 +31,7 @@ class Item(TypedDict):
     kind: NotRequired[str]  # the sample's, where it has one
     pixel_values: NotRequired[Tensor]  # absent for text alone
     teacher: NotRequired[Any]  # the Item that the teacher's own encoder made of the same sample
+    rejected: NotRequired[Any]  # of a pair, whose better answer this is, the Item of the worse one
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Which data does a configuration name, and in which order is it trained on?
 
-A use (`captions`, `conversations`, `held_out`) is either a LLaVA file of its own field, or all
-`data.sources` of that use. They are indexed, or all of them streamed.
+A use (`captions`, `conversations`, `preferences`, `held_out`) is either a LLaVA file of its own
+field, or all `data.sources` of that use. They are indexed, or all of them streamed.
 """
 
 from __future__ import annotations
@@ -29,6 +29,12 @@ def has_data(config: DataConfig, use: str) -> bool:
     return getattr(config, use) is not None or any(one.use == use for one in config.sources)
 
 
+def require_data(config: DataConfig, use: str) -> None:
+    """`ConfigError` where there is no data of a use."""
+    if not has_data(config, use):
+        require(None, f"data.{use}", "a stage's data")
+
+
 def open_data(
     config: DataConfig,
     processor: Any,
@@ -37,8 +43,10 @@ def open_data(
     *,
     teacher: Any = None,
     seed: int = 0,
+    pairs: bool = False,
 ) -> Data:
-    """The data of a use as items of a processor, and of the teacher's if it is given one.
+    """The data of a use as items of a processor, and of the teacher's if it is given one; of pairs
+    of answers, or of single ones.
 
     Raises:
         ConfigError: no data, two answers to which data, or a stream that cannot be had.
@@ -50,6 +58,7 @@ def open_data(
         "template": template,
         "max_length": config.max_length,
         "image_cache_mb": config.image_cache_mb,
+        "pairs": pairs,
     }
     if any(one.stream for _, one in chosen):
         return _stream(config, chosen, Encoding(processor, **options), seed, use)
@@ -69,8 +78,8 @@ def sources_of(config: DataConfig, use: str) -> list[Source]:
             raise ConfigError(f"data.sources[{i}].stream: got true, expected false to read it here")
     if chosen:
         return [open_source(one, f"data.sources[{i}]", config.image_root) for i, one in chosen]
-    path = require(getattr(config, use), f"data.{use}", "this stage's data")
-    return [LlavaSource(path, config.image_root)]
+    require_data(config, use)
+    return [LlavaSource(getattr(config, use), config.image_root)]
 
 
 def _chosen(config: DataConfig, use: str) -> list[tuple[int, SourceConfig]]:

@@ -17,8 +17,9 @@ from typing import Any
 
 from PIL import Image
 
-from training.data.check import Report, Shown
-from training.data.item import IGNORE
+from mllmkd_kernels.rows import PAIR
+from training.data.check import Report, Shown, both
+from training.data.item import IGNORE, Item
 from training.journal import write_whole
 
 THUMBNAIL = 180
@@ -103,18 +104,27 @@ def _lengths(report: Report) -> str:
 
 
 def _sample(shown: Shown, tokenizer: Any, image_id: int) -> str:
-    sample, item = shown.sample, shown.item
+    sample = shown.sample
+    images = "".join(_thumbnail(image) for image in shown.images)
+    answers = both(shown.item)
+    names = [f"{name}: " for name in PAIR] if len(answers) > 1 else [""]
+    tokens = "".join(
+        f"<div class=dim>{name}{_facts(item)}</div>"
+        f"<div class=tokens>{''.join(boxes(item, tokenizer, image_id))}</div>"
+        for name, item in zip(names, answers, strict=True)
+    )
+    place = escape(str(sample.place))
+    return (
+        f"<div class=sample><b>{escape(sample.id)}</b> <span class=dim>{place}</span>"
+        f"<div>{images}</div>{tokens}</div>"
+    )
+
+
+def _facts(item: Item) -> str:
     labels = int((item["labels"] != IGNORE).sum())
     lens = ", ".join(str(n) for n in item["image_lens"].tolist())
     facts = f"{len(item['input_ids'])} tokens, {labels} trained"
-    facts += f", image tokens {lens}" if lens else ", text alone"
-    images = "".join(_thumbnail(image) for image in shown.images)
-    place = escape(str(sample.place))
-    return (
-        f"<div class=sample><b>{escape(sample.id)}</b> <span class=dim>{place}: "
-        f"{facts}</span><div>{images}</div><div class=tokens>"
-        f"{''.join(boxes(item, tokenizer, image_id))}</div></div>"
-    )
+    return facts + (f", image tokens {lens}" if lens else ", text alone")
 
 
 def boxes(item: Any, tokenizer: Any, image_id: int) -> Iterator[str]:

@@ -7,9 +7,10 @@ LLaVA's format is a list (``.json``) or one object per line (``.jsonl``) of::
                        {"from": "gpt", "value": "a coat"}, ...]}
 
 ``images`` is another name of ``image``. A system message is a first turn from ``system`` or a field
-``system``; ``kind`` is a word for reports and for rows of one kind (`mllmkd_kernels.rows`). Other
-fields are not read: `training.data.fields` says which of them are refused, the rest is listed by
-`data check`.
+``system``; ``kind`` is a word for reports and for rows of one kind (`mllmkd_kernels.rows`). Of two
+answers to the last question, ``rejected`` is the worse one; `training.data.preferences` has other
+forms of that. Further fields are not read: `training.data.fields` says which of them are refused,
+the rest is listed by `data check`.
 
 An entry becomes a `Sample` or a `DataError` that names file, place, id, field, what came and what
 was expected. Nothing is repaired: a trainer that guesses at malformed data trains on something
@@ -22,66 +23,19 @@ import codecs
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from training.data.faults import DataError, Place, fault, shown
 from training.data.fields import ENTRY, MESSAGE, is_empty, not_read
+from training.data.preferences import PROMPT, Form, told
 
 IMAGE_MARK = "<image>"  # LLaVA's mark for "an image goes here", whatever the tokenizer calls it
 READ = frozenset({"id", "kind", "image", "images", "system", "conversations"})
 MESSAGE_READ = frozenset({"from", "value"})
 _NUMBER = re.compile(r"\[\d+\]")
-
-
-class DataError(ValueError):
-    """A fault in training data; built by `fault`, which words every message the same way.
-
-    Takes one string so that a data-loader worker can hand it to the parent process unchanged.
-    """
-
-    id: str | None = None  # the faulty entry's id, where it has one
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where an entry stands: file, ``index 3`` or ``line 4``, its id when it has one."""
-
-    path: Path
-    where: str = ""
-    id: str | None = None
-
-    def __str__(self) -> str:
-        name = f" (id {short(repr(self.id))})" if self.id is not None else ""
-        return f"{self.path}{', ' if self.where else ''}{self.where}{name}"
-
-
-def fault(place: Place, field: str, got: object, expected: str) -> DataError:
-    """The one wording of a data fault: place, field, what came (cut if long), what was expected."""
-    got = short(str(got), 400)
-    text = f"{place}: field {field!r}: got {got}, expected {expected}"
-    error = DataError(text.encode("utf-8", "backslashreplace").decode())  # can be printed anywhere
-    error.id = place.id
-    return error
-
-
-@contextmanager
-def named(place: Place, field: str, expected: str, what: str = "") -> Iterator[None]:
-    """Whatever a library or the system raises within, as the `DataError` of a sample.
-
-    The one place where errors on a sample's way are turned into faults; a `StopIteration` too,
-    which a data loader would take for the end of the data. `what` came before the error's words.
-    """
-    try:
-        yield
-    except (DataError, MemoryError):
-        raise
-    except Exception as error:
-        got = f"{short(what)}: " if what else ""
-        got += f"{type(error).__name__}: {short(str(error))}"
-        raise fault(place, field, got, expected) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +45,8 @@ class Sample:
     ``system`` is a system message of its own, perhaps an empty one; ``ordered`` says that images
     stay where they are in a turn, where LLaVA would put a turn's only image first. ``field`` names
     a message of the entry and ``first`` is the first question's number among them. ``unread`` are
-    names of fields that nobody reads.
+    names of fields that nobody reads. ``rejected`` is an answer that is worse than the last one;
+    ``answers`` names the fields of these two, "" for the last message.
     """
 
     place: Place
@@ -103,6 +58,8 @@ class Sample:
     field: str = "conversations[{}].value"
     first: int = 0
     unread: tuple[str, ...] = ()
+    rejected: str | None = None
+    answers: tuple[str, str] = ("", "rejected")
 
     @property
     def id(self) -> str:
@@ -121,7 +78,22 @@ class Sample:
         if self.system is not None:
             yield (self.field.format(0) if self.first else "system"), self.system
         for i, text in enumerate(text for turn in self.turns for text in turn):
-            yield self.field.format(i + self.first), text
+            yield self.field_of(i), text
+
+    def field_of(self, i: int) -> str:
+        """The field of message i after the system's."""
+        last = i + 1 == 2 * len(self.turns)
+        return (self.answers[0] if last else "") or self.field.format(i + self.first)
+
+    def apart(self) -> tuple[Sample, ...]:
+        """Of a pair the sample with each answer alone, the better first; else itself."""
+        if self.rejected is None:
+            return (self,)
+        worse = (*self.turns[:-1], (self.turns[-1][0], self.rejected))
+        fields = (self.answers[1], "")
+        return replace(self, rejected=None), replace(
+            self, turns=worse, rejected=None, answers=fields
+        )
 
 
 def read_samples(path: str | Path) -> Iterator[Sample | DataError]:
@@ -220,16 +192,28 @@ def parse_sample(place: Place, raw: Any) -> Sample:
     if not isinstance(raw, dict):
         raise fault(place, "entry", shown(raw), "a json object")
     place, kind = _label(place, raw)
-    unread = unread_fields(place, "", raw, READ, ENTRY)
+    talk = told(place, raw, LLAVA, LLAVA.messages)
+    unread = unread_fields(place, "", raw, READ | talk.read, ENTRY)
     images = _images(place, raw)
-    said, more = _said(place, raw)
-    system, turns = conversation(place, LLAVA, said, system_of(place, raw))
+    said, more = _said(place, talk.messages, talk.name)
+    form = LLAVA._replace(messages=talk.name)
+    system, turns = conversation(place, form, said, system_of(place, raw))
+    rejected = None
+    if talk.rejected is not None:
+        worse, _ = _said(place, [talk.rejected], talk.answers[1])
+        rejected = worse_answer(place, form, talk.answers[1], worse[0], turns[-1][1])
     marks = sum(human.count(IMAGE_MARK) for human, _ in turns)
+    if not marks and talk.name in PROMPT:
+        turns, marks = images_first(turns, len(images)), len(images)
     if marks != len(images):
         got = f"{marks} {IMAGE_MARK} mark(s) for {len(images)} image(s)"
         raise fault(place, "conversations", got, f"one {IMAGE_MARK} per image")
     first = len(said) - 2 * len(turns)
-    return Sample(place, images, turns, kind, system, first=first, unread=same((*unread, *more)))
+    field = f"{talk.name}[{{}}].{LLAVA.text}"
+    unread = same((*unread, *more))
+    return Sample(
+        place, images, turns, kind, system, False, field, first, unread, rejected, talk.answers
+    )
 
 
 def _label(place: Place, raw: Mapping[str, Any]) -> tuple[Place, str | None]:
@@ -294,15 +278,14 @@ def _images(place: Place, raw: dict[str, Any]) -> tuple[str, ...]:
     return tuple(images)
 
 
-def _said(place: Place, raw: dict[str, Any]) -> tuple[list[tuple[Any, str]], list[str]]:
+def _said(place: Place, messages: Any, name: str) -> tuple[list[tuple[Any, str]], list[str]]:
     """Who says what, and the fields that are not read."""
-    messages = raw.get("conversations")
     if not isinstance(messages, list) or not messages:
-        got = shown(messages) if "conversations" in raw else "nothing"
-        raise fault(place, "conversations", got, "a list of human and gpt messages")
+        got = "nothing" if messages is None else shown(messages)
+        raise fault(place, name, got, "a list of human and gpt messages")
     said, unread = [], []
     for i, message in enumerate(messages):
-        field = f"conversations[{i}]"
+        field = f"{name}[{i}]"
         if not isinstance(message, dict):
             raise fault(place, field, shown(message), "an object with 'from' and 'value'")
         unread += unread_fields(place, f"{field}.", message, MESSAGE_READ, MESSAGE)
@@ -311,15 +294,6 @@ def _said(place: Place, raw: dict[str, Any]) -> tuple[list[tuple[Any, str]], lis
             raise fault(place, f"{field}.value", shown(value), "some text")
         said.append((message.get("from"), value))
     return said, list(dict.fromkeys(unread))
-
-
-class Form(NamedTuple):
-    """What a format calls its messages, their two fields, and the two who speak."""
-
-    messages: str
-    role: str
-    text: str
-    roles: tuple[str, str]
 
 
 LLAVA = Form("conversations", "from", "value", ("human", "gpt"))
@@ -356,6 +330,20 @@ def conversation(
     return system, tuple(zip(texts[::2], texts[1::2], strict=True))
 
 
+def worse_answer(place: Place, form: Form, field: str, said: tuple[Any, str], chosen: str) -> str:
+    """The text of a rejected answer: something that the chosen one does not say."""
+    _check_turn(place, form._replace(messages=field), 1, 0, *said)
+    if said[1].strip() == chosen.strip():
+        raise fault(place, field, shown(said[1]), "another answer than the chosen one")
+    return said[1]
+
+
+def images_first(turns: tuple[tuple[str, str], ...], n: int) -> tuple[tuple[str, str], ...]:
+    """The turns with so many images before the first question."""
+    (human, answer), *rest = turns
+    return ((f"{IMAGE_MARK * n}{human}", answer), *rest)
+
+
 def _check_turn(place: Place, form: Form, i: int, at: int, role: Any, text: str) -> None:
     """Message i after the system's, number `at` of all: the two alternate, and say something."""
     field, (human, gpt) = f"{form.messages}[{at}]", form.roles
@@ -366,15 +354,3 @@ def _check_turn(place: Place, form: Form, i: int, at: int, role: Any, text: str)
         raise fault(place, f"{field}.{form.text}", shown(text), "some text")
     if role == gpt and IMAGE_MARK in text:
         raise fault(place, f"{field}.{form.text}", shown(text), f"no {IMAGE_MARK} in an answer")
-
-
-def shown(value: object) -> str:
-    """``repr`` of a value with its type, cut to a readable length."""
-    return f"{type(value).__name__} {short(repr(value), 60)}"
-
-
-def short(text: str, most: int = 200) -> str:
-    """A text of at most about `most` letters; of a longer one the beginning and the end."""
-    if len(text) <= most:
-        return text
-    return f"{text[: most * 2 // 3]}... {len(text):,} letters ...{text[-most // 6 :]}"

@@ -16,20 +16,12 @@ from typing import Any, Protocol
 from PIL import Image
 
 from training.config import SourceConfig, require
+from training.data.faults import DataError, Place, fault, named
 from training.data.fields import ENTRY
 from training.data.images import PICTURE_DEPTH, flat, not_there, open_image
-from training.data.messages import parse_messages
-from training.data.records import (
-    DataError,
-    Place,
-    Sample,
-    fault,
-    named,
-    read_samples,
-    same,
-    system_of,
-    unread_fields,
-)
+from training.data.messages import CHAT, parse_messages
+from training.data.preferences import FIELDS, told
+from training.data.records import LLAVA, Sample, read_samples, same, system_of, unread_fields
 from training.models import is_missing_folder
 from training.settings import ConfigError
 
@@ -96,7 +88,7 @@ class MessagesSource:
 
     def samples(self) -> Iterator[Sample | DataError]:
         """Every row; images are counted in the table, not decoded."""
-        wanted = {"id", "kind", "system", self.config.messages, *ENTRY}
+        wanted = {"id", "kind", "system", self.config.messages, *ENTRY, *FIELDS}
         names = self.rows.column_names
         text = undecoded(self.rows.select_columns([name for name in names if name in wanted]))
         others = {name: ... for name in names if name not in wanted}  # there, and not looked at
@@ -139,7 +131,7 @@ def _count(value: Any) -> int:
 
 def image_column(names: Sequence[str], config: SourceConfig) -> str | None:
     """The column of images, if there is one; `ConfigError` if there are no messages."""
-    if config.messages not in names:
+    if config.messages not in names and "chosen" not in names:
         raise ConfigError(
             f"{config.path}: has columns {', '.join(names)}, "
             f"expected one named {config.messages!r} (messages: names another)"
@@ -157,9 +149,9 @@ def row_sample(
     try:
         with named(place, "messages", "messages that can be read"):
             read = {"id", "kind", "system", config.messages, image_column(list(row), config) or ""}
-            unread = unread_fields(place, "", row, read, ENTRY)
-            talk, system = row[config.messages], system_of(place, row)
-            sample, paths = parse_messages(place, talk, n_images, system)
+            talk = told(place, row, CHAT, config.messages)
+            unread = unread_fields(place, "", row, read | talk.read, ENTRY)
+            sample, paths = parse_messages(place, talk, n_images, system_of(place, row))
         if paths and n_images not in (0, len(paths)):
             got = f"{n_images} image(s) in the column and {len(paths)} named in messages"
             raise fault(place, config.images, got, "as many, or no column")
@@ -258,7 +250,8 @@ def _is_llava(path: str, config: SourceConfig) -> bool:
         return not config.stream
     with open(path, encoding="utf-8", errors="replace") as file:
         head = file.read(1 << 16)
-    return not _has_key(head, config.messages) or _has_key(head, "conversations")
+    messages = _has_key(head, config.messages) or _has_key(head, CHAT.role)
+    return not messages or _has_key(head, LLAVA.messages)
 
 
 def _has_key(head: str, key: str) -> bool:

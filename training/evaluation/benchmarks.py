@@ -6,14 +6,17 @@ can be changed for a model that was trained with others.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from training.evaluation import questions as q
 from training.evaluation import scores
 from training.evaluation.captions import caption_scores
+from training.evaluation.chair import chair
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
+DESCRIBE = "Please describe this image in detail."
 CAPTION = "Provide a one-sentence caption for the provided image."
 
 
@@ -22,7 +25,7 @@ class Benchmark:
     """How a benchmark is read, asked and scored."""
 
     read: q.Reader
-    score: scores.Scorer
+    score: Callable[..., dict[str, float]]  # a `scores.Scorer`; captions and chair take options
     instruction: str  # the last line of the prompt
     max_new_tokens: int
     help: str  # what --questions is
@@ -47,6 +50,13 @@ BENCHMARKS = {
     ),
     "karpathy": Benchmark(
         q.read_karpathy, caption_scores, CAPTION, 64, "COCO by Karpathy: dataset_coco.json"
+    ),
+    "chair": Benchmark(
+        q.read_chair,
+        chair,
+        DESCRIBE,
+        512,
+        "CHAIR: COCO's instances json; --annotations its captions json, --synonyms",
     ),
     "llava": Benchmark(q.read_llava, scores.exact_match, "", 64, "LLaVA json: exact match"),
 }

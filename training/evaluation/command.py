@@ -32,7 +32,12 @@ def add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-size", type=int, help="default 256; with --benchmark 16")
     command.add_argument("--benchmark", choices=BENCHMARKS, metavar="NAME", help="see above")
     command.add_argument("--questions", metavar="FILE", help="the benchmark's questions")
-    command.add_argument("--annotations", metavar="FILE", help="vqav2: its answers")
+    command.add_argument(
+        "--annotations", metavar="FILE", help="vqav2: its answers; chair: captions of the images"
+    )
+    command.add_argument(
+        "--synonyms", metavar="FILE", help="chair: other words for its categories, a line each"
+    )
     command.add_argument("--images", metavar="DIR", help="folder that its image names start from")
     command.add_argument("--split", help="scienceqa, karpathy: which split (default test)")
     command.add_argument("--out", metavar="DIR", help="default eval-NAME beside the model")
@@ -55,7 +60,8 @@ def evaluate(options: argparse.Namespace) -> None:
 def _held_out(options: argparse.Namespace) -> None:
     if options.json is None:
         raise ConfigError("eval: got no data, expected a LLaVA json file or --benchmark")
-    for name in ("questions", "annotations", "images", "split", "out", "max_new_tokens", "limit"):
+    benchmark_only = ("questions", "annotations", "synonyms", "images", "split", "out")
+    for name in (*benchmark_only, "max_new_tokens", "limit"):
         if getattr(options, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')}: expected it only with --benchmark")
     size = 256 if options.batch_size is None else options.batch_size
@@ -92,6 +98,7 @@ def _benchmark(options: argparse.Namespace) -> None:
             Path(options.images),
             Path(options.annotations) if options.annotations else None,
             options.split,
+            Path(options.synonyms) if options.synonyms else None,
         ),
         out=Path(options.out) if options.out else beside / f"eval-{options.benchmark}",
         batch_size=16 if options.batch_size is None else options.batch_size,

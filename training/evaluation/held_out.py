@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -60,15 +60,6 @@ class Scores:
         n = sum(self.counts[k] for k in asked)
         right = sum(round(self.kinds[k] * self.counts[k]) for k in asked)
         return wilson(right, n)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for json."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Scores:
-        """The inverse of `to_dict`."""
-        return cls(**values)
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in self.kinds.items())

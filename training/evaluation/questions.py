@@ -8,6 +8,7 @@
     llava      LLaVA json: the first turn of each entry, its answer word for word
     coco       captions_val2014.json; also NoCaps' file, which has the same form
     karpathy   dataset_coco.json, one split of it
+    chair      instances_val2014.json, and captions_val2014.json
 
 Files and fields are checked as they are read: a fault names the file, the entry, the field, what
 came and what was expected. Every image is looked for before a model answers anything.
@@ -41,8 +42,9 @@ class Files:
 
     questions: Path
     images: Path  # the folder that its image names start from
-    annotations: Path | None = None  # VQAv2's answers
+    annotations: Path | None = None  # VQAv2's answers, CHAIR's captions
     split: str | None = None  # of a file that has several
+    synonyms: Path | None = None  # CHAIR's words for categories
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,8 @@ def read_vqav2(files: Files) -> list[Question]:
         number = entry.take("question_id", int)
         if file is not None and number not in known:
             raise fault(entry.place, "question_id", number, f"a question that {file} answers")
-        text = entry.take("question", str)
-        found.append(Question(number, text, (image,), *known.get(number, ())))
+        said, kind = known.get(number, ((), ""))
+        found.append(Question(number, entry.take("question", str), (image,), said, kind))
     return found
 
 
@@ -159,10 +161,7 @@ def read_llava(files: Files) -> list[Question]:
 def read_coco(files: Files) -> list[Question]:
     """Images of a COCO caption file with what people wrote of each (NoCaps: the same form)."""
     top = _Entry.of(files.questions)
-    captions: dict[int, list[str]] = {}
-    for entry in top.entries("annotations") if "annotations" in top.values else ():
-        image = entry.take("image_id", int)
-        captions.setdefault(image, []).append(entry.take("caption", str))
+    captions = _captions(top) if "annotations" in top.values else {}
     found = []
     for entry in top.entries("images"):
         number = entry.take("id", int)
@@ -185,6 +184,34 @@ def read_karpathy(files: Files) -> list[Question]:
         for entry in _Entry.of(files.questions).entries("images")
         if entry.take("split", str) == (files.split or "test")
     ]
+
+
+def read_categories(files: Files) -> dict[int, str]:
+    """The names of the categories of a COCO file of instances."""
+    entries = _Entry.of(files.questions).entries("categories")
+    return {entry.take("id", int): entry.take("name", str) for entry in entries}
+
+
+def read_chair(files: Files) -> list[Question]:
+    """Images of a COCO file of instances; their answers are the names of what is there, and the
+    captions of a second file.
+    """
+    top = _Entry.of(files.questions)
+    names, there = read_categories(files), dict[int, dict[str, None]]()
+    for entry in top.entries("annotations"):
+        number = entry.take("category_id", int)
+        if number not in names:
+            raise fault(entry.place, "category_id", number, "one of the file's categories")
+        there.setdefault(entry.take("image_id", int), {})[names[number]] = None
+    said = {} if files.annotations is None else _captions(_Entry.of(files.annotations))
+    found = []
+    for entry in top.entries("images"):
+        number = entry.take("id", int)
+        if said and number not in said:
+            raise fault(entry.place, "id", number, f"an image that {files.annotations} describes")
+        texts = (*there.get(number, ()), *said.get(number, ())) or ("",)  # nothing there: known too
+        found.append(Question(number, "", (files.images / entry.take("file_name", str),), texts))
+    return found
 
 
 def checked(questions: list[Question], files: Files) -> list[Question]:
@@ -250,6 +277,14 @@ class _Entry:
         """The objects in this one, with their names."""
         for number, entry in self.values.items():
             yield number, _Entry(Place(self.place.path, id=number), entry)
+
+
+def _captions(top: _Entry) -> dict[int, list[str]]:
+    """By image what people wrote of it."""
+    found: dict[int, list[str]] = {}
+    for entry in top.entries("annotations"):
+        found.setdefault(entry.take("image_id", int), []).append(entry.take("caption", str))
+    return found
 
 
 def _text(path: Path) -> str:

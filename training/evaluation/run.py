@@ -27,6 +27,7 @@ from training.data.images import open_image
 from training.data.records import IMAGE_MARK, Place, Sample, fault
 from training.evaluation.benchmarks import BENCHMARKS, Benchmark, ask
 from training.evaluation.captions import TokenizerName, caption_scores
+from training.evaluation.chair import Objects, chair
 from training.evaluation.predictions import Line, read_answers
 from training.evaluation.questions import Files, Question, checked
 from training.fingerprint import digest, of_files, same_request
@@ -175,6 +176,9 @@ def _scored(
     if score is caption_scores:
         score = partial(caption_scores, tokenizer=options.tokenizer)
         found["tokenizer"] = options.tokenizer
+    elif score is chair:
+        score = partial(chair, objects=Objects.of(options.files))
+        found |= {key: _name(getattr(options.files, key)) for key in ("annotations", "synonyms")}
     answers = [line["answer"] for line in lines]
     found["scores"] = score(questions, answers)
     kinds = sorted({question.kind for question in questions})
@@ -184,6 +188,10 @@ def _scored(
         values = score([questions[i] for i in rows], [answers[i] for i in rows])
         found["kinds"][kind] = {"questions": len(rows), **values}
     return found
+
+
+def _name(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _table(found: dict[str, Any]) -> Table:

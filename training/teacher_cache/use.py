@@ -123,7 +123,12 @@ def stored_stages(config: Config) -> list[str]:
 
 def check_needs(config: Config, stage: str, visual: bool, holds: str) -> None:
     """Raise `ConfigError` unless what is stored, visual rows if `visual`, is all that a stage's
-    objective reads of a teacher; `holds` says where that is."""
+    objective reads of a teacher, of the batches that the data gives; `holds` says where that is."""
+    if config.view(stage) is not None:
+        raise ConfigError(
+            f"stage.{stage}.view: makes other batches in each step, {holds} rows of those that the "
+            "data gives; run the teacher online (teacher_cache.path=null)"
+        )
     objective, stored = config.objective(stage), {"response", "visual"} if visual else {"response"}
     for name, term in objective.terms.items():
         lacking = sorted(term.needs.rows - stored)
@@ -134,7 +139,7 @@ def check_needs(config: Config, stage: str, visual: bool, holds: str) -> None:
                 f"stage.{stage}.loss: {name} reads {', '.join(lacking)} rows of the teacher, "
                 f"{holds} {' and '.join(sorted(stored))} rows of its last layer alone; weigh that "
                 "term with 0, store visual rows (teacher_cache.visual=true), or run the teacher "
-                "online (teacher_cache.path=null)"
+                "online (teacher_cache.path=null, or teacher_cache.stages without this one)"
             )
 
 

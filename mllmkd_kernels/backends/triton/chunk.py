@@ -39,10 +39,9 @@ def _distill(
         teacher, targets = None, replace(targets, kd_weight=None)
     eager.check_labels(targets.labels, vocab, targets.ignore_index)
     n, diagnostics = hs.shape[0], options.diagnostics
-    if diagnostics is not None and losses is not row_losses:
-        raise ValueError(
-            "diagnostics: the row kernel of backend 'cuda' has none; backend='triton' computes them"
-        )
+    if losses is not row_losses and (diagnostics is not None or targets.standardize):
+        name = "standardize" if diagnostics is None else "diagnostics"
+        raise ValueError(f"{name}: the row kernel of backend 'cuda' has none; backend='triton' has")
     alive = eager.alive(hs, targets) if options.want_dw else hs
     grads = products.Gradients(alive, ws, acc, *options.wants)
     apart = grads.wanted and hs.dtype == ws.dtype == torch.bfloat16
@@ -70,6 +69,7 @@ def _distill(
                 ce[rows], kd[rows], targets.divergence.name, targets.divergence.param,
                 targets.temperature, student.cap, 0.0 if teacher is None else teacher.cap,
                 targets.ignore_index, dz[part] if grads.wanted else None, seen=_of(seen, rows),
+                standardize=targets.standardize,
             )  # fmt: skip
         if grads.wanted:
             grads.add(folded, dz)
@@ -101,9 +101,10 @@ def _cluster_losses(
     ignore_index: int,
     dz: Tensor | None,  # (C, V) fp32 or bf16
     seen: Tensor | None,
+    standardize: bool,
 ) -> None:
     """`rows.row_losses` by the CUDA kernel that reads a row once."""
-    assert seen is None
+    assert seen is None and not standardize
 
     def broken(z: Tensor | None, cap: float) -> Tensor | None:
         # every product of a hidden state that is not finite is ±inf or NaN, so one column tells

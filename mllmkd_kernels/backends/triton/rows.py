@@ -8,9 +8,11 @@ One program has one row. With a = z_s/T and b = z_t/T, q = softmax(a), p = softm
 
 A row that fits one block is read once and stays in registers. A longer one is swept two or three
 times: log-sum-exps; values, with dz in the same sweep where ∂D/∂a = q − p; dz of the others, which
-need Σ q g first. Sums run in lanes of `PACK` columns, which share a maximum: an exp a column and
-one more a lane. They are folded once a sweep, always in the same order. A log-sum-exp is a pair:
-log q = (z − top)/T − rest loses nothing where logits are 1e4.
+need Σ q g first. Where the divergence sees z-scored logits, a sweep before those finds μ and σ, and
+all divergences need sums first: a part of dz goes back through σ. Sums run in lanes of `PACK`
+columns, which share a maximum: an exp a column and one more a lane. They are folded once a sweep,
+always in the same order. A log-sum-exp is a pair: log q = (z − top)/T − rest loses nothing where
+logits are 1e4.
 
 The block comes as the GEMM made it: bias and soft-cap are applied here, in each sweep. Rows lie
 `stride` apart, which may exceed the vocabulary, so that every row starts aligned whatever V is;
@@ -33,7 +35,16 @@ from mllmkd_kernels.backends.triton import tables
 from mllmkd_kernels.backends.triton.divergence import NEEDS_MEAN, gradient, terms, times
 from mllmkd_kernels.backends.triton.heads import rounded
 from mllmkd_kernels.backends.triton.observe import entropy, fold_entropy, lowered, weighted
-from mllmkd_kernels.backends.triton.tiles import LOWEST, exp, log_of_sum, softcap, softcap_slope
+from mllmkd_kernels.backends.triton.scores import (
+    along,
+    logits,
+    offset_of,
+    pull_of,
+    scored,
+    scored_weight,
+    spread,
+)
+from mllmkd_kernels.backends.triton.tiles import LOWEST, exp, log_of_sum, softcap_slope
 from mllmkd_kernels.divergence import sweeps
 
 #: Rows of a logit block start this many elements apart, or a multiple: 64 bytes in fp32.
@@ -41,25 +52,6 @@ ALIGN = 16
 
 #: Columns that share a running maximum: what a thread reads at once, 16 bytes.
 PACK = tl.constexpr(4)
-
-
-@triton.jit
-def logits(z, bias, columns, vocab, stride, CAP: tl.constexpr, EVEN: tl.constexpr):
-    """Final logits of some columns of the row at `z`, −inf past the vocabulary. A product that is
-    not finite, from a hidden state that is not, becomes NaN where the soft-cap would hide it.
-    """
-    if EVEN:  # nothing lies between rows: the mask is one for 16 columns, and the load fills in
-        product = tl.load(z + columns, columns < vocab, other=-float("inf"))
-    else:
-        product = tl.load(z + columns, columns < stride, other=0.0)
-    x = product
-    if bias is not None:
-        x += tl.load(bias + columns, columns < vocab, other=0.0).to(tl.float32)
-    if CAP != 0.0:
-        x = softcap(x, CAP) + (product - product)
-    if CAP != 0.0 or not EVEN:
-        x = tl.where(columns < vocab, x, -float("inf"))
-    return x
 
 
 @triton.jit
@@ -135,14 +127,17 @@ def write_ce(
 
 @triton.jit
 def write_dz(
-    dz, columns, stride, x, log_p, log_q, log_q_ce, label, ce_w, kd_w, mean, param,
-    NAME: tl.constexpr, CE: tl.constexpr, CAP: tl.constexpr
+    dz, columns, stride, x, log_p, log_q, log_q_ce, label, ce_w, kd_w, mean, offset, pull, param,
+    NAME: tl.constexpr, CE: tl.constexpr, CAP: tl.constexpr, SCORED: tl.constexpr
 ):  # fmt: skip
     """dz of one tile of a row, exactly 0 where the row has no weight, whatever it holds."""
     g = tl.zeros_like(x)
     if NAME != "none":
         _, slope = terms(log_p, log_q, param, NAME)
-        g = tl.where(kd_w == 0.0, 0.0, kd_w * gradient(log_p, log_q, slope, mean, NAME))
+        g = gradient(log_p, log_q, slope, mean, NAME)
+        if SCORED:
+            g -= scored(log_q, offset) * pull
+        g = tl.where(kd_w == 0.0, 0.0, kd_w * g)
     if CE:
         q = exp(log_q_ce)
         g += tl.where(ce_w == 0.0, 0.0, ce_w * tl.where(columns == label, q - 1.0, q))
@@ -153,22 +148,22 @@ def write_dz(
 
 @triton.jit
 def log_probabilities(
-    z_s, z_t, b_s, b_t, columns, top_s, rest_s, rest_ce, top_t, rest_t, vocab, stride, inverse,
-    TEACHER: tl.constexpr, SCALED: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
-    EVEN: tl.constexpr,
+    z_s, z_t, b_s, b_t, columns, top_s, rest_s, rest_ce, top_t, rest_t, vocab, stride,
+    inverse_s, inverse_t, TEACHER: tl.constexpr, SCALED: tl.constexpr, CAP_S: tl.constexpr,
+    CAP_T: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """(z_s, z_t, log p, log q, log softmax(z_s)) of one tile; without a teacher z_t and log p stand
     for nothing.
     """
     x = logits(z_s, b_s, columns, vocab, stride, CAP_S, EVEN)
     below = x - top_s
-    log_q = divided(below, inverse, SCALED) - rest_s
+    log_q = divided(below, inverse_s, SCALED) - rest_s
     y, log_p, log_q_ce = x, log_q, log_q
     if SCALED:
         log_q_ce = below - rest_ce
     if TEACHER:
         y = logits(z_t, b_t, columns, vocab, stride, CAP_T, EVEN)
-        log_p = divided(y - top_t, inverse, SCALED) - rest_t
+        log_p = divided(y - top_t, inverse_t, SCALED) - rest_t
     return x, y, log_p, log_q, log_q_ce
 
 
@@ -176,7 +171,7 @@ def log_probabilities(
 def whole_row_kernel(
     z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, ce, kd, seen, dz, vocab, stride, dz_stride,
     ignore_index, param, inverse, NAME: tl.constexpr, SCALED: tl.constexpr, CAP_S: tl.constexpr,
-    CAP_T: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr
+    CAP_T: tl.constexpr, SCORED: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """A row of at most BLOCK columns, read once."""
     row = tl.program_id(0).to(tl.int64)
@@ -185,12 +180,19 @@ def whole_row_kernel(
     columns = tl.arange(0, BLOCK)
     z_s += row * stride
     label, ce_w, kd_w = weights(ce_weight, kd_weight, labels, row, inverse, ignore_index, TEACHER)
+    if TEACHER:
+        z_t += row * stride
+    inverse_s, inverse_t, middle, through, pull = inverse, inverse, 0.0, 0.0, 0.0
+    if SCORED:
+        middle, inverse_s, through = spread(z_s, b_s, vocab, stride, inverse, CAP_S, EVEN, BLOCK)
+        inverse_t = spread(z_t, b_t, vocab, stride, inverse, CAP_T, EVEN, BLOCK)[1]
+        kd_w = scored_weight(kd_w, inverse_s, inverse)
     x = logits(z_s, b_s, columns, vocab, stride, CAP_S, EVEN)
     top = tl.max(x, 0)
     below = x - top
-    a = divided(below, inverse, SCALED)
+    a = divided(below, inverse_s, SCALED)
     rest = whole(a)
-    log_q = a - rest
+    log_q, offset = a - rest, offset_of(rest, top, middle, inverse_s)
     if seen is not None:
         tl.store(seen + row * 3, whole_entropy(a))
     log_p, log_q_ce, mean = log_q, log_q, 0.0
@@ -200,9 +202,9 @@ def whole_row_kernel(
             log_q_ce = below - rest
         write_ce(ce, z_s, b_s, row, label, top, rest, vocab, stride, ignore_index, CAP_S, EVEN)
     if TEACHER:
-        y = logits(z_t + row * stride, b_t, columns, vocab, stride, CAP_T, EVEN)
+        y = logits(z_t, b_t, columns, vocab, stride, CAP_T, EVEN)
         top_t = tl.max(y, 0)
-        b = divided(y - top_t, inverse, SCALED)
+        b = divided(y - top_t, inverse_t, SCALED)
         log_p = b - whole(b)
         if seen is not None:
             tl.store(seen + row * 3 + 1, whole_entropy(b))
@@ -211,10 +213,13 @@ def whole_row_kernel(
         value, slope = terms(log_p, log_q, param, NAME)
         tl.store(kd + row, tl.sum(value, 0))
         mean = tl.sum(times(exp(log_q), slope), 0)
+        if SCORED:
+            forth, centre = along(log_p, log_q, slope, offset, NAME)
+            pull = pull_of(through, tl.sum(forth, 0), mean, tl.sum(centre, 0))
     if dz is not None:
         write_dz(
             dz + row * dz_stride, columns, dz_stride, x, log_p, log_q, log_q_ce, label, ce_w, kd_w,
-            mean, param, NAME, CE, CAP_S
+            mean, offset, pull, param, NAME, CE, CAP_S, SCORED
         )  # fmt: skip
 
 
@@ -222,9 +227,10 @@ def whole_row_kernel(
 def long_row_kernel(
     z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, ce, kd, seen, dz, vocab, stride, dz_stride,
     ignore_index, param, inverse, NAME: tl.constexpr, SCALED: tl.constexpr, CAP_S: tl.constexpr,
-    CAP_T: tl.constexpr, EVEN: tl.constexpr, MEAN_FIRST: tl.constexpr, BLOCK: tl.constexpr
+    CAP_T: tl.constexpr, SCORED: tl.constexpr, EVEN: tl.constexpr, MEAN_FIRST: tl.constexpr,
+    BLOCK: tl.constexpr
 ):  # fmt: skip
-    """A row of any length, swept two or three times."""
+    """A row of any length, swept two or three times, z-scored four times."""
     row = tl.program_id(0).to(tl.int64)
     CE: tl.constexpr = labels is not None
     TEACHER: tl.constexpr = NAME != "none"
@@ -236,6 +242,11 @@ def long_row_kernel(
         z_t += row * stride
     label, ce_w, kd_w = weights(ce_weight, kd_weight, labels, row, inverse, ignore_index, TEACHER)
 
+    inverse_s, inverse_t, middle, through = inverse, inverse, 0.0, 0.0
+    if SCORED:
+        middle, inverse_s, through = spread(z_s, b_s, vocab, stride, inverse, CAP_S, EVEN, BLOCK)
+        inverse_t = spread(z_t, b_t, vocab, stride, inverse, CAP_T, EVEN, BLOCK)[1]
+        kd_w = scored_weight(kd_w, inverse_s, inverse)
     top_s = tl.full((LANES,), LOWEST, tl.float32)
     total_s = tl.zeros((LANES,), tl.float32)
     top_t, total_t, total_ce, sum_s, sum_t = top_s, total_s, total_s, total_s, total_s
@@ -243,26 +254,27 @@ def long_row_kernel(
     for start in range(0, vocab, BLOCK):
         x = logits(z_s, b_s, start + pairs, vocab, stride, CAP_S, EVEN)
         top_s, total_s, total_ce, sum_s = swept(
-            x, top_s, total_s, total_ce, sum_s, inverse, SCALED, CE_APART, ENTROPY
+            x, top_s, total_s, total_ce, sum_s, inverse_s, SCALED, CE_APART, ENTROPY
         )
         if TEACHER:
             y = logits(z_t, b_t, start + pairs, vocab, stride, CAP_T, EVEN)
             top_t, total_t, _, sum_t = swept(
-                y, top_t, total_t, total_t, sum_t, inverse, SCALED, False, ENTROPY
+                y, top_t, total_t, total_t, sum_t, inverse_t, SCALED, False, ENTROPY
             )
     most_s = tl.max(top_s, 0)
-    rest_s = fold(top_s, most_s, total_s, inverse, SCALED)
+    rest_s = fold(top_s, most_s, total_s, inverse_s, SCALED)
+    offset = offset_of(rest_s, most_s, middle, inverse_s)
     rest_ce, most_t, rest_t = rest_s, most_s, rest_s
     if CE_APART:
         rest_ce = fold(top_s, most_s, total_ce, inverse, False)
     if TEACHER:
         most_t = tl.max(top_t, 0)
-        rest_t = fold(top_t, most_t, total_t, inverse, SCALED)
+        rest_t = fold(top_t, most_t, total_t, inverse_t, SCALED)
     if ENTROPY:
         seen += row * 3
-        tl.store(seen, fold_entropy(divided(top_s - most_s, inverse, SCALED), total_s, sum_s))
+        tl.store(seen, fold_entropy(divided(top_s - most_s, inverse_s, SCALED), total_s, sum_s))
         if TEACHER:
-            below = divided(top_t - most_t, inverse, SCALED)
+            below = divided(top_t - most_t, inverse_t, SCALED)
             tl.store(seen + 1, fold_entropy(below, total_t, sum_t))
     if CE:
         write_ce(
@@ -275,37 +287,42 @@ def long_row_kernel(
     if TEACHER or dz is not None:
         value = tl.zeros((BLOCK,), tl.float32)
         mean = tl.zeros((BLOCK,), tl.float32)
-        agree = mean
+        agree, forth, centre = mean, mean, mean
         for start in range(0, vocab, BLOCK):
             x, y, log_p, log_q, log_q_ce = log_probabilities(
                 z_s, z_t, b_s, b_t, start + lanes, most_s, rest_s, rest_ce, most_t, rest_t, vocab,
-                stride, inverse, TEACHER, SCALED, CAP_S, CAP_T, EVEN
+                stride, inverse_s, inverse_t, TEACHER, SCALED, CAP_S, CAP_T, EVEN
             )  # fmt: skip
             if TEACHER:
                 f, slope = terms(log_p, log_q, param, NAME)
                 value += f
                 mean += times(exp(log_q), slope)
+                if SCORED:
+                    ahead, aside = along(log_p, log_q, slope, offset, NAME)
+                    forth, centre = forth + ahead, centre + aside
                 if ENTROPY:
                     agree = tl.where((x == most_s) & (y == most_t), 1.0, agree)
             if dz is not None and not MEAN_FIRST:
                 write_dz(
                     dz, start + lanes, dz_stride, x, log_p, log_q, log_q_ce, label, ce_w, kd_w,
-                    0.0, param, NAME, CE, CAP_S
+                    0.0, 0.0, 0.0, param, NAME, CE, CAP_S, SCORED
                 )  # fmt: skip
         if TEACHER:
             tl.store(kd + row, tl.sum(value, 0))
             if ENTROPY:
                 tl.store(seen + 2, tl.max(agree, 0))
         if dz is not None and MEAN_FIRST:
-            row_mean = tl.sum(mean, 0)
+            row_mean, pull = tl.sum(mean, 0), 0.0
+            if SCORED:
+                pull = pull_of(through, tl.sum(forth, 0), row_mean, tl.sum(centre, 0))
             for start in range(0, vocab, BLOCK):
                 x, _, log_p, log_q, log_q_ce = log_probabilities(
                     z_s, z_t, b_s, b_t, start + lanes, most_s, rest_s, rest_ce, most_t, rest_t,
-                    vocab, stride, inverse, TEACHER, SCALED, CAP_S, CAP_T, EVEN
+                    vocab, stride, inverse_s, inverse_t, TEACHER, SCALED, CAP_S, CAP_T, EVEN
                 )  # fmt: skip
                 write_dz(
                     dz, start + lanes, dz_stride, x, log_p, log_q, log_q_ce, label, ce_w, kd_w,
-                    row_mean, param, NAME, CE, CAP_S
+                    row_mean, offset, pull, param, NAME, CE, CAP_S, SCORED
                 )  # fmt: skip
 
 
@@ -333,6 +350,7 @@ def row_losses(
     dz: Tensor | None,  # (C, V) fp32 or a 16-bit dtype, written; z_s itself may be it
     launch: dict[str, int] | None = None,
     seen: Tensor | None = None,  # (C, 3) fp32, contiguous, written: entropies and agreement
+    standardize: bool = False,
 ) -> None:
     """Write ce, kd and `seen` of every row, and dz where it is wanted.
 
@@ -348,14 +366,14 @@ def row_losses(
     name = "none" if z_t is None else divergence
     settings: dict[str, Any] = dict(
         tables.bounded(launch or tables.launch("rows", z_s.device), z_s.device),
-        NAME=name, SCALED=temperature != 1.0 and z_t is not None, CAP_S=cap_s, CAP_T=cap_t,
-        EVEN=vocab == stride,
+        NAME=name, SCALED=(temperature != 1.0 or standardize) and z_t is not None, CAP_S=cap_s,
+        CAP_T=cap_t, SCORED=standardize and z_t is not None, EVEN=vocab == stride,
     )  # fmt: skip
     kernel = long_row_kernel
     if whole := whole_block(vocab, settings["BLOCK"]):
         kernel, settings["BLOCK"] = whole_row_kernel, whole
     else:
-        settings["MEAN_FIRST"] = name in NEEDS_MEAN
+        settings["MEAN_FIRST"] = name in NEEDS_MEAN or settings["SCORED"]
     kernel[(rows,)](
         z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, ce, kd, seen, dz, vocab, stride,
         0 if dz is None else dz.stride(0), ignore_index, param, 1.0 / temperature, **settings,

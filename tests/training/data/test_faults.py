@@ -18,8 +18,8 @@ from training.config import SourceConfig
 from training.data.check import read_data
 from training.data.dataset import LlavaDataset, SampleDataset
 from training.data.encoding import Encoding
+from training.data.faults import DataError, Place, fault, named, short
 from training.data.page import write_page
-from training.data.records import DataError, Place, fault, named, short
 from training.data.sources import LlavaSource, open_source
 
 ERRORS = (StopIteration("end"), KeyError("key"), OSError(5, "disk"), RuntimeError("what"))

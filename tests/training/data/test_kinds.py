@@ -62,9 +62,11 @@ def test_a_kind_that_no_sample_is_of_is_refused(root: Path) -> None:
         first_loss(root, "response:cot")
 
 
-def test_rows_of_a_kind_are_not_found_in_a_packed_row(root: Path) -> None:
+def test_rows_of_a_kind_and_packing_are_refused_before_the_first_step(root: Path) -> None:
     config = tiny.run_config(root, root / "packed", stages=("sft",))
     stage = {"sft": {"loss": {"rows": "response:colour"}, "micro_batch": 2}}
     packed = settings.changed(config, stage=stage, data={"packing": True})
-    with pytest.raises(ValueError, match="kind: got 2 words for a batch of 1 rows"):
+    with pytest.raises(
+        settings.ConfigError, match=r"packing: got true, .*: ce tells samples apart"
+    ):
         run(packed, say=lambda _: None)

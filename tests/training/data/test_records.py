@@ -144,7 +144,7 @@ def test_a_system_message_is_kept_where_it_stands(tmp_path: Path) -> None:
         ("video", "a.mp4"),
         ("videos", ["a.mp4"]),
         ("audios", ["a.wav"]),
-        ("rejected", "no"),
+        ("rejected_images", ["a.png"]),
         ("chat_template_kwargs", {"x": 1}),
         ("weight", 0.5),
     ],

@@ -25,6 +25,7 @@ from training.data.encoding import Encoding
 from training.data.item import IGNORE
 from training.data.load import epoch_size, open_data, order_of
 from training.data.messages import parse_messages
+from training.data.preferences import Told
 from training.data.records import DataError, Place, Sample
 from training.data.sources import open_source, row_sample
 from training.data.stream import StreamDataset
@@ -42,6 +43,10 @@ def user(*parts: Any) -> dict[str, Any]:
     content = [{"type": "image"} if part is None else part for part in parts]
     content = [{"type": "text", "text": p} if isinstance(p, str) else p for p in content]
     return {"role": "user", "content": content}
+
+
+def parsed(messages: Any, n_images: int | None, system: str | None = None) -> Any:
+    return parse_messages(PLACE, Told(messages, "messages"), n_images, system)
 
 
 def said(text: str) -> dict[str, Any]:
@@ -146,7 +151,7 @@ def test_several_sources_with_images_of_their_own(
 )
 def test_faulty_rows_say_where(messages: Any, n_images: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        parse_messages(PLACE, messages, n_images)
+        parsed(messages, n_images)
 
 
 @pytest.mark.parametrize(
@@ -165,16 +170,16 @@ def test_what_a_message_says_besides_is_refused_by_name(role: str, field: str, v
 
     number = ("user", "assistant").index(role)
     with pytest.raises(DataError, match=rf"field 'messages\[{number}\]\.{field}': got "):
-        parse_messages(PLACE, talk(value), 0)
-    parse_messages(PLACE, talk(None), 0)  # as a table fills it in
-    sample, _ = parse_messages(PLACE, [user("q") | {"name": "Ada"}, said("a")], 0)
+        parsed(talk(value), 0)
+    parsed(talk(None), 0)  # as a table fills it in
+    sample, _ = parsed([user("q") | {"name": "Ada"}, said("a")], 0)
     assert sample.unread == ("messages[].name",)
 
 
 def test_a_part_that_sets_its_own_size_is_refused() -> None:
     part = {"type": "image", "image": "a.png", "max_pixels": 99}
     with pytest.raises(DataError, match=r"content\[0\]\.max_pixels': got int 99"):
-        parse_messages(PLACE, [user(part, "q"), said("a")], None)
+        parsed([user(part, "q"), said("a")], None)
 
 
 def test_columns_are_read_refused_or_listed(tmp_path: Path) -> None:
@@ -201,7 +206,7 @@ def test_columns_are_read_refused_or_listed(tmp_path: Path) -> None:
         assert "row 2: field 'video': got dict" in str(film)
     both = [{"role": "system", "content": "s"}, user("q"), said("a")]
     with pytest.raises(DataError, match=r"field 'system': got str 't', .*besides messages\[0\]"):
-        parse_messages(PLACE, both, 0, "t")
+        parsed(both, 0, "t")
 
 
 @pytest.mark.parametrize("name", ["m.json", "m.jsonl"])

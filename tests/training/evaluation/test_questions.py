@@ -45,6 +45,12 @@ COCO = {
     "images": [{"id": 9, "file_name": "c.jpg"}],
     "annotations": [{"image_id": 9, "caption": "A dog."}, {"image_id": 9, "caption": "a cat"}],
 }
+INSTANCES = {
+    "images": [{"id": 9, "file_name": "c.jpg"}],
+    "categories": [{"id": 1, "name": "cat"}, {"id": 5, "name": "dog"}],
+    "annotations": [{"image_id": 9, "category_id": n} for n in (5, 1, 5)],
+}
+CAPTIONS = {"annotations": [{"image_id": 9, "caption": "A dog."}]}
 KARPATHY = {
     "images": [
         {
@@ -82,6 +88,7 @@ CASES = {
         "natural science",
     ),
     "coco": (COCO, 9, "", "c.jpg", ("A dog.", "a cat"), ""),
+    "chair": (INSTANCES, 9, "", "c.jpg", ("dog", "cat", "A dog."), ""),
     "karpathy": (KARPATHY, 7, "", "val2014/d.jpg", ("A dog.",), ""),
     "llava": (LLAVA, "z", "what is this", "e.png", ("a coat",), ""),
 }
@@ -96,9 +103,9 @@ def files(root: Path, content: Any, **more: Any) -> Files:
 def test_each_format_becomes_questions(name, tmp_path):
     content, number, text, image, answers, kind = CASES[name]
     more = {}
-    if name == "vqav2":
+    if beside := {"vqav2": ANNOTATIONS, "chair": CAPTIONS}.get(name):
         more["annotations"] = tmp_path / "a.json"
-        more["annotations"].write_text(json.dumps(ANNOTATIONS))
+        more["annotations"].write_text(json.dumps(beside))
     where = files(tmp_path, content, **more)
     found = BENCHMARKS[name].read(where)
     assert found == [Question(number, text, (tmp_path / image,), answers, kind)]

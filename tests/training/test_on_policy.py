@@ -1,0 +1,119 @@
+"""Does a method with a view train from YAML, go on where it stopped, and say what cannot be?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from tests.training import tiny
+from training.config import load
+from training.loop import run
+from training.settings import ConfigError
+from training.teacher_cache.fill import make
+from training.trainer import DistillTrainer
+
+OWN = ("own_answers", "own_cut", "own_empty")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("root")
+    tiny.write_data(root)
+    tiny.write_tower(root / "tower")
+    tiny.write_teacher(root / "teacher", root / "tower")
+    return root
+
+
+def config_of(root: Path, out: Path, method: str, stages: dict[str, Any], **more: Any) -> Any:
+    """A run of two steps a stage, four samples a step."""
+    plan = {"steps": 2, "batch_size": 4, "micro_batch": 2, "lr": 1e-2}
+    values = {
+        "method": method,
+        "stages": list(stages),
+        "out": str(out),
+        "teacher": str(root / "teacher"),
+        "stage": {name: {**plan, **given} for name, given in stages.items()},
+        "model": tiny.model_config(root / "tower").model_dump(),
+        "data": {
+            "captions": str(root / "captions.json"),
+            "conversations": str(root / "data.json"),
+            "image_root": str(root),
+            **more.pop("data", {}),
+        },
+        "log_steps": 1,
+        "save_steps": 1,
+        "threads": 1,
+        **more,
+    }
+    file = out.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(values))
+    return load(file)
+
+
+LOSS = {"backend": "eager"}
+VIEW = {"max_new_tokens": 4, "probability": 1.0}
+GKD = {"pt": {}, "sft": {}, "gkd": {"loss": LOSS, "view": VIEW}}
+LLAVADI = {"kd": {"loss": {**LOSS, "affinity": 0.5}, "view": VIEW}}
+
+
+@pytest.mark.parametrize(
+    ("method", "stages"), [("on-policy", GKD), ("llavadi", LLAVADI)], ids=["gkd", "llavadi"]
+)
+def test_a_run_whose_student_answers_itself(
+    method: str, stages: Any, root: Path, tmp_path: Path
+) -> None:
+    *before, last = run(config_of(root, tmp_path / "run", method, stages), say=lambda _: None)
+    assert all(name not in entry for result in before for entry in result.history for name in OWN)
+    for entry in last.history:
+        assert entry["own_answers"] == 4 and 0 <= entry["own_cut"] <= 4 and "own_empty" in entry
+        assert entry["ce"] == 0 if "ce" in entry else method == "on-policy"
+        assert entry["loss"] > 0
+    AutoModelForImageTextToText.from_pretrained(last.model)
+
+
+def test_a_stopped_run_writes_the_same_answers(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counts of an unfinished entry of the log come through the checkpoint as well."""
+    half = {"gkd": {"steps": 4, "loss": {**LOSS, "ce": 0.5}, "view": {"max_new_tokens": 4}}}
+    whole = run(config_of(root, tmp_path / "whole", "on-policy", half, log_steps=2), lambda _: None)
+    cut = config_of(root, tmp_path / "cut", "on-policy", half, log_steps=2)
+    note = DistillTrainer.note
+
+    def fall(self: Any, *given: Any) -> None:
+        if self.state.global_step == 3:
+            raise KeyError("in the fourth step")
+        note(self, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="in the fourth step"):
+        patch.setattr(DistillTrainer, "note", fall)
+        run(cut, say=lambda _: None)
+    torch.manual_seed(99)
+    again = run(cut, say=lambda _: None)
+    names = ("step", "loss", "response", "ce", *OWN)
+    curves = [[[e.get(n) for n in names] for e in r.history] for (r,) in (whole, again)]
+    assert curves[0] == curves[1] and any(entry[4] for entry in curves[0])
+    states = [load_file(r.model / "model.safetensors") for (r,) in (whole, again)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_what_does_not_go_with_own_answers_is_refused(root: Path, tmp_path: Path) -> None:
+    stored = {"teacher_cache": {"path": str(tmp_path / "cache")}}
+    make(config_of(root, tmp_path / "given", "llavadi", {"kd": {"loss": LOSS}}, **stored))
+    config = config_of(root, tmp_path / "own", "llavadi", LLAVADI, **stored)
+    for command in (make, run):
+        with pytest.raises(ConfigError, match=r"stage\.kd\.view: makes other batches in each step"):
+            command(config)
+    packed = config_of(
+        root, tmp_path / "packed", "on-policy", {"gkd": GKD["gkd"]}, data={"packing": True}
+    )
+    with pytest.raises(ConfigError, match=r"^view: position_ids: on_policy got packed rows"):
+        run(packed, say=lambda _: None)
+    with pytest.raises(ConfigError, match=r"stage\.gkd\.view\.probability: got 2.0, expected one"):
+        config_of(root, tmp_path / "much", "on-policy", {"gkd": {"view": {"probability": 2.0}}})

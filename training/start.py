@@ -1,0 +1,112 @@
+"""What is looked at before the first step of a run, and of a stage? What is wrong with a later
+stage is better known now than after hours of an earlier one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mllmkd_kernels.objective import Objective
+from mllmkd_kernels.rows import PAIR, UNITS, kind_of
+from training import settings
+from training.anatomy import positions
+from training.config import Config, require
+from training.data.load import require_data
+from training.data.records import DataError
+from training.models import DTYPES, Processor, Vlm, build_model, load_vlm
+from training.pairs import check_pair
+from training.teacher_cache.use import open_rows, stored_stages
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model in memory; its processor where it needs batches of its own."""
+
+    model: Vlm
+    processor: Processor | None
+
+
+def start(config: Config, say: Say) -> tuple[Vlm, Processor, Teacher | None]:
+    """The student with its processor, and the teacher that a stage of the run needs, checked
+    against each other and against what the stages ask.
+
+    Raises:
+        ConfigError: a stage has no data, or cannot make of the student what it asks.
+        CheckpointError: a model is not there, or the two do not fit.
+    """
+    for name in config.stages:
+        require_data(config.data, config.table[name].data)
+    model, processor = build_model(config.model, config.seed)
+    _check_students(config, model)
+    return model, processor, _teacher(config, model, processor, say)
+
+
+def check(config: Config, say: Say = print) -> None:
+    """What `run` looks at before its first step, and nothing else."""
+    if start(config, say)[2] is None:
+        say(f"no stage of {', '.join(config.stages)} compares with a teacher: nothing to check")
+
+
+def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> Teacher | None:
+    """The teacher that a stage of the run needs, checked against the student."""
+    stored = stored_stages(config)
+    for name in stored:
+        open_rows(config, name)
+    needs = {n: config.objective(n).needs for n in config.stages if n not in stored}
+    needs = {name: need for name, need in needs.items() if need.teacher}
+    if not needs:
+        return None
+    path = require(config.teacher, "teacher", f"stage {next(iter(needs))} compares with a teacher")
+    teacher, its_processor = load_vlm(path, dtype=DTYPES[config.teacher_dtype])
+    visual = any(need.visual for need in needs.values())
+    report = check_pair(model, processor, teacher, its_processor, visual=visual)
+    say(str(report))
+    report.require()
+    return Teacher(teacher, its_processor if report.own_batch else None)
+
+
+def _check_students(config: Config, model: Vlm) -> None:
+    """What a later stage makes of the student has to be possible."""
+    found = model.config
+    for name in config.stages:
+        if (fits := config.table[name].fits) is None:
+            continue
+        try:
+            found = fits(found, **settings.arguments(config.of_stage(name).student))
+        except ValueError as error:
+            raise settings.ConfigError(f"stage.{name}.student: {error}") from error
+
+
+def check_kinds(objective: Objective, dataset: Any, packing: bool) -> None:
+    """Refuse rows of a kind that no sample is of: the mean over them would be 0 in every step; and
+    samples packed, of which nobody knows then where one of a kind ends.
+    """
+    if packing and objective.needs.views:
+        names = [name for name, term in objective.terms.items() if term.needs.views]
+        raise settings.ConfigError(
+            f"data.packing: got true, expected false: {', '.join(names)} tells samples apart"
+        )
+    if (samples := getattr(dataset, "samples", None)) is None:  # a stream is not counted
+        return
+    there = set(PAIR) if dataset.encoding.pairs else {sample.kind for sample in samples}
+    for name in set(objective.over.values()) - set(UNITS):
+        if (kind := kind_of(name)[1]) and kind not in there:
+            known = ", ".join(sorted(map(str, there)))
+            raise DataError(f"data: no sample is of kind {kind!r}, as {name} asks; kinds: {known}")
+
+
+def too_long(model: Any, dataset: Any) -> list[str]:
+    """A note where samples may be longer than the model's positions, and about how many are."""
+    known, encoding = positions(model.config), dataset.encoding
+    if known is None or encoding.max_length <= known:
+        return []
+    about = ""
+    if samples := getattr(dataset, "samples", None):  # a stream is not counted
+        longer = sum(encoding.estimate(sample) > known for sample in samples)
+        about = f"; about {longer:,} of {len(samples):,} are longer"
+    allowed = f"data.max_length allows samples of {encoding.max_length:,} tokens"
+    return [f"the model has {known:,} positions, and {allowed}{about}"]
