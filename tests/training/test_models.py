@@ -162,8 +162,10 @@ def test_siglip_has_all_its_patches_or_as_in_released_code_all_but_the_first(tow
     picture = Image.effect_noise((16, 16), 90).convert("RGB")
     rows = {}
     for strategy in ("full", "default"):
-        parts = {"vision": str(tower), "language": str(tmp_path / "lm")}
-        model, processor = build_model(ModelConfig(**parts, feature_strategy=strategy), 0)
+        config = ModelConfig(
+            vision=str(tower), language=str(tmp_path / "lm"), feature_strategy=strategy
+        )
+        model, processor = build_model(config, 0)
         inputs = processor(images=[picture], text="<image> say", return_tensors="pt")
         mask = inputs["input_ids"] == image_token_id(model)
         assert model(**inputs).logits.shape[:2] == mask.shape
