@@ -46,9 +46,10 @@ _IMAGE_ARGUMENTS = (
     "video_grid_thw",
     "mm_encoder_outputs",
 )
-# Which positions are image. 3-D RoPE (Qwen2.5-VL) and the two-way attention among image tokens
-# (Gemma 3, PaliGemma) are made from these; without them those classes quietly do something else.
-_LAYOUT_ARGUMENTS = ("mm_token_type_ids", "token_type_ids")
+#: Which positions are image, 0 for text. 3-D RoPE (Qwen2.5-VL) and two-way attention among image
+#: tokens (Gemma 3, PaliGemma) are made from these; without them those classes quietly do something
+#: else.
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 
 
 def head_inputs(model: nn.Module, record: Needs | None = None, **batch: Any) -> HeadInputs:
@@ -241,7 +242,7 @@ def _checked_batch(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]
         if key not in _transformers_names():
             raise TypeError(f"{key}: {name} takes no such argument, nor does any part of it")
     has_images = any(batch.get(key) is not None for key in _IMAGE_ARGUMENTS)
-    for key in _LAYOUT_ARGUMENTS:
+    for key in TOKEN_TYPES:
         placed = key == "mm_token_type_ids" and batch.get("position_ids") is not None
         if has_images and key in own and batch.get(key) is None and not placed:
             raise ValueError(

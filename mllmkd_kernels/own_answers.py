@@ -19,10 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mllmkd_kernels.batch import BESIDES, in_eval
 from mllmkd_kernels.drawn import BatchView, Moment
+from mllmkd_kernels.models import TOKEN_TYPES
 from mllmkd_kernels.rows import Batch, entry
 
-#: Entries of one value a token. Those of own answers are as at the answer that was given.
-EXTRAS = ("token_type_ids", "mm_token_type_ids")
 #: Sampling from the softmax itself, whatever the model's own generation config has.
 PLAIN: dict[str, Any] = {
     "do_sample": True, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "num_beams": 1,
@@ -102,8 +101,10 @@ def _rewritten(batch: Batch, moment: Moment, limits: Mapping[str, Any]) -> dict[
 
 @dataclass(frozen=True)
 class _Prompt:
-    tokens: dict[str, Tensor]  # (n,) each: input_ids, attention_mask, and of EXTRAS what there is
-    then: dict[str, Tensor]  # of EXTRAS, () each: at the answer that was given
+    tokens: dict[
+        str, Tensor
+    ]  # (n,) each: input_ids, attention_mask, TOKEN_TYPES
+    then: dict[str, Tensor]  # of TOKEN_TYPES, () each: at the answer that was given
 
 
 def _prompts(batch: Batch, moment: Moment) -> list[_Prompt]:
@@ -111,7 +112,7 @@ def _prompts(batch: Batch, moment: Moment) -> list[_Prompt]:
     ids, labels = entry(batch, "input_ids"), entry(batch, "labels")
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
-    names = [name for name in EXTRAS if batch.get(name) is not None]
+    names = [name for name in TOKEN_TYPES if batch.get(name) is not None]
     columns = {"input_ids": ids, "attention_mask": mask, **{name: batch[name] for name in names}}
     unseen = _images(moment.student)
     found = []
@@ -143,7 +144,7 @@ def _answers(
 
     student, ids = moment.student, batch["input_ids"]
     fill = {"input_ids": min(stops)}
-    inputs = {k: v for k, v in batch.items() if k not in (*BESIDES, "labels", *EXTRAS)}
+    inputs = {k: v for k, v in batch.items() if k not in (*BESIDES, "labels", *TOKEN_TYPES)}
     for name in prompts[0].tokens:
         rows = [prompt.tokens[name] for prompt in prompts]
         inputs[name] = _padded(rows, fill.get(name, 0), "left")
@@ -215,7 +216,7 @@ def _unwritable(moment: Moment, stops: list[int]) -> list[int]:
 def _refuse(batch: Batch, moment: Moment) -> None:
     """What the student cannot write in, or the teacher not read."""
     shape = entry(batch, "labels").shape
-    known = ("input_ids", "attention_mask", "labels", *EXTRAS)
+    known = ("input_ids", "attention_mask", "labels", *TOKEN_TYPES)
     strange = [
         name
         for name, value in batch.items()

@@ -23,8 +23,9 @@ from typing import Any
 
 from PIL import Image
 
+from mllmkd_kernels.models import TOKEN_TYPES
 from training.data.controls import Controls, special_tokens
-from training.data.item import IGNORE, TOKEN_EXTRAS, Item, Seen, build_item
+from training.data.item import IGNORE, Item, Seen, build_item
 from training.data.pieces import Pieces
 from training.data.records import IMAGE_MARK, Sample, fault
 from training.data.template import (
@@ -39,7 +40,7 @@ from training.settings import ConfigError
 
 # Stands for answer i while the template is rendered; no template changes it, no text contains it.
 MARK = "\ue000answer{}\ue001"
-PER_TOKEN = ("input_ids", "attention_mask", *TOKEN_EXTRAS)
+PER_TOKEN = ("input_ids", "attention_mask", *TOKEN_TYPES)
 
 
 class ChatEncoder:
@@ -107,7 +108,7 @@ class ChatEncoder:
         bounds = list(zip([0, *(i + 1 for i in at)], [*at, None], strict=True))
         parts = {name: [row[a:b] for a, b in bounds] for name, row in rows.items()}
         ids = parts["input_ids"]
-        extras = {name: part for name, part in parts.items() if name in TOKEN_EXTRAS}
+        extras = {name: part for name, part in parts.items() if name in TOKEN_TYPES}
         return Seen(ids, [row.count(self.image_id) for row in ids], extras, made)
 
     # -- samples ---------------------------------------------------------------------------------
@@ -269,7 +270,7 @@ class ChatEncoder:
         added = start == [self.tokenizer.bos_token_id] and not whole.startswith(bos or "\0")
         self._start: list[int] = start if added else []
         probe = {} if self.llava else self.processor(text=["a"], return_tensors="pt")
-        self._extras = [name for name in TOKEN_EXTRAS if name in probe]
+        self._extras = [name for name in TOKEN_TYPES if name in probe]
 
     def _ending(self, after: str) -> str:
         """The text after an answer up to its first special token, where generation stops."""

@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from mllmkd_kernels.models import TOKEN_TYPES
 from mllmkd_kernels.rows import PAIR
-from training.data.item import IGNORE, TOKEN_EXTRAS, Item
+from training.data.item import IGNORE, Item
 from training.settings import ConfigError
 
-NOT_VISUAL = {*Item.__annotations__, *TOKEN_EXTRAS} - {"pixel_values"}
+NOT_VISUAL = {*Item.__annotations__, *TOKEN_TYPES} - {"pixel_values"}
 
 
 class Batch(TypedDict):
@@ -85,7 +86,7 @@ class Collator:
             "sample_ids": names,
             "kind": kinds,
         }
-        for name in TOKEN_EXTRAS:
+        for name in TOKEN_TYPES:
             rows = [item[name] for item in items if name in item]  # pyright: ignore
             if rows:
                 batch[name] = self._padded(rows)

@@ -17,8 +17,6 @@ from torch import Tensor
 from training.data.records import Sample
 
 IGNORE = -100
-# Entries of one value a token besides ids and labels; 0 is "text" in each.
-TOKEN_EXTRAS = ("mm_token_type_ids", "token_type_ids")
 
 
 class Item(TypedDict):

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 import mllmkd_kernels as mk
+from mllmkd_kernels.models import TOKEN_TYPES
 from training.data.collate import Batch, Collator
-from training.data.item import IGNORE, TOKEN_EXTRAS, Item
+from training.data.item import IGNORE, Item
 from training.settings import ConfigError
 
 # Packed and apart differ by the order of sums only: some units in the last place of the dtype. A
@@ -37,7 +38,7 @@ class PackedCollator(Collator):
         """
         padded: dict[str, Any] = dict(super().__call__(items))
         kept = padded.pop("attention_mask").bool()
-        for name in ("input_ids", "labels", *TOKEN_EXTRAS):
+        for name in ("input_ids", "labels", *TOKEN_TYPES):
             if name in padded:
                 padded[name] = padded[name][kept].unsqueeze(0)
         first = [item["sample_id"] for item in items if int(item["labels"][0]) != IGNORE]
