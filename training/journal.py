@@ -68,7 +68,8 @@ def writing(path: Path) -> Iterator[None]:
 @contextmanager
 def whole(target: Path) -> Iterator[Path]:
     """The name to write a file or a folder under, which becomes `target` on leaving: after a kill,
-    a power cut or a `WriteError` that is the old one or the new one, never half."""
+    a power cut or a `WriteError` that is the old one or the new one (of a folder perhaps neither),
+    never half."""
     staged = target.with_name(f".{target.name}.incomplete")
     with writing(target):
         remove(staged)
@@ -84,10 +85,15 @@ def publish(staged: Path, target: Path) -> None:
     """Put `staged` on the disk, so that it survives a power cut too, then make it `target`."""
     for path in (*staged.rglob("*"), staged):
         _sync(path)
-    if staged.is_dir():
-        remove(target)
+    old = target.with_name(f".{target.name}.old")
+    replaced = staged.is_dir() and target.exists()
+    if replaced:  # no folder takes the place of one, and to remove one takes time
+        remove(old)
+        os.replace(target, old)
     os.replace(staged, target)
     _sync(target.parent)
+    if replaced:
+        remove(old)
 
 
 def remove(path: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.training import tiny
 from tests.training.tiny import Killed, killed, quiet
-from training import settings
+from training import journal, settings
 from training.cli import main
 from training.config import SourceConfig
 from training.journal import WriteError
@@ -357,3 +357,25 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["show", "--set=model.path=~nobody-of-this-name/model"]) == 2
     assert "path: got '~nobody-of-this-name/model', expected" in capsys.readouterr().err
+
+
+def test_a_folder_that_replaces_another_is_never_half(tmp_path, monkeypatch):
+    """Killed while the old one is being removed, file by file."""
+
+    def half(path: Any) -> None:
+        next(path.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    def write(text: str) -> None:
+        with journal.whole(tmp_path / "data") as staged:
+            staged.mkdir()
+            for name in "ab":
+                (staged / name).write_text(text)
+
+    write("old")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(journal.shutil, "rmtree", half)
+        write("new")
+    assert [(tmp_path / "data" / name).read_text() for name in "ab"] == ["new", "new"]
+    write("newer")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
