@@ -101,9 +101,7 @@ def _rewritten(batch: Batch, moment: Moment, limits: Mapping[str, Any]) -> dict[
 
 @dataclass(frozen=True)
 class _Prompt:
-    tokens: dict[
-        str, Tensor
-    ]  # (n,) each: input_ids, attention_mask, TOKEN_TYPES
+    tokens: dict[str, Tensor]  # (n,) each: input_ids, attention_mask, TOKEN_TYPES
     then: dict[str, Tensor]  # of TOKEN_TYPES, () each: at the answer that was given
 
 
