@@ -26,7 +26,9 @@ def affinity_loss(
     """Mean over samples of the mean over their cells of ``(cos_s(i, j) − cos_t(i, j))²``, i a
     visual and j a response row of the sample: a scalar.
 
-    The cosines are seen a tile at a time. One wait for the device, to read the prefix sums.
+    The cosines are seen a tile of 4 MiB at a time, between products that a library makes: plain
+    PyTorch on every device, 1.6 times as long as the products alone on a processor (4 samples of
+    576 × 256 rows, D 896 and 2,048). One wait for the device, to read the prefix sums.
 
     Args:
         student, teacher: last hidden states of corresponding rows, floating; the sizes D may

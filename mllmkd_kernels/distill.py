@@ -99,9 +99,10 @@ def fused_linear_distill(
         vocab_size: the real vocabulary; default the smaller head. Columns beyond it belong to
             neither distribution: both heads are sliced and renormalised, gradients there are zero.
         backend: "auto", "cpu" (C++) or "eager".
-        workspace_mb: budget in MiB for the logits that exist at one time; default
-            `plan.WORKSPACE_MB`. What is saved for backward is not among them: unscaled gradients,
-            or what `plan.factored` names.
+        workspace_mb: budget in MiB for the logits that exist at one time, and on a GPU for their
+            gradient where it is bf16; default `plan.WORKSPACE_MB`, there `WORKSPACE_MB_GPU`. What
+            is saved for backward is not among them: unscaled gradients, or what `plan.factored`
+            names.
         diagnostics: also return entropies and top-1 agreement of the rows, from the same sweeps.
             The teacher's, and the agreement, are None where no divergence is computed: without a
             teacher, or with ``kd_weight=0``. The backend "cuda" has none.

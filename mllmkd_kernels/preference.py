@@ -47,6 +47,9 @@ def preference_loss(
 ) -> Tensor:
     """Mean over pairs of the loss of that kind: a scalar, fp32 (fp64 for fp64), 0 without pairs.
 
+    A few operations on B numbers, so plain PyTorch on every device: what costs, the products with
+    the heads, is in `fused_linear_logprob`.
+
     Args:
         chosen, rejected: the student's log-probability of each whole answer, summed over its
             tokens: see `fused_linear_logprob`.

@@ -223,7 +223,7 @@ def _broken(run: methods.Run | None, key: str, missing: str = "") -> methods.Met
 def test_a_method_that_is_wrong_fails_or_is_missing_becomes_a_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    peer = peers.Peer("x", "x", methods.ALL, (peers.Call("x", "no_such_module", "f"),))
+    peer = peers.Peer("x", "x", methods.ALL, (peers.Call("x", "no_such_module", "f", _raises),))
     unusable = (
         _broken(None, "half-gradient"),
         _broken(_raises, "raises"),

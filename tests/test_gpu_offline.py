@@ -77,6 +77,16 @@ def test_a_kernel_that_grew_is_a_fault_until_it_is_accepted(tmp_path: Path) -> N
     assert baseline.read(path)["triton 1"] == {"k: c": {"sm_90": 2000, "sm_100": 1000}}
 
 
+def test_accepted_instructions_are_of_calls_that_there_are() -> None:
+    names = {call.name for call in calls.every()}
+    accepted = baseline.read()
+    assert any(compiler.startswith("triton ") for compiler in accepted)
+    for line, counts in (x for found in accepted.values() for x in found.items()):
+        kernel, call = line.split(": ", 1)
+        assert call in names | {"rows_cluster.cu"}, line
+        assert kernel.endswith("kernel") and set(counts) <= set(resources.SHARED_LIMIT), line
+
+
 def test_usage_is_read_and_missing_figures_are_an_error() -> None:
     text = "Function k:\n REG:255 STACK:592 SHARED:0 LOCAL:0 CONSTANT[0]:620 TEXTURE:0"
     assert resources.of_usage(text)["STACK"] == 592

@@ -233,10 +233,8 @@ def test_z_scores_are_of_what_bias_and_soft_cap_make(dtype: torch.dtype, backend
     def defined(dtype: torch.dtype) -> tuple[Found, Found]:
         q = p.to(dtype)
         y = leaves(q)
-        z = [
-            reference.standardize(reference.logits(*head, softcap=4.0, vocab_size=q.vocab)) / 1.5
-            for head in (y, (q.ht, q.wt, q.bt))
-        ]
+        logits = [reference.logits(h, w, b, 4.0, q.vocab) for h, w, b in (y, (q.ht, q.wt, q.bt))]
+        z = [reference.standardize(x) / 1.5 for x in logits]
         loss, _, kd = reference.linear_distill(*z, divergence="reverse_kl")
         seen = tuple(reference.entropy(a) for a in z)
         return (loss.detach(), kd.detach(), *gradients(loss, q, y)), seen

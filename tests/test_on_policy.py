@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -128,7 +128,7 @@ def test_what_the_teacher_lacks_or_is_no_text_is_never_written() -> None:
     student, _ = pair.models()
     student.lm_head.weight.data.zero_()  # all tokens alike
     teacher = mk.methods  # no model at all
-    small = torch.nn.Module()
+    small: Any = torch.nn.Module()
     small.get_input_embeddings = lambda: torch.nn.Embedding(60, 4)
     batch = pair.collate(pair.samples())
     for other, below in ((small, 60), (teacher, V)):
@@ -200,7 +200,7 @@ def test_arguments_out_of_range_and_no_end_token() -> None:
         ({"temperature": 0.0}, "temperature: got 0.0"),
     ):
         with pytest.raises(ValueError, match=message):
-            on_policy(**given)
+            on_policy(**cast(Any, given))
     student, teacher = pair.models()
     student.generation_config.eos_token_id = None
     batch = pair.collate(pair.samples()[:2])

@@ -75,7 +75,7 @@ def _distill(algorithm: str) -> list[Call]:
         calls += [
             call("z-scored", standardize=True),
             call("z-scored jsd", standardize=True, divergence="jsd"),
-            call("z-scored, small vocabulary", standardize=True, shape=Shape(vocab=4096)),
+            call("z-scored, tiny vocabulary", standardize=True, shape=Shape(vocab=2048)),
         ]
     calls += [
         call("without labels", labels=False),

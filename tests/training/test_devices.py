@@ -25,7 +25,10 @@ from transformers import AutoModelForImageTextToText, TrainingArguments
 
 import training.loop
 from mllmkd_kernels import learned
+from tests import pair
 from tests.gloo import on_ranks
+from tests.test_trainer_mixin import MixedTrainer, arguments
+from tests.test_trainer_objective import learning
 from tests.tolerances import relative_error
 from tests.training import tiny
 from training import settings, sharding
@@ -136,6 +139,7 @@ def work(root: Path) -> Any:
         "run": interrupted_run(run_config(root, root / "fsdp2"), pretend_fsdp),
         "sparse": interrupted_run(sparse_config(root, root / "sparse"), pretend_fsdp),
         "features": interrupted_run(features_config(root, root / "features"), pretend_fsdp),
+        "mixin": [someone_elses(root / "mixin", resume) for resume in (None, "checkpoint-1")],
     }
 
 
@@ -164,6 +168,28 @@ def config_of(root: Path, out: Path, method: str, stage: str, more: dict[str, An
     plan = {k: like["stage"]["dft"][k] for k in ("steps", "batch_size", "micro_batch", "lr")}
     values = {"method": method, "stages": [stage], "stage": {stage: plan | more}}
     return settings.build(class_for(values), {**values, **{name: like[name] for name in kept}})
+
+
+def someone_elses(out: Path, resume: str | None) -> Any:
+    """A plain `Trainer` with the mixin: what its objective has learnt after two steps, whether it
+    was in pieces, and the log."""
+    os.environ.update(ACCELERATE_USE_FSDP="false", FSDP_TRANSFORMER_CLS_TO_WRAP="Qwen2DecoderLayer")
+    student, teacher = pair.models()
+    student.model.vision_tower.requires_grad_(False)
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
+    made = arguments(out, **options)
+    pretend_fsdp()
+    trainer = MixedTrainer(
+        model=student, args=made, teacher=teacher, objective=learning(),
+        train_dataset=pair.samples((1, 1, 2, 1)), data_collator=pair.collate,
+    )  # fmt: skip
+    own = list(trainer.objective.parameters())
+    for parameter in own if resume else ():
+        parameter.data.zero_()
+    trainer.train(resume_from_checkpoint=None if resume is None else str(out / resume))
+    pieces = all(isinstance(p, DTensor) for p in trainer.objective.parameters())
+    trainer.save_model(str(out / "model"))
+    return learned.state(student), pieces, trainer.state.log_history[1]["loss"]
 
 
 def interrupted_run(config: Config, select: Callable[[], None]) -> Any:
@@ -247,6 +273,16 @@ def test_what_an_objective_learns_is_sharded_kept_and_in_no_student(ranks, root:
     check_run(root, config, said, curves)
     model = Path(config.out) / "1-kd" / "model" / "model.safetensors"
     assert not any(learned.PLACE in name for name in load_file(model))
+
+
+def test_what_an_objective_learns_goes_on_in_any_trainer(ranks, root: Path) -> None:
+    for (whole, pieces, loss), (again, _, same) in (rank["mixin"] for rank in ranks):
+        assert len(whole) == 4 and pieces and loss == same
+        assert all(torch.equal(again[name], whole[name]) for name in whole)
+    kept = load_file(root / "mixin" / "checkpoint-2" / learned.FILE)
+    assert all(torch.equal(kept[name], ranks[0]["mixin"][0][0][name]) for name in kept)
+    saved = load_file(root / "mixin" / "model" / "model.safetensors")
+    assert not any(learned.PLACE in name for name in saved)
 
 
 def check_run(root: Path, config: Config, said: list[str], curves: Any) -> None:

@@ -23,6 +23,7 @@ from training.data.preferences import Form
 from training.data.records import LLAVA, DataError, Sample, checked, read_entries
 from training.data.sources import LlavaSource, MessagesSource, Source, open_source
 from training.journal import whole, write_whole
+from training.settings import ConfigError
 
 OPEN = "?"  # stands for the answer to an open question while it is read
 
@@ -61,6 +62,8 @@ class MessageRows:
 
     def __init__(self, source: MessagesSource, image_root: str) -> None:
         self.rows, self.column = source.rows, source.config.messages
+        if self.column not in self.rows.column_names:  # which pairs of answers can do without
+            raise ConfigError(f"--json: has no column {self.column!r}, expected questions in one")
         kind = Path(str(source.config.path)).suffix
         names = {".parquet": "data.parquet", ".json": "data.jsonl", ".jsonl": "data.jsonl"}
         self.name = names.get(kind, "data")

@@ -21,7 +21,8 @@ padding is read, never used, and dz is 0 there.
 Where they are wanted, `seen` (C, 3) gets both entropies, from the sums of the log-sum-exps, and
 the agreement: 1 where some column is the maximum of both rows.
 """
-# pyright: reportAssignmentType=false, reportRedeclaration=false
+# pyright: reportAssignmentType=false, reportRedeclaration=false, reportArgumentType=false
+# pyright: reportOptionalOperand=false
 # (`NAME: tl.constexpr = ...` tells Triton when a name is known, and is no type.)
 
 from typing import Any
@@ -34,7 +35,15 @@ from mllmkd_kernels.backends.triton import tables
 from mllmkd_kernels.backends.triton.divergence import NEEDS_MEAN, gradient, terms, times
 from mllmkd_kernels.backends.triton.heads import rounded
 from mllmkd_kernels.backends.triton.observe import entropy, fold_entropy, lowered, weighted
-from mllmkd_kernels.backends.triton.scores import along, logits, scored, scored_weight, spread
+from mllmkd_kernels.backends.triton.scores import (
+    along,
+    logits,
+    offset_of,
+    pull_of,
+    scored,
+    scored_weight,
+    spread,
+)
 from mllmkd_kernels.backends.triton.tiles import LOWEST, exp, log_of_sum, softcap_slope
 from mllmkd_kernels.divergence import sweeps
 
@@ -176,14 +185,14 @@ def whole_row_kernel(
     inverse_s, inverse_t, middle, through, pull = inverse, inverse, 0.0, 0.0, 0.0
     if SCORED:
         middle, inverse_s, through = spread(z_s, b_s, vocab, stride, inverse, CAP_S, EVEN, BLOCK)
-        _, inverse_t, _ = spread(z_t, b_t, vocab, stride, inverse, CAP_T, EVEN, BLOCK)
+        inverse_t = spread(z_t, b_t, vocab, stride, inverse, CAP_T, EVEN, BLOCK)[1]
         kd_w = scored_weight(kd_w, inverse_s, inverse)
     x = logits(z_s, b_s, columns, vocab, stride, CAP_S, EVEN)
     top = tl.max(x, 0)
     below = x - top
     a = divided(below, inverse_s, SCALED)
     rest = whole(a)
-    log_q, offset = a - rest, rest + (top - middle) * inverse_s
+    log_q, offset = a - rest, offset_of(rest, top, middle, inverse_s)
     if seen is not None:
         tl.store(seen + row * 3, whole_entropy(a))
     log_p, log_q_ce, mean = log_q, log_q, 0.0
@@ -206,7 +215,7 @@ def whole_row_kernel(
         mean = tl.sum(times(exp(log_q), slope), 0)
         if SCORED:
             forth, centre = along(log_p, log_q, slope, offset, NAME)
-            pull = through * (tl.sum(forth, 0) - mean * tl.sum(centre, 0))
+            pull = pull_of(through, tl.sum(forth, 0), mean, tl.sum(centre, 0))
     if dz is not None:
         write_dz(
             dz + row * dz_stride, columns, dz_stride, x, log_p, log_q, log_q_ce, label, ce_w, kd_w,
@@ -236,7 +245,7 @@ def long_row_kernel(
     inverse_s, inverse_t, middle, through = inverse, inverse, 0.0, 0.0
     if SCORED:
         middle, inverse_s, through = spread(z_s, b_s, vocab, stride, inverse, CAP_S, EVEN, BLOCK)
-        _, inverse_t, _ = spread(z_t, b_t, vocab, stride, inverse, CAP_T, EVEN, BLOCK)
+        inverse_t = spread(z_t, b_t, vocab, stride, inverse, CAP_T, EVEN, BLOCK)[1]
         kd_w = scored_weight(kd_w, inverse_s, inverse)
     top_s = tl.full((LANES,), LOWEST, tl.float32)
     total_s = tl.zeros((LANES,), tl.float32)
@@ -254,7 +263,7 @@ def long_row_kernel(
             )
     most_s = tl.max(top_s, 0)
     rest_s = fold(top_s, most_s, total_s, inverse_s, SCALED)
-    offset = rest_s + (most_s - middle) * inverse_s
+    offset = offset_of(rest_s, most_s, middle, inverse_s)
     rest_ce, most_t, rest_t = rest_s, most_s, rest_s
     if CE_APART:
         rest_ce = fold(top_s, most_s, total_ce, inverse, False)
@@ -305,7 +314,7 @@ def long_row_kernel(
         if dz is not None and MEAN_FIRST:
             row_mean, pull = tl.sum(mean, 0), 0.0
             if SCORED:
-                pull = through * (tl.sum(forth, 0) - row_mean * tl.sum(centre, 0))
+                pull = pull_of(through, tl.sum(forth, 0), row_mean, tl.sum(centre, 0))
             for start in range(0, vocab, BLOCK):
                 x, _, log_p, log_q, log_q_ce = log_probabilities(
                     z_s, z_t, b_s, b_t, start + lanes, most_s, rest_s, rest_ce, most_t, rest_t,

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from mllmkd_kernels import zscore
 from mllmkd_kernels.backends.triton.divergence import gradient
-from mllmkd_kernels.backends.triton.tiles import softcap
+from mllmkd_kernels.backends.triton.tiles import exp, softcap
 
 EPS = tl.constexpr(zscore.EPS)
 
@@ -66,6 +66,18 @@ def scored_weight(kd_w, scale, inverse):
 
 
 @triton.jit
+def offset_of(rest, top, middle, scale):
+    """What log q lacks of a."""
+    return rest + (top - middle) * scale
+
+
+@triton.jit
+def pull_of(through, forth, mean, centre):
+    """κ·Σ G a, from the sums of `along` and the mean Σ q g."""
+    return through * (forth - mean * centre)
+
+
+@triton.jit
 def scored(log_q, offset):
     """a of one tile; 0 in the padding."""
     return tl.where(log_q == -float("inf"), 0.0, log_q + offset)
@@ -75,4 +87,4 @@ def scored(log_q, offset):
 def along(log_p, log_q, slope, offset, NAME: tl.constexpr):
     """(G a, q a) of one tile, G = ∂D/∂a but for the mean Σ q g."""
     a = scored(log_q, offset)
-    return gradient(log_p, log_q, slope, 0.0, NAME) * a, tl.exp(log_q) * a
+    return gradient(log_p, log_q, slope, 0.0, NAME) * a, exp(log_q) * a

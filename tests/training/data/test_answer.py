@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -202,8 +203,6 @@ def test_history_of_the_data(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["parquet", "disk", "json"])
 def test_messages_keep_their_form_and_images(form: str, root: Path, tmp_path: Path) -> None:
-    import datasets
-
     part = {"type": "text", "text": "what colour"}
     parts = [{"type": "image", "text": None}, part]
     rows = [
@@ -238,6 +237,17 @@ def test_messages_keep_their_form_and_images(form: str, root: Path, tmp_path: Pa
 def talk(*contents: Any) -> list[dict[str, Any]]:
     roles = ("user", "assistant")
     return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def test_pairs_of_answers_are_not_answered(root: Path, tmp_path: Path) -> None:
+    entry = {**json.loads((root / "data.json").read_text())[0], "rejected": "no"}
+    write(tmp_path / "pairs.json", [entry])
+    with pytest.raises(DataError, match=r"none of 1 .*'rejected': got str 'no', .*not preferred"):
+        answer(request(root, tmp_path / "a", data=str(tmp_path / "pairs.json")))
+    pair = {"chosen": talk("say red", "red"), "rejected": talk("say red", "blue")}
+    datasets.Dataset.from_list([pair]).to_parquet(tmp_path / "pairs.parquet")
+    with pytest.raises(ConfigError, match="no column 'messages', expected questions"):
+        answer(request(root, tmp_path / "b", data=str(tmp_path / "pairs.parquet")), never)
 
 
 @pytest.mark.parametrize(
