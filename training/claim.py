@@ -133,7 +133,8 @@ class Claim:
         """The files of a method of the user's own: what a term computes is no setting."""
         if self.config.method != OWN:
             return {}
-        made = [inspect.getsourcefile(stage.objective) for stage in self.config.table.values()]
+        objectives = [stage.objective for stage in self.config.table.values()]
+        made = [inspect.getsourcefile(getattr(o, "func", o)) for o in objectives]  # of a partial
         return {"method": fingerprint.of_files({name: Path(name) for name in made if name})}
 
     def _models(self) -> Marks:

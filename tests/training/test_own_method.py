@@ -7,6 +7,8 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from tests.training import tiny
 from training import config as configuration
 from training import settings
 from training.anatomy import image_token_id
+from training.claim import claimed
 from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.models import build_model, load_vlm
@@ -103,6 +106,18 @@ def test_it_runs_by_its_own_command(root: Path) -> None:
         assert len(curve) == 3 and curve[-1]["loss"] < curve[0]["loss"]
         student = load_vlm(folder / "model")[0]
         assert math.isfinite(json.loads((folder / "scores.json").read_text())["perplexity"])
+
+
+def test_its_objective_may_be_a_partial(root: Path, tmp_path: Path) -> None:
+    """As methods of ours have them; its file is an input of the run all the same."""
+    stages = tuple(
+        replace(stage, objective=partial(stage.objective, images=0.2))
+        for stage in own_method.STAGES
+    )
+    config = configuration.load(run_file(root), [f"out={tmp_path / 'out'}"], stages=stages)
+    with claimed(config):
+        noted = json.loads((tmp_path / "out" / "inputs.json").read_text())
+    assert [Path(file) for file in noted["method"]] == [Path(own_method.__file__)]
 
 
 def test_its_loss_is_named_nowhere_else() -> None:

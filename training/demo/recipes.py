@@ -12,14 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from mllmkd_kernels.methods import Stage
 from training import settings
-from training.config import Config, class_for, load
+from training.config import OWN, Config, class_for, config_class, load
 from training.settings import Section, section, setting
 
 #: The arguments of LLaVA-KD's objective.
 LossConfig: Any = type(load().of_stage("dft").loss)
-#: What a student is shown: labelled captions and questions, questions that the teacher answered.
-LABELLED, ANSWERED = "labelled", "answered"
+#: What a student is shown: labelled captions and questions; questions that the teacher answered;
+#: new scenes of the labelled photographs (`training.demo.recomposed`).
+LABELLED, ANSWERED, RECOMPOSED = "labelled", "answered", "recomposed"
 
 
 class TowerConfig(Section):
@@ -99,6 +101,11 @@ class DemoConfig(Section):
         """Where its answers to the students' questions are."""
         return self.folder / "answered" / "data.json"
 
+    @property
+    def recomposed(self) -> Path:
+        """Where scenes of the students' own labelled photographs are."""
+        return self.folder / "recomposed" / "data.json"
+
 
 class StudyConfig(DemoConfig):
     """The demo's sizes, steps and data; and which rows."""
@@ -123,11 +130,13 @@ def demo_teacher(demo: DemoConfig) -> Config:
     return _run(demo, "teacher", "llava-kd", stages, sources, sizes, seed=0, teacher=None)
 
 
-def demo_sft(demo: DemoConfig, seed: int, steps: int, name: str) -> Config:
+def demo_sft(
+    demo: DemoConfig, seed: int, steps: int, name: str, shown: Sequence[str] = (LABELLED,)
+) -> Config:
     """64 wide, 2 layers, on the limited data: regularised SFT alone, for `steps` steps."""
     regularised = {"weight_decay": demo.weight_decay, "loss": {"smoothing": demo.smoothing}}
     stages = {"sft": optimised(demo, steps) | regularised}
-    return student(demo, name, seed, stages, [LABELLED], dropout=demo.dropout, teacher=False)
+    return student(demo, name, seed, stages, shown, dropout=demo.dropout)
 
 
 def demo_distilled(demo: DemoConfig, seed: int) -> Config:
@@ -140,14 +149,14 @@ def demo_distilled(demo: DemoConfig, seed: int) -> Config:
         "sft": optimised(demo, demo.sft_steps),
         "dft": optimised(demo, demo.dft_steps) | loss,
     }
-    return student(demo, "distilled", seed, stages, [LABELLED, ANSWERED])
+    return student(demo, "distilled", seed, stages, [LABELLED, ANSWERED], teacher=demo.teacher)
 
 
 def demo_unlabelled(demo: DemoConfig, seed: int) -> Config:
     """The same student without any label: DFT alone, on what the teacher answered."""
     loss = {"loss": settings.to_dict(demo.loss)}
     stages = {"dft": optimised(demo, demo.student_steps) | loss}
-    return student(demo, "unlabelled", seed, stages, [ANSWERED])
+    return student(demo, "unlabelled", seed, stages, [ANSWERED], teacher=demo.teacher)
 
 
 def optimised(demo: DemoConfig, steps: int) -> dict[str, Any]:
@@ -168,26 +177,39 @@ def student(
     stages: Mapping[str, Any],
     shown: Sequence[str],
     *,
-    method: str = "llava-kd",
-    teacher: bool = True,
+    method: str | tuple[Stage, ...] = "llava-kd",
+    teacher: Path | None = None,
+    pairs: Path | None = None,
     **model: Any,
 ) -> Config:
-    """A student of 64 wide, 2 layers, called `name`, that is `shown` these kinds of data."""
+    """A student of 64 wide, 2 layers, called `name`, that is `shown` these kinds of data, or
+    `pairs` of answers.
+    """
     data = demo.folder / "data"
-    labelled = {"path": str(data / "student_train.json")}
-    answered = {"path": str(demo.answered)}
-    if set(shown) == {LABELLED, ANSWERED}:
-        ratio = demo.labelled / (1 - demo.labelled)
-        labelled["weight"] = ratio * entries(demo.answered) / entries(data / "student_train.json")
-    sources = [{"path": str(data / "student_pretrain.json"), "use": "captions"}]
-    sources += [labelled] * (LABELLED in shown) + [answered] * (ANSWERED in shown)
-    if LABELLED not in shown:
-        del sources[0]
-    found = str(demo.teacher) if teacher else None
+    more = [
+        {"path": str(path), "image_root": root}
+        for kind, path, root in (
+            (ANSWERED, demo.answered, None),
+            (RECOMPOSED, demo.recomposed, str(demo.recomposed.parent)),
+        )
+        if kind in shown
+    ]
+    sources: list[dict[str, Any]] = []
+    if LABELLED in shown:
+        labelled: dict[str, Any] = {"path": str(data / "student_train.json")}
+        if more:
+            ratio = demo.labelled / (1 - demo.labelled)
+            others = sum(entries(Path(one["path"])) for one in more)
+            labelled["weight"] = ratio * others / entries(data / "student_train.json")
+        sources += [{"path": str(data / "student_pretrain.json"), "use": "captions"}, labelled]
+    sources += more
+    if pairs is not None:
+        sources.append({"path": str(pairs), "use": "preferences"})
     sizes = {"hidden": 64, "layers": 2, **model}
     return _run(
-        demo, f"seed{seed}/{name}", method, stages, sources, sizes, seed=seed, teacher=found
-    )
+        demo, f"seed{seed}/{name}", method, stages, sources, sizes, seed=seed,
+        teacher=None if teacher is None else str(teacher),
+    )  # fmt: skip
 
 
 def entries(file: Path) -> int:
@@ -198,7 +220,7 @@ def entries(file: Path) -> int:
 def _run(
     demo: DemoConfig,
     name: str,
-    method: str,
+    method: str | tuple[Stage, ...],
     stages: Mapping[str, Any],
     sources: Sequence[Mapping[str, Any]],
     sizes: Mapping[str, Any],
@@ -212,7 +234,7 @@ def _run(
     model = {"vision": tower, "processor": tower, "feature_layer": -1, **sizes}
     values = {
         "out": str(demo.folder / name),
-        "method": method,
+        "method": method if isinstance(method, str) else OWN,
         "stages": list(stages),
         "stage": stages,
         "teacher": teacher,
@@ -228,4 +250,5 @@ def _run(
         "keep": 1,
         "threads": demo.threads,
     }
-    return settings.build(class_for(values), values)
+    cls = class_for(values) if isinstance(method, str) else config_class(method, OWN)
+    return settings.build(cls, values)

@@ -22,6 +22,8 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -126,18 +128,26 @@ def make_data(config: DemoConfig) -> LlavaFolder:
 
 def answer_questions(config: DemoConfig) -> None:
     """The teacher's answers to the students' questions, in `out/answered`, written or reused."""
+    answers_of(config, config.teacher, config.answered.parent)
+
+
+def answers_of(
+    config: DemoConfig, model: Path, out: Path, *, keep_cut: bool = False
+) -> list[dict[str, Any]]:
+    """A model's answers to the students' questions, in `out`, written or reused: the entries."""
     data = config.folder / "data"
-    asked = str(data / "student_questions.json")
     request = Request(
-        str(config.teacher),
-        asked,
-        config.answered.parent,
+        str(model),
+        str(data / "student_questions.json"),
+        out,
         image_root=str(data),
         batch_size=256,
         max_new_tokens=16,
+        keep_cut=keep_cut,
     )
-    _, found = answer(request)
-    say(f"{config.answered}: {found.written} of {found.entries} questions answered")
+    path, found = answer(request)
+    say(f"{path}: {found.written} of {found.entries} questions answered")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def make_tower(config: DemoConfig, folder: LlavaFolder) -> None:

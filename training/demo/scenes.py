@@ -133,8 +133,8 @@ def write_scenes(
         source = photo_arrays(garments) if photos is None else photos
         train_scenes, test_scenes = train_n // QUESTIONS_PER_SCENE, test_n // QUESTIONS_PER_SCENE
         with Bar("writing scenes", train_scenes + test_scenes, "scenes", show=progress) as bar:
-            train = _write_split(root, "train", source[:2], train_scenes, (seed, 0), bar)
-            test = _write_split(root, "test", source[2:], test_scenes, (seed, 1), bar)
+            train = write_split(root, "train", source[:2], train_scenes, (seed, 0), bar)
+            test = write_split(root, "test", source[2:], test_scenes, (seed, 1), bar)
         write_lines(root / "scenes.jsonl", train.manifest + test.manifest)
         student = train.questions[::QUESTIONS_PER_SCENE][:student_n]
         return {
@@ -158,7 +158,7 @@ class Split(NamedTuple):
     manifest: list[Record]
 
 
-def _write_split(
+def write_split(
     root: Path,
     name: str,
     source: tuple[NDArray[np.uint8], NDArray[np.uint8]],  # (P, 28, 28), (P,)
@@ -166,6 +166,7 @@ def _write_split(
     seed: tuple[int, int],
     bar: Bar,
 ) -> Split:
+    """Write that many scenes of these photos, below ``root/images/name``."""
     images, labels = source
     rng = np.random.default_rng(seed)
     deals = -(-scenes * CELLS // len(labels))  # whole shuffled decks, so that use is even

@@ -6,6 +6,7 @@ import csv
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from PIL import Image
 from training import settings
 from training.cli import main
 from training.config import load
+from training.demo.folder import LlavaFolder
 from training.demo.garments import FILES
-from training.demo.recipes import DemoConfig
+from training.demo.recipes import DemoConfig, entries
+from training.demo.recomposed import labelled_photos
 from training.demo.report import (
     DISTILLED,
     EQUAL_STEPS,
@@ -26,6 +29,7 @@ from training.demo.report import (
     table,
 )
 from training.demo.run import demo
+from training.demo.scenes import POSITIONS
 from training.settings import ConfigError
 
 SMALL = [
@@ -190,20 +194,78 @@ def test_table_shows_mean_and_deviation():
     assert lines == [["a", "0.500 ± 0.141", "–"]]
 
 
-def test_study_has_a_line_for_each_row_and_trains_none_twice(finished, capsys):
-    config, _ = finished
-    names = ["SFT, regularised", "CE + KL", "answered: CE + KL + features"]
+def studied(config: DemoConfig, names: list[str]) -> list[dict[str, Any]]:
+    """What the study's table says of these rows."""
     given = [f"rows={json.dumps(names)}", f"out={config.out}", f"garments={config.garments}"]
     flags = [part for item in [*given, *SMALL] for part in ("--set", item)]
     assert main(["study", "--seeds", "1", *flags]) == 0
+    runs = json.loads((config.folder / "study" / "table.json").read_text())["runs"]
+    assert sorted(run["model"] for run in runs) == sorted(names)
+    return runs
+
+
+def test_study_has_a_line_for_each_row_and_trains_none_twice(finished, capsys):
+    config, _ = finished
+    names = ["SFT, regularised", "CE + KL", "answered: CE + KL + features"]
+    assert [run["model"] for run in studied(config, names)] == names
     printed = capsys.readouterr().out
     assert "CE + KL: " in printed and "points on SFT, regularised" in printed
-    saved = json.loads((config.folder / "study" / "table.json").read_text())
-    assert [run["model"] for run in saved["runs"]] == names
     assert (config.folder / "study" / "accuracy.png").is_file()
     model = config.folder / "seed0" / "ce-kl" / "1-dft" / "model"
     before = model.stat().st_mtime_ns
-    assert main(["study", "--seeds", "1", *flags]) == 0
+    studied(config, names)
     assert model.stat().st_mtime_ns == before
     assert main(["study", "--set", "rows=[nothing]"]) == 2
     assert "rows: got ['nothing'], expected some of SFT, regularised" in capsys.readouterr().err
+
+
+def test_study_rows_that_come_after_another_start_from_its_model(finished):
+    """And count its steps: half of D2D before D2S, a finished student before the pairs."""
+    config, _ = finished
+    pairs, sparse = "answered: CE + KL + visual + relation, 25% KTO pairs", "answered: D2D, D2S"
+    found = {run["model"]: run["steps"] for run in studied(config, [pairs, sparse])}
+    steps = config.student_steps
+    assert found == {pairs: steps + round(steps / 4), sparse: steps}
+    model = config.folder / "seed0" / "answered-d2d-d2s" / "1-d2s" / "model"
+    assert json.loads((model / "config.json").read_text())["text_config"]["num_experts"] == 4
+    teacher = {e["id"]: said(e) for e in json.loads(config.answered.read_text())}
+    folder = config.folder / "seed0" / "pairs"
+    own = {e["id"]: said(e) for e in json.loads((folder / "data.json").read_text())}
+    told = json.loads((folder / "pairs.json").read_text())
+    assert [e["id"] for e in told] == [n for n in teacher if own.get(n, teacher[n]) != teacher[n]]
+    assert told and all(said(e) == teacher[e["id"]] for e in told)
+    assert all(e["rejected"] == own[e["id"]] for e in told)
+
+
+def said(entry: dict[str, Any]) -> str:
+    return entry["conversations"][-1]["value"]
+
+
+def test_recomposed_scenes_show_own_labelled_photographs_with_true_answers(finished):
+    config, _ = finished
+    studied(config, ["SFT, photographs recomposed"])
+    root = config.recomposed.parent
+    told = json.loads(config.recomposed.read_text())
+    assert len(told) == entries(config.folder / "data" / "student_questions.json")
+    names: dict[bytes, set[str]] = {}
+    for photo, name in labelled_photos(LlavaFolder(config.folder / "data")):
+        names.setdefault(photo.tobytes(), set()).add(name)
+    for entry in told:
+        with Image.open(root / entry["image"]) as image:
+            scene = np.asarray(image.convert("L"))
+        cells = [
+            names[scene[y + 2 : y + 30, x + 2 : x + 30].tobytes()] for y in (0, 32) for x in (0, 32)
+        ]
+        assert all(len(known) == 1 for known in cells)
+        there = [next(iter(known)) for known in cells]
+        question, answer = (turn["value"] for turn in entry["conversations"])
+        where = [
+            name for name, place in zip(there, POSITIONS, strict=True) if question.endswith(place)
+        ]
+        truth = {
+            "caption": " ".join(there),
+            "where": "".join(where),
+            "count": str(there.count(question.split()[-1])),
+            "exist": "yes" if question.split()[-1] in there else "no",
+        }
+        assert answer == truth[entry["kind"]]
