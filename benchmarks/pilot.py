@@ -1,0 +1,171 @@
+"""Does the suite end in its time? What a step will cost, and how often each method may take it.
+
+Without bf16 arithmetic, on a processor with AVX2 alone, PyTorch's bf16 product is 40 times slower
+than its fp32 one, and the suite would take hours. So a short timing of every method on small
+tensors (`Pilot`) predicts what a step costs at full size, and where all that was asked for does not
+fit, a level is found (`level`): no method gets more seconds in a case than that. One whose step
+alone is beyond it is a row that says so. Where everything fits, nothing is changed. The level is
+found anew before each case, from the time that is left.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+from benchmarks.methods import COMPILED, EAGER, Method
+from benchmarks.problem import Problem, make
+from benchmarks.session import Allowance, Session, few
+from benchmarks.shapes import Case, Ladder, StepCase
+from benchmarks.speed import once
+
+#: Of the pilot: columns of its heads, rows, and seconds that are enough to know a rate by.
+VOCAB, ROWS, ENOUGH = 4096, (8, 64, 512), 0.05
+#: Share of the time that is planned: inputs, fp64 and child processes need some too.
+PLANNED = 0.8
+#: Seconds kept for a whole training step's case, all methods and batches.
+STEP_CASE = 45.0
+
+
+@dataclass(frozen=True)
+class Item:
+    """What one method may do in one case: `fixed` seconds, and `unit` seconds for each of at most
+    `most` turns.
+    """
+
+    fixed: float
+    unit: float
+    most: int
+
+    def turns(self, level: float) -> int:
+        """How many fit into `level` seconds."""
+        if self.seconds(self.most) <= level:
+            return self.most
+        return max(0, int((level - self.fixed) / self.unit + 1e-6))
+
+    def seconds(self, turns: int) -> float:
+        """Of that many turns; nothing is free but nothing."""
+        return self.fixed + turns * self.unit if turns else 0.0
+
+
+def level(items: Iterable[Item], left: float) -> float:
+    """The most seconds for any item with which all fit into `left`; infinite if all are whole."""
+    items = list(items)
+
+    def total(most: float) -> float:
+        return sum(item.seconds(item.turns(most)) for item in items)
+
+    if total(math.inf) <= left:
+        return math.inf
+    levels = sorted({i.seconds(turn) for i in items for turn in range(1, i.most + 1)})
+    fitting = bisect_right(levels, left, key=total)
+    return levels[fitting - 1] if fitting else 0.0
+
+
+@lru_cache(maxsize=len(ROWS))
+def _tensors(case: Case, device: str) -> Problem:
+    """The same for every method."""
+    return make(case, device=device)
+
+
+def timed(method: Method, problem: Problem) -> float:
+    """Seconds of a step after one of warm-up."""
+    step = method.build(problem)
+    step()
+    problem.forget_gradients()
+    return once(step, problem.hs.device.type)
+
+
+@dataclass
+class Pilot:
+    """Allowances of a run, by the predicted cost of all that has not been measured yet.
+
+    Attributes:
+        session: whose methods and cases.
+        minutes: for everything, the pilot included.
+        clock: seconds.
+        once: seconds of one step of a method on the tensors of a problem.
+    """
+
+    session: Session
+    minutes: float
+    clock: Callable[[], float] = time.monotonic
+    once: Callable[[Method, Problem], float] = timed
+    _rates: dict[tuple[str, Case], float] = field(default_factory=dict)
+    _waiting: dict[tuple[str, Any], dict[str, Item]] = field(default_factory=dict)
+
+    def start(self, cases: Mapping[str, Iterable[Any]]) -> None:
+        """Begin the time, and predict every case of the sections."""
+        self._ends = self.clock() + 60 * self.minutes
+        self._waiting = {
+            (section, case): self._items(section, case)
+            for section, all_of_it in cases.items()
+            for case in all_of_it
+        }
+        _tensors.cache_clear()
+
+    def allow(self, section: str, case: Any) -> Allowance:
+        """What its methods may do; it does not wait any longer."""
+        everything = [item for items in self._waiting.values() for item in items.values()]
+        left = PLANNED * (self._ends - self.clock())
+        most, mine = level(everything, left), self._waiting.pop((section, case))
+        turns = {key: item.turns(most) for key, item in mine.items()}
+        why = {
+            key: f"needs about {mine[key].seconds(1):,.0f} s, more than the {self.minutes:g} "
+            "minutes of the run leave for it"
+            for key, allowed in turns.items()
+            if not allowed
+        }
+        planned = sum(mine[key].seconds(allowed) for key, allowed in turns.items())
+        # Twice what was predicted, where there is time: a prediction is not a measurement.
+        return Allowance(turns, why, max(planned, min(2 * planned, left)))
+
+    def _items(self, section: str, case: Any) -> dict[str, Item]:
+        if isinstance(case, StepCase):
+            return {"": Item(0.0, STEP_CASE / 5, 5)}  # its rounds and batches end with its seconds
+        if isinstance(case, Ladder):
+            return self._of(case.case, lambda check, step: Item(0.0, step, len(case.epsilons)))
+        if section == "memory":
+            return self._of(case, lambda check, step: Item(check, step, 1))
+        rounds = self.session.rounds  # after one of warm-up
+        return self._of(case, lambda check, step: Item(check + step, step, rounds))
+
+    def _of(self, case: Case, item: Callable[[float, float], Item]) -> dict[str, Item]:
+        """An item of the seconds of the check and of a step, for each method that can run."""
+        found = {}
+        for method in self.session.methods(case):
+            if rate := self._rate(method, case):
+                found[method.key] = item(*(rate * c.floor_flops for c in (few(case), case)))
+        return found
+
+    def _rate(self, method: Method, case: Case) -> float:
+        """Seconds a FLOP of the products; 0 for what cannot run, which is a row without figures.
+        Compiling takes more than a pilot may: PyTorch's own rate is taken for it.
+        """
+        method = EAGER if method.key == COMPILED.key else method
+        sizes = {"vocab_t": VOCAB, "vocab_s": VOCAB, "images": 2 if case.images > 1 else 1}
+        small = replace(case, pair="pilot", rows=0, **sizes)
+        if (method.key, small) not in self._rates:
+            self.session.tell(f"how fast is {method.label}? {case.loss}, {case.dtype}")
+            self._rates[method.key, small] = self._timed(method, small)
+        return self._rates[method.key, small]
+
+    def _timed(self, method: Method, case: Case) -> float:
+        spent = 0.0
+        for rows in ROWS:
+            case = replace(case, rows=rows)
+            problem = _tensors(case, self.session.suite.device)
+            if method.why_not(problem.hs.device):
+                return 0.0
+            try:
+                spent = self.once(method, problem)
+            except (Exception, SystemExit):  # other people's code: its check says what it is
+                return 0.0
+            if spent >= ENOUGH:
+                break
+        return spent / case.floor_flops
