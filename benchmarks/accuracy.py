@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks import truth
-from benchmarks.methods import FLOOR, select
+from benchmarks.methods import FLOOR
 from benchmarks.problem import make_near
 from benchmarks.session import Session, Verdict, vet
 from benchmarks.shapes import Ladder
@@ -26,8 +26,7 @@ def contract(dtype: str, epsilon: float) -> float:
 def measure(session: Session, ladder: Ladder) -> list[dict[str, Any]]:
     """One row per ε and method."""
     case, rows = ladder.case, []
-    everything = select("kl", session.only, device=session.suite.device)
-    methods = [method for method in everything if method.key != FLOOR.key]
+    methods = [method for method in session.everything(case.loss) if method.key != FLOOR.key]
     allowed = session.allow("accuracy", ladder)
     for turn, epsilon in enumerate(ladder.epsilons):
         problem = make_near(case, epsilon, device=session.suite.device)

@@ -18,14 +18,19 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
+import torch
+
 from benchmarks.methods import COMPILED, EAGER, Method
 from benchmarks.problem import Problem, make
 from benchmarks.session import Allowance, Session, few
 from benchmarks.shapes import Case, Ladder, StepCase
 from benchmarks.speed import once
 
-#: Of the pilot: columns of its heads, rows, and seconds that are enough to know a rate by.
-VOCAB, ROWS, ENOUGH = 4096, (8, 64, 512), 0.05
+#: The pilot's rows and vocabularies (the last for a GPU alone, whose launches hide the others),
+#: until a step takes so many seconds; and its share of the time, beyond which what is slowest so
+#: far is taken for what it has not timed.
+SIZES = ((8, 2048), (64, 2048), (512, 2048), (4096, 32768))
+ENOUGH, SHARE = 0.05, 0.1
 #: Share of the time that is planned: inputs, fp64 and child processes need some too.
 PLANNED = 0.8
 #: Seconds kept for a whole training step's case, all methods and batches.
@@ -67,18 +72,18 @@ def level(items: Iterable[Item], left: float) -> float:
     return levels[fitting - 1] if fitting else 0.0
 
 
-@lru_cache(maxsize=len(ROWS))
+@lru_cache(maxsize=len(SIZES))
 def _tensors(case: Case, device: str) -> Problem:
     """The same for every method."""
     return make(case, device=device)
 
 
 def timed(method: Method, problem: Problem) -> float:
-    """Seconds of a step after one of warm-up."""
+    """Seconds of a step, after one of warm-up unless that is slow already."""
     step = method.build(problem)
-    step()
+    spent = once(step, problem.hs.device.type)
     problem.forget_gradients()
-    return once(step, problem.hs.device.type)
+    return spent if spent > 10 * ENOUGH else once(step, problem.hs.device.type)
 
 
 @dataclass
@@ -129,16 +134,21 @@ class Pilot:
         if isinstance(case, StepCase):
             return {"": Item(0.0, STEP_CASE / 5, 5)}  # its rounds and batches end with its seconds
         if isinstance(case, Ladder):
-            return self._of(case.case, lambda check, step: Item(0.0, step, len(case.epsilons)))
+            rungs, case = len(case.epsilons), case.case
+            methods = self.session.everything(case.loss)
+            return self._of(methods, case, lambda check, step: Item(0.0, step, rungs))
+        methods = self.session.methods(case)
         if section == "memory":
-            return self._of(case, lambda check, step: Item(check, step, 1))
+            return self._of(methods, case, lambda check, step: Item(check, step, 1))
         rounds = self.session.rounds  # after one of warm-up
-        return self._of(case, lambda check, step: Item(check + step, step, rounds))
+        return self._of(methods, case, lambda check, step: Item(check + step, step, rounds))
 
-    def _of(self, case: Case, item: Callable[[float, float], Item]) -> dict[str, Item]:
+    def _of(
+        self, methods: Iterable[Method], case: Case, item: Callable[[float, float], Item]
+    ) -> dict[str, Item]:
         """An item of the seconds of the check and of a step, for each method that can run."""
         found = {}
-        for method in self.session.methods(case):
+        for method in methods:
             if rate := self._rate(method, case):
                 found[method.key] = item(*(rate * c.floor_flops for c in (few(case), case)))
         return found
@@ -148,18 +158,30 @@ class Pilot:
         Compiling takes more than a pilot may: PyTorch's own rate is taken for it.
         """
         method = EAGER if method.key == COMPILED.key else method
-        sizes = {"vocab_t": VOCAB, "vocab_s": VOCAB, "images": 2 if case.images > 1 else 1}
-        small = replace(case, pair="pilot", rows=0, **sizes)
+        small = Case(
+            "pilot", 0, 1024, 512, 0, 0, case.dtype, case.train_head, case.loss,
+            min(case.images, 2),
+        )  # fmt: skip
         if (method.key, small) not in self._rates:
-            self.session.tell(f"how fast is {method.label}? {case.loss}, {case.dtype}")
-            self._rates[method.key, small] = self._timed(method, small)
+            late = self.clock() > self._ends - 60 * self.minutes * (1 - SHARE)
+            found = self._slowest(method, case.dtype) if late else self._timed(method, small)
+            self._rates[method.key, small] = found
         return self._rates[method.key, small]
 
+    def _slowest(self, method: Method, dtype: str) -> float:
+        if method.why_not(torch.device(self.session.suite.device)):
+            return 0.0
+        rates = self._rates.items()
+        mine = [rate for (key, case), rate in rates if key == method.key and case.dtype == dtype]
+        return max(mine or [rate for _, rate in rates])
+
     def _timed(self, method: Method, case: Case) -> float:
+        self.session.tell(f"how fast is {method.label}? {case.loss}, {case.dtype}")
         spent = 0.0
-        for rows in ROWS:
-            case = replace(case, rows=rows)
-            problem = _tensors(case, self.session.suite.device)
+        device = self.session.suite.device
+        for rows, vocab in SIZES if device == "cuda" else SIZES[:-1]:
+            case = replace(case, rows=rows, vocab_t=vocab, vocab_s=vocab)
+            problem = _tensors(case, device)
             if method.why_not(problem.hs.device):
                 return 0.0
             try:

@@ -80,6 +80,10 @@ class Session:
         """Those that a case is measured with."""
         return select(case.loss, self.only, case in self.suite.every_backend, self.suite.device)
 
+    def everything(self, loss: str) -> list[Method]:
+        """Those that a loss is compared with where all backends are."""
+        return select(loss, self.only, device=self.suite.device)
+
     def verdicts(
         self, methods: Sequence[Method], case: Case, why: Mapping[str, str] | None = None
     ) -> dict[str, Verdict]:
