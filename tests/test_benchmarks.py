@@ -587,8 +587,34 @@ def test_readme_is_rewritten_and_then_current(
     assert "| mllmkd_kernels, eager backend | 1.00 s | 1.10x | 2.00x | 0 MiB |" in text
 
 
+def test_the_readme_says_who_is_absent_where_the_package_loses_and_what_is_below_the_floor(
+    tmp_path: Path,
+) -> None:
+    found = _record(over_floor=0.5, extra=400, share=0.5)
+    cpu = {"gflops": 300.0, "label": "ours"}
+    absent = {"method": "peer", "label": "Theirs", "status": "missing", "reason": "needs cuda"}
+    for row in [row for row in found["speed"] if row["case"] == asdict(headline("fp32"))]:
+        row |= cpu if row["method"] != "torch-eager" else {"median_s": 0.5}
+        found["speed"].append({**row, "method": "floor", "label": methods.FLOOR.label,
+                               "gflops": 150.0, "over_floor": 1.0})  # fmt: skip
+        found["speed"].append({"case": row["case"], **absent})
+    for row in found["accuracy"]:
+        row["gradient"] *= 2 if row["method"] != "torch-eager" else 1
+    found["speed"] = [row for row in found["speed"] if row["case"]["dtype"] == "fp32"]
+    text = readme.block(record.save(found, tmp_path), tmp_path)
+    assert "runs at 300 GFLOP/s, those products alone at 150; hence 0.50x." in text
+    assert "Not in these tables: Theirs (missing: needs cuda)." in text
+    assert "| Theirs" not in text and "| missing" not in text
+    lost = text.split("Where the package loses to plain PyTorch:")[1]
+    assert f"- speed, ours, {headline('fp32').title}: 1.00 s against 500 ms." in lost
+    assert lost.count("- memory") == 2 and lost.count("2.0x the error") == 2
+    assert "Where the package loses" not in readme.block(
+        record.save(_record(), tmp_path / "wins"), tmp_path
+    )
+
+
 def _steps() -> list[dict[str, Any]]:
-    same = {"status": "ok", "median_s": 2.0, "min_s": 1.0, "max_s": 3.0, "seconds": [2.0],
+    same = {"status": "ok", "median_s": 2.0, "min_s": 1.0, "max_s": 3.0, "seconds": [2.0] * 5,
             "loss_off": 0.0, "gradient_off": 1e-7}  # fmt: skip
     return [
         {"case": asdict(case), "method": key, "label": label, **same, "tokens_per_s": 1234.5,
