@@ -640,7 +640,7 @@ def test_steps_are_in_the_readme_and_the_report_if_they_were_measured(tmp_path: 
     assert "Losses agree to 0e+00, gradients to 1e-07." in page
 
 
-def test_memory_is_drawn_against_what_was_swept(tmp_path: Path) -> None:
+def test_time_and_memory_are_drawn_against_what_was_swept(tmp_path: Path) -> None:
     base = replace(headline("bf16"), rows=256)
     cases = [replace(base, rows=n) for n in (128, 256, 512)]
     cases += with_vocab(base, 16384, 2**17)
@@ -651,10 +651,17 @@ def test_memory_is_drawn_against_what_was_swept(tmp_path: Path) -> None:
         for case in cases
     ]  # fmt: skip
     found = {axis: plots._most_swept(rows, axis) for axis in plots.AXES}
-    sizes = {axis: [plots._size(row, axis) for row in f] for axis, f in found.items()}
+    sizes = {axis: [plots._size(row, axis) for row in rows] for axis, rows in found.items()}
     assert sizes == {"rows N": [128, 256, 512], "vocabulary V": [256 * 256, 16384, 2**17]}
     assert plots.memory_against_size({"memory": rows[:1]}) is None
     assert list(plots.draw({"memory": rows}, tmp_path)) == ["memory_against_size.png"]
+    timed = [row | {"median_s": row["case"]["rows"] / 1e3} for row in rows]
+    assert list(plots.draw({"speed": timed}, tmp_path)) == ["time_against_size.png"]
+    swept = [{"case": asdict(case)} for case in SUITES["cpu"].speed]
+    sizes = {
+        ax: sorted(plots._size(r, ax) for r in plots._most_swept(swept, ax)) for ax in plots.AXES
+    }
+    assert sizes == {"rows N": [128, 512, 1024], "vocabulary V": [16384, 65536, 2**17]}
 
 
 @pytest.mark.parametrize(
