@@ -28,8 +28,8 @@ from benchmarks.shapes import Case, Ladder, StepCase
 from benchmarks.speed import once
 
 #: The pilot's rows and vocabularies (the last for a GPU alone, whose launches hide the others),
-#: until a step takes so many seconds; and its share of the time, beyond which PyTorch's median
-#: rate so far is taken for what it has not timed.
+#: until a step takes so many seconds; and its share of the time, beyond which a method's
+#: median rate so far, or PyTorch's, is taken for what it has not timed.
 SIZES = ((8, 2048), (64, 2048), (512, 2048), (4096, 32768))
 ENOUGH, SHARE = 0.1, 0.1
 #: Share of the time that is planned: inputs, fp64 and child processes need some too.
@@ -175,12 +175,14 @@ class Pilot:
         if method.why_not(torch.device(self.session.suite.device)):
             return 0.0
         known = [(key, case.dtype, rate) for (key, case), rate in self._rates.items() if rate]
-        mine = [rate for key, of, rate in known if key in (method.key, EAGER.key) and of == dtype]
-        return median(mine or [rate for *_, rate in known] or [0.0])
+        for key in (method.key, EAGER.key):
+            if rates := [rate for of, its, rate in known if (of, its) == (key, dtype)]:
+                return median(rates)
+        return median([rate for *_, rate in known] or [0.0])
 
     def _timed(self, method: Method, case: Case) -> float:
         self.session.tell(f"how fast is {method.label}? {case.loss}, {case.dtype}")
-        spent = 0.0
+        spent, first = 0.0, math.inf
         device = self.session.suite.device
         for rows, vocab in SIZES if device == "cuda" else SIZES[:-1]:
             case = replace(case, rows=rows, vocab_t=vocab, vocab_s=vocab)
@@ -191,6 +193,8 @@ class Pilot:
                 spent = self.once(method, problem)
             except (Exception, SystemExit):  # other people's code: its check says what it is
                 return 0.0
-            if spent >= ENOUGH:
+            # Eight times the work that takes hardly longer is threads waiting for a core.
+            if ENOUGH <= spent >= 4 * first or spent >= 10 * ENOUGH:
                 break
+            first = min(first, spent)
         return spent / case.floor_flops
