@@ -273,7 +273,8 @@ def test_a_level_is_found_for_what_does_not_fit_and_changes_nothing_that_does() 
 
 def _nothing(case: Case, device: str) -> Problem:
     """In place of a pilot's tensors."""
-    return Problem(case, *(torch.empty(0) for _ in range(4)), torch.empty(0))
+    h, w = torch.empty(0), torch.empty(0)
+    return Problem(case, h, w, None, None, labels=torch.empty(0))
 
 
 _nothing.cache_clear = lambda: None
