@@ -29,7 +29,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return layers
 
 
-def routers(model: Any) -> dict[int, nn.Module]:
+def routers(model: Any) -> dict[int, Any]:
     """The router of each mixture by the number of its layer, from 0.
 
     Raises:

@@ -65,9 +65,9 @@ class DemoConfig(Section):
     teacher_pt_steps: int = setting(40, "teacher: steps of pre-training", gt=0)
     teacher_sft_steps: int = setting(1_200, "teacher: steps of fine-tuning", gt=0)
     teacher_lr: float = setting(5e-4, "teacher: peak learning rate", gt=0)
-    dpt_steps: int = setting(40, "distilled student: steps of DPT", gt=0)
-    sft_steps: int = setting(60, "distilled student: steps of SFT", gt=0)
-    dft_steps: int = setting(500, "distilled student: steps of DFT", gt=0)
+    dpt_steps: int = setting(20, "distilled student: steps of DPT", gt=0)
+    sft_steps: int = setting(20, "distilled student: steps of SFT", gt=0)
+    dft_steps: int = setting(560, "distilled student: steps of DFT", gt=0)
     student_lr: float = setting(2e-3, "students: peak learning rate", gt=0)
     student_warmup: float = setting(
         0.2, "students: warm-up as a share of a stage's steps; shorter ones sometimes fail", ge=0
