@@ -14,7 +14,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import accuracy, memory, methods, readme, record, report, speed, step, targets
+from benchmarks import (
+    accuracy,
+    memory,
+    methods,
+    pilot,
+    readme,
+    record,
+    report,
+    speed,
+    step,
+    targets,
+)
 from benchmarks.session import Session
 from benchmarks.shapes import SUITES, Suite
 
@@ -73,6 +84,8 @@ def _measuring_options(command: argparse.ArgumentParser) -> None:
     add("--quick", action="store_const", const="quick", dest="suite", help="same as --suite quick")
     add("--only", type=_keys, default=(), metavar="METHOD,...", help="measure only these methods")
     add("--rounds", type=_positive, metavar="N", help="rounds after warm-up; the suite has its own")
+    minutes = "for everything; what does not fit is left out, and said (%(default)g)"
+    add("--minutes", type=float, default=10.0, metavar="M", help=minutes)
     add(
         "--out", type=Path, metavar="DIR",
         help="folder of the JSON and the report; by itself a full run of suite cpu or gpu, made in "
@@ -104,7 +117,7 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
     judged = methods.ours_by_default(suite.device)
     run |= {"judged_method": judged.key, "judged": judged.label, "targets": []}
     kept = args.out or Path("runs", "benchmarks")
-    for done in _measured(run, parts, session, console):
+    for done in _measured(run, parts, session, args.minutes, console):
         run |= {"complete": done, "targets": targets.judge(run, judged.key)}
         unfinished = record.save(run | {"complete": False}, kept)  # whoever stops it loses one case
     report.show(run, console)
@@ -139,7 +152,7 @@ def _folder(run: dict[str, Any]) -> Path:
 
 
 def _measured(
-    run: dict[str, Any], parts: Iterable[str], session: Session, console: Console
+    run: dict[str, Any], parts: Iterable[str], session: Session, minutes: float, console: Console
 ) -> Iterator[bool]:
     """Puts the figures of every part into `run`, under one progress bar: a step of it is a case.
     After each, whether that was all.
@@ -150,6 +163,9 @@ def _measured(
         task = progress.add_task("", total=sum(map(len, cases.values())))
         session.tell = lambda what: progress.update(task, description=what)
         try:
+            ahead = pilot.Pilot(session, minutes)
+            ahead.start(cases)
+            session.allow = ahead.allow
             for part in parts:
                 run[part] = []
                 for case in cases[part]:

@@ -44,7 +44,7 @@ def measure(session: Session, case: Case) -> list[Figures]:
     device = session.suite.device
     # The floor computes no loss: its memory means nothing.
     methods = [method for method in session.methods(case) if method.key != FLOOR.key]
-    verdicts = session.verdicts(methods, case)
+    verdicts = session.verdicts(methods, case, session.allow("memory", case).why)
     rows = []
     for method in methods:
         session.tell(f"{case.title}: {method.label}")

@@ -1,5 +1,5 @@
-"""What does it look like? Four figures from a record: time over the floor, memory against N and V,
-the accuracy ladder, and whole training steps.
+"""What does it look like? Figures from a record: time over the floor, time and memory against N and
+V, the accuracy ladder, and whole training steps.
 """
 
 from __future__ import annotations
@@ -73,36 +73,53 @@ def time_over_floor(record: dict[str, Any]) -> Figure | None:
     return figure
 
 
+def time_against_size(record: dict[str, Any]) -> Figure | None:
+    """Lines, log-log: time of a step against N and against V."""
+    rows = [r | {"figure": r["median_s"] * 1e3} for r in record.get("speed", []) if "median_s" in r]
+    return _against_size(rows, "Time", "ms, forward and backward")
+
+
 def memory_against_size(record: dict[str, Any]) -> Figure | None:
     """Lines, log-log: extra memory against N and against V, predictions dotted."""
-    rows = [r for r in record.get("memory", []) if r.get("extra_bytes") is not None]
+    rows = [
+        row | {"figure": row["extra_bytes"] / 2**20}
+        for row in record.get("memory", [])
+        if row.get("extra_bytes") is not None
+    ]
+    return _against_size(rows, "Peak memory", "MiB beyond inputs and gradients")
+
+
+def _against_size(rows: list[dict[str, Any]], what: str, unit: str) -> Figure | None:
+    """A panel for each of `AXES` that is swept, of the rows' "figure"."""
     sweeps = [(axis, swept) for axis in AXES if (swept := _most_swept(rows, axis))]
     if not sweeps:
         return None
     figure, panels = _panels(len(sweeps), 5.4)
     for axes, (axis, swept) in zip(panels, sweeps, strict=True):
-        _memory_panel(axes, axis, swept)
+        case = Case(**swept[0]["case"])
+        fixed = f"V {case.vocab:,}" if axis == "rows N" else f"N {case.all_rows:,}"
+        dotted = " (dotted: explain())" if _size_panel(axes, axis, swept) else ""
+        _finish(axes, f"{what}, {case.dtype}, {fixed}{dotted}", axis, unit)
     _legend(figure, panels, columns=3)
     return figure
 
 
-def _memory_panel(axes: Axes, axis: str, swept: list[dict[str, Any]]) -> None:
-    size = partial(_size, axis=axis)
+def _size_panel(axes: Axes, axis: str, swept: list[dict[str, Any]]) -> bool:
+    """A line a method; whether some have a prediction."""
+    size, dotted = partial(_size, axis=axis), False
     for style, mine in _by_method(swept):
         mine = sorted(mine, key=size)
         sizes = [size(row) for row in mine]
-        axes.plot(sizes, [row["extra_bytes"] / 2**20 for row in mine], **style)
-        if all(row["predicted_bytes"] is not None for row in mine):
+        axes.plot(sizes, [row["figure"] for row in mine], **style)
+        if all(row.get("predicted_bytes") is not None for row in mine):
             predicted = [row["predicted_bytes"] / 2**20 for row in mine]
             axes.plot(sizes, predicted, ":", color=style["color"])
+            dotted = True
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     _ticks(axes, sorted({size(row) for row in swept}), ",")
-    case = Case(**swept[0]["case"])
-    fixed = f"V {case.vocab:,}" if axis == "rows N" else f"N {case.all_rows:,}"
-    title = f"Peak memory, {case.dtype}, {fixed} (dotted: explain())"
-    _finish(axes, title, axis, "MiB beyond inputs and gradients")
+    return dotted
 
 
 def accuracy_ladder(record: dict[str, Any]) -> Figure | None:
@@ -230,6 +247,7 @@ def _finish(axes: Axes, title: str, x: str = "", y: str = "") -> None:
 #: Name of a file, what draws it, and what it shows.
 FIGURES: dict[str, tuple[Callable[[dict[str, Any]], Figure | None], str]] = {
     "time_over_floor": (time_over_floor, "Time over the matrix products alone."),
+    "time_against_size": (time_against_size, "Time of a step against rows and vocabulary."),
     "memory_against_size": (memory_against_size, "Peak memory beyond inputs and gradients."),
     "accuracy_ladder": (accuracy_ladder, "Relative gradient error as the student converges."),
     "training_step": (

@@ -7,10 +7,11 @@ no figure in the README is typed by hand, and a test notices one that is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods import EAGER
+from benchmarks.methods import EAGER, FLOOR
 from benchmarks.record import load
 from benchmarks.report import machine_line
 from benchmarks.shapes import PREFERENCES, PROMISED, Case, headline, step_case
@@ -19,6 +20,7 @@ from benchmarks.tables import (
     Body,
     Row,
     Table,
+    absent,
     ladder,
     lines,
     markdown,
@@ -26,6 +28,9 @@ from benchmarks.tables import (
     seconds,
     times,
 )
+
+#: Errors are compared as multiples of PyTorch's; rounding alone makes them differ by less.
+NOISE = 1.25
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -39,15 +44,20 @@ def block(path: Path, root: Path) -> str:
         f"{case.d_t:,}; forward and backward, student head trained. Memory is what a step needs "
         "beyond inputs and gradients.",
         markdown(_headline_table(record)),
+        *_below_the_floor(record),
         "The teacher is the student plus noise ε; relative error of the gradient, bf16 inputs:",
         markdown(_ladder_table(record)),
     ]
+    if others := absent(_headline_rows(record) + _ladder_rows(record)):
+        parts.append(f"Not in these tables: {others}.")
     if relation := "\n".join(_relation_lines(record)):
         parts.append(relation)
     if (preferences := _preference_table(record)).rows:
         parts += [_PREFERENCES, markdown(preferences)]
     if record.get("step"):
         parts += [_step_note(record["step"]), markdown(_step_table(record["step"]))]
+    if lost := list(_losses(record)):
+        parts.append("Where the package loses to plain PyTorch:\n\n" + "\n".join(lost))
     folder = path.with_suffix("")
     name = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.name
     if (folder / "accuracy_ladder.png").exists():
@@ -70,12 +80,12 @@ def rewritten(text: str, new_block: str) -> str:
 
 
 def _headline_table(record: dict[str, Any]) -> Table:
-    speed, memory = _by_case_and_label(record["speed"]), _by_case_and_label(record["memory"])
-    promised = [headline(dtype) for dtype in PROMISED]
+    rows = _headline_rows(record)
+    speed, memory = _by_case_and_label(rows), _by_case_and_label(record["memory"])
     body: Body = []
-    for label in dict.fromkeys(label for case, label in speed if case in promised):
+    for label in dict.fromkeys(row["label"] for row in rows if row["status"] == "ok"):
         cells: list[str] = []
-        for case in promised:
+        for case in map(headline, PROMISED):
             fast, small = speed.get((case, label), {}), memory.get((case, label), {})
             if fast.get("status", "ok") != "ok":
                 cells += [fast["status"], "", "", ""]
@@ -91,13 +101,62 @@ def _headline_table(record: dict[str, Any]) -> Table:
     return _table((f"{dtype} {head}" for dtype in PROMISED for head in heads), body)
 
 
+def _headline_rows(record: dict[str, Any]) -> list[Row]:
+    promised = [asdict(headline(dtype)) for dtype in PROMISED]
+    return [row for row in record["speed"] if row["case"] in promised]
+
+
+def _below_the_floor(record: dict[str, Any]) -> Iterator[str]:
+    """What a time below the floor means, where there is one."""
+    floors = {
+        row["case"]["dtype"]: row for row in _headline_rows(record) if row["label"] == FLOOR.label
+    }
+    for row in _headline_rows(record):
+        dtype = row["case"]["dtype"]
+        if row["label"] == record["judged"] and (row.get("over_floor") or 1) < 1:
+            yield (
+                "The floor is the time of PyTorch's own products (`torch.mm`, called once each), "
+                f"not a bound. In {dtype} ours are faster on this processor: the whole step, loss "
+                f"and all, runs at {row['gflops']:,.0f} GFLOP/s, those products alone at "
+                f"{floors[dtype]['gflops']:,.0f}; hence {times(row['over_floor'])}."
+            )
+
+
+def _losses(record: dict[str, Any]) -> Iterator[str]:
+    """Where plain PyTorch is faster, smaller or more exact than a method of ours."""
+    figures = ("speed", "median_s", seconds), ("memory", "extra_bytes", mebibytes)
+    for section, key, form in figures:
+        rows = _by_case_and_label(record[section])
+        for (case, label), row in rows.items():
+            ours, theirs = (r.get(key) for r in (row, rows.get((case, EAGER.label), {})))
+            if row["method"].startswith("mk-") and ours and theirs and ours > theirs:
+                yield f"- {section}, {label}, {case.title}: {form(ours)} against {form(theirs)}."
+    eager = {
+        (row["case"]["dtype"], row["epsilon"]): row.get("gradient")
+        for row in record["accuracy"]
+        if row["method"] == EAGER.key
+    }
+    worst: dict[tuple[str, str], float] = {}
+    for row in record["accuracy"]:
+        dtype, theirs = row["case"]["dtype"], eager.get((row["case"]["dtype"], row["epsilon"]))
+        if row["method"].startswith("mk-") and theirs and "gradient" in row:
+            key = row["label"], dtype
+            worst[key] = max(worst.get(key, 0.0), row["gradient"] / theirs)
+    for (label, dtype), ratio in worst.items():
+        if ratio >= NOISE:
+            yield f"- accuracy, {label}, {dtype} near convergence: up to {ratio:.1f}x the error."
+
+
 def _by_case_and_label(rows: list[Row]) -> dict[tuple[Case, str], Row]:
     return {(Case(**row["case"]), row["label"]): row for row in rows}
 
 
 def _ladder_table(record: dict[str, Any]) -> Table:
-    rows = [row for row in record["accuracy"] if row["case"]["dtype"] == "bf16"]
-    return _table(*ladder(rows, lambda row: f"{row['gradient']:.2%}"))
+    return _table(*ladder(_ladder_rows(record), lambda row: f"{row['gradient']:.2%}"))
+
+
+def _ladder_rows(record: dict[str, Any]) -> list[Row]:
+    return [row for row in record["accuracy"] if row["case"]["dtype"] == "bf16"]
 
 
 def _step_note(rows: list[Row]) -> str:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from benchmarks import plots
+from benchmarks.record import cut
 from benchmarks.tables import markdown, tables
 
 
@@ -44,7 +45,7 @@ def write(record: dict[str, Any], folder: Path) -> Path:
 
 
 def machine_line(record: dict[str, Any]) -> str:
-    """Machine, versions and commit in a sentence."""
+    """Machine, versions and commit in a sentence, and whether something was left out."""
     m = record["machine"]
     missing = [name for name, version in m["peers"].items() if version is None]
     peers = [f"{name} {version}" for name, version in m["peers"].items() if version]
@@ -58,7 +59,10 @@ def machine_line(record: dict[str, Any]) -> str:
         text += f"; {', '.join(peers)}"
     if missing:
         text += f"; not installed: {', '.join(missing)}"
-    return f"{text}. Measured {record['date'][:10]}, {record['rounds']} rounds."
+    text = f"{text}. Measured {record['date'][:10]}, {record['rounds']} rounds."
+    if lost := cut(record):
+        text += f" {lost} figures are left out or of fewer rounds: there was no time for them."
+    return text
 
 
 def _promises(record: dict[str, Any], marks: dict[bool | None, str]) -> list[tuple[str, str]]:

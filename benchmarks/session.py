@@ -2,13 +2,15 @@
 
 A figure for a wrong answer is worse than none, so every method first computes a few rows of the
 same problem and is compared with fp64. One that cannot run, fails or is wrong becomes a row that
-says so.
+says so. So does one that is left out, because a step of it is more than the time of a run allows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from benchmarks import truth
 from benchmarks.methods import FLOOR, Method, select
@@ -24,7 +26,8 @@ class Verdict:
     """Whether a method is measured on a case.
 
     Attributes:
-        status: "ok", "missing" (cannot run here), "failed" (raised) or "wrong".
+        status: "ok", "missing" (cannot run here), "failed" (raised), "wrong" or "left out" (of the
+            time there is).
         reason: why not, "" where ok.
         errors: against fp64; None where nothing was computed.
     """
@@ -32,6 +35,26 @@ class Verdict:
     status: str
     reason: str = ""
     errors: truth.Errors | None = None
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """How much time a case may take; without arguments all that it asks for.
+
+    Attributes:
+        turns: rounds, steps or rungs of a method by its key; those not named have all of them.
+        why: of those that have none.
+        seconds: beyond which no further turn begins.
+    """
+
+    turns: Mapping[str, int] = field(default_factory=dict)
+    why: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = math.inf
+
+
+def few(case: Case) -> Case:
+    """As many rows of it as are checked, at least one of each image or answer."""
+    return replace(case, rows=min(max(1, CHECK_ROWS // case.images), case.rows))
 
 
 @dataclass
@@ -43,30 +66,40 @@ class Session:
         only: keys of the methods that were asked for; none: all that are made for the device.
         rounds: after one of warm-up.
         tell: called with what is measured now.
+        allow: asked, with section and case, how much of it there is time for.
     """
 
     suite: Suite
     only: tuple[str, ...] = ()
     rounds: int = 5
     tell: Callable[[str], None] = lambda what: None
+    allow: Callable[[str, Any], Allowance] = lambda section, case: Allowance()
     _verdicts: dict[tuple[str, Case], Verdict] = field(default_factory=dict)
 
     def methods(self, case: Case) -> list[Method]:
         """Those that a case is measured with."""
         return select(case.loss, self.only, case in self.suite.every_backend, self.suite.device)
 
-    def verdicts(self, methods: Sequence[Method], case: Case) -> dict[str, Verdict]:
+    def everything(self, loss: str) -> list[Method]:
+        """Those that a loss is compared with where all backends are."""
+        return select(loss, self.only, device=self.suite.device)
+
+    def verdicts(
+        self, methods: Sequence[Method], case: Case, why: Mapping[str, str] | None = None
+    ) -> dict[str, Verdict]:
         """key → verdict for this shape and dtype, whatever its rows: a sweep over N asks the same
-        question of the same heads again, and gets the answer that it has.
+        question of the same heads again, and gets the answer that it has. `why` says of which
+        methods nothing is asked.
         """
+        left_out = {key: Verdict("left out", reason) for key, reason in (why or {}).items()}
         kind = replace(case, rows=0)
-        ask = [method for method in methods if (method.key, kind) not in self._verdicts]
-        if ask:
-            few = make(replace(case, rows=min(CHECK_ROWS, case.rows)), device=self.suite.device)
-            expected = truth.truth(few)
+        found = {m.key: self._verdicts.get((m.key, kind)) for m in methods} | left_out
+        if ask := [method for method in methods if found[method.key] is None]:
+            problem = make(few(case), device=self.suite.device)
+            expected = truth.truth(problem)
             for method in ask:
-                self._verdicts[method.key, kind] = vet(method, few, expected)
-        return {method.key: self._verdicts[method.key, kind] for method in methods}
+                self._verdicts[method.key, kind] = vet(method, problem, expected)
+        return {m.key: left_out.get(m.key) or self._verdicts[m.key, kind] for m in methods}
 
 
 def vet(method: Method, problem: Problem, expected: truth.Truth) -> Verdict:

@@ -267,12 +267,16 @@ def _cpu_suite() -> Suite:
     one = case("headline", 729, "bf16", train_head=False, loss="relation")
     relation = (one, replace(one, train_head=True))
     sweep = *(replace(few, rows=rows) for rows in (128, 256, 512)), *with_vocab(few, 16384, 2**17)
+    fewest = replace(few, rows=128)  # with the headline and the fallback a sweep of N and of V
     (pairs,) = with_vocab(replace(few, rows=64, images=8, loss="dpo"), 16384)
     answers = pairs, replace(pairs, loss="kto"), replace(pairs, dtype="fp32")
     return Suite(
         "cpu",
         "two CPU cores, minutes",
-        speed=(*big, frozen, *real, *others, *relation, replace(one, rows=256, images=3), *answers),
+        speed=(
+            *(*big, frozen, *real, *others, *relation, replace(one, rows=256, images=3), *answers),
+            *(fewest, replace(few, rows=512), *with_vocab(fewest, 2**17)),
+        ),
         memory=(*big, *fallbacks, *sweep, frozen, *relation, *answers),
         accuracy=_LADDERS,
         every_backend=(*others, few),

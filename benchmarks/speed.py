@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.methods import EAGER, FLOOR
 from benchmarks.problem import make
-from benchmarks.session import Session, Verdict, said
+from benchmarks.session import Allowance, Session, Verdict, said
 from benchmarks.shapes import Case
 
 Step = Callable[[], object]
@@ -31,13 +31,15 @@ def measure(session: Session, case: Case) -> list[dict[str, Any]]:
     """One row per method. One that cannot be prepared or run at this size (memory, a kernel's
     limits) has no figures, and its row says so.
     """
-    methods = session.methods(case)
-    verdicts = dict(session.verdicts(methods, case))
-    problem = make(case, device=session.suite.device)
-    fit = [method for method in methods if verdicts[method.key].status == "ok"]
-    builds = {method.key: partial(method.build, problem) for method in fit}
-    seconds, failed = interleaved(session, case.title, builds, problem.forget_gradients)
-    verdicts |= {key: Verdict("failed", reason) for key, reason in failed.items()}
+    methods, allowed = session.methods(case), session.allow("speed", case)
+    verdicts = session.verdicts(methods, case, allowed.why)
+    seconds: Seconds = {}
+    if fit := [method for method in methods if verdicts[method.key].status == "ok"]:
+        problem = make(case, device=session.suite.device)
+        builds = {method.key: partial(method.build, problem) for method in fit}
+        before = problem.forget_gradients
+        seconds, failed = interleaved(session, case.title, builds, before, allowed)
+        verdicts |= {key: Verdict("failed", reason) for key, reason in failed.items()}
     rows = []
     for method in methods:
         row = method.row(case) | asdict(verdicts[method.key])
@@ -52,21 +54,27 @@ def interleaved(
     title: str,
     builds: Mapping[str, Callable[[], Step]],
     before: Callable[[], None],
+    allowed: Allowance,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Round by round: seconds by key, and what those have said that could not be built or run.
-    `before` is called before each step, outside the clock.
+    `before` is called before each step, outside the clock. Who has fewer rounds has the first ones.
     """
+    ends = time.monotonic() + allowed.seconds
     steps: dict[str, Step] = {}
     seconds: dict[str, list[float]] = {key: [] for key in builds}
     failed: dict[str, str] = {}
     for turn in range(session.rounds + 1):
+        if turn > 1 and time.monotonic() > ends:
+            break
         for key in list(seconds):
+            if turn > allowed.turns.get(key, turn):
+                continue
             session.tell(f"{title}: {key}, round {turn} of {session.rounds}")
             before()
             try:
                 if not turn:
                     steps[key] = builds[key]()
-                spent = _once(steps[key], session.suite.device)
+                spent = once(steps[key], session.suite.device)
                 if turn:  # the first round is warm-up: code is compiled, pages are mapped
                     seconds[key].append(spent)
             except (Exception, SystemExit) as error:  # other people's code: whatever it raises
@@ -80,7 +88,7 @@ def interleaved(
     return seconds, failed
 
 
-def _once(step: Step, device: str) -> float:
+def once(step: Step, device: str) -> float:
     """Seconds of one step; on a GPU between two events, so that what Python does meanwhile is
     hidden where the device is busy, as in training.
     """
@@ -101,12 +109,13 @@ def figures(case: Case, mine: list[float], everyone: Seconds) -> dict[str, Any]:
     """Seconds, their median, spread and ratios for one method, given everyone's of the same rounds.
 
     ``over_floor`` is time over the time of the matrix products alone, ``times_eager`` how many
-    times faster than eager PyTorch; None where the other was not measured.
+    times faster than eager PyTorch; None where the other was not measured. Ratios are of the rounds
+    that both have.
     """
     floor = everyone.get(FLOOR.key)
     return {
         **spread(mine, everyone),
-        "over_floor": floor and median(m / f for m, f in zip(mine, floor, strict=True)),
+        "over_floor": floor and median(m / f for m, f in zip(mine, floor, strict=False)),
         "gflops": case.floor_flops / median(mine) / 1e9,
     }
 
@@ -119,5 +128,5 @@ def spread(mine: list[float], everyone: Seconds) -> dict[str, Any]:
         "median_s": median(mine),
         "min_s": min(mine),
         "max_s": max(mine),
-        "times_eager": eager and median(e / m for m, e in zip(mine, eager, strict=True)),
+        "times_eager": eager and median(e / m for m, e in zip(mine, eager, strict=False)),
     }

@@ -21,7 +21,9 @@ import ctypes
 import gc
 import importlib.util
 import math
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,7 +34,7 @@ from benchmarks import methods, truth
 from benchmarks.memory import apart, peak_rise
 from benchmarks.methods import EAGER
 from benchmarks.naive import WholeLogitsLoss
-from benchmarks.session import Session
+from benchmarks.session import Allowance, Session
 from benchmarks.shapes import StepCase
 from benchmarks.speed import interleaved, spread
 
@@ -58,12 +60,18 @@ def measure(session: Session, case: StepCase) -> Rows:
     status = {"status": "missing" if lacking else "ok"}
     status["reason"] = f"needs {', '.join(lacking)}" if lacking else ""
     rows = [method.row(case) | status for method in both if method.key in only]
-    if rows and not lacking:
-        _time(session, case, rows)
-        for row in _fit(rows):
+    allowed = session.allow("step", case)
+    for row in rows:
+        if allowed.why:
+            row |= {"status": "left out", "reason": next(iter(allowed.why.values()))}
+    if _fit(rows):
+        ends = time.monotonic() + allowed.seconds
+        _time(session, case, rows, replace(allowed, seconds=allowed.seconds / 2))
+        for n, row in enumerate(fit := _fit(rows)):
+            left = (ends - time.monotonic()) / (len(fit) - n)
             session.tell(f"{case.title}: largest batch, {row['label']}")
             _forget_models()
-            row |= apart(device, _peaks, case, row["method"], device)
+            row |= apart(device, _peaks, case, row["method"], device, left)
         _forget_models()
     return rows
 
@@ -87,7 +95,7 @@ def _forget_models() -> None:
     gc.collect()
 
 
-def _time(session: Session, case: StepCase, rows: Rows) -> None:
+def _time(session: Session, case: StepCase, rows: Rows, allowed: Allowance) -> None:
     """Whether all agree, seconds of every round, tokens a second and ratios, into `rows`."""
     device = session.suite.device
     trainings = {row["method"]: _training(case, row["method"], device) for row in rows}
@@ -96,7 +104,7 @@ def _time(session: Session, case: StepCase, rows: Rows) -> None:
     inputs = one.batch(case.batch)
     keys = [row["method"] for row in _fit(rows)]
     steps = {key: partial(partial, trainings[key].step, inputs) for key in keys}
-    seconds, failed = interleaved(session, case.title, steps, one.forget)
+    seconds, failed = interleaved(session, case.title, steps, one.forget, allowed)
     for row in _fit(rows):
         if row["method"] in failed:
             row |= {"status": "failed", "reason": failed[row["method"]]}
@@ -121,8 +129,8 @@ def _compare(case: StepCase, rows: Rows, trainings: dict[str, Any]) -> None:
             row |= {"status": "wrong", "reason": reason}
 
 
-def _peaks(case: StepCase, key: str, device: str) -> dict[str, Any]:
-    """Peaks by batch and the largest batch within the budget.
+def _peaks(case: StepCase, key: str, device: str, seconds: float) -> dict[str, Any]:
+    """Peaks by batch and the largest batch within the budget that was found in so many seconds.
 
     In a child blocks of a MiB or more are made to go back to the system when they are freed, and so
     is the workspace that our C++ kernels keep from call to call: one process can measure batch
@@ -144,14 +152,18 @@ def _peaks(case: StepCase, key: str, device: str) -> dict[str, Any]:
             return math.inf
 
     first = (1, case.batch) if case.batch > 1 else (1, 2)
-    batch, peaks = largest(peak, case.budget_mib * 2**20, first)
+    ends = time.monotonic() + seconds
+    batch, peaks = largest(peak, case.budget_mib * 2**20, first, lambda: time.monotonic() < ends)
     measured = {n: int(found) for n, found in peaks.items() if found < math.inf}
     extra, pairs = measured.get(case.batch), [[n, measured[n]] for n in sorted(measured)]
     return {"extra_bytes": extra, "peaks": pairs, "largest_batch": batch}
 
 
 def largest(
-    peak: Callable[[int], float], budget: float, first: tuple[int, int]
+    peak: Callable[[int], float],
+    budget: float,
+    first: tuple[int, int],
+    more_time: Callable[[], bool] = lambda: True,
 ) -> tuple[int, dict[int, float]]:
     """The largest batch whose measured `peak` is within `budget`, and every peak measured.
 
@@ -165,7 +177,7 @@ def largest(
         fits = max((n for n, found in peaks.items() if found <= budget), default=0)
         beyond = min((n for n, found in peaks.items() if found > budget), default=math.inf)
         more = fits + max(1, fits // 20)
-        if more >= beyond:
+        if more >= beyond or not more_time():
             break
         slope = (peaks[b] - peaks[a]) / (b - a)
         guess = math.inf

@@ -58,11 +58,24 @@ def lines(rows: Iterable[Row], columns: Columns) -> Body:
     return body
 
 
+def absent(rows: Iterable[Row]) -> str:
+    """Who has no figure at all among the rows and why, reason by reason; "" if all have one."""
+    rows = list(rows)
+    figured = {row["label"] for row in rows if row["status"] == "ok"}
+    why: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row["label"] not in figured:
+            why.setdefault(_trouble(row), {})[row["label"]] = None
+    return "; ".join(f"{', '.join(labels)} ({reason})" for reason, labels in why.items())
+
+
 def ladder(rows: list[Row], cell: Callable[[Row], str]) -> tuple[tuple[str, ...], Body]:
-    """Column heads and lines of errors: methods down, ε across and falling."""
+    """Column heads and lines of errors: methods down, ε across and falling. Without methods that
+    have none.
+    """
     epsilons = sorted({row["epsilon"] for row in rows}, reverse=True)
     body = []
-    for label in dict.fromkeys(row["label"] for row in rows):
+    for label in dict.fromkeys(row["label"] for row in rows if row["status"] == "ok"):
         mine = {row["epsilon"]: row for row in rows if row["label"] == label}
         rungs = (mine.get(epsilon, {"status": "–"}) for epsilon in epsilons)
         cells = (cell(rung) if rung["status"] == "ok" else rung["status"] for rung in rungs)
@@ -125,7 +138,7 @@ def _speed(rows: list[Row]) -> Table:
         case.title,
         f"{case.floor_flops / 1e9:,.0f} GFLOP at least through the logits, "
         f"{mebibytes(case.input_bytes)} of inputs, {mebibytes(case.gradient_bytes)} of gradients. "
-        f"Medians of {_rounds(rows)} interleaved rounds.",
+        f"Medians of {_rounds(rows)}.",
         ("method", *columns),
         lines(rows, columns),
     )
@@ -151,10 +164,11 @@ def _accuracy(rows: list[Row]) -> Table:
     """Relative error of the gradient, and of the value in brackets."""
     heads, body = ladder(rows, lambda row: f"{row['gradient']:.1e} ({row['loss']:.0e})")
     contract = sorted({(row["epsilon"], row["contract"]) for row in rows}, reverse=True)
+    others = absent(rows)
     return Table(
         f"Gradient error near convergence, {rows[0]['case']['dtype']}",
         "Teacher = student + ε·noise, forward KL; relative to fp64 on the same inputs; "
-        "error of the loss in brackets.",
+        f"error of the loss in brackets.{others and f' Not in the table: {others}.'}",
         ("method", *heads),
         [("contract", *(f"{limit:.1e}" for _, limit in contract)), *body],
     )
@@ -169,7 +183,7 @@ def _step(rows: list[Row]) -> Table:
         case.title,
         f"Teacher ({teacher.layers} layers of {teacher.hidden:,}) and student "
         f"({student.layers} of {student.hidden:,}) forward, losses, backward, AdamW; "
-        f"batch of {case.batch}, medians of {_rounds(rows)} interleaved rounds. Peak beyond "
+        f"batch of {case.batch}, medians of {_rounds(rows)}. Peak beyond "
         f"weights and optimiser state; the largest batch that was run with a peak within "
         f"{case.budget_mib:,} MiB. Losses agree to {off[0]:.0e}, gradients to {off[1]:.0e}.",
         ("losses", *columns),
@@ -177,8 +191,12 @@ def _step(rows: list[Row]) -> Table:
     )
 
 
-def _rounds(rows: list[Row]) -> int:
-    return max((len(row["seconds"]) for row in rows if "seconds" in row), default=0)
+def _rounds(rows: list[Row]) -> str:
+    """How many there were, and who had time for fewer."""
+    found = {row["label"]: len(row["seconds"]) for row in rows if "seconds" in row}
+    most = max(found.values(), default=0)
+    fewer = ", ".join(f"{label} {n}" for label, n in found.items() if n < most)
+    return f"{most} interleaved rounds" + (f" ({fewer})" if fewer else "")
 
 
 def _trouble(row: Row) -> str:

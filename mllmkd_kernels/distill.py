@@ -1,4 +1,4 @@
-"""How far is the student from the labels and from the teacher, without ever building the logits?
+"""How far is the student from the labels and from the teacher, without the whole logits?
 
 Hidden states enter here: `fused_linear_distill` checks its arguments, settles the vocabulary and
 the row weights and calls the operator in `ops.py`.

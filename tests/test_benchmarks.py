@@ -20,19 +20,21 @@ from benchmarks import (
     memory,
     methods,
     peers,
+    pilot,
     plots,
     readme,
     record,
     report,
     speed,
     step,
+    tables,
     targets,
     truth,
     vlm,
 )
 from benchmarks.cli import ROOT, main
 from benchmarks.problem import Problem, make, make_near
-from benchmarks.session import Session
+from benchmarks.session import Allowance, Session
 from benchmarks.shapes import (
     DTYPES,
     LOSSES,
@@ -253,6 +255,129 @@ def test_a_ladder_needs_equal_shapes() -> None:
         make_near(CASE, 0.1)
 
 
+# --- the time of a run ---------------------------------------------------------------------------
+
+
+def test_a_level_is_found_for_what_does_not_fit_and_changes_nothing_that_does() -> None:
+    cheap, dear = pilot.Item(1.0, 1.0, 5), pilot.Item(10.0, 10.0, 5)
+    assert pilot.level([cheap, dear], 66.0) == float("inf")
+    for left in (0.0, 1.5, 5.0, 30.0, 47.0, 65.0):
+        found = pilot.level([cheap, dear], left)
+        turns = [item.turns(found) for item in (cheap, dear)]
+        spent = sum(item.seconds(n) for item, n in zip((cheap, dear), turns, strict=True))
+        assert spent <= left
+        if left >= 6:  # a cheap one loses nothing to a dear one
+            assert turns[0] == 5
+    assert pilot.level([], 0.0) == float("inf")
+
+
+def _nothing(case: Case, device: str) -> Problem:
+    """In place of a pilot's tensors."""
+    h, w = torch.empty(0), torch.empty(0)
+    return Problem(case, h, w, None, None, labels=torch.empty(0))
+
+
+_nothing.cache_clear = lambda: None
+
+
+class _Machine:
+    """A clock that goes on with what is done: a step takes `rate` seconds a FLOP of the floor, by
+    method and dtype, and `more` times of what its pilot did.
+    """
+
+    def __init__(self, rates: dict[tuple[str, str], float], more: float = 1.0) -> None:
+        self.now, self.rates, self.more = 0.0, rates, more
+
+    def _step(self, key: str, case: Case, more: float = 1.0) -> float:
+        spent = more * self.rates.get((key, case.dtype), 1e-11) * case.floor_flops
+        self.now += spent
+        return spent
+
+    def once(self, method: methods.Method, problem: Problem) -> float:
+        return self._step(method.key, problem.case)
+
+    def measure(self, section: str, case: Any, session: Session) -> dict[str, int]:
+        """As the sections do: what is allowed and nothing else."""
+        allowed, begun = session.allow(section, case), self.now
+        if isinstance(case, StepCase):
+            self.now += allowed.seconds * (not allowed.why)
+            return dict(allowed.turns)
+        found = case.case if hasattr(case, "case") else case
+        for key, turns in allowed.turns.items():
+            for _ in range(turns + (section == "speed") if turns else 0):
+                if self.now - begun <= allowed.seconds:
+                    self._step(key, found, self.more)
+        return dict(allowed.turns)
+
+
+@pytest.mark.parametrize("more", [1.0, 1.5])
+def test_a_run_ends_in_its_minutes_on_a_processor_without_bf16_arithmetic(
+    more: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pilot, "_tensors", _nothing)
+    slow = {(key, "bf16"): 6e-10 for key in ("floor", "torch-eager", "liger")}  # 1.6 GFLOP/s
+    machine, session = _Machine(slow, more), Session(SUITES["cpu"])
+    ahead = pilot.Pilot(session, 10.0, lambda: machine.now, machine.once)
+    session.allow = ahead.allow
+    cases = {part: getattr(session.suite, part) for part in record.SECTIONS}
+    ahead.start(cases)
+    assert machine.now < 60  # the pilot itself
+    turns = {
+        (part, case): machine.measure(part, case, session) for part in cases for case in cases[part]
+    }
+    assert machine.now <= 600
+    assert machine.now > 300  # and uses them
+    assert [key for key, n in turns["speed", headline("bf16")].items() if n] == [OURS.key]
+    for case in cases["speed"]:
+        assert turns["speed", case][OURS.key] > 0
+    assert all(turns["step", case][""] > 0 for case in cases["step"])
+
+
+def test_a_run_is_whole_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pilot, "_tensors", _nothing)
+    machine, session = _Machine({}), Session(SUITES["cpu"])
+    ahead = pilot.Pilot(session, 60.0, lambda: machine.now, machine.once)
+    ahead.start({"speed": session.suite.speed})
+    for case in session.suite.speed:
+        allowed = ahead.allow("speed", case)
+        assert set(allowed.turns.values()) == {session.rounds} and not allowed.why
+
+
+@pytest.mark.parametrize("section", ["speed", "memory", "accuracy", "step"])
+def test_what_is_left_out_is_a_row_that_says_why(section: str) -> None:
+    case = getattr(TINY, section)[0]
+    none = Allowance({"torch-eager": 0, "": 0}, {"torch-eager": "needs 9 s", "": "needs 9 s"})
+    session = Session(TINY, only=("torch-eager",), rounds=1, allow=lambda *_: none)
+    rows = cli.SECTIONS[section][0].measure(session, case)
+    assert rows and {(row["status"], row["reason"]) for row in rows} == {("left out", "needs 9 s")}
+    assert not any({"seconds", "extra_bytes", "gradient"} & set(row) for row in rows)
+    found = _record() | {section: rows}
+    assert record.cut(found) == len(rows) and not record.publishable(found)
+    assert f"{len(rows)} figures are left out" in report.machine_line(found)
+
+
+def test_a_method_with_fewer_rounds_is_compared_within_those() -> None:
+    few = Allowance({"torch-eager": 1})
+    session = Session(TINY, only=("floor", "torch-eager"), rounds=3, allow=lambda *_: few)
+    rows = {row["method"]: row for row in speed.measure(session, CASE)}
+    assert [len(rows[key]["seconds"]) for key in ("floor", "torch-eager")] == [3, 1]
+    ratio = rows["torch-eager"]["seconds"][0] / rows["floor"]["seconds"][0]
+    assert rows["torch-eager"]["over_floor"] == ratio
+    assert (
+        "3 interleaved rounds (PyTorch, whole logits 1)"
+        in next(tables.tables({"speed": list(rows.values())})).note
+    )
+
+
+@pytest.mark.slow
+def test_the_pilot_of_a_real_machine_costs_seconds_and_knows_every_method() -> None:
+    session = Session(TINY, only=("floor", "torch-eager", "mk-eager"))
+    ahead = pilot.Pilot(session, 10.0)
+    ahead.start({"speed": TINY.speed})
+    for case in TINY.speed:
+        assert set(ahead.allow("speed", case).turns) == {m.key for m in session.methods(case)}
+
+
 # --- whole training steps ------------------------------------------------------------------------
 
 
@@ -313,7 +438,7 @@ def test_a_step_that_raises_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
         return training
 
     monkeypatch.setattr(step, "_training", broken)
-    step._time(Session(TINY, rounds=1), case, rows)
+    step._time(Session(TINY, rounds=1), case, rows, Allowance())
     assert rows[0]["tokens_per_s"] > 0 and "seconds" not in rows[1]
     assert (rows[1]["status"], rows[1]["reason"]) == ("failed", "RuntimeError: first line")
     vlm.pair.cache_clear()  # its weights have moved
@@ -463,8 +588,34 @@ def test_readme_is_rewritten_and_then_current(
     assert "| mllmkd_kernels, eager backend | 1.00 s | 1.10x | 2.00x | 0 MiB |" in text
 
 
+def test_the_readme_says_who_is_absent_where_the_package_loses_and_what_is_below_the_floor(
+    tmp_path: Path,
+) -> None:
+    found = _record(over_floor=0.5, extra=400, share=0.5)
+    cpu = {"gflops": 300.0, "label": "ours"}
+    absent = {"method": "peer", "label": "Theirs", "status": "missing", "reason": "needs cuda"}
+    for row in [row for row in found["speed"] if row["case"] == asdict(headline("fp32"))]:
+        row |= cpu if row["method"] != "torch-eager" else {"median_s": 0.5}
+        found["speed"].append({**row, "method": "floor", "label": methods.FLOOR.label,
+                               "gflops": 150.0, "over_floor": 1.0})  # fmt: skip
+        found["speed"].append({"case": row["case"], **absent})
+    for row in found["accuracy"]:
+        row["gradient"] *= 2 if row["method"] != "torch-eager" else 1
+    found["speed"] = [row for row in found["speed"] if row["case"]["dtype"] == "fp32"]
+    text = readme.block(record.save(found, tmp_path), tmp_path)
+    assert "runs at 300 GFLOP/s, those products alone at 150; hence 0.50x." in text
+    assert "Not in these tables: Theirs (missing: needs cuda)." in text
+    assert "| Theirs" not in text and "| missing" not in text
+    lost = text.split("Where the package loses to plain PyTorch:")[1]
+    assert f"- speed, ours, {headline('fp32').title}: 1.00 s against 500 ms." in lost
+    assert lost.count("- memory") == 2 and lost.count("2.0x the error") == 2
+    assert "Where the package loses" not in readme.block(
+        record.save(_record(), tmp_path / "wins"), tmp_path
+    )
+
+
 def _steps() -> list[dict[str, Any]]:
-    same = {"status": "ok", "median_s": 2.0, "min_s": 1.0, "max_s": 3.0, "seconds": [2.0],
+    same = {"status": "ok", "median_s": 2.0, "min_s": 1.0, "max_s": 3.0, "seconds": [2.0] * 5,
             "loss_off": 0.0, "gradient_off": 1e-7}  # fmt: skip
     return [
         {"case": asdict(case), "method": key, "label": label, **same, "tokens_per_s": 1234.5,
@@ -490,7 +641,7 @@ def test_steps_are_in_the_readme_and_the_report_if_they_were_measured(tmp_path: 
     assert "Losses agree to 0e+00, gradients to 1e-07." in page
 
 
-def test_memory_is_drawn_against_what_was_swept(tmp_path: Path) -> None:
+def test_time_and_memory_are_drawn_against_what_was_swept(tmp_path: Path) -> None:
     base = replace(headline("bf16"), rows=256)
     cases = [replace(base, rows=n) for n in (128, 256, 512)]
     cases += with_vocab(base, 16384, 2**17)
@@ -501,10 +652,17 @@ def test_memory_is_drawn_against_what_was_swept(tmp_path: Path) -> None:
         for case in cases
     ]  # fmt: skip
     found = {axis: plots._most_swept(rows, axis) for axis in plots.AXES}
-    sizes = {axis: [plots._size(row, axis) for row in f] for axis, f in found.items()}
+    sizes = {axis: [plots._size(row, axis) for row in rows] for axis, rows in found.items()}
     assert sizes == {"rows N": [128, 256, 512], "vocabulary V": [256 * 256, 16384, 2**17]}
     assert plots.memory_against_size({"memory": rows[:1]}) is None
     assert list(plots.draw({"memory": rows}, tmp_path)) == ["memory_against_size.png"]
+    timed = [row | {"median_s": row["case"]["rows"] / 1e3} for row in rows]
+    assert list(plots.draw({"speed": timed}, tmp_path)) == ["time_against_size.png"]
+    swept = [{"case": asdict(case)} for case in SUITES["cpu"].speed]
+    sizes = {
+        ax: sorted(plots._size(r, ax) for r in plots._most_swept(swept, ax)) for ax in plots.AXES
+    }
+    assert sizes == {"rows N": [128, 512, 1024], "vocabulary V": [16384, 65536, 2**17]}
 
 
 @pytest.mark.parametrize(
