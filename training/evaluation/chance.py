@@ -66,4 +66,5 @@ def verdicts(scores: Scores, samples: list[Sample]) -> Iterator[str]:
         if low > times / n:
             yield f"ok     {kind}: {said}; {rival}"
         else:
-            yield f"note   {kind}: {said}, no more than chance: {rival}; nothing to learn from it"
+            chance = "no more than chance"
+            yield f"note   {kind}: {said}, {chance}: {rival}; it has little to give there"
