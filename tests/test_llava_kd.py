@@ -129,6 +129,17 @@ def test_the_released_code(batch: int, backend: str) -> None:
     check_loss(loss(s, t, labels, mask_of(runs)), terms, (1, 1, 1, 1), s)
 
 
+def test_the_papers_sums_are_counts_of_one(backend: str) -> None:
+    """Eq. 2 and 3 sum over tokens; what is divided by is the caller's."""
+    s, t = heads()
+    labels, mask = labels_of(), mask_of(RUNS)
+    ce, response, visual, relation = paper(s, t, labels, RUNS)
+    rows = int((labels[:, 1:] != IGNORE).sum())
+    terms = ce * rows, response * rows, visual * int(mask.sum()), relation * 3
+    out = LlavaKDLoss(backend=backend)(s, t, labels, mask, num_items_in_batch=RowCounts(1, 1, 1))
+    check_loss(out, terms, (1, 1, 1, 0.5), s)
+
+
 def test_images_that_split_differently_are_refused() -> None:
     s, t = heads(1)
     mask_s, mask_t = mask_of([[(0, 2), (3, 6)]]), mask_of([[(0, 3), (4, 6)]])

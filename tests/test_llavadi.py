@@ -120,6 +120,9 @@ def released(kind: str, s: HeadInputs, t: HeadInputs, batch: dict, objective: Ob
             total = total + F.mse_loss(a, b)
         elif kind == "reverse":
             total = total + batchmean_kl(b, a)
+        elif kind == "early":
+            a, b = (z[i, :-1][labels[i, 1:] != IGNORE] / 0.7 for z in (z_s, z_t))
+            total = total + 5 * 0.7**2 * batchmean_kl(a, b)
         elif kind == "jsd":
             p, q = a.softmax(-1), b.softmax(-1)
             m = ((p + q) / 2).log()
@@ -140,6 +143,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "norm": {"response": 1.0, "rows": "valid", "standardize": True,
              "temperature": (V / (V - 1)) ** 0.5},
     "features": {"features": 1.0, "rows": "valid"},
+    "early": {"response": 5 * 0.7**2, "temperature": 0.7},
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Does the README print what the package prints?"""
+"""Does the README print what the package prints, and is there what the documents name?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 
 import mllmkd_kernels as mk
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_explained_plans_are_those_of_the_package() -> None:
@@ -21,3 +23,39 @@ def test_explained_plans_are_those_of_the_package() -> None:
     assert len(shown) == 3
     for call, output in shown:
         assert output.strip() == str(eval(call, {"mk": mk, "torch": torch})).strip()
+
+
+def anchors(document: Path) -> set[str]:
+    """What GitHub calls its headings."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        if "://" not in path:
+            file = document.parent / path if path else document
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
+
+
+def test_tests_and_files_that_are_named_exist() -> None:
+    methods = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", methods)
+    assert len(named) > 14
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), (file, name)
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for file in re.findall(r"`(\w[\w/.]*/[\w.]+)`", contributing):
+        assert any((ROOT / folder / file).exists() for folder in ("", "mllmkd_kernels")), file
+
+
+def test_every_module_is_in_the_tree() -> None:
+    tree = README.read_text(encoding="utf-8").split("## The tree")[1].split("```")[1]
+    shown = set(re.findall(r"\b\w+\.py\b", tree))
+    folders = [ROOT / name for name in ("mllmkd_kernels", "training")]
+    there = {path.name for folder in folders for path in folder.rglob("*.py")}
+    ours = {path.name for path in (ROOT / "mllmkd_kernels").glob("[a-z]*.py")}
+    assert shown - there == set() and ours - shown == set()

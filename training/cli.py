@@ -20,8 +20,8 @@ from training.demo.recipes import DemoConfig, StudyConfig
 from training.evaluation.command import add_eval, add_export, evaluate, export
 from training.recipes import configured, names, summaries
 
+RECIPES = "Recipes (--recipe NAME):\n\n{}\n\n"
 EPILOG = (
-    "Recipes (--recipe NAME):\n\n{}\n\n"
     "Every field of a run's configuration (--config FILE.yaml, or --set FIELD=VALUE), here of the "
     "method {}; `methods NAME` has another's:\n\n{}"
 )
@@ -73,14 +73,17 @@ def _parser(stages: tuple[Stage, ...] | None) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     cls = type(configuration.load(stages=stages))
     method = cls.model_fields["method"].default
-    fields = EPILOG.format("\n".join(summaries()), method, "\n".join(settings.describe(cls)))
-    prog = "python -m training" if stages is None else None
+    fields = EPILOG.format(method, "\n".join(settings.describe(cls)))
+    prog, shipped = None, stages is None  # recipes are of shipped methods
+    if shipped:
+        prog, fields = "python -m training", RECIPES.format("\n".join(summaries())) + fields
     parser = argparse.ArgumentParser(prog=prog, description=__doc__, epilog=fields)
     parser.formatter_class = raw
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     source = argparse.ArgumentParser(add_help=False)
     source.add_argument("--config", metavar="FILE.yaml", help="configuration file")
-    source.add_argument("--recipe", choices=names(), metavar="NAME", help="a shipped one")
+    about = "a shipped one" if shipped else argparse.SUPPRESS
+    source.add_argument("--recipe", choices=names(), metavar="NAME", help=about)
     source.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     texts = {"epilog": fields, "formatter_class": raw, "parents": [source]}
     for name, text in (

@@ -33,8 +33,17 @@ def recipe(name: str) -> Config:
 
 
 def configured(options: argparse.Namespace) -> Config:
-    """The configuration that a command line names: --recipe, over it --config, over it --set."""
+    """The configuration that a command line names: --recipe, over it --config, over it --set.
+
+    Raises:
+        ConfigError: values that cannot be used, or a recipe for a method of the caller's own.
+    """
     base = recipe(options.recipe) if options.recipe else None
+    if base is not None and options.stages is not None:
+        raise settings.ConfigError(
+            f"--recipe {options.recipe}: got a recipe of {base.method}, expected none: the method "
+            "here is the file's own"
+        )
     return load(options.config, options.set, base, options.stages)
 
 

@@ -14,8 +14,9 @@
 | sft | both | projector, LM | conversations | L_reg |
 | dft | student | projector, LM | conversations | all four |
 
-All four are means over tokens or images, where the paper has sums; its released code takes γ = 1
-and one cosine a batch (`joint`).
+All four are means over tokens or images, where the paper has sums; its released code takes γ = 1,
+one cosine a batch (`joint`), and all patches of SigLIP but the first (``feature_strategy: default``
+of the model).
 """
 
 from __future__ import annotations

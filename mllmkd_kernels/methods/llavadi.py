@@ -1,4 +1,4 @@
-"""LLAVADI (What Matters for Multimodal LLM Distillation, 2024): what is worth distilling?
+"""LLAVADI (arXiv 2407.19409): what of a multimodal teacher is worth distilling?
 
     L = L_ce + λ_r L_res + λ_f L_feat + λ_a L_aff + λ_m L_mse       λ_r = λ_f = 1, λ_a = λ_m = 0
 

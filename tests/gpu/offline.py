@@ -259,7 +259,8 @@ def _report(found: Findings, console: Console) -> int:
         report = csv.writer(file)
         report.writerow(COLUMNS)
         for r in ordered:
-            cells = [str(dataclasses.asdict(r)[column]) for column in COLUMNS]
+            values = dataclasses.asdict(r) | {"tma": "yes" if r.tma else "-"}
+            cells = [str(values[column]) for column in COLUMNS]
             report.writerow(cells)
             table.add_row(*map(escape, cells), style="red" if r.faults() else None)
     if console.width < 160:  # a pipe or a narrow window: rows that wrap are of no use

@@ -331,11 +331,13 @@ def test_a_file_of_ones_own_has_the_commands(capsys):
         (["show", "--set", "stage.press.lrr=1"], 2, "stage.press.lrr: no such field"),
         (["run", "--help"], 0, "weight of the reverse KL"),
         (["run", "--help"], 0, "stage.press.student.factor"),
+        (["run", "--recipe", "llava-kd-1b"], 2, "--recipe llava-kd-1b: got a recipe of llava-kd"),
     ):
         with pytest.raises(SystemExit) as caught:
             training.main(OWN, arguments)
         said = capsys.readouterr()
         assert caught.value.code == status and told in said.out + said.err
+        assert "ecipe" not in said.out, "those are of shipped methods"
 
 
 def test_a_method_of_an_installed_package(monkeypatch, capsys):

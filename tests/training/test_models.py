@@ -155,6 +155,27 @@ def test_a_student_from_a_whole_clip_and_a_causal_lm(tmp_path):
     ]
 
 
+def test_siglip_has_all_its_patches_or_as_in_released_code_all_but_the_first(tower, tmp_path):
+    """729 or 728; here 4 or 3."""
+    tiny_language().save_pretrained(tmp_path / "lm")
+    tiny.processor().tokenizer.save_pretrained(tmp_path / "lm")
+    picture = Image.effect_noise((16, 16), 90).convert("RGB")
+    rows = {}
+    for strategy in ("full", "default"):
+        config = ModelConfig(
+            vision=str(tower), language=str(tmp_path / "lm"), feature_strategy=strategy
+        )
+        model, processor = build_model(config, 0)
+        inputs = processor(images=[picture], text="<image> say", return_tensors="pt")
+        mask = inputs["input_ids"] == image_token_id(model)
+        assert model(**inputs).logits.shape[:2] == mask.shape
+        found = model.model.get_image_features(inputs["pixel_values"]).pooler_output
+        rows[strategy] = torch.cat(list(found))
+        assert len(rows[strategy]) == int(mask.sum())
+    assert len(rows["full"]) == 4
+    torch.testing.assert_close(rows["default"], rows["full"][1:])
+
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
