@@ -98,6 +98,14 @@ def _parser(stages: tuple[Stage, ...] | None) -> argparse.ArgumentParser:
             command.add_argument(
                 "--dry-run", action="store_true", help="print what it would cost on disk, no more"
             )
+        elif name == "check":
+            command.add_argument(
+                "--ask",
+                type=int,
+                metavar="N",
+                help="ask the teacher N samples of the held-out data (or the conversations): is it "
+                "right more often than the most frequent answer?",
+            )
     command = commands.add_parser("data", help="look at a data set, or have it answered")
     add_data(command, source)
     command = commands.add_parser("eval", help="score a saved model: held-out data, a benchmark")
@@ -147,7 +155,9 @@ def _configured(options: argparse.Namespace) -> None:
     elif options.command == "check":
         from training.start import check
 
-        check(config)
+        if options.ask is not None and options.ask < 1:
+            raise settings.ConfigError(f"--ask: got {options.ask}, expected 1 or more")
+        check(config, ask=options.ask)
     else:
         from training.loop import run
 

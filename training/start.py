@@ -4,11 +4,12 @@ stage is better known now than after hours of an earlier one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from mllmkd_kernels.experts import routers
+from mllmkd_kernels.methods.stage import PROJECTOR
 from mllmkd_kernels.objective import Objective
 from mllmkd_kernels.rows import PAIR, UNITS, kind_of
 from training import settings
@@ -16,6 +17,7 @@ from training.anatomy import anatomy, positions
 from training.config import Config, require
 from training.data.load import require_data
 from training.data.records import DataError
+from training.evaluation.chance import against_chance
 from training.models import DTYPES, Processor, Vlm, build_model, load_vlm
 from training.pairs import check_pair
 from training.teacher_cache.use import open_rows, stored_stages
@@ -41,15 +43,39 @@ def start(config: Config, say: Say) -> tuple[Vlm, Processor, Teacher | None]:
     """
     for name in config.stages:
         require_data(config.data, config.table[name].data)
+    for note in _idle(config):
+        say(note)
     model, processor = build_model(config.model, config.seed)
     _check_students(config, model)
     return model, processor, _teacher(config, model, processor, say)
 
 
-def check(config: Config, say: Say = print) -> None:
-    """What `run` looks at before its first step, and nothing else."""
-    if start(config, say)[2] is None:
+def check(config: Config, say: Say = print, ask: int | None = None) -> None:
+    """What `run` looks at before its first step, and, asked so many samples, whether the teacher
+    has anything to give (`training.evaluation.chance`).
+    """
+    _, processor, teacher = start(config, say)
+    if ask is not None:
+        path = require(config.teacher, "teacher", "--ask asks one")
+        asked = teacher or Teacher(*load_vlm(path, dtype=DTYPES[config.teacher_dtype]))
+        for line in against_chance(config, asked.model, asked.processor or processor, ask):
+            say(line)
+    elif teacher is None:
         say(f"no stage of {', '.join(config.stages)} compares with a teacher: nothing to check")
+
+
+def _idle(config: Config) -> Iterator[str]:
+    """A note for each stage that trains the projector under an LM that nobody has trained yet."""
+    if config.model.path is not None or config.model.language is not None:
+        return
+    for number, name in enumerate(config.stages, 1):
+        if config.table[name].trains != PROJECTOR:
+            return
+        yield (
+            f"{number}-{name}: trains the projector alone under a language model of random "
+            "weights, which teaches next to nothing: leave the stage out or give it few steps, "
+            "or set model.language"
+        )
 
 
 def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> Teacher | None:

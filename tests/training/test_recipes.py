@@ -68,6 +68,10 @@ def shrunk(name, root, *more):
             tiny_pairs.write_model(student, family)
             tiny_pairs.write_model(larger, family, 24, 1, processor=processor)
         changes += [f"model.path={student}", f"teacher={larger}"]
+    elif config.model.language is None:
+        tower = tiny.write_tower(root / "tower")
+        changes += [f"model.vision={tower}", f"model.processor={tower}"]
+        changes += [f"teacher={tiny.write_teacher(root / 'scratch-teacher', tower)}"]
     else:
         size = "large" if name.endswith("-teacher") else "small"
         changes += [f"model.vision={root / 'siglip'}", f"model.language={root / size}"]
@@ -77,6 +81,7 @@ def shrunk(name, root, *more):
     paths = {"out", "log_steps", "threads", "teacher", "data", "model.path", "model.vision"}
     paths |= {
         "model.language",
+        "model.processor",
         *(f"stage.{stage}.{key}" for stage in config.stages for key in SIZES),
     }
     for line in settings.differences(config, used):

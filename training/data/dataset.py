@@ -13,6 +13,7 @@ geometry (the processor's); how a stored picture becomes pixels is `training.dat
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +91,13 @@ class SampleDataset(Dataset[Item]):
         """The samples in order, each with its source."""
         for sample, which in zip(self.samples, self._source, strict=True):
             yield sample, self.sources[which]
+
+    def some(self, places: Sequence[int]) -> SampleDataset:
+        """The samples at these places alone."""
+        part = copy(self)
+        part.samples = [self.samples[i] for i in places]
+        part._source = [self._source[i] for i in places]
+        return part
 
     def sampler(self, step_size: int, seed: int, group: bool) -> ModalitySampler:
         """An order of training: sources by weight, steps by modality and length if `group`."""
