@@ -58,7 +58,7 @@ format: $(DEPS_STAMP) ## mend what ruff and clang-format can mend
 demo: install ## train teacher and students, write a report (SEEDS=3 DATA=easy-vqa OUT=dir GARMENTS=dir)
 	$(BIN)/python -m training demo $(strip $(DEMO_OPTIONS) $(ARGS))
 
-study: install ## many ways to train one student, in one table: 90 minutes, resumable (the demo's options)
+study: install ## many ways to train one student, in one table: hours, resumable (the demo's options)
 	$(BIN)/python -m training study $(strip $(DEMO_OPTIONS) $(ARGS))
 
 bench: install ## measure time, memory and accuracy against plain PyTorch (ARGS=... is passed on)

@@ -65,7 +65,7 @@ def linear_distill(
         torch.float64 if torch.float64 in dtypes else ws.dtype, len(dtypes) == 1, divergence,
     )  # fmt: skip
     budget = workspace_mb if workspace_mb > 0 else None
-    forced = {"algorithm": "chunk"} if standardize else {}  # σ is of a whole row
+    forced: Any = {"algorithm": "chunk"} if standardize else {}  # σ is of a whole row
     chosen = plan.distill_plan(shapes, hs.device, backend, budget, **forced)
     module, stream = module_named(chosen.backend), chosen.algorithm == "stream"
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
