@@ -104,6 +104,6 @@ class DrawsThroughView(Trainer):
         self.notes.clear()
         if not notes:
             return {}
-        local = torch.tensor(list(notes.values()), device=self.args.device)
+        local = torch.tensor(list(notes.values()), dtype=torch.int64, device=self.args.device)
         total: Any = self.accelerator.reduce(local, reduction="sum")
         return dict(zip(notes, total.tolist(), strict=True))

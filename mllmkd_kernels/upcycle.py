@@ -174,7 +174,9 @@ def _mixture(
     yield "experts.gate_up_proj", torch.cat((gate, up)).repeat(experts, 1, 1)  # (E, 2 I, D)
     yield "experts.down_proj", down.repeat(experts, 1, 1)  # (E, D, I)
     limit = width**-0.5
-    router = torch.empty(experts, width).uniform_(-limit, limit, generator=generator)
+    router = torch.empty(experts, width, dtype=torch.float32, device="cpu").uniform_(
+        -limit, limit, generator=generator
+    )
     yield "gate.weight", router.to(gate)
     if getattr(text, "shared_expert_intermediate_size", None) == 0:
         for name, shape in zip(_DENSE, ((0, width), (0, width), (width, 0)), strict=True):

@@ -31,8 +31,8 @@ from training.data.records import IMAGE_MARK
 from training.demo.words import collect_words
 
 Record = dict[str, Any]
-LABELLED = ("pretrain", "train", "student_pretrain", "student_train", "test", "dev")
-SPLITS = (*LABELLED, "student_questions")
+LABELLED = ("pretrain", "train", "student_pretrain", "student_train", "test")
+SPLITS = (*LABELLED, "dev", "student_questions")
 
 
 @dataclass(frozen=True)

@@ -276,3 +276,9 @@ def test_more_questions_are_drawn_without_looking_at_labels(folder: LlavaFolder)
 
 def text_of(entry: Record) -> str:
     return entry["conversations"][0]["value"].removeprefix("<image>\n")
+
+
+def test_the_development_split_is_of_images_that_students_do_not_see(folder: LlavaFolder) -> None:
+    dev, train = entries(folder, "dev"), entries(folder, "train")
+    seen = {entry["image"] for entry in entries(folder, "student_train")}
+    assert dev and all(entry in train and entry["image"] not in seen for entry in dev)
