@@ -34,9 +34,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         request.getfixturevalue("device")
         forced = functools.partial(plan.distill_plan, algorithm=algorithm)
         monkeypatch.setattr(plan, "distill_plan", forced)
-        from mllmkd_kernels.backends.triton import dealing
+        from mllmkd_kernels.backends.triton import splits
 
-        monkeypatch.setattr(dealing, "processors", lambda device: 1)  # a program walks all tiles
+        monkeypatch.setattr(splits, "processors", lambda device: 1)  # a program walks all tiles
     return name
 
 

@@ -62,13 +62,13 @@ def test_a_small_budget_streams() -> None:
 def test_the_plan_counts_what_the_kernels_do(
     wants: tuple[bool, bool], d_t: int, divergence: str
 ) -> None:
-    from mllmkd_kernels.backends.triton import rows, walk
+    from mllmkd_kernels.backends.triton import rows, sweeps
 
     n, v, d_s = 512, 151_936, 1024
     s = plan.Shapes(n, v, d_s, d_t, *wants, torch.bfloat16, divergence=divergence)
     device, table = torch.device("cuda"), divergence if d_t else None
     stream = plan.distill_plan(s, device, "triton", algorithm="stream")
-    assert stream.flops == walk.flops(n, v, d_s, d_t, table, *wants)
+    assert stream.flops == sweeps.flops(n, v, d_s, d_t, table, *wants)
     moved = rows.bytes_moved(n, v, d_t > 0, divergence, 2 if any(wants) else 0)
     blocks = 1 + (d_t > 0)
     assert moved == n * v * (4 * blocks * s.sweeps + 2 * any(wants))

@@ -1,8 +1,8 @@
 """Does the vocabulary-streamed algorithm keep to the definitions: every problem, divergence and way
 of loading, however rows, vocabulary and columns are cut into blocks?
 
-`walk` is called directly, with the tiny blocks that tables have for the interpreter (16 × 32 × 16)
-or, on a GPU, the real ones. Under the former a few hundred tokens are several tiles, splits and
+`sweeps` is called directly, with the tiny blocks that tables have for the interpreter (16 × 32 ×
+16) or, on a GPU, the real ones. Under the former a few hundred tokens are several tiles, splits and
 ranges of columns.
 """
 
@@ -18,7 +18,6 @@ from torch import Tensor
 import mllmkd_kernels as mk
 from mllmkd_kernels import reference
 from mllmkd_kernels.backends.calls import Head, Options, Targets
-from mllmkd_kernels.divergence import sweeps
 from tests.problems import (
     DIVERGENCES,
     PROBLEMS,
@@ -63,9 +62,9 @@ def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 @pytest.fixture(params=[1, 1000], ids=["one-split", "many-splits"])
 def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """With one processor a program walks all tiles, with a thousand it takes one."""
-    from mllmkd_kernels.backends.triton import dealing
+    from mllmkd_kernels.backends.triton import splits
 
-    monkeypatch.setattr(dealing, "processors", lambda device: request.param)
+    monkeypatch.setattr(splits, "processors", lambda device: request.param)
     return request.param
 
 
@@ -91,12 +90,12 @@ def stream_of(
     labelled: bool = True,
     **changes: Any,
 ) -> Out:
-    """`walk.distill_stream` of a problem. 100 columns become 128."""
-    from mllmkd_kernels.backends.triton import walk
+    """`sweeps.distill_stream` of a problem. 100 columns become 128."""
+    from mllmkd_kernels.backends.triton import sweeps
 
     p = replace(p, **changes).on(device)
     student, other, targets = asked(p, mk.Divergence(divergence), teacher, labelled)
-    out = walk.distill_stream(student, other, targets, Options(p.vocab, chunk, *want))
+    out = sweeps.distill_stream(student, other, targets, Options(p.vocab, chunk, *want))
     return Out(*(t.cpu() for t in out))
 
 
@@ -261,7 +260,7 @@ def test_mixed_dtypes(device: torch.device) -> None:
 def test_log_probabilities(
     temperature: float, cap: float, dtype: torch.dtype, device: torch.device
 ) -> None:
-    from mllmkd_kernels.backends.triton import walk
+    from mllmkd_kernels.backends.triton import sweeps
 
     p = small(dtype)
     bias, grad = torch.linspace(-1, 1, 70).to(dtype), torch.linspace(-1, 2, 19)
@@ -272,11 +271,11 @@ def test_log_probabilities(
     hs, ws, bs, labels = (x.to(device) for x in (p.hs, p.ws, bias, p.labels))
     head, targets = Head(hs, ws, bs, cap), Targets(labels, temperature=temperature)
     options = Options(70, 8, *EVERYTHING)
-    logp, lse = walk.logprob_rows(head, targets, options)
+    logp, lse = sweeps.logprob_rows(head, targets, options)
     check(logp.cpu(), want.detach(), "value")
     check(lse.cpu(), (z / temperature).logsumexp(1).detach(), "value")
     assert not logp[labels == -100].any() and (logp <= 0).all()
-    grads = walk.logprob_grad(grad.to(device), lse, head, targets, options)
+    grads = sweeps.logprob_grad(grad.to(device), lse, head, targets, options)
     row = "gradient" if dtype == torch.float32 else "16-bit gradient"
     for got, leaf in zip(grads, (h, w, b), strict=True):
         assert leaf.grad is not None
@@ -293,24 +292,24 @@ def test_a_label_outside_the_vocabulary_is_named(device: torch.device) -> None:
 
 
 def test_flops_are_those_of_the_sweeps() -> None:
-    from mllmkd_kernels.backends.triton import walk
+    from mllmkd_kernels.backends.triton import sweeps
 
     assert [sweeps(d, True) for d in (None, "forward_kl", "soft_cross_entropy")] == [2, 2, 2]
     assert [sweeps(d, True) for d in DIVERGENCES[1:6]] == [3] * 5
     assert [sweeps(d, False) for d in (None, *DIVERGENCES)] == [1] + [2] * 7
-    assert walk.flops(2, 3, 5, 7, "jsd", True, True) == 2 * 6 * (3 * 12 + 2 * 5)
-    assert walk.flops(2, 3, 5, 0, None, False, False) == 2 * 6 * 5
+    assert sweeps.flops(2, 3, 5, 7, "jsd", True, True) == 2 * 6 * (3 * 12 + 2 * 5)
+    assert sweeps.flops(2, 3, 5, 0, None, False, False) == 2 * 6 * 5
 
 
 def test_splits_fill_the_processors() -> None:
-    from mllmkd_kernels.backends.triton import dealing
+    from mllmkd_kernels.backends.triton import splits
 
-    assert dealing.split_count(132, 1187, 132) == 1  # one wave of whole walks
-    assert dealing.split_count(1, 1187, 132) == 63  # 19 tiles each; 64 would not make it 18
-    assert dealing.split_count(1, 3, 132) == 3  # no more splits than tiles
-    assert dealing.split_count(0, 3, 132) == 1
-    waves = -(-64 * dealing.split_count(64, 594, 132) // 132)
-    assert waves * -(-594 // dealing.split_count(64, 594, 132)) <= 1.05 * 64 * 594 / 132
+    assert splits.split_count(132, 1187, 132) == 1  # one wave of whole walks
+    assert splits.split_count(1, 1187, 132) == 63  # 19 tiles each; 64 would not make it 18
+    assert splits.split_count(1, 3, 132) == 3  # no more splits than tiles
+    assert splits.split_count(0, 3, 132) == 1
+    waves = -(-64 * splits.split_count(64, 594, 132) // 132)
+    assert waves * -(-594 // splits.split_count(64, 594, 132)) <= 1.05 * 64 * 594 / 132
 
 
 def small(dtype: torch.dtype = torch.float32) -> Problem:

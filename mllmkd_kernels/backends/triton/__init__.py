@@ -7,13 +7,13 @@ On a machine without a GPU the kernels run in Triton's interpreter, on CPU tenso
 
     divergence.py  the table of divergences, the twin of `mllmkd_kernels.divergence`
     tiles.py       helpers that kernels share
-    observe.py     entropies and agreement, from the sweeps that there are
+    diagnostics.py entropies and agreement, from the sweeps that there are
     rows.py        chunk: a block of logits → row terms and gradient block
     chunk.py       chunk: GEMM, rows, GEMM
     heads.py       stream: a tile of logits, multiplied in registers
     stream.py      stream: kernels that multiply tiles of both heads and keep statistics
-    dealing.py     stream: programs and parts of tiles
-    walk.py        stream: sweeps over the vocabulary and the functions of the backend
+    splits.py      stream: programs and parts of tiles
+    sweeps.py      stream: sweeps over the vocabulary and the functions of the backend
     relation.py    tiles of R_s and R_t
     clustered.py   the same functions, with the CUDA row kernel
     tables.py      launch parameters per architecture
@@ -21,7 +21,7 @@ On a machine without a GPU the kernels run in Triton's interpreter, on CPU tenso
 
 from mllmkd_kernels.backends.triton.chunk import distill_rows
 from mllmkd_kernels.backends.triton.relation import relation_grad, relation_stats
-from mllmkd_kernels.backends.triton.walk import distill_stream, logprob_grad, logprob_rows
+from mllmkd_kernels.backends.triton.sweeps import distill_stream, logprob_grad, logprob_rows
 
 __all__ = [
     "distill_rows",

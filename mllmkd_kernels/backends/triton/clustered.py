@@ -6,7 +6,7 @@ the vocabulary instead of 18 for forward KL. Until it has been timed it is taken
 
 from mllmkd_kernels.backends.triton.chunk import distill_rows_cuda as distill_rows
 from mllmkd_kernels.backends.triton.relation import relation_grad, relation_stats
-from mllmkd_kernels.backends.triton.walk import distill_stream, logprob_grad, logprob_rows
+from mllmkd_kernels.backends.triton.sweeps import distill_stream, logprob_grad, logprob_rows
 
 __all__ = [
     "distill_rows",

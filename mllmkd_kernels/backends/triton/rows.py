@@ -32,9 +32,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mllmkd_kernels.backends.triton import tables
+from mllmkd_kernels.backends.triton.diagnostics import entropy, fold_entropy, lowered, weighted
 from mllmkd_kernels.backends.triton.divergence import NEEDS_MEAN, gradient, terms, times
 from mllmkd_kernels.backends.triton.heads import rounded
-from mllmkd_kernels.backends.triton.observe import entropy, fold_entropy, lowered, weighted
 from mllmkd_kernels.backends.triton.scores import (
     along,
     logits,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mllmkd_kernels.backends.calls import Head
 from mllmkd_kernels.backends.triton import heads
-from mllmkd_kernels.backends.triton.dealing import launch_of, parts, splits_of
+from mllmkd_kernels.backends.triton.diagnostics import counted, entropy, lowered, vote, weighted
 from mllmkd_kernels.backends.triton.divergence import gradient as divergence_gradient
 from mllmkd_kernels.backends.triton.divergence import terms, times
 from mllmkd_kernels.backends.triton.heads import (
@@ -33,7 +33,7 @@ from mllmkd_kernels.backends.triton.heads import (
     product_tile,
     rounded,
 )
-from mllmkd_kernels.backends.triton.observe import counted, entropy, lowered, vote, weighted
+from mllmkd_kernels.backends.triton.splits import launch_of, parts, splits_of
 from mllmkd_kernels.backends.triton.tiles import LOWEST, exp, log_of_sum, softcap_slope
 
 #: What is known of every row: `facts` is a matrix (11, N) fp32. Of the student and of the teacher

@@ -1,4 +1,4 @@
-"""In which order is the vocabulary walked? The streamed algorithm: functions of a backend, from the
+"""In which order is the vocabulary swept? The streamed algorithm: functions of a backend, from the
 three sweeps of `stream`.
 
     statistics      each head once; with the label's logit that is CE
@@ -22,8 +22,8 @@ from torch import Tensor
 from mllmkd_kernels.backends import eager, products
 from mllmkd_kernels.backends.calls import Head, Options, Targets
 from mllmkd_kernels.backends.triton import stream
+from mllmkd_kernels.backends.triton.diagnostics import counted
 from mllmkd_kernels.backends.triton.divergence import NEEDS_MEAN
-from mllmkd_kernels.backends.triton.observe import counted
 from mllmkd_kernels.divergence import sweeps
 
 #: Columns are taken in multiples of a tile's width, so that a logit comes out of the same tile in
