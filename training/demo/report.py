@@ -193,8 +193,7 @@ What the comparison does not show:
   be of images that nobody labelled. The held-out images are new to all.
 - Questions are templates, so that more of them can be had for nothing. Whoever knows that the four
   photographs of a scene are separate things can cut up and recompose the students' own labelled
-  scenes, and teach a student from those alone more than SFT does here. A teacher needs no such
-  knowledge.
+  scenes and train on those, without a teacher (a row of `make study`).
 - Language models start from random weights: with a pre-trained one, less is left to be learned from
   so few labels."""
 
@@ -209,7 +208,8 @@ def _markdown(
     tower = json.loads((config.folder / "tower" / "tower.json").read_text())
     entries = data.settings()["entries"]
     facts = "\n".join(f"- {name}: {value}" for name, value in machine().items())
-    changed = "\n".join(f"- {line}" for line in settings.differences(DemoConfig(), config))
+    here = settings.changed(config, out=DemoConfig().out)
+    changed = "\n".join(f"- {line}" for line in settings.differences(DemoConfig(), here))
     return f"""# Demo report
 
 **{verdict}**
