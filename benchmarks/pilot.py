@@ -59,6 +59,10 @@ class Item:
         return self.fixed + turns * self.unit if turns else 0.0
 
 
+#: Seconds that any case may take, where there is time.
+MOMENT = 5.0
+
+
 def level(items: Iterable[Item], left: float) -> float:
     """The most seconds for any item with which all fit into `left`; infinite if all are whole."""
     items = list(items)
@@ -130,8 +134,9 @@ class Pilot:
             if not allowed
         }
         planned = sum(mine[key].seconds(allowed) for key, allowed in turns.items())
-        # Twice what was predicted, where there is time: a prediction is not a measurement.
-        return Allowance(turns, why, max(planned, min(2 * planned, left)))
+        # Twice what was predicted, where there is time: a prediction is not a measurement, and one
+        # of milliseconds says nothing of the moment in which another process had the core.
+        return Allowance(turns, why, max(planned, min(max(2 * planned, MOMENT), left)))
 
     def _items(self, section: str, case: Any) -> dict[str, Item]:
         if isinstance(case, StepCase):

@@ -292,13 +292,13 @@ def test_a_label_outside_the_vocabulary_is_named(device: torch.device) -> None:
 
 
 def test_flops_are_those_of_the_sweeps() -> None:
-    from mllmkd_kernels.backends.triton import sweeps
+    from mllmkd_kernels.backends.triton.sweeps import flops
 
     assert [sweeps(d, True) for d in (None, "forward_kl", "soft_cross_entropy")] == [2, 2, 2]
     assert [sweeps(d, True) for d in DIVERGENCES[1:6]] == [3] * 5
     assert [sweeps(d, False) for d in (None, *DIVERGENCES)] == [1] + [2] * 7
-    assert sweeps.flops(2, 3, 5, 7, "jsd", True, True) == 2 * 6 * (3 * 12 + 2 * 5)
-    assert sweeps.flops(2, 3, 5, 0, None, False, False) == 2 * 6 * 5
+    assert flops(2, 3, 5, 7, "jsd", True, True) == 2 * 6 * (3 * 12 + 2 * 5)
+    assert flops(2, 3, 5, 0, None, False, False) == 2 * 6 * 5
 
 
 def test_splits_fill_the_processors() -> None:

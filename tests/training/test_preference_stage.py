@@ -95,7 +95,7 @@ def test_what_a_stage_of_pairs_cannot_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="field 'rejected': got nothing, expected a worse answer"):
         run(load(file, [model, plain]), say=lambda _: None)
     with pytest.raises(ConfigError, match=r"data.preferences: got null, expected a path"):
-        run(load(file, [model]), say=lambda _: None)
+        run(load(file, [model, "data.preferences=null"]), say=lambda _: None)
     with pytest.raises(ConfigError, match=r"packing: got true, .*: preference tells samples apart"):
         run(load(file, [model, *pairs, "data.packing=true"]), say=lambda _: None)
     stored = load(file, [model, *pairs, f"teacher_cache.path={tmp_path / 'cache'}"])
