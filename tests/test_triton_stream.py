@@ -293,6 +293,7 @@ def test_a_label_outside_the_vocabulary_is_named(device: torch.device) -> None:
 
 def test_flops_are_those_of_the_sweeps() -> None:
     from mllmkd_kernels.backends.triton.sweeps import flops
+    from mllmkd_kernels.divergence import sweeps
 
     assert [sweeps(d, True) for d in (None, "forward_kl", "soft_cross_entropy")] == [2, 2, 2]
     assert [sweeps(d, True) for d in DIVERGENCES[1:6]] == [3] * 5
