@@ -54,9 +54,7 @@ def write_report(config: DemoConfig, runs: list[Run], data: LlavaFolder, seconds
     """Write `out/report` and print the table and the verdict."""
     folder = config.folder / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, list[dict[str, float]]] = {}
-    for run in runs:
-        rows.setdefault(run.name, []).append(run.row())
+    rows = by_name(runs)
     verdict = judge(rows)
     first = [run for run in runs if run.seed == 0]
     pictures.loss_curves(first, folder / "loss.png")
@@ -85,20 +83,41 @@ def judge(rows: dict[str, list[dict[str, float]]]) -> str:
 
 def _margin(rows: dict[str, list[dict[str, float]]], name: str, other: str) -> str:
     """How far a distilled student is ahead of an SFT student, and what of the gap that is."""
-    ours, theirs, best = ([row["questions"] for row in rows[n]] for n in (name, other, TEACHER))
-    margin = statistics.mean(ours) - statistics.mean(theirs)
+    ours, theirs, best = (accuracies(rows[n]) for n in (name, other, TEACHER))
+    margin, spread = difference(ours, theirs)
     text = f"{name} minus {other}: {100 * margin:+.1f} points"
     if (gap := statistics.mean(best) - statistics.mean(theirs)) > 0:
         text += f", {margin / gap:.0%} of the gap"
-    if len(ours) < 2:
+    if spread is None:
         return f"{text} (one seed, so no spread: SEEDS=3 measures it)."
-    spread = max(statistics.stdev(ours), statistics.stdev(theirs))
     won = sum(a > b for a, b in zip(ours, theirs, strict=True))
     holds = "more" if margin > spread else "NOT more"
     return (
         f"{text} in the mean of {len(ours)} seeds, {holds} than the spread ({100 * spread:.1f}); "
         f"ahead in {won} of {len(ours)}."
     )
+
+
+def by_name(runs: Sequence[Run]) -> dict[str, list[dict[str, float]]]:
+    """The rows of runs by the name of the model, one entry a seed."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    for run in runs:
+        rows.setdefault(run.name, []).append(run.row())
+    return rows
+
+
+def accuracies(seeds: Sequence[dict[str, float]]) -> list[float]:
+    """On the questions, of each seed."""
+    return [row["questions"] for row in seeds]
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None]:
+    """Of two means, and the spread that it is to exceed: the larger of the two sample standard
+    deviations, None where a seed stands alone."""
+    margin = statistics.mean(ours) - statistics.mean(theirs)
+    if min(len(ours), len(theirs)) < 2:
+        return margin, None
+    return margin, max(statistics.stdev(ours), statistics.stdev(theirs))
 
 
 def machine() -> dict[str, str]:

@@ -15,7 +15,6 @@ see), never on what the published table is made of.
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +42,16 @@ from training.demo.recipes import (
     student,
 )
 from training.demo.recomposed import write_recomposed
-from training.demo.report import machine, markdown, table, terminal_table, write_rows
+from training.demo.report import (
+    accuracies,
+    by_name,
+    difference,
+    machine,
+    markdown,
+    table,
+    terminal_table,
+    write_rows,
+)
 from training.demo.run import answers_of, part, prepared, say
 from training.demo.trained import Run
 from training.journal import write_whole
@@ -256,9 +264,7 @@ def report(config: StudyConfig, runs: Sequence[Run], seconds: float) -> None:
     """Write `out/study`: table.json, table.csv, accuracy.png, report.md; print the table."""
     folder = config.folder / "study"
     folder.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, list[dict[str, float]]] = {}
-    for one in runs:
-        rows.setdefault(one.name, []).append(one.row())
+    rows = by_name(runs)
     write_rows(runs, folder)
     pictures.accuracies(rows, folder / "accuracy.png")
     said = "\n".join(f"- {line}" for line in findings(rows))
@@ -279,11 +285,10 @@ def findings(rows: dict[str, list[dict[str, float]]]) -> list[str]:
     for row in ROWS:
         if row.name not in rows or row.control not in rows:
             continue
-        ours, theirs = ([r["questions"] for r in rows[name]] for name in (row.name, row.control))
-        margin = statistics.mean(ours) - statistics.mean(theirs)
+        ours, theirs = accuracies(rows[row.name]), accuracies(rows[row.control])
+        margin, spread = difference(ours, theirs)
         line = f"{row.name}: {100 * margin:+.1f} points on {row.control}"
-        if min(len(ours), len(theirs)) > 1:
-            spread = max(statistics.stdev(ours), statistics.stdev(theirs))
+        if spread is not None:
             larger = "more" if abs(margin) > spread else "not more"
             line += f", {larger} than the spread ({100 * spread:.1f})"
         found.append(line)
