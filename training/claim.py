@@ -46,7 +46,7 @@ FREE = frozenset(
         "skip_limit",
         "eval_batch_size",
         "data.workers",
-        "data.image_cache_mb",
+        "data.cache_mb",
         "teacher_cache.visual",  # of the writing; what was written says its manifest
         "teacher_cache.dtype",
         "teacher_cache.batch_size",

@@ -125,8 +125,10 @@ class DataConfig(Section):
     skip_bad: bool = setting(
         False, "skip faulty samples (counted and listed) instead of stopping at the first"
     )
-    image_cache_mb: int = setting(
-        0, "keep processed images in memory up to this many MiB, per process", ge=0
+    cache_mb: int = setting(
+        0,
+        "keep processed images, and samples as tokens, in memory up to this many MiB, per process",
+        ge=0,
     )
     workers: int = setting(0, "data loading processes", ge=0)
 

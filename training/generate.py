@@ -88,7 +88,7 @@ class Writer:
                 f"max_new_tokens: got {max_new_tokens}, expected less than the model's "
                 f"{positions(model.config)} positions"
             )
-        self.encoding = Encoding(processor, max_length=longest, image_cache_mb=IMAGES_MB)
+        self.encoding = Encoding(processor, max_length=longest, cache_mb=IMAGES_MB)
         self.collator = Collator(processor, side="left")
         self.stops = self._stops()
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}

@@ -1,7 +1,7 @@
 """How does a sample become an item for the student and, if it differs, one for the teacher?
 
-Images are opened and processed once a sample; what a processor made of them is kept in memory up to
-a budget, because small sets of images are asked about again and again.
+Images are opened and processed once a sample; what a processor made of them, and the item with its
+tokens, are kept in memory up to a budget, because small sets are trained on again and again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training.data.chat import ChatEncoder
 from training.data.faults import fault, named, shown
-from training.data.item import IGNORE, Item, Seen
+from training.data.item import IGNORE, Item, Seen, own_bytes
 from training.data.records import Sample
 from training.data.template import TemplateName
 
@@ -38,12 +38,13 @@ class Encoding:
         system: a system line or message for samples without one of their own.
         max_length: most tokens a sample may have, image tokens included. A longer one is a
             fault: cutting it could cut an image or the answer.
-        image_cache_mb: keep processed images in memory up to this size, per process.
+        cache_mb: keep processed images and the items made of them in memory up to this size, per
+            process.
         pairs: samples have two answers, of which the last turns are learned: an item of the better
             one, and in it as ``rejected`` one of the worse. Without, samples have one answer.
 
     Raises:
-        ValueError: a bad max_length, image_cache_mb, template or processor (a `ConfigError` where
+        ValueError: a bad max_length, cache_mb, template or processor (a `ConfigError` where
             the processor's chat template cannot be trained with).
     """
 
@@ -55,19 +56,20 @@ class Encoding:
         template: TemplateName = "chat",
         system: str = "",
         max_length: int = 2048,
-        image_cache_mb: int = 0,
+        cache_mb: int = 0,
         pairs: bool = False,
     ) -> None:
         if max_length < 1:
             raise ValueError(f"max_length: got {max_length}, expected at least 1")
-        if image_cache_mb < 0:
-            raise ValueError(f"image_cache_mb: got {image_cache_mb}, expected 0 or more")
+        if cache_mb < 0:
+            raise ValueError(f"cache_mb: got {cache_mb}, expected 0 or more")
         self.max_length, self.pairs = max_length, pairs
         both = [processor] if teacher is None else [processor, teacher]
         self.encoders: list[ChatEncoder] = [ChatEncoder(one, template, system) for one in both]
         # for each encoder, by where the images come from and their names there
         self.cache: list[dict[Hashable, Seen]] = [{} for _ in both]
-        self.cache_left = image_cache_mb << 20
+        self.items: dict[Hashable, Item] = {}
+        self.cache_left = cache_mb << 20
 
     @property
     def notes(self) -> list[str]:
@@ -87,7 +89,13 @@ class Encoding:
             DataError: the sample cannot be encoded or is too long, or its images cannot be had;
                 whatever else a library raises on the way comes out as this.
         """
-        return self._items(sample, images, identity, "item")
+        key = (identity, sample)
+        if key not in self.items:
+            made = self._items(sample, images, identity, "item")
+            if not self._kept(identity, sample) or not self._room(own_bytes(made)):
+                return made
+            self.items[key] = made
+        return Item(**self.items[key])
 
     def prompt(self, sample: Sample, images: Images, identity: Hashable = None) -> Item:
         """What generation of the sample's last answer starts from; arguments and faults as
@@ -98,8 +106,7 @@ class Encoding:
         """What the encoders' method `make` makes of a sample, the teacher's within it."""
         self.admit(sample)
         key = (identity, sample.images)
-        kept = all(key in cache for cache in self.cache)
-        opened = [] if kept else self._images(sample, images)
+        opened = [] if self._kept(identity, sample) else self._images(sample, images)
         many = range(len(self.encoders))
         items = [self._item(which, sample, opened, key, make) for which in many]
         for extra in items[1:]:
@@ -147,8 +154,7 @@ class Encoding:
         seen = cache.get(key)
         if seen is None:
             seen = self._seen(encoder, sample, images)
-            if seen.nbytes <= self.cache_left:  # when full nothing is evicted: order is random
-                self.cache_left -= seen.nbytes
+            if self._room(seen.nbytes):
                 cache[key] = seen
         with named(sample.place, "conversations", ENCODED):
             item, *worse = [getattr(encoder, make)(one, seen) for one in sample.apart()]
@@ -159,6 +165,17 @@ class Encoding:
             if self.pairs:
                 _last_answer(one["labels"])
         return item
+
+    def _kept(self, identity: Hashable, sample: Sample) -> bool:
+        """Whether what every processor made of the sample's images is kept."""
+        return all((identity, sample.images) in cache for cache in self.cache)
+
+    def _room(self, nbytes: int) -> bool:
+        """Whether so much more can be kept, which is then counted as kept. When memory is full
+        nothing is evicted: order is random."""
+        if fits := nbytes <= self.cache_left:
+            self.cache_left -= nbytes
+        return fits
 
     def _images(self, sample: Sample, images: Images) -> Sequence[Image.Image]:
         """The opened images, one for each that the sample names."""

@@ -8,15 +8,19 @@ padded like ids.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
+from mllmkd_kernels.models import TOKEN_TYPES
 from training.data.records import Sample
 
 IGNORE = -100
+PER_ITEM = {"input_ids", "labels", "image_lens", *TOKEN_TYPES}
+OBJECT = 512  # about the bytes of a tensor beside its values
 
 
 class Item(TypedDict):
@@ -60,3 +64,9 @@ def build_item(
     rest = {name: torch.tensor(row, dtype=torch.int64) for name, row in extras.items()}
     kind = {} if sample.kind is None else {"kind": sample.kind}
     return {**fixed, **kind, **rest, **seen.inputs}  # pyright: ignore[reportReturnType]
+
+
+def own_bytes(item: Mapping[str, Any]) -> int:
+    """Memory of an item beside its images': its tokens and what holds them."""
+    held = sum(OBJECT + item[name].nbytes for name in PER_ITEM & item.keys())
+    return held + sum(own_bytes(item[name]) for name in ("teacher", "rejected") if name in item)

@@ -57,7 +57,7 @@ def open_data(
         "teacher": teacher,
         "template": template,
         "max_length": config.max_length,
-        "image_cache_mb": config.image_cache_mb,
+        "cache_mb": config.cache_mb,
         "pairs": pairs,
     }
     if any(one.stream for _, one in chosen):

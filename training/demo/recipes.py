@@ -242,7 +242,7 @@ def _run(
         "data": {
             "sources": [*sources, {"path": str(data / f"{demo.held_out}.json"), "use": "held_out"}],
             "image_root": str(data),
-            "image_cache_mb": 1_500,
+            "cache_mb": 1_500,
         },
         "seed": seed,
         "log_steps": 20,

@@ -170,7 +170,7 @@ def make_tower(config: DemoConfig, folder: LlavaFolder) -> None:
     if config.data == "scenes":
         tower, accuracy = photo_tower(sizes, photo_arrays(config.garments))
     else:
-        questions = LlavaDataset(folder.json("train"), folder.root, processor, image_cache_mb=1_500)
+        questions = LlavaDataset(folder.json("train"), folder.root, processor, cache_mb=1_500)
         tower, accuracy = question_tower(sizes, questions)
     staging = path.with_name(".tower.incomplete")
     save_tower(tower, accuracy, staging)

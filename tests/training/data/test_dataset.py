@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tests.training.llava_files import SIZE, TOKENS, entry, paint, pixels, processor, write
 from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
+from training.data.item import own_bytes
 from training.data.records import DataError
 
 
@@ -170,19 +171,26 @@ def test_image_lost_after_construction_is_an_error(root: Path) -> None:
         data[0]
 
 
-def test_image_cache_returns_the_same_pixels_and_keeps_its_budget(root: Path) -> None:
+def test_what_is_kept_is_the_same_and_within_its_budget(root: Path) -> None:
     entries = [question(), question("white.png"), question("grey.png")]
     plain = dataset(root, entries)
-    cached = dataset(root, entries, image_cache_mb=1)
-    cached.encoding.cache_left = 2 * 3 * SIZE * SIZE * 4  # room for two of the three images
+    cached = dataset(root, entries, cache_mb=1)
+    encoding, tokens = cached.encoding, own_bytes(plain[0])
+    # room for two of three samples, and for the tokens of the third: they would hold its image too
+    encoding.cache_left = 2 * (3 * SIZE * SIZE * 4 + tokens) + tokens
     for _ in range(2):
         for i in range(3):
-            assert torch.equal(pixels(cached[i]), pixels(plain[i]))
-    assert len(cached.encoding.cache[0]) == 2 and cached.encoding.cache_left == 0
-    assert not plain.encoding.cache[0]
+            item: dict[str, Any] = dict(cached[i])
+            assert torch.equal(item["pixel_values"], pixels(plain[i]))
+            assert torch.equal(item["labels"], plain[i]["labels"])
+            assert "kind" not in item
+        cached[0].update(kind="other")  # whoever has an item may change it
+    assert len(encoding.cache[0]) == len(encoding.items) == 2
+    assert encoding.cache_left == tokens > 0
+    assert not plain.encoding.cache[0] and not plain.encoding.items
 
 
-@pytest.mark.parametrize("name", ["max_length", "image_cache_mb"])
+@pytest.mark.parametrize("name", ["max_length", "cache_mb"])
 def test_bad_sizes(root: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: got -1, expected"):
         dataset(root, [question()], **{name: -1})

@@ -325,13 +325,13 @@ def test_two_sources_never_share_an_image_by_its_name(tmp_path: Path) -> None:
         source(tmp_path / "columns"),
         source(tmp_path / "columns", images="pictures"),
     ]
-    plain, cached = (dataset(*sources, image_cache_mb=mb) for mb in (0, 64))
+    plain, cached = (dataset(*sources, cache_mb=mb) for mb in (0, 64))
     for _ in range(2):
         for i in range(len(sources)):
             assert torch.equal(cached[i]["pixel_values"], plain[i]["pixel_values"])  # pyright: ignore
     for i in (0, 2, 4):
         assert not torch.equal(plain[i]["pixel_values"], plain[i + 1]["pixel_values"])  # pyright: ignore
-    same = dataset(sources[0], changed(sources[0], weight=2.0), image_cache_mb=64)
+    same = dataset(sources[0], changed(sources[0], weight=2.0), cache_mb=64)
     assert len([same[0], same[1]]) == 2 and len(same.encoding.cache[0]) == 1  # one root, one image
 
 

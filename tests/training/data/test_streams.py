@@ -109,7 +109,7 @@ def test_a_stream_s_rows_are_numbered_by_their_source_in_every_pass(tmp_path: Pa
         processor().image_processor(images=[image], return_tensors="pt").pixel_values
         for image in grey
     ]
-    stream = StreamDataset(one, ".", Encoding(processor(), image_cache_mb=64), buffer=5)
+    stream = StreamDataset(one, ".", Encoding(processor(), cache_mb=64), buffer=5)
     passes = [list(islice(iter(stream), 24))[i : i + 8] for i in (0, 8, 16)]
     orders = [[int(item["sample_id"].split()[-1]) for item in items] for items in passes]
     assert all(sorted(order) == list(range(8)) for order in orders)
