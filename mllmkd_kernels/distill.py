@@ -139,7 +139,7 @@ def fused_linear_distill(
         checks.softcap("student_softcap", student_softcap),
         checks.softcap("teacher_softcap", teacher_softcap),
         vocab, checks.integer("ignore_index", ignore_index), want_dh,
-        want_dw and not late, want_db, checks.backend(backend), checks.workspace(workspace_mb),
+        want_dw, want_db, checks.backend(backend), checks.workspace(workspace_mb),
         diagnostics, late, standardize and ht is not None,
     )  # fmt: skip
     shown = found.detach().unbind()[: 1 if ht is None else 3] if diagnostics else ()

@@ -190,9 +190,9 @@ def _budget(backend: str, workspace_mb: float | None) -> float:
 def factored(backend: str, rows: int, d_s: int) -> bool:
     """Does dW = dzᵀ h wait for backward, its factors dz (N, V) and h (N, D) being no larger? Then
     it is formed once, in the dtype of the head, and no fp32 dW (V, D) is summed, saved and scaled.
-    The other backends' kernels never hold all of dz.
+    A GPU's kernels never hold all of dz.
     """
-    return backend == "eager" and rows <= d_s
+    return backend in ("cpu", "eager") and rows <= d_s
 
 
 def distill_plan(

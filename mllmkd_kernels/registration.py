@@ -118,36 +118,44 @@ no_double_backward(scale_gradient)
 
 
 @operator("head_gradient")
-def head_gradient(slope: Tensor, h: Tensor, grad: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    """dW = grad · dzᵀ h, (rows, D), rounded once, to `dtype`: the last step where dz (N, V) was
-    saved in the place of dW.
+def head_gradient(
+    dz: Tensor, h: Tensor, grad: Tensor, rows: int, vocab: int, dtype: torch.dtype
+) -> Tensor:
+    """dW = grad · dzᵀ h, (rows, D), rounded once, to `dtype`: the last step where dz was saved in
+    the place of dW, (N, vocab) or the C++ kernels' tiles of it.
     """
-    return products.head_gradient(slope, h.to(slope.dtype) * grad.to(slope.dtype), rows, dtype)
+    grad = grad.to(dz.dtype)
+    if dz.ndim > 2:
+        return cpu.head_gradient(dz, h, grad, rows, vocab, dtype)
+    return products.head_gradient(dz, h.to(dz.dtype) * grad, rows, dtype)
 
 
 @head_gradient.register_fake
-def _(slope, h, grad, rows, dtype):
-    return slope.new_empty(rows, h.shape[1], dtype=dtype)
+def _(dz, h, grad, rows, vocab, dtype):
+    return dz.new_empty(rows, h.shape[1], dtype=dtype)
 
 
 no_double_backward(head_gradient)
 
 
 def gradients_formed_in_forward(
-    op: Any, arguments: int, gradient_of: dict[int, int], factors: tuple[int, int] | None = None
+    op: Any, arguments: int, gradient_of: dict[int, int], factored: tuple[int, int] | None = None
 ) -> None:
     """Autograd of an `op` whose output 0 is the loss and `gradient_of[i]` d loss / d input i.
 
-    Backward only scales; the outputs besides the loss are not differentiable. Input 1, a head, may
-    find its gradient in two outputs, `factors`, instead: dz (N, V) and h (N, D).
+    Backward only scales; the outputs besides the loss are not differentiable. In the place of the
+    gradient of input 1, a head, there may be dz, to be multiplied by h (N, D): `factored` says
+    which output h is, empty where there is none, and which input the vocabulary.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)  # an unused output must not cost a V x D tensor of zeros
         ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in gradient_of]
-        ctx.factored = factors is not None and output[factors[0]].ndim == 2
-        ctx.rows = inputs[1].shape[0] if ctx.factored else 0
-        ctx.save_for_backward(*(output[o] for o in (*gradient_of.values(), *(factors or ()))))
+        h, vocab = factored or (None, None)
+        ctx.late = h is not None and output[h].ndim == 2
+        ctx.sizes = (inputs[1].shape[0], inputs[vocab]) if ctx.late else ()
+        outputs = (*gradient_of.values(), h) if ctx.late else gradient_of.values()
+        ctx.save_for_backward(*(output[o] for o in outputs))
 
     def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
         if any(g is not None for g in others):
@@ -159,8 +167,8 @@ def gradients_formed_in_forward(
             for i, formed, dtype in zip(gradient_of, saved, ctx.dtypes, strict=False):
                 if not ctx.needs_input_grad[i]:
                     continue
-                if i == 1 and ctx.factored:
-                    grads[i] = head_gradient(*saved[-2:], grad, ctx.rows, dtype)
+                if i == 1 and ctx.late:
+                    grads[i] = head_gradient(formed, saved[-1], grad, *ctx.sizes, dtype)
                 else:
                     grads[i] = scale_gradient(formed, grad, dtype)
         return tuple(grads)
