@@ -28,13 +28,16 @@ def affinity_loss(
 
     The cosines are seen a tile of 4 MiB at a time, between products that a library makes: plain
     PyTorch on every device, 1.6 times as long as the products alone on a processor (4 samples of
-    576 × 256 rows, D 896 and 2,048). One wait for the device, to read the prefix sums.
+    576 × 256 rows, D 896 and 2,048). Nothing waits for the device. Prefix sums that lie on the CPU
+    save work on another device: without them the rows of all samples are multiplied with each
+    other.
 
     Args:
         student, teacher: last hidden states of corresponding rows, floating; the sizes D may
             differ. Only the student receives a gradient. A row of zeros has cosine 0.
         visual, response: int64 indices of rows, sample after sample.
-        cu_visual, cu_response: int32 prefix sums of how many each sample has.
+        cu_visual, cu_response: int32 prefix sums of how many each sample has, on the CPU or the
+            device of the rows.
         joint: one mean over the cells of all samples together, as LLAVADI's released code has it.
 
     Returns:

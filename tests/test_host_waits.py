@@ -92,6 +92,15 @@ def _relation() -> None:
     _raw(relation_ops.relation)(*arguments)
 
 
+def _affinity() -> None:
+    from mllmkd_kernels import relation_ops
+
+    rows = [_empty(300, d) for d in (64, 64, 96, 96)]
+    cu = [_empty(5, dtype="int32") for _ in range(2)]
+    for joint in (False, True):
+        _raw(relation_ops.affinity)(*rows, *cu, joint, True, True)
+
+
 def _gram() -> None:
     from mllmkd_kernels import relation_ops
 
@@ -126,7 +135,7 @@ def main() -> None:
     with _pretending():
         for algorithm in ("chunk", "stream"):
             _distill(algorithm)
-        for case in (_cuda, _logprob, _relation, _gram):
+        for case in (_cuda, _logprob, _relation, _affinity, _gram):
             case()
         try:
             _row().sum().item()

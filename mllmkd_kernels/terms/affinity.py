@@ -44,7 +44,7 @@ class Affinity:
         student, teacher = (torch.cat(x) for x in zip(*both, strict=True))
         index = torch.arange(len(student), dtype=torch.int64, device=student.device)
         visual, response = index.split([len(ours) for ours, _ in both])
-        cu = [self._ends(name, view).to(student.device) for name in ("visual", self.rows)]
+        cu = [self._ends(name, view) for name in ("visual", self.rows)]
         value = affinity_loss(student, teacher, visual, response, *cu, joint=self.joint)
         return value * view.share(self.over)
 
