@@ -67,7 +67,7 @@ def _cuda() -> None:
     from mllmkd_kernels.backends import cuda
 
     cuda.why_not = lambda device=None: ""
-    cuda.rows_ = lambda zs, *_: (torch.empty_like(zs[:, 0]), torch.empty_like(zs[:, 0]))
+    cuda.rows_ = lambda zs, *_, **__: (torch.empty_like(zs[:, 0]), torch.empty_like(zs[:, 0]))
     _raw(ops.linear_distill)(
         *_heads(), _row("int64"), _row(), _row(), "jsd", 0.5, 2.0, 30.0, 0.0, 4096, -100, True,
         True, True, "cuda", 0.0,
