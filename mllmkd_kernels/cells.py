@@ -89,7 +89,7 @@ def _of_all(
     cu_visual, cu_response = (cu.to(visual_s.device) for cu in (cu_visual, cu_response))
     cells = cu_visual.diff().double() * cu_response.diff()
     scale = (1 / (cells.sum() if joint else cells * len(cells)).clamp(min=1)).expand(len(cells))
-    v, r = _sample_of(visual_s, cu_visual), _sample_of(response_s, cu_response)
+    v, r = sample_of(visual_s, cu_visual), sample_of(response_s, cu_response)
     scale_v = (scale[v] + 0 * (visual_s.sum(1) + visual_t.sum(1))).to(visual_s.dtype)
     broken_r = 0 * (response_s.sum(1) + response_t.sum(1))
     for i in _tiles(range(len(v))):
@@ -98,7 +98,7 @@ def _of_all(
             yield i, j, torch.where(same, scale_v[i, None] + broken_r[j], 0)
 
 
-def _sample_of(rows: Tensor, cu: Tensor) -> Tensor:
+def sample_of(rows: Tensor, cu: Tensor) -> Tensor:
     """(N,) of N rows."""
     index = torch.arange(len(rows), dtype=cu.dtype, device=cu.device)
     return torch.searchsorted(cu[1:].contiguous(), index, right=True)

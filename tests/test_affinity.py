@@ -71,6 +71,36 @@ def test_values_and_gradients(
     check_all(inputs(SAMPLES, dtype=dtype), joint=joint)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=lambda d: str(d)[6:])
+def test_the_contrastive_kind(dtype: torch.dtype) -> None:
+    """Between all samples, those without images or answers among them."""
+    x, row = inputs(SAMPLES, dtype=dtype), "16-bit gradient" if dtype.itemsize == 2 else "gradient"
+    want, plain = (
+        found([t.to(d) if t.is_floating_point() else t for t in x], reference.contrast)
+        for d in (torch.float64, torch.float32)
+    )
+    got = found(x, kind="contrastive")
+    check(got[0], want[0], "value", plain[0])
+    check(got[1], want[1], row, plain[1])
+
+
+def test_the_contrastive_kind_written_out() -> None:
+    x = inputs([(2, 3), (3, 1)], dtype=torch.float64)
+    s, t = (F.normalize(h, dim=-1) for h in x[:2])
+    total = 0.0
+    for images in (x[2][:2], x[2][2:]):
+        for answers in (x[3][:3], x[3][3:]):
+            for i in images:
+                for j in answers:
+                    c, target = torch.dot(s[i], s[j]), torch.dot(t[i], t[j])
+                    of_answers = torch.stack([torch.dot(s[i], s[k]) for k in answers]).exp().sum()
+                    of_images = torch.stack([torch.dot(s[k], s[j]) for k in images]).exp().sum()
+                    ahead = target * (of_answers.log() - c) / len(images)
+                    back = target * (of_images.log() - c) / len(answers)
+                    total += float(ahead + back) / 2 / len(answers) / 4
+    assert float(mk.affinity_loss(*x, kind="contrastive")) == pytest.approx(total, rel=1e-12)
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=4),
     st.integers(1, 5), st.integers(1, 5), st.booleans(), st.sampled_from(DTYPES),
@@ -157,6 +187,8 @@ def test_bad_input_is_named() -> None:
         ({"response": [1]}, r"response: expected int64 of shape \(rows,\), got list"),
         ({"cu_visual": x["cu_visual"][1:]}, "cu_visual: expected a non-decreasing prefix sum"),
         ({"cu_response": x["cu_response"][::2].contiguous()}, "cu_response: is of 1 samples, cu_v"),
+        ({"kind": "cubed"}, "kind: got 'cubed', expected one of squared, contrastive"),
+        ({"kind": "contrastive", "joint": True}, "joint: kind 'contrastive' has no other mean"),
     ]
     for change, message in faults:
         with pytest.raises(ValueError, match=message):

@@ -93,12 +93,13 @@ def _relation() -> None:
 
 
 def _affinity() -> None:
-    from mllmkd_kernels import relation_ops
+    from mllmkd_kernels import contrast, relation_ops
 
     rows = [_empty(300, d) for d in (64, 64, 96, 96)]
     cu = [_empty(5, dtype="int32") for _ in range(2)]
     for joint in (False, True):
         _raw(relation_ops.affinity)(*rows, *cu, joint, True, True)
+    contrast.contrast(*rows, *cu)
 
 
 def _gram() -> None:
