@@ -32,7 +32,8 @@ Kernel kernel_of(Divergence divergence) {
     case Divergence::skew_forward_kl: return rows_kernel<Divergence::skew_forward_kl, Scored, W>;
     case Divergence::skew_reverse_kl: return rows_kernel<Divergence::skew_reverse_kl, Scored, W>;
     case Divergence::total_variation: return rows_kernel<Divergence::total_variation, Scored, W>;
-    case Divergence::soft_cross_entropy: return rows_kernel<Divergence::soft_cross_entropy, Scored, W>;
+    case Divergence::soft_cross_entropy:
+      return rows_kernel<Divergence::soft_cross_entropy, Scored, W>;
     default: return rows_kernel<Divergence::none, false, W>;
   }
 }

@@ -101,7 +101,8 @@ auto runner(Divergence divergence) {
     case Divergence::skew_forward_kl: return run_cluster<Divergence::skew_forward_kl, Scored, W>;
     case Divergence::skew_reverse_kl: return run_cluster<Divergence::skew_reverse_kl, Scored, W>;
     case Divergence::total_variation: return run_cluster<Divergence::total_variation, Scored, W>;
-    case Divergence::soft_cross_entropy: return run_cluster<Divergence::soft_cross_entropy, Scored, W>;
+    case Divergence::soft_cross_entropy:
+      return run_cluster<Divergence::soft_cross_entropy, Scored, W>;
     default: return run_cluster<Divergence::none, false, W>;
   }
 }
@@ -143,11 +144,11 @@ int ring(int barrier) {
 // Null, or what went wrong. The arguments are RowsJob's fields, in its order.
 const char* emulate_rows(
     const float* z_s, const float* z_t, void* dz, int64_t stride, int64_t dz_stride,
-    const void* b_s, const void* b_t, int b_s_type, int b_t_type,
-    const int64_t* labels, const float* ce_weight, const float* kd_weight, const bool* broken_s,
-    const bool* broken_t, float* ce, float* kd, int64_t rows, int64_t ignore_index, int vocab,
-    float param, float scale, float cap_s, float cap_t, bool dz_bf16, bool scored, int divergence,
-    int size, int threads, unsigned seed) {
+    const void* b_s, const void* b_t, int b_s_type, int b_t_type, const int64_t* labels,
+    const float* ce_weight, const float* kd_weight, const bool* broken_s, const bool* broken_t,
+    float* ce, float* kd, int64_t rows, int64_t ignore_index, int vocab, float param, float scale,
+    float cap_s, float cap_t, bool dz_bf16, bool scored, int divergence, int size, int threads,
+    unsigned seed) {
   using namespace mllmkd::cuda;
   const int slice = slice_of(vocab, size);
   const RowsJob job{
