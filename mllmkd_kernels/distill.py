@@ -110,7 +110,7 @@ def fused_linear_distill(
             population standard deviation, gradient through σ included (LLAVADI's `norm_logits`);
             the temperature divides them. μ and σ are of the logits at hand, after bias and
             soft-cap, so a masked token (−inf) makes its row NaN. The cross-entropy sees the logits
-            as they are. The backend "cuda" has none.
+            as they are.
 
     Returns:
         `DistillOutput` with the loss and the per-row terms. Gradients come in the dtype of what
