@@ -19,7 +19,7 @@ from PIL import Image
 from training.bar import track
 from training.data.encoding import Encoding
 from training.data.images import conversions
-from training.data.item import IGNORE, Item
+from training.data.item import IGNORE, Item, apart
 from training.data.records import DataError, Sample
 from training.data.sources import Source
 
@@ -161,7 +161,7 @@ def _count(
     images = source.images(entry)
     item = encoding.item(entry, lambda: images)
     report.sound += 1
-    for one in both(item):
+    for one in apart([item]):
         report.lengths.append(len(one["input_ids"]))
         report.labels += int((one["labels"] != IGNORE).sum())
         report.image_tokens += int(one["image_lens"].sum())
@@ -170,11 +170,6 @@ def _count(
     report.unread.update(entry.unread)
     if show:
         report.shown.append(Shown(entry, item, images))
-
-
-def both(item: Item) -> list[Item]:
-    """Of a pair the items of its two answers, the better first; else the item."""
-    return [item, item["rejected"]] if "rejected" in item else [item]
 
 
 def reason_of(message: str) -> str:
