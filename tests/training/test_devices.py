@@ -336,3 +336,15 @@ def test_what_fsdp_cannot_do_is_refused_by_name(name: str, value: Any) -> None:
     setattr(plugin, name, value)
     with pytest.raises(settings.ConfigError, match=f"{name}: got .*expected"):
         sharding.prepare(accelerator, nothing, no_parts)
+
+
+def test_a_weight_without_numbers_is_refused_by_the_third_stage() -> None:
+    """Which stops at it with an error that names no weight; FSDP leaves such weights alone."""
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3}})
+    accelerator: Any = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin)
+    )
+    student = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False))
+    student[1].weight = torch.nn.Parameter(torch.empty(0, 2))
+    with pytest.raises(settings.ConfigError, match=r"zero_stage: 3 cannot gather .* as 1 of the"):
+        sharding.prepare(accelerator, student, Anatomy({}, {}))
