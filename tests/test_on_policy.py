@@ -309,7 +309,7 @@ def assert_steps(step: dict[str, Tensor], student: Any) -> None:
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_a_step_is_over_the_rows_that_the_view_made(accumulate: int, tmp_path: Path) -> None:
     size = 8 // accumulate
-    options = {"per_device_train_batch_size": size}
+    options: dict[str, Any] = {"per_device_train_batch_size": size}
     run = trainer(tmp_path, alternately, gradient_accumulation_steps=accumulate, **options)
     student, teacher = models()
     parts = [pair.collate(pair.samples()[i : i + size]) for i in range(0, 8, size)]
@@ -355,7 +355,7 @@ def on_a_rank(out: Path) -> Any:
     )  # fmt: skip
     coins = trainer(out, on_policy(0.5, 2), max_steps=8, learning_rate=0.0)
     coins.train()
-    found = {"coins": [e.get("own_answers", 0) for e in coins.state.log_history[:8]]}
+    found: dict[str, Any] = {"coins": [e.get("own_answers", 0) for e in coins.state.log_history[:8]]}
     for wrapper in WRAPPERS:
         drawn = []
 
