@@ -355,7 +355,9 @@ def on_a_rank(out: Path) -> Any:
     )  # fmt: skip
     coins = trainer(out, on_policy(0.5, 2), max_steps=8, learning_rate=0.0)
     coins.train()
-    found: dict[str, Any] = {"coins": [e.get("own_answers", 0) for e in coins.state.log_history[:8]]}
+    found: dict[str, Any] = {
+        "coins": [e.get("own_answers", 0) for e in coins.state.log_history[:8]]
+    }
     for wrapper in WRAPPERS:
         drawn = []
 

@@ -159,24 +159,6 @@ def test_a_file_is_read_strictly(tmp_path, text, expected):
     assert str(caught.value).startswith(expected)
 
 
-def test_a_file_of_the_older_form_is_shown_the_new_one(tmp_path):
-    file = tmp_path / "c.yaml"
-    file.write_text("seed: 1\nsft: {lr: 1e-4}\ndft:\n  steps: 3\n  loss: {visual: 0}\n")
-    with pytest.raises(ConfigError, match=r"^sft, dft: no such field") as caught:
-        load(file)
-    message, _, shown = str(caught.value).partition("\n\n")
-    assert "stand under `stage`" in message
-    assert yaml.safe_load(shown) == {
-        "method": "llava-kd",
-        "stage": {"sft": {"lr": 1e-4}, "dft": {"steps": 3, "loss": {"visual": 0}}},
-    }
-    file.write_text("seed: 1\n" + shown)
-    config = load(file)
-    assert (config.of_stage("sft").lr, config.of_stage("dft").loss.visual) == (1e-4, 0.0)
-    with pytest.raises(ConfigError, match="stage:\n  sft:\n    lr: 1"):
-        load(overrides=["sft.lr=1"])
-
-
 def test_values_of_python_are_checked_too():
     with pytest.raises(ConfigError, match=r"^stage.sft.batch_size: got 0, expected greater than 0"):
         settings.changed(load(), stage={"sft": {"batch_size": 0}})

@@ -326,20 +326,11 @@ def test_a_disk_that_fills_while_logging_is_named(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("what", ["check", "json", "answers"])
-def test_missing_folders_of_output_are_made(what, begun, tmp_path, monkeypatch):
+def test_missing_folders_of_output_are_made(begun, tmp_path):
     target = tmp_path / "not" / "there" / "file"
     one = ["--json", str(begun / "captions.json"), "--image-root", str(begun)]
     check = ["data", "check", *one, "--processor", str(begun / "tower")]
-    answers = tmp_path / "predictions.jsonl"
-    line = {"question_id": 1, "question": "q", "prompt": "q", "answer": "a", "ended": True}
-    answers.write_text(json.dumps(line) + "\n")
-    typed = {
-        "check": [*check, "--html", str(target)],
-        "json": [*check, "--html", str(tmp_path / "page.html"), "--json-out", str(target)],
-        "answers": ["export", str(answers), str(target), "--for", "vqav2"],
-    }[what]
-    assert main(typed) == 0
+    assert main([*check, "--html", str(target)]) == 0
     assert target.stat().st_size
 
 

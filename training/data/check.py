@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from PIL import Image
 
@@ -75,37 +74,6 @@ class Report:
         """The length that this share of the samples does not exceed."""
         ordered = sorted(self.lengths)
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-    def to_dict(self) -> dict[str, Any]:
-        """All but the rendered samples, for json."""
-        tokens = sum(self.lengths)
-        lengths: dict[str, Any] = {}
-        if self.lengths:
-            lengths = {
-                "min": min(self.lengths),
-                "median": self.percentile(0.5),
-                "p95": self.percentile(0.95),
-                "max": max(self.lengths),
-                "histogram": self.histogram(),
-            }
-        return {
-            "sources": self.names,
-            "read": self.read,
-            "sound": self.sound,
-            "skipped": self.read - self.sound,
-            "reasons": [
-                {"reason": reason, "count": count, "examples": self.examples[reason]}
-                for reason, count in self.reasons.most_common()
-            ],
-            "tokens": tokens,
-            "label_tokens": self.labels,
-            "image_tokens": self.image_tokens,
-            "lengths": lengths,
-            "images_per_sample": {str(n): self.images[n] for n in sorted(self.images)},
-            "conversions": dict(self.conversions.most_common()),
-            "not_read": dict(self.unread.most_common()),
-            "notes": self.notes,
-        }
 
 
 def read_data(

@@ -1,7 +1,9 @@
 """How does a benchmark go? Questions → prompts → answers on disk → scores, in a folder of its own.
 
     OUT/settings.json       what was asked of which model: it is only continued with the same
-    OUT/predictions.jsonl   one answer a line, in the benchmark's order
+    OUT/predictions.jsonl   one answer a line, in the benchmark's order: {"question_id": 7,
+                            "question": "Is there a dog?", "prompt": "Is there a dog?\\nAnswer ...",
+                            "answer": "yes", "ended": true}; false: cut at the longest length
     OUT/scores.json         the figures, their confidence intervals, the numbers of questions
 
 Killed and started again, a run goes on after the last whole line. A question that cannot be asked
@@ -29,7 +31,6 @@ from training.evaluation.benchmarks import BENCHMARKS, Benchmark, ask
 from training.evaluation.captions import TokenizerName, caption_scores
 from training.evaluation.chair import Objects, chair
 from training.evaluation.intervals import reported
-from training.evaluation.predictions import Line, read_answers
 from training.evaluation.questions import Files, Question, checked
 from training.fingerprint import digest, of_files, same_request
 from training.generate import Asked, Writer
@@ -38,6 +39,7 @@ from training.models import marks_of
 from training.settings import ConfigError
 
 PREDICTIONS, SETTINGS, SCORES = "predictions.jsonl", "settings.json", "scores.json"
+Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def run_benchmark(
     most = options.max_new_tokens or benchmark.max_new_tokens
     _claim(options, questions, prompts, most)
     questions = questions[: options.limit]
-    lines = read_answers(options.out / PREDICTIONS)
+    lines = Journal(options.out / PREDICTIONS).read()
     if len(lines) < len(questions):
         writer = Writer(*load(options.model), most)
         lines += _write_answers(writer, lines, questions, prompts, options)
