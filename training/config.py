@@ -222,11 +222,6 @@ class Config(Section):
         (),
         "where the loss curve goes besides log.jsonl; each must be installed",
     )
-    on_nan: Literal["stop", "skip"] = setting(
-        "stop",
-        "a loss or gradient that is not finite: stop naming the batch, or skip the step",
-    )
-    skip_limit: int = setting(5, "on_nan skip: so many bad steps in a row stop the run", gt=0)
     eval_batch_size: int = setting(256, "samples per forward pass in evaluation", gt=0)
     threads: int | None = setting(None, "CPU threads; null: PyTorch's choice", gt=0)
 

@@ -97,7 +97,6 @@ FAULTS = [
     ("data.sources=[{path: a}, 3]", "data.sources[1]: got 3, expected a mapping of path, use"),
     ("data.sources=[{path: a, wait: 1}]", "data.sources[0].wait: no such field; nearest is 'wei"),
     ("data.sources=[{weight: 0}]", "data.sources[0].weight: got 0, expected greater than 0"),
-    ("on_nan=retry", "on_nan: got 'retry', expected 'stop' or 'skip'"),
     ("method=llava", "method: got 'llava', expected one of llava-kd"),
     ("method=[llava-kd]", "method: got ['llava-kd'], expected one of llava-kd"),
     ("model={hidden: 10, heads: 4}", "model.hidden: got 10, expected a multiple of heads (4)"),
