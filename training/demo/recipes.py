@@ -8,17 +8,23 @@ regularises is the SFT students' alone, because it helps them and not the others
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mllmkd_kernels.methods import Stage
 from training import settings
 from training.config import OWN, Config, class_for, config_class, load
 from training.settings import Section, section, setting
 
-#: The arguments of LLaVA-KD's objective.
-LossConfig: Any = type(load().of_stage("dft").loss)
+if TYPE_CHECKING:
+
+    class LossConfig(Section):
+        """The arguments of LLaVA-KD's objective."""
+
+else:
+    LossConfig = type(load().of_stage("dft").loss)
 #: What a student is shown: labelled captions and questions; questions that the teacher answered;
 #: new scenes of the labelled photographs (`training.demo.recomposed`).
 LABELLED, ANSWERED, RECOMPOSED = "labelled", "answered", "recomposed"
@@ -74,7 +80,7 @@ class DemoConfig(Section):
     student_warmup: float = setting(
         0.2, "students: warm-up as a share of a stage's steps; shorter ones sometimes fail", ge=0
     )
-    loss: Any = section(LossConfig, "distilled student: weights of the loss in DPT and DFT")
+    loss: LossConfig = section(LossConfig, "distilled student: weights of the loss in DPT and DFT")
     weight_decay: float = setting(1.0, "SFT students: AdamW's weight decay", ge=0)
     smoothing: float = setting(0.1, "SFT students: share of smoothed labels", ge=0, le=1)
     dropout: float = setting(0.1, "SFT students: dropout of attention", ge=0, lt=1)
@@ -112,6 +118,11 @@ class StudyConfig(DemoConfig):
 
     seeds: int = setting(3, "students of each row", gt=0)
     rows: tuple[str, ...] = setting((), "names of the rows; empty: all")
+    jobs: int = setting(
+        min(os.cpu_count() or 1, 4),
+        "students trained at the same time, each in a process with `threads` threads (null: one)",
+        gt=0,
+    )
 
 
 def demo_teacher(demo: DemoConfig) -> Config:
