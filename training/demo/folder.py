@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def more_questions(entries: Sequence[Record], per_image: int, seed: int) -> list
 def write_folder(
     out_dir: str | Path,
     settings: Record,
-    fill: Callable[[Path], dict[str, Sequence[Record]]],
+    fill: Callable[[Path], Mapping[str, Sequence[Record]]],
 ) -> LlavaFolder:
     """Make (or reuse) the folder ``out_dir``.
 
@@ -153,11 +153,6 @@ def _check_same(folder: LlavaFolder, settings: Record) -> None:
             f"out_dir: {folder.root} was made with {key} = {made.get(key)!r}, "
             f"expected {wanted.get(key)!r}; {way_out}"
         )
-
-
-def write_lines(path: Path, entries: Sequence[Record]) -> None:
-    """Write one json object a line."""
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -51,7 +51,7 @@ def write_own(out_dir: str | Path, own: str | Path, *, student_n: int = 1_000) -
     every = {split: own / f"{split}.json" for split in SPLITS}
     files = {s: path for s, path in every.items() if path.is_file() or s in REQUIRED}
 
-    def fill(_: Path) -> dict[str, Sequence[Record]]:
+    def fill(_: Path) -> dict[str, list[Record]]:
         found = {split: _read(path) for split, path in files.items()}
         train = found["train"]
         if "student_train" not in found:
@@ -70,7 +70,7 @@ def write_own(out_dir: str | Path, own: str | Path, *, student_n: int = 1_000) -
         if not files[split].is_file():
             expected = f"{' and '.join(f'{s}.json' for s in REQUIRED)} in {own}"
             raise fault(Place(files[split]), "file", "no such file", expected)
-    settings = {"data": str(own.resolve())} | {p.name: of_file(p) for p in files.values()}
+    settings: Record = {"data": str(own.resolve())} | {p.name: of_file(p) for p in files.values()}
     if "student_train" not in files:
         settings["student_n"] = student_n
     return write_folder(out_dir, settings, fill)

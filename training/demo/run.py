@@ -49,7 +49,7 @@ from training.demo.report import (
     write_report,
 )
 from training.demo.scenes import write_scenes
-from training.demo.tower import photo_tower, question_tower, save_tower
+from training.demo.tower import photo_tower, question_tower
 from training.demo.trained import Run
 from training.demo.words import build_processor
 from training.lock import held
@@ -118,10 +118,7 @@ def make_data(config: DemoConfig) -> LlavaFolder:
     """The LLaVA-format folder, written or reused."""
     out = config.folder / "data"
     if config.data == "easy-vqa":
-        try:
-            return write_easy_vqa(out, student_n=config.student_n, per_image=config.per_image)
-        except ImportError as error:
-            raise ConfigError(f"data: got 'easy-vqa', which is not installed: {error}") from error
+        return write_easy_vqa(out, student_n=config.student_n, per_image=config.per_image)
     if config.data not in MADE:
         if not Path(config.data).is_dir():
             raise ConfigError(
@@ -184,7 +181,7 @@ def make_tower(config: DemoConfig, folder: LlavaFolder) -> None:
         questions = LlavaDataset(folder.json("train"), config.images, processor, cache_mb=1_500)
         tower, accuracy = question_tower(sizes, questions)
     staging = path.with_name(".tower.incomplete")
-    save_tower(tower, accuracy, staging)
+    tower.save_pretrained(staging)
     processor.save_pretrained(staging)
     took = time.perf_counter() - start
     facts = {"accuracy": accuracy, "seconds": took, "sizes": to_dict(sizes)}

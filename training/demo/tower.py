@@ -16,7 +16,6 @@ tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -117,12 +116,6 @@ def new_tower(config: TowerConfig) -> SiglipVisionModel:
         vision_use_head=False,
     )
     return SiglipVisionModel(sizes)
-
-
-def save_tower(tower: SiglipVisionModel, accuracy: float, path: str | Path) -> None:
-    """Write the tower, its accuracy in its config, for `load_tower` and the report."""
-    tower.config.probe_accuracy = accuracy
-    tower.save_pretrained(path)
 
 
 def scene_pixels(photos: torch.Tensor) -> torch.Tensor:  # (B, 4, 28, 28) uint8 -> (B, 3, 64, 64)

@@ -13,11 +13,14 @@ import pytest
 from tests.training.llava_files import entry, paint, write
 from training import settings
 from training.cli import main
+from training.data.dataset import LlavaDataset
 from training.data.faults import DataError
+from training.demo import tower
 from training.demo.folder import SPLITS, LlavaFolder
 from training.demo.own import write_own
-from training.demo.recipes import DemoConfig
+from training.demo.recipes import DemoConfig, TowerConfig
 from training.demo.run import demo
+from training.demo.words import build_processor
 
 SHADES = {"black": 0, "grey": 120, "white": 255}
 
@@ -72,6 +75,10 @@ def test_demo_of_a_folder_with_two_files(own: Path, tmp_path: Path) -> None:
     assert {rows[0]["steps"] for rows in list(report.rows.values())[2:]} >= {6}, "as all students"
     told = (report.folder / "report.md").read_text()
     assert "learned from train.json" in told and "photographs" not in told
+    rows = ["--set", 'rows=["CE + KL"]', "--set", "jobs=1"]
+    flag = [part for item in given for part in ("--set", item)]
+    assert main(["study", "--seeds", "1", *flag, *rows]) == 0
+    assert "CE + KL" in (tmp_path / "study" / "report.md").read_text()
     answered = json.loads(config.answered.read_text())
     assert all(len(one["conversations"]) % 2 == 0 for one in answered) and answered
 
@@ -148,3 +155,17 @@ def test_data_is_a_known_name_or_a_folder(
     assert main(["demo", "--data", "scene", "--out", str(tmp_path / "out")]) == 2
     expected = "data: got 'scene', expected scenes, easy-vqa or a folder that is there"
     assert expected in capsys.readouterr().err
+
+
+def test_tower_refuses_questions_in_too_many_words(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_own(tmp_path / "data", own, student_n=12)
+    processor = build_processor(folder.words(), image_size=16, patch_size=8)
+    monkeypatch.setattr(tower, "PROBED", 2)
+    dataset = LlavaDataset(folder.json("train"), own, processor)
+    expected = (
+        "tower: got 1 questions about one image and 3 answers to them, expected up to 2 pairs"
+    )
+    with pytest.raises(settings.ConfigError, match=expected):
+        tower.question_tower(TowerConfig(), dataset)
