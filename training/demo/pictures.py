@@ -91,9 +91,13 @@ def accuracies(rows: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 def answer_grid(runs: list[Run], source: LlavaSource, path: Path) -> None:
-    """Images, the first question about each, the true answer and what each model writes, green if
+    """Images, a question about each alone, the true answer and what each model writes, green if
     right."""
-    held_out = [one for one in source.samples() if isinstance(one, Sample) and one.asked().images]
+    held_out = [
+        one
+        for one in source.samples()
+        if isinstance(one, Sample) and len(one.asked().images) == len(one.images) == 1
+    ]
     chosen = held_out[:: max(1, len(held_out) // GRID)][:GRID]
     asked = [Asked(one.asked(), partial(source.images, one.asked())) for one in chosen]
     writers = [Writer(*load(str(run.stages[-1].model)), LONGEST) for run in runs]

@@ -64,7 +64,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     rows = by_name(runs)
     verdict = judge(rows)
-    stopped = early_stopped(config, rows, early)
+    stopped = early_stopped(config, rows, early, data.settings()["entries"]["dev"])
     first = [run for run in runs if run.seed == 0]
     pictures.loss_curves(first, folder / "loss.png")
     pictures.stage_accuracy(runs, folder / "stages.png")
@@ -109,16 +109,19 @@ def _margin(rows: dict[str, list[dict[str, float]]], name: str, other: str) -> s
 
 
 def early_stopped(
-    config: DemoConfig, rows: dict[str, list[dict[str, float]]], early: Sequence[Early]
+    config: DemoConfig,
+    rows: dict[str, list[dict[str, float]]],
+    early: Sequence[Early],
+    questions: int,
 ) -> str:
     """What early stopping would have made of the SFT students of equal time."""
     steps = ", ".join(str(one.step) for one in early)
     found = _cell("early", [{"early": one.questions} for one in early])
     last = _cell("last", [{"last": value} for value in accuracies(rows[EQUAL_TIME])])
     return (
-        f"Early stopping, by a development split looked at every {config.save_steps} steps, would "
-        f"have ended {EQUAL_TIME} at step {steps}: {found} on the held-out questions, {last} at "
-        "its last step."
+        f"Early stopping, by {questions} questions about images that students do not see, asked "
+        f"every {config.save_steps} steps, would have ended {EQUAL_TIME} at step {steps}: {found} "
+        f"on the held-out questions, {last} at its last step."
     )
 
 
@@ -261,6 +264,11 @@ def _markdown(
 ) -> str:
     tower = json.loads((config.folder / "tower" / "tower.json").read_text())
     entries = data.settings()["entries"]
+    whole = (
+        f' ("{CAPTION}" counts only if every word is right)' if CAPTION in rows[TEACHER][0] else ""
+    )
+    spread = "mean ± standard deviation of the seeds" if config.seeds > 1 else "95% interval"
+    among = " (their captions are among those)" if "student_pretrain" in entries else ""
     facts = "\n".join(f"- {name}: {value}" for name, value in machine().items())
     limits = _LIMITS.get(config.data, _LIMITS[None])
     said = "\n".join(f"- {line.format(accuracy=tower['accuracy'])}" for line in limits)
@@ -274,11 +282,10 @@ def _markdown(
 
 {stopped}
 
-Exact match on {entries["test"]} held-out questions ("{CAPTION}" counts only if every word is
-right), {"mean ± standard deviation of the seeds" if config.seeds > 1 else "95% interval"} where
+Exact match on {entries[config.held_out]} held-out questions{whole}, {spread} where
 there is one; perplexity of their answers; loss terms unweighted, mean over the last logged steps of
 the last stage; tokens/s of the last stage. The teacher learned from {entries["train"]} questions;
-students from {entries["student_train"]} of them (their captions are among those), the distilled one
+students from {entries["student_train"]} of them{among}, the distilled one
 also from the teacher's answers to {entries["student_questions"]} more about the same images, "no
 label" from those answers alone. SFT students have weight decay {config.weight_decay:g}, label
 smoothing {config.smoothing:g} and dropout {config.dropout:g}.

@@ -138,7 +138,7 @@ def test_fair_comparison(finished):
 def test_early_stopping_looks_at_every_checkpoint_of_the_longest_sft(finished):
     config, report = finished
     told = (report.folder / "report.md").read_text()
-    assert "a development split looked at every 4 steps, would have ended SFT, equal time" in told
+    assert "asked every 4 steps, would have ended SFT, equal time at step" in told
     for seed, row in enumerate(report.rows[EQUAL_TIME]):
         folder = config.folder / f"seed{seed}" / "long" / "1-sft"
         found = json.loads((folder / "early.json").read_text())
