@@ -11,15 +11,20 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mllmkd_kernels.methods import Stage
 from training import settings
 from training.config import OWN, Config, class_for, config_class, load
 from training.settings import Section, section, setting
 
-#: The arguments of LLaVA-KD's objective.
-LossConfig: Any = type(load().of_stage("dft").loss)
+if TYPE_CHECKING:
+
+    class LossConfig(Section):
+        """The arguments of LLaVA-KD's objective."""
+
+else:
+    LossConfig = type(load().of_stage("dft").loss)
 #: What a student is shown: labelled captions and questions; questions that the teacher answered;
 #: new scenes of the labelled photographs (`training.demo.recomposed`).
 LABELLED, ANSWERED, RECOMPOSED = "labelled", "answered", "recomposed"
@@ -81,7 +86,7 @@ class DemoConfig(Section):
     student_warmup: float = setting(
         0.2, "students: warm-up as a share of a stage's steps; shorter ones sometimes fail", ge=0
     )
-    loss: Any = section(LossConfig, "distilled student: weights of the loss in DPT and DFT")
+    loss: LossConfig = section(LossConfig, "distilled student: weights of the loss in DPT and DFT")
     weight_decay: float = setting(1.0, "SFT students: AdamW's weight decay", ge=0)
     smoothing: float = setting(0.1, "SFT students: share of smoothed labels", ge=0, le=1)
     dropout: float = setting(0.1, "SFT students: dropout of attention", ge=0, lt=1)

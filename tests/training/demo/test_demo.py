@@ -240,7 +240,7 @@ def studied(config: DemoConfig, names: list[str], jobs: int = 1) -> list[dict[st
 
 def test_study_has_a_line_for_each_row_and_trains_none_twice(finished, capsys):
     config, _ = finished
-    names = ["SFT, regularised", "CE + KL", "answered: CE + KL + features"]
+    names = ["SFT, regularised", "CE + KL", "answered: DPT, SFT, DFT"]
     assert [run["model"] for run in studied(config, names, jobs=2)] == names
     logs = [log.read_text() for log in (config.folder / "study").glob("*.log")]
     assert 1 <= len(logs) <= 2 and sum(log.count(", seed 0\n") for log in logs) == len(names)
