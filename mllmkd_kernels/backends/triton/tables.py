@@ -34,6 +34,9 @@ COUNTS = ("num_stages", "splits")
 #: 32-bit registers of a multiprocessor, on every architecture of the tables.
 REGISTERS = 65536
 
+#: The architecture whose shared memory holds one block of a 16-bit kernel, not two.
+ONE_BLOCK = 120
+
 #: Changes when a reader of older files would misread newer ones.
 SCHEMA = 1
 
@@ -74,8 +77,12 @@ _HOPPER: Table = {
     "relation_grad": {"single": _relation(64, 16, 4, 8, 3) | {"block_d": 64}},
 }
 
-# Compiled, not timed. 163 KB of shared memory hold the same tiles.
-_AMPERE: Table = _HOPPER
+# Compiled, not timed. 163 KB of shared memory hold the same tiles; the relation's sums spill unless
+# less of an operand is held at once.
+_AMPERE: Table = _HOPPER | {
+    "relation_stats": {"single": _relation(64, 16, 4, 8, 3)},
+    "relation_grad": {"single": _relation(64, 16, 4, 8, 3) | {"block_d": 32}},
+}
 
 # Compiled, not timed. Accumulators are in tensor memory and leave registers free: `values` takes
 # 128 × 128 too (96 registers).
@@ -137,12 +144,17 @@ def launch(
     return dict(_for_gpu(kernel, dtype, tma, *_gpu(device)))
 
 
-def bounded(parameters: dict[str, int], device: torch.device) -> dict[str, int]:
+def bounded(
+    parameters: dict[str, int], device: torch.device, dtype: torch.dtype = torch.float32
+) -> dict[str, int]:
     """Launch parameters with a bound on registers that no kernel reaches, for kernels without
-    tensor cores. Left free, ptxas would rather spill a few of theirs than miss the number that lets
-    two blocks share a multiprocessor: 128, with 4 or 5 spilled, where 140 hold everything.
+    tensor cores (operands of `dtype` fp32) and for all on `ONE_BLOCK`. Left free, ptxas would
+    rather spill a few of theirs than miss the number that lets two blocks share a multiprocessor:
+    128, with 4 or 5 spilled, where 140 hold everything.
     """
     if device.type != "cuda" or torch.version.hip:
+        return dict(parameters)
+    if dtype.itemsize == 2 and architecture(_gpu(device)[1]) != ONE_BLOCK:
         return dict(parameters)
     return {**parameters, "maxnreg": min(255, REGISTERS // (32 * parameters["num_warps"]))}
 
