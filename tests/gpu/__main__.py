@@ -115,7 +115,7 @@ def stages(quick: bool, rehearse: bool = False) -> list[Stage]:
         ahead = (*ahead[:3], "--only-installed", "--arch", "90", "--kernel", "without teacher")
         some = ("-k", "equal_models")
     found = [
-        Stage("build", 85, build, built, needed=False),
+        Stage("build", 100, build, built, needed=False),
         Stage("compile", 85, ahead, needed=False, beside=True),
         Stage("headline", 80, (*bench, "--minutes", "1.1", "--suite", suites[0])),
         Stage("tests", 110, (*pytest, *_parallel(12), *some, *kernels)),
@@ -124,9 +124,9 @@ def stages(quick: bool, rehearse: bool = False) -> list[Stage]:
             (*pytest, *_parallel(4), *(("-k", "not 2_31") if quick else ()), "tests/gpu"),
         ),
         Stage(
-            "sanitizer", 60, checked if checked[0] else (), missing, needed=bool(checked[0])
+            "sanitizer", 55, checked if checked[0] else (), missing, needed=bool(checked[0])
         ),
-        Stage("bench", 60 if quick else 125, (*bench, "--minutes", "1.8", "--suite", suites[1])),
+        Stage("bench", 115, (*bench, "--minutes", "1.7", "--suite", suites[1])),
     ]  # fmt: skip
     if rehearse:  # a processor, which may be busy, and an interpreter
         found = [replace(stage, seconds=10 * stage.seconds) for stage in found]
