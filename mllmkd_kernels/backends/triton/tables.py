@@ -61,8 +61,8 @@ def _row(block: int, warps: int) -> dict[str, int]:
 # `rows` takes 2,048 columns: 64 registers for forward KL, so that four blocks share a
 # multiprocessor, and two where a divergence needs 104.
 # Hopper's tensor cores truncate as they add. Their sum could go into an fp32 one every 256 of the
-# hidden size, and does not: done within the loop it makes `gradient` with JSD spill (255, 32 spills,
-# a loop of 308 instructions for 89); a loop for each 256 spills nothing (226), but drains the
+# hidden size, and does not: within the loop it makes `gradient` with JSD spill (255, 32 spills, a
+# loop of 308 instructions for 89); a loop for each 256 spills nothing (226), but drains the
 # pipeline each time and issues 60% more. Compiled, not timed; the drift has a test for GPUs.
 _HOPPER: Table = {
     "rows": {"single": _row(2048, 8)},
