@@ -81,9 +81,10 @@ _HOPPER: Table = {
     "relation_grad": {"single": _relation(64, 16, 4, 8, 3) | {"block_d": 64}},
 }
 
-# Compiled, not timed. 163 KB of shared memory hold the same tiles; the relation's sums spill unless
-# less of an operand is held at once.
+# Compiled, not timed. 163 KB of shared memory hold the same tiles. `values` with JSD and votes, and
+# the relation, spill unless less of an operand is held at once.
 _AMPERE: Table = _HOPPER | {
+    "values": _HOPPER["values"] | {"half": _matrix(128, 64, 32, 8, 4)},
     "relation_stats": {"single": _relation(64, 16, 4, 8, 3)},
     "relation_grad": {"single": _relation(64, 16, 4, 8, 3) | {"block_d": 32}},
 }
