@@ -8,6 +8,7 @@ regularises is the SFT students' alone, because it helps them and not the others
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -112,6 +113,11 @@ class StudyConfig(DemoConfig):
 
     seeds: int = setting(3, "students of each row", gt=0)
     rows: tuple[str, ...] = setting((), "names of the rows; empty: all")
+    jobs: int = setting(
+        min(os.cpu_count() or 1, 4),
+        "students trained at the same time, each in a process with `threads` threads (null: one)",
+        gt=0,
+    )
 
 
 def demo_teacher(demo: DemoConfig) -> Config:

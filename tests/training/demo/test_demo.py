@@ -194,9 +194,10 @@ def test_table_shows_mean_and_deviation():
     assert lines == [["a", "0.500 ± 0.141", "–"]]
 
 
-def studied(config: DemoConfig, names: list[str]) -> list[dict[str, Any]]:
+def studied(config: DemoConfig, names: list[str], jobs: int = 1) -> list[dict[str, Any]]:
     """What the study's table says of these rows."""
     given = [f"rows={json.dumps(names)}", f"out={config.out}", f"garments={config.garments}"]
+    given.append(f"jobs={jobs}")
     flags = [part for item in [*given, *SMALL] for part in ("--set", item)]
     assert main(["study", "--seeds", "1", *flags]) == 0
     runs = json.loads((config.folder / "study" / "table.json").read_text())["runs"]
@@ -207,7 +208,9 @@ def studied(config: DemoConfig, names: list[str]) -> list[dict[str, Any]]:
 def test_study_has_a_line_for_each_row_and_trains_none_twice(finished, capsys):
     config, _ = finished
     names = ["SFT, regularised", "CE + KL", "answered: CE + KL + features"]
-    assert [run["model"] for run in studied(config, names)] == names
+    assert [run["model"] for run in studied(config, names, jobs=2)] == names
+    logs = [log.read_text() for log in (config.folder / "study").glob("*.log")]
+    assert 1 <= len(logs) <= 2 and sum(log.count(", seed 0\n") for log in logs) == len(names)
     printed = capsys.readouterr().out
     assert "CE + KL: " in printed and "points on SFT, regularised" in printed
     assert (config.folder / "study" / "accuracy.png").is_file()
