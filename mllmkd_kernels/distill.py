@@ -71,6 +71,7 @@ def fused_linear_distill(
     diagnostics: bool = False,
     standardize: bool = False,
     main_grad: Tensor | None = None,  # (V_s, D_s)
+    overlap: bool = False,
 ) -> DistillOutput:
     """Cross-entropy and distillation of N tokens from hidden states and heads (LLaVA-KD, eq. 2–3).
 
@@ -118,6 +119,10 @@ def fused_linear_distill(
             `student_weight` is then None: its ``.grad`` stays as it is, hooks on it are not called,
             and the optimiser has to be given ``main_grad``, which the caller zeroes. Nothing is
             added under ``torch.no_grad``, and twice by two backwards over a retained graph.
+        overlap: on a GPU the row passes of a chunk run on a stream of their own beside the products
+            of the next, in two of each block within the budget; products leave multiprocessors to
+            them where PyTorch has green contexts. The same numbers. Never chosen by itself: no GPU
+            has timed it yet. Of backends "triton" and "cuda".
 
     Returns:
         `DistillOutput` with the loss and the per-row terms. Gradients come in the dtype of what
@@ -149,7 +154,7 @@ def fused_linear_distill(
         vocab, checks.integer("ignore_index", ignore_index), want_dh,
         want_dw and not late, want_db, checks.backend(backend), checks.workspace(workspace_mb),
         diagnostics, late, standardize and ht is not None,
-        checks.main_grad(main_grad, student_weight, acc),
+        checks.main_grad(main_grad, student_weight, acc), overlap,
     )  # fmt: skip
     shown = found.detach().unbind()[: 1 if ht is None else 3] if diagnostics else ()
     return DistillOutput(loss, ce.detach(), kd.detach(), *shown)

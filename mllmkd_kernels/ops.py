@@ -53,6 +53,7 @@ def linear_distill(
     factored: bool = False,
     standardize: bool = False,
     main_grad: Tensor | None = None,
+    overlap: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, ce (N,), kd (N,), dh, dw, db, dz, h, diagnostics): see `backends.eager.distill_rows`.
 
@@ -67,7 +68,7 @@ def linear_distill(
     )  # fmt: skip
     budget = workspace_mb if workspace_mb > 0 else None
     forced: Any = {"algorithm": "chunk"} if standardize else {}  # σ is of a whole row
-    chosen = plan.distill_plan(shapes, hs.device, backend, budget, **forced)
+    chosen = plan.distill_plan(shapes, hs.device, backend, budget, overlap=overlap, **forced)
     module, stream = module_named(chosen.backend), chosen.algorithm == "stream"
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     found = hs.new_zeros((3, hs.shape[0]) if want_diagnostics else 0, dtype=acc)
@@ -81,6 +82,7 @@ def linear_distill(
     options = Options(
         vocab, chosen.chunk_vocab if stream else chosen.chunk_rows, want_dh, want_dw, want_db,
         found if want_diagnostics else None, slope if factored else None, chosen.fold_rows,
+        chosen.beside,
     )  # fmt: skip
     if factored:
         alive = eager.alive(hs, targets)
@@ -94,7 +96,8 @@ def linear_distill(
 @linear_distill.register_fake
 def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature, cap_s,
       cap_t, vocab, ignore_index, want_dh, want_dw, want_db, backend, workspace_mb,
-      want_diagnostics=False, factored=False, standardize=False, main_grad=None):  # fmt: skip
+      want_diagnostics=False, factored=False, standardize=False, main_grad=None,
+      overlap=False):  # fmt: skip
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     rows = hs.new_empty(hs.shape[0], dtype=acc)
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
@@ -108,7 +111,7 @@ def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, t
 
 
 gradients_formed_in_forward(
-    linear_distill, 25, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2}, factors=(6, 7), main_grad=24
+    linear_distill, 26, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2}, factors=(6, 7), main_grad=24
 )
 
 
