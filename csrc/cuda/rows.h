@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../divergences.h"
+#include "series.h"
 
 namespace mllmkd::cuda {
 
@@ -40,6 +41,7 @@ struct RowsJob {
   float cap_s;  // soft-cap, 0: none
   float cap_t;
   bool dz_bf16;
+  Series series;  // of the JSD, else unread
 };
 
 // Shared memory a CTA may have on sm_90 and sm_100, what leaves room for a second one on the SM

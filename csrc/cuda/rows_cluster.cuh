@@ -209,7 +209,7 @@ class Row {
 #pragma unroll
       for (int i = 0; i < W; ++i) {
         const Token token = make_token((y.at[i] - top_t_) * job_.scale - rest_t_, log_q(x.at[i]));
-        const Terms term = terms<D>(token, job_.param);
+        const Terms term = terms<D>(token, job_.param, job_.series);
         totals[0] += term.value;
         q.at[i] = token.q;
         if constexpr (needs_mean(D)) {
@@ -251,9 +251,12 @@ class Row {
 #pragma unroll
     for (int i = 0; i < W; ++i) dz.at[i] = kd_weight_ != 0.0f ? kd_factor * da.at[i] : 0.0f;
     if (ce_weight_ != 0.0f) {
+      if (own_softmax()) [[unlikely]] {  // a jump: it would be issued and thrown away
+#pragma unroll
+        for (int i = 0; i < W; ++i) q.at[i] = exp_of((z.at[i] - top_s_) - rest_plain_);
+      }
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        if (own_softmax()) q.at[i] = exp_of((z.at[i] - top_s_) - rest_plain_);
         dz.at[i] += ce_weight_ * (i == hot ? q.at[i] - 1.0f : q.at[i]);
       }
     }

@@ -170,7 +170,8 @@ const char* emulate_rows(
       scale,
       cap_s,
       cap_t,
-      dz_bf16};
+      dz_bf16,
+      middle_series(1.0f - param)};
   static thread_local std::string message;
   try {
     const auto which = static_cast<mllmkd::Divergence>(divergence);
