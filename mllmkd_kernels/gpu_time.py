@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from mllmkd_kernels.divergence import ONE_SWEEP
-
 if TYPE_CHECKING:
     from mllmkd_kernels.hardware import Gpu
     from mllmkd_kernels.plan import Shapes
@@ -36,15 +34,23 @@ def slower(a: float, b: float) -> float:
     return (a**4 + b**4) ** 0.25
 
 
-#: Instructions of the row kernels per logit pair, from their machine code for sm_90: by backend,
-#: without a teacher, with one where ∂D/∂a = q − p, and with any other divergence.
-ROW_INSTRUCTIONS = {"triton": (21, 59, 211), "cuda": (35, 83, 214)}
+#: Instructions of the row kernels per logit pair, from their machine code for sm_90, in the loops
+#: over a row; of the CUDA kernel those that T = 1 and no soft-cap leave. "none": without a teacher.
+ROW_INSTRUCTIONS = {
+    "triton": {
+        "none": 22, "forward_kl": 59, "reverse_kl": 77, "jsd": 211, "skew_forward_kl": 180,
+        "skew_reverse_kl": 223, "total_variation": 105, "soft_cross_entropy": 56,
+    },
+    "cuda": {
+        "none": 26, "forward_kl": 65, "reverse_kl": 77, "jsd": 113, "skew_forward_kl": 140,
+        "skew_reverse_kl": 140, "total_variation": 80, "soft_cross_entropy": 66,
+    },
+}  # fmt: skip
 
 
 def row_instructions(s: Shapes, backend: str) -> int:
     """Of the row kernel, for an entry of the logits of one or both models."""
-    alone, one, several = ROW_INSTRUCTIONS[backend]
-    return alone if not s.d_t else one if s.divergence in ONE_SWEEP else several
+    return ROW_INSTRUCTIONS[backend][s.divergence if s.d_t else "none"]
 
 
 class Phase(NamedTuple):
