@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../divergences.h"
+#include "series.h"
 
 namespace mllmkd::cuda {
 
@@ -41,6 +42,7 @@ struct RowsJob {
   float cap_t;
   bool dz_bf16;
   bool scored;  // the divergence sees z-scored logits
+  Series series;  // of the JSD, else unread
 };
 
 // Shared memory a CTA may have on sm_90 and sm_100, what leaves room for a second one on the SM

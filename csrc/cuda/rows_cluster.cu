@@ -113,6 +113,7 @@ cudaError_t launch_rows(Divergence divergence, RowsJob job, int size, cudaStream
   const Kernel kernel =
       wide ? kernel_of<4>(divergence, job.scored) : kernel_of<1>(divergence, job.scored);
   const bool teacher = job.z_t != nullptr;
+  job.series = middle_series(1.0f - job.param);
   if (size == 0) {
     size = cluster_of(job.vocab, teacher);
     const bool smaller = size > 8 && cluster_fits(job.vocab, teacher, 8);

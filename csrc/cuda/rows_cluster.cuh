@@ -58,6 +58,17 @@ MLLMKD_DEVICE float final_logit(const Source& from, float z, int64_t k) {
 
 constexpr float kSpreadEps = 1e-7f;  // beside σ: `zscore.EPS` in Python
 
+// A pointer into the GPU's memory that is at hand: the compiler would add the row's offset anew at
+// every column.
+template <class T>
+MLLMKD_DEVICE T* in_register(T* p) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+l"(p));
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
 template <Divergence D, bool Scored, int W, class Block>
 class Row {
   static constexpr bool kTeacher = D != Divergence::none;
@@ -78,6 +89,8 @@ class Row {
         memory_(*reinterpret_cast<Memory*>(block.shared)),
         z_s_(block.shared + sizeof(Memory) / sizeof(float)),
         z_t_(z_s_ + job.slice) {
+    const int64_t at = row_ * job.dz_stride + begin_, entry = job.dz_bf16 ? 2 : 4;
+    dz_ = in_register(static_cast<char*>(job.dz) + at * entry);
     const int64_t label = job.labels ? job.labels[row_] : job.ignore_index;
     has_label_ = label != job.ignore_index;
     label_in_range_ = label >= 0 && label < job.vocab;
@@ -144,37 +157,48 @@ class Row {
 
   template <bool AsTheyAre>
   MLLMKD_DEVICE void copy(const Source& s, const Source& t, float (&top)[2]) const {
-    const int step = block_.threads * W;
-    for (int first = block_.thread * W; first < count_; first += step * kInFlight) {
+    const float* from_s = in_register(s.z + begin_);
+    const float* from_t = kTeacher ? in_register(t.z + begin_) : nullptr;
+    const int step = block_.threads * W, whole = count_ / W * W;
+    for (int first = block_.thread * W; first < whole; first += step * kInFlight) {
       Floats x[kInFlight], y[kInFlight];
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         const int k = first + i * step;
-        if (k >= count_) break;
-        x[i] = *reinterpret_cast<const Floats*>(s.z + begin_ + k);
-        if constexpr (kTeacher) y[i] = *reinterpret_cast<const Floats*>(t.z + begin_ + k);
+        if (k >= whole) break;
+        x[i] = *reinterpret_cast<const Floats*>(from_s + k);
+        if constexpr (kTeacher) y[i] = *reinterpret_cast<const Floats*>(from_t + k);
       }
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         const int k = first + i * step;
-        if (k >= count_) break;
+        if (k >= whole) break;
         top[0] = fmaxf(top[0], keep<AsTheyAre>(s, x[i], k, z_s_));
         if constexpr (kTeacher) top[1] = fmaxf(top[1], keep<AsTheyAre>(t, y[i], k, z_t_));
       }
     }
+    if (W == 1 || block_.thread != 0 || whole >= count_) return;  // a pack that ends the row
+    top[0] = fmaxf(top[0], keep<AsTheyAre>(s, cut(from_s, whole), whole, z_s_));
+    if constexpr (kTeacher) {
+      top[1] = fmaxf(top[1], keep<AsTheyAre>(t, cut(from_t, whole), whole, z_t_));
+    }
   }
 
-  // Writes one pack of final logits, −inf past the end of the row; returns their maximum.
+  // The last pack of a row, −inf past its end.
+  MLLMKD_DEVICE Floats cut(const float* from, int k) const {
+    Floats x;
+#pragma unroll
+    for (int i = 0; i < W; ++i) x.at[i] = k + i < count_ ? from[k + i] : -INFINITY;
+    return x;
+  }
+
+  // Writes one pack of final logits; returns their maximum.
   template <bool AsTheyAre>
   MLLMKD_DEVICE float keep(const Source& from, Floats x, int k, float* to) const {
     float top = -INFINITY;
 #pragma unroll
     for (int i = 0; i < W; ++i) {
-      if (W > 1 && k + i >= count_) {
-        x.at[i] = -INFINITY;
-      } else if (!AsTheyAre) {
-        x.at[i] = final_logit(from, x.at[i], begin_ + k + i);
-      }
+      if (!AsTheyAre && k + i < count_) x.at[i] = final_logit(from, x.at[i], begin_ + k + i);
       top = fmaxf(top, x.at[i]);
     }
     *reinterpret_cast<Floats*>(to + k) = x;
@@ -254,7 +278,7 @@ class Row {
 #pragma unroll
       for (int i = 0; i < W; ++i) {
         const Token token = make_token((y.at[i] - top_t_) * scale_t() - rest_t_, log_q(x.at[i]));
-        const Terms term = terms<D>(token, job_.param);
+        const Terms term = terms<D>(token, job_.param, job_.series);
         totals[0] += term.value;
         q.at[i] = token.q;
         if constexpr (needs_mean(D)) {
@@ -308,11 +332,15 @@ class Row {
     const float kd_factor = kd_weight_ * scale_s();
     Floats dz;
 #pragma unroll
-    for (int i = 0; i < W; ++i) dz.at[i] = kd_weight_ != 0.0f ? kd_factor * da.at[i] : 0.0f;
+    for (int i = 0; i < W; ++i) dz.at[i] = kd_factor * da.at[i];
+    if (kd_weight_ == 0.0f) [[unlikely]] dz = Floats{};
     if (ce_weight_ != 0.0f) {
+      if (own_softmax()) [[unlikely]] {  // a jump: it would be issued and thrown away
+#pragma unroll
+        for (int i = 0; i < W; ++i) q.at[i] = exp_of((z.at[i] - top_s_) - rest_plain_);
+      }
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        if (own_softmax()) q.at[i] = exp_of((z.at[i] - top_s_) - rest_plain_);
         dz.at[i] += ce_weight_ * (i == hot ? q.at[i] - 1.0f : q.at[i]);
       }
     }
@@ -328,14 +356,13 @@ class Row {
   }
 
   MLLMKD_DEVICE void write_gradient(int k, const Floats& dz) const {
-    const int64_t at = row_ * job_.dz_stride + begin_ + k;
     if (job_.dz_bf16) {
       Pack<c10::BFloat16, W> half;
 #pragma unroll
       for (int i = 0; i < W; ++i) half.at[i] = c10::BFloat16(dz.at[i]);
-      *reinterpret_cast<Pack<c10::BFloat16, W>*>(static_cast<c10::BFloat16*>(job_.dz) + at) = half;
+      reinterpret_cast<Pack<c10::BFloat16, W>*>(dz_)[k / W] = half;
     } else {
-      *reinterpret_cast<Floats*>(static_cast<float*>(job_.dz) + at) = dz;
+      reinterpret_cast<Floats*>(dz_)[k / W] = dz;
     }
   }
 
@@ -361,6 +388,7 @@ class Row {
   const RowsJob& job_;
   int64_t row_;
   int begin_, count_;  // this CTA's columns; count_ <= 0: none
+  char* dz_;           // of the first of them
   Memory& memory_;
   float *z_s_, *z_t_;  // final logits, in shared memory
   int hot_;            // the label's column, relative to begin_

@@ -177,7 +177,8 @@ const char* emulate_rows(
       cap_s,
       cap_t,
       dz_bf16,
-      scored};
+      scored,
+      middle_series(1.0f - param)};
   static thread_local std::string message;
   try {
     const auto which = static_cast<mllmkd::Divergence>(divergence);
