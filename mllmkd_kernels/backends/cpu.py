@@ -106,6 +106,15 @@ def head_gradient(
     return torch.ops.mllmkd_cpu.head_gradient(dz, h, grad, rows, vocab, dtype)
 
 
+def add_head_gradient_(main_grad: Tensor, dz: Tensor, h: Tensor, grad: Tensor, vocab: int) -> None:
+    """main_grad += grad · dzᵀ h, a slice of the vocabulary at a time: never a second dw."""
+    tile = dz.shape[2]
+    for tiles in products.chunks(dz.shape[0], max(1, products.VOCAB_SLICE // tile)):
+        first, rows = tiles.start * tile, min(vocab, tiles.stop * tile) - tiles.start * tile
+        part = head_gradient(dz[tiles], h, grad, rows, rows, dz.dtype)
+        main_grad[first : first + rows] += part
+
+
 def logprob_rows(head: Head, targets: Targets, options: Options) -> tuple[Tensor, Tensor]:
     """As `eager.logprob_rows`."""
     return torch.ops.mllmkd_cpu.logprob_rows(
