@@ -39,7 +39,7 @@ class Settings:
         vocab_size: shared vocabulary, default the smaller head.
         ignore_index: label of positions without one.
         diagnostics: also entropies and agreement of the answers, at next to no cost.
-        backend, workspace_mb: as in `fused_linear_distill`.
+        backend, workspace_mb, overlap: as in `fused_linear_distill`.
         functions: with which heads are computed.
     """
 
@@ -48,6 +48,7 @@ class Settings:
     diagnostics: bool = False
     backend: str = "auto"
     workspace_mb: float | None = None
+    overlap: bool = False
     functions: HeadFunctions = field(default_factory=HeadFunctions)
 
 
