@@ -83,6 +83,28 @@ def head_bias(name: str, bias: Tensor | None, weight_name: str, weight: Tensor) 
     same_device(name, bias, weight_name, weight)
 
 
+def main_grad(x: Tensor | None, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """None, or what the gradient of a trained head can be added to: its shape, in `dtype`."""
+    if x is None:
+        return None
+    floating("main_grad", x, 2)
+    if not weight.requires_grad:
+        raise ValueError("main_grad: expected None for a frozen head, student_weight needs no grad")
+    if x.shape != weight.shape:
+        raise ValueError(
+            f"main_grad: expected the shape {tuple(weight.shape)} of student_weight, "
+            f"got {tuple(x.shape)}"
+        )
+    if x.dtype != dtype:
+        raise TypeError(
+            f"main_grad: expected {dtype}, in which gradients are summed, got {x.dtype}"
+        )
+    same_device("main_grad", x, "student_weight", weight)
+    if x.requires_grad or not x.is_contiguous():
+        raise ValueError("main_grad: expected a contiguous buffer that requires no gradient")
+    return x
+
+
 def in_memory(name: str, x: Tensor) -> None:
     """`x` has numbers, and so what lies on its device."""
     if x.is_meta:

@@ -70,6 +70,8 @@ def fused_linear_distill(
     workspace_mb: float | None = None,
     diagnostics: bool = False,
     standardize: bool = False,
+    main_grad: Tensor | None = None,  # (V_s, D_s)
+    overlap: bool = False,
 ) -> DistillOutput:
     """Cross-entropy and distillation of N tokens from hidden states and heads (LLaVA-KD, eq. 2–3).
 
@@ -110,7 +112,17 @@ def fused_linear_distill(
             population standard deviation, gradient through σ included (LLAVADI's `norm_logits`);
             the temperature divides them. μ and σ are of the logits at hand, after bias and
             soft-cap, so a masked token (−inf) makes its row NaN. The cross-entropy sees the logits
-            as they are. The backend "cuda" has none.
+            as they are.
+        main_grad: an accumulator of the caller's for the gradient of `student_weight`, contiguous,
+            fp32 (fp64 for fp64), like Megatron's ``weight.main_grad``: backward adds dW to it in
+            its dtype, unrounded, and forms no gradient in the weight's. To autograd the gradient of
+            `student_weight` is then None: its ``.grad`` stays as it is, hooks on it are not called,
+            and the optimiser has to be given ``main_grad``, which the caller zeroes. Nothing is
+            added under ``torch.no_grad``, and twice by two backwards over a retained graph.
+        overlap: on a GPU the row passes of a chunk run on a stream of their own beside the products
+            of the next, in two of each block within the budget; products leave multiprocessors to
+            them where PyTorch has green contexts. The same numbers. Never chosen by itself: no GPU
+            has timed it yet. Of backends "triton" and "cuda".
 
     Returns:
         `DistillOutput` with the loss and the per-row terms. Gradients come in the dtype of what
@@ -120,7 +132,8 @@ def fused_linear_distill(
         TypeError, ValueError: an argument of the wrong type, shape or device, named with what was
             expected.
         IndexError: a label outside the vocabulary (on the CPU; a device-side assertion elsewhere).
-        RuntimeError: a gradient of the loss is differentiated again.
+        RuntimeError: a gradient of the loss is differentiated again, or backward with a `main_grad`
+            asked to keep its graph.
     """
     hs, ws, bs, ht, wt, bt, tokens, ce_rows, kd_rows = operands(
         (student_hidden, student_weight, student_bias),
@@ -141,6 +154,7 @@ def fused_linear_distill(
         vocab, checks.integer("ignore_index", ignore_index), want_dh,
         want_dw and not late, want_db, checks.backend(backend), checks.workspace(workspace_mb),
         diagnostics, late, standardize and ht is not None,
+        checks.main_grad(main_grad, student_weight, acc), overlap,
     )  # fmt: skip
     shown = found.detach().unbind()[: 1 if ht is None else 3] if diagnostics else ()
     return DistillOutput(loss, ce.detach(), kd.detach(), *shown)

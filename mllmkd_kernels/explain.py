@@ -34,6 +34,7 @@ def explain(
     workspace_mb: float | None = None,
     gpu: str | None = None,
     measure: bool = False,
+    overlap: bool = False,
 ) -> Plan:
     """The plan of `fused_linear_distill` for these shapes; ``print(explain(...))`` says why.
 
@@ -42,8 +43,8 @@ def explain(
         train_hidden, train_head: whether the student's hidden states and head require gradients.
         dtype: of the head weights and hidden states.
         divergence: its name.
-        device, backend, workspace_mb: as the call will have them. ``device="cuda"`` may be asked
-            about on a machine without a GPU: the prediction is then made for `gpu`.
+        device, backend, workspace_mb, overlap: as the call will have them. ``device="cuda"`` may be
+            asked about on a machine without a GPU: the prediction is then made for `gpu`.
         gpu: "a100", "h100", "h200" or "b200"; default the GPU of `device`, else "h100".
         measure: run the call on random tensors of these shapes on `device` and put what was
             measured beside what was predicted.
@@ -63,8 +64,9 @@ def explain(
     device = torch.device(device)
     shapes = Shapes(rows, vocab, d_s, d_t, train_hidden, train_head, dtype, divergence=divergence)
     plan = distill_plan(
-        shapes, device, backend, workspace_mb, gpu=None if gpu is None else hardware.named(gpu)
-    )
+        shapes, device, backend, workspace_mb, gpu=None if gpu is None else hardware.named(gpu),
+        overlap=overlap,
+    )  # fmt: skip
     if measure:
         plan = replace(plan, measured=measured(shapes, device, plan, workspace_mb))
     return plan
@@ -91,7 +93,7 @@ def measured(s: Shapes, device: torch.device, plan: Plan, workspace_mb: float | 
         loss = fused_linear_distill(
             hs, ws, ht if s.d_t else None, wt if s.d_t else None, labels, ce_weight=even,
             kd_weight=even, divergence=s.divergence, backend=plan.backend,
-            workspace_mb=workspace_mb,
+            workspace_mb=workspace_mb, overlap=plan.beside > 0,
         ).loss  # fmt: skip
         if loss.requires_grad:
             loss.backward()

@@ -4,11 +4,9 @@ which compares algorithms and block sizes with each other and with the floor.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-
-from mllmkd_kernels.divergence import ONE_SWEEP
 
 if TYPE_CHECKING:
     from mllmkd_kernels.hardware import Gpu
@@ -36,45 +34,85 @@ def slower(a: float, b: float) -> float:
     return (a**4 + b**4) ** 0.25
 
 
-#: Instructions of the row kernels per logit pair, from their machine code for sm_90: by backend,
-#: without a teacher, with one where ∂D/∂a = q − p, and with any other divergence.
-ROW_INSTRUCTIONS = {"triton": (21, 59, 211), "cuda": (35, 83, 214)}
+#: Instructions of the row kernels per logit pair, from their machine code for sm_90, in the loops
+#: over a row; of the CUDA kernel those that T = 1 and no soft-cap leave. "none": without a teacher.
+ROW_INSTRUCTIONS = {
+    "triton": {
+        "none": 22, "forward_kl": 59, "reverse_kl": 77, "jsd": 211, "skew_forward_kl": 180,
+        "skew_reverse_kl": 223, "total_variation": 105, "soft_cross_entropy": 56,
+    },
+    "cuda": {
+        "none": 26, "forward_kl": 65, "reverse_kl": 77, "jsd": 113, "skew_forward_kl": 140,
+        "skew_reverse_kl": 140, "total_variation": 80, "soft_cross_entropy": 66,
+    },
+}  # fmt: skip
 
 
 def row_instructions(s: Shapes, backend: str) -> int:
     """Of the row kernel, for an entry of the logits of one or both models."""
-    alone, one, several = ROW_INSTRUCTIONS[backend]
-    return alone if not s.d_t else one if s.divergence in ONE_SWEEP else several
+    return ROW_INSTRUCTIONS[backend][s.divergence if s.d_t else "none"]
 
 
-def fold(s: Shapes, name: str, gpu: Gpu, c: int, rows: int) -> float:
-    """R `rows` of chunk: their logits and row terms in chunks of C, then their gradient folded into
-    dh and dw. A product is as slow as its FLOPs and its bytes, a row kernel as its bytes and its
-    instructions.
+class Phase(NamedTuple):
+    """A part of a fold, in seconds: its FLOPs or instructions, and its bytes."""
+
+    name: str
+    times: int
+    work: float
+    moved: float
+
+    @property
+    def seconds(self) -> float:
+        """Of all its times."""
+        return self.times * slower(self.work, self.moved)
+
+
+def phases(s: Shapes, name: str, gpu: Gpu, c: int, rows: int) -> list[Phase]:
+    """R `rows` of chunk: their logits and row terms in chunks of C, the last of which may be shorter,
+    then their gradient folded into dh and dw.
     """
     rate, operand, dz = rates(s, gpu)
-    chunks, blocks = -(-rows // c), 2 if s.d_t else 1
+    blocks, reads = 2 if s.d_t else 1, 1 if name == "cuda" else s.sweeps
 
-    def product(m: int, d: int, moved: int, times: int = 1) -> float:
+    def product(phase: str, times: int, m: int, d: int, moved: int, parts: int = 1) -> Phase:
         tiled = -(-m // ROW_TILE) * ROW_TILE
-        return slower(2 * tiled * s.vocab * d * times / rate, moved / gpu.bandwidth)
+        work = 2 * tiled * s.vocab * d * parts / rate
+        return Phase(phase, times, work, moved * parts / gpu.bandwidth)
 
-    block, gradient = c * s.vocab * 4, rows * s.vocab * dz
-    seconds = 0.0
-    for d in (s.d_s, s.d_t):
-        if d:
-            seconds += chunks * product(c, d, s.vocab * d * operand + block)
-    reads = 1 if name == "cuda" else s.sweeps
-    moved = reads * blocks * block + c * s.vocab * dz * (s.gradients > 0)
-    instructions = c * s.vocab * row_instructions(s, name) / gpu.instructions
-    seconds += chunks * slower(moved / gpu.bandwidth, instructions)
-    times = 3 if operand < dz else 1  # fp16: dz in two bf16 parts, see `products._fold`
-    head = s.vocab * s.d_s * operand
+    found = []
+    for times, m in ((rows // c, c), (1, rows % c)):
+        if not times * m:
+            continue
+        for d in (s.d_s, s.d_t) if s.d_t else (s.d_s,):
+            moved = s.vocab * d * operand + m * s.vocab * 4
+            found.append(product("logits", times, m, d, moved))
+        moved = m * s.vocab * (4 * reads * blocks + dz * (s.gradients > 0))
+        instructions = m * s.vocab * row_instructions(s, name) / gpu.instructions
+        found.append(Phase("rows", times, instructions, moved / gpu.bandwidth))
+    gradient = rows * s.vocab * dz
+    parts = 3 if operand < dz else 1  # fp16: dz in two bf16 parts, see `products._fold`
     if s.want_dh:
-        seconds += product(rows, s.d_s, times * (head + gradient), times)
+        head = s.vocab * s.d_s * operand
+        found.append(product("gradients", 1, rows, s.d_s, head + gradient, parts))
     if s.want_dw:  # dw is read and written
-        seconds += product(rows, s.d_s, times * (gradient + 2 * s.vocab * s.d_s * 4), times)
-    return seconds
+        dw = 2 * s.vocab * s.d_s * 4
+        found.append(product("gradients", 1, rows, s.d_s, gradient + dw, parts))
+    return found
+
+
+def fold(s: Shapes, name: str, gpu: Gpu, c: int, rows: int, beside: int = 0) -> float:
+    """Of the phases, one after the other: a product is as slow as its FLOPs and its bytes, a row
+    pass as its bytes and its instructions. With row passes on `beside` multiprocessors and products
+    on the others both move bytes at once, and the longer of the two works counts.
+    """
+    found = phases(s, name, gpu, c, rows)
+    if not beside:
+        return sum(phase.seconds for phase in found)
+    passes = sum(p.times * p.work for p in found if p.name == "rows")
+    multiplied = sum(p.times * p.work for p in found if p.name != "rows")
+    share = beside / gpu.multiprocessors
+    work = max(passes / share, multiplied / (1 - share))
+    return slower(work, sum(p.times * p.moved for p in found))
 
 
 def once(s: Shapes, gpu: Gpu) -> float:
@@ -87,11 +125,15 @@ def once(s: Shapes, gpu: Gpu) -> float:
     return moved / gpu.bandwidth
 
 
-def chunk(s: Shapes, name: str, gpu: Gpu, c: int, rows: int) -> float:
-    """All N rows, R `rows` of them folded at once."""
+def chunk(s: Shapes, name: str, gpu: Gpu, c: int, rows: int, beside: int = 0) -> float:
+    """All N rows, R `rows` of them folded at once; the last row pass has no products beside it."""
     whole, rest = divmod(s.rows, rows)
-    seconds = whole * fold(s, name, gpu, c, rows) + once(s, gpu)
-    return seconds + (fold(s, name, gpu, min(c, rest), rest) if rest else 0.0)
+    parts = [rows] * whole + [rest] * (rest > 0)
+    seconds = sum(fold(s, name, gpu, min(c, part), part, beside) for part in parts)
+    if beside and parts:
+        last = phases(s, name, gpu, min(c, parts[-1]), parts[-1])
+        seconds += max(p.seconds / p.times for p in last if p.name == "rows")
+    return seconds + once(s, gpu)
 
 
 def stream(s: Shapes, gpu: Gpu, columns: int) -> float:

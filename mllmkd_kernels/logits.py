@@ -59,6 +59,7 @@ def fused_linear_logit_mse(
     teacher_bias: Tensor | None = None,  # (V_t,)
     vocab_size: int | None = None,
     workspace_mb: float | None = None,
+    main_grad: Tensor | None = None,  # (V_s, D_s)
 ) -> tuple[Tensor, Tensor]:
     """Σ_n row_weight[n] · mean_k (z_s − z_t)² (LLAVADI's logit MSE), a chunk of rows at a time.
 
@@ -69,7 +70,7 @@ def fused_linear_logit_mse(
             `fused_linear_distill`; only the student's receive gradients. Biases are finite.
         row_weight: a number or (N,); it carries the normalisation.
         vocab_size: shared columns; default the smaller head.
-        workspace_mb: as in `fused_linear_distill`.
+        workspace_mb, main_grad: as in `fused_linear_distill`.
 
     Returns:
         the loss, a scalar, differentiable, and the mean square of every row (N,), detached; fp32
@@ -95,6 +96,6 @@ def fused_linear_logit_mse(
     acc = accumulation_dtype(hs, ws, bs, ht, wt, bt)
     loss, squares, *_ = ops.linear_logit_mse(
         hs, ws, bs, ht, wt, bt, weight.to(acc), vocab, *wants(hs, ws, bs),
-        checks.workspace(workspace_mb),
+        checks.workspace(workspace_mb), checks.main_grad(main_grad, student_weight, acc),
     )  # fmt: skip
     return loss, squares.detach()

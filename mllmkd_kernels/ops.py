@@ -52,11 +52,13 @@ def linear_distill(
     want_diagnostics: bool = False,
     factored: bool = False,
     standardize: bool = False,
+    main_grad: Tensor | None = None,
+    overlap: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, ce (N,), kd (N,), dh, dw, db, dz, h, diagnostics): see `backends.eager.distill_rows`.
 
     With `factored`, which the eager backend alone knows, dz (N, vocab) and h (N, D) take the place
-    of dw, which is their product: `plan.factored` says where.
+    of dw, which is their product: `plan.factored` says where. `main_grad` is for backward.
     """
     operands = [x for x in (hs, ws, ht, wt) if x is not None]
     dtypes = {x.dtype for x in operands}
@@ -66,7 +68,7 @@ def linear_distill(
     )  # fmt: skip
     budget = workspace_mb if workspace_mb > 0 else None
     forced: Any = {"algorithm": "chunk"} if standardize else {}  # σ is of a whole row
-    chosen = plan.distill_plan(shapes, hs.device, backend, budget, **forced)
+    chosen = plan.distill_plan(shapes, hs.device, backend, budget, overlap=overlap, **forced)
     module, stream = module_named(chosen.backend), chosen.algorithm == "stream"
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     found = hs.new_zeros((3, hs.shape[0]) if want_diagnostics else 0, dtype=acc)
@@ -80,6 +82,7 @@ def linear_distill(
     options = Options(
         vocab, chosen.chunk_vocab if stream else chosen.chunk_rows, want_dh, want_dw, want_db,
         found if want_diagnostics else None, slope if factored else None, chosen.fold_rows,
+        chosen.beside,
     )  # fmt: skip
     if factored:
         alive = eager.alive(hs, targets)
@@ -93,7 +96,8 @@ def linear_distill(
 @linear_distill.register_fake
 def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature, cap_s,
       cap_t, vocab, ignore_index, want_dh, want_dw, want_db, backend, workspace_mb,
-      want_diagnostics=False, factored=False, standardize=False):  # fmt: skip
+      want_diagnostics=False, factored=False, standardize=False, main_grad=None,
+      overlap=False):  # fmt: skip
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     rows = hs.new_empty(hs.shape[0], dtype=acc)
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
@@ -106,7 +110,9 @@ def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, t
     return loss, rows, kd, dh, dw, db, slope, alive, found
 
 
-gradients_formed_in_forward(linear_distill, 24, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2}, factors=(6, 7))
+gradients_formed_in_forward(
+    linear_distill, 26, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2}, factors=(6, 7), main_grad=24
+)
 
 
 # --- linear_logit_mse: squared distance of the logits of two heads ------------------------------
@@ -126,6 +132,7 @@ def linear_logit_mse(
     want_dw: bool,
     want_db: bool,
     workspace_mb: float,
+    main_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, mean squares (N,), dh, dw, db): see `squares.logit_mse`."""
     acc, budget = row_weight.dtype, workspace_mb if workspace_mb > 0 else None
@@ -136,14 +143,15 @@ def linear_logit_mse(
 
 
 @linear_logit_mse.register_fake
-def _(hs, ws, bs, ht, wt, bt, row_weight, vocab, want_dh, want_dw, want_db, workspace_mb):
+def _(hs, ws, bs, ht, wt, bt, row_weight, vocab, want_dh, want_dw, want_db, workspace_mb,
+      main_grad=None):  # fmt: skip
     dh = row_weight.new_empty(hs.shape if want_dh else (0,))
     dw = row_weight.new_empty(ws.shape if want_dw else (0,))
     db = row_weight.new_empty(ws.shape[0] if want_db else 0)
     return row_weight.new_empty(()), torch.empty_like(row_weight), dh, dw, db
 
 
-gradients_formed_in_forward(linear_logit_mse, 12, {0: 2, 1: 3, 2: 4, 6: 1})
+gradients_formed_in_forward(linear_logit_mse, 13, {0: 2, 1: 3, 2: 4, 6: 1}, main_grad=12)
 
 
 # --- linear_logprob: log-probability of given tokens ----------------------------------------------

@@ -62,6 +62,8 @@ class Plan:
         fold_rows: R, the rows whose dz exists at the same time, a multiple of C; C where dz takes
             the place of the student's logits.
         chunk_vocab: the columns that exist at the same time; all of them for "chunk".
+        beside: multiprocessors for row passes, beside the products on the others; 0: no such
+            thing, all in turn.
         workspace_bytes: the logits of one chunk, for "eager" with the strips that are made of
             them; for "stream" the gradient of one slice of the vocabulary.
         saved_bytes: unscaled gradients in fp32, summed in forward and kept until backward has
@@ -91,6 +93,7 @@ class Plan:
     floor_flops: int
     seconds: float | None = None
     floor_seconds: float | None = None
+    beside: int = 0
     measured: str = ""
     reasons: tuple[str, ...] = field(default=())
 
@@ -202,17 +205,20 @@ def distill_plan(
     workspace_mb: float | None = None,
     algorithm: str | None = None,
     gpu: hardware.Gpu | None = None,
+    overlap: bool = False,
 ) -> Plan:
     """The plan of `fused_linear_distill`. `algorithm` forces "chunk" or "stream" where the backend
-    has both; `gpu` predicts for another GPU than the one of `device`.
+    has both; `gpu` predicts for another GPU than the one of `device`; `overlap` is never chosen.
     """
     name, why = choose_backend(backend, device, (s.dtype,))
     if name not in ("triton", "cuda"):
+        if overlap:
+            raise ValueError(f"overlap: expected backend 'triton' or 'cuda', got {name!r}")
         return _host_plan(s, name, why, workspace_mb, device)
     gpu = gpu or hardware.of_device(device)
-    chunk = _chunk_on_gpu(s, name, gpu, workspace_mb)
+    chunk = _chunk_on_gpu(s, name, gpu, workspace_mb, overlap)
     stream = _stream_on_gpu(s, gpu, workspace_mb)
-    if name == "cuda" or not s.uniform or algorithm == "chunk":
+    if name == "cuda" or not s.uniform or algorithm == "chunk" or overlap:
         return _because(chunk, why, "only this algorithm has these operands or was asked for")
     if algorithm == "stream":
         return _because(stream, why, "asked for by name")
@@ -273,52 +279,77 @@ def _masked_rows(s: Shapes, operand: int) -> int:
     return s.rows * s.d_s * operand * s.want_dw
 
 
-def _gpu_blocks(s: Shapes, name: str, gpu: hardware.Gpu, budget: float) -> tuple[int, int]:
-    """(C, R): within the budget what takes the least time a row, once all is under way. They do not
-    depend on N, so that steps of different N run the same kernels.
+def _gpu_blocks(
+    s: Shapes, name: str, gpu: hardware.Gpu, budget: float, overlap: bool = False
+) -> tuple[int, int, int]:
+    """(C, R, multiprocessors for row passes): within the budget what takes the least time a row,
+    once all is under way. They do not depend on N, so that steps of different N run the same
+    kernels.
     """
     _, _, dz = gpu_time.rates(s, gpu)
     apart = dz == 2 and s.gradients > 0
     tiles = range(gpu_time.ROW_TILE, MOST_FOLDED + 1, gpu_time.ROW_TILE)
-    pairs = [
-        (c, fold)
+    settings = [
+        (c, fold, beside)
         for c in (MIN_CHUNK_ROWS, 2 * MIN_CHUNK_ROWS, *tiles)
         for fold in (range(c, MOST_FOLDED + 1, c) if apart else (c,))
-        if _block_bytes(s, c, fold, apart) <= budget
+        if _block_bytes(s, c, fold, apart, overlap) <= budget
+        for beside in (range(8, gpu.multiprocessors // 2, 8) if overlap else (0,))
     ]
 
-    def seconds_a_row(pair: tuple[int, int]) -> float:
-        return gpu_time.fold(s, name, gpu, *pair) / pair[1]
+    def seconds_a_row(setting: tuple[int, int, int]) -> float:
+        return gpu_time.fold(s, name, gpu, *setting) / setting[1]
 
-    return min(pairs, key=seconds_a_row, default=(MIN_CHUNK_ROWS, MIN_CHUNK_ROWS))
-
-
-def _block_bytes(s: Shapes, c: int, fold: int, apart: bool) -> int:
-    """Logits of C rows in fp32, and dz of R where it is `apart`."""
-    return s.vocab * (4 * c * (2 if s.d_t else 1) + 2 * fold * apart)
+    least = MIN_CHUNK_ROWS, MIN_CHUNK_ROWS, 8 * overlap
+    return min(settings, key=seconds_a_row, default=least)
 
 
-def _chunk_on_gpu(s: Shapes, name: str, gpu: hardware.Gpu, workspace_mb: float | None) -> Plan:
+def _block_bytes(s: Shapes, c: int, fold: int, apart: bool, overlap: bool) -> int:
+    """Logits of C rows in fp32, and dz of R where it is `apart`; two of each with `overlap`."""
+    return s.vocab * (4 * c * (2 if s.d_t else 1) + 2 * fold * apart) * (1 + overlap)
+
+
+def _chunk_on_gpu(
+    s: Shapes, name: str, gpu: hardware.Gpu, workspace_mb: float | None, overlap: bool = False
+) -> Plan:
     rate, operand, dz = gpu_time.rates(s, gpu)
-    c, fold = _gpu_blocks(s, name, gpu, _budget(name, workspace_mb))
+    c, fold, beside = _gpu_blocks(s, name, gpu, _budget(name, workspace_mb), overlap)
     apart, chunks = dz == 2 and s.gradients > 0, -(-s.rows // c)
     blocks, held = 2 if s.d_t else 1, max(1, min(c, s.rows))
     folded = max(held, min(fold, s.rows))
-    workspace = _block_bytes(s, held, folded, apart) + _masked_rows(s, operand)
+    workspace = _block_bytes(s, held, folded, apart, overlap) + _masked_rows(s, operand)
     reads = 1 if name == "cuda" else s.sweeps
-    beside = f", and dz of {folded} x {s.vocab} x 2 bytes, folded at once" if apart else ""
+    dz_block = f", and dz of {folded} x {s.vocab} x 2 bytes, folded at once" if apart else ""
     return Plan(
         name, "chunk", held, folded, s.vocab, workspace, *_gradient_bytes(s, 4), s.floor_flops,
-        s.floor_flops, gpu_time.chunk(s, name, gpu, c, fold), s.floor_flops / rate,
+        s.floor_flops, gpu_time.chunk(s, name, gpu, c, fold, beside), s.floor_flops / rate, beside,
         reasons=(
             f"{blocks} logit blocks of {held} x {s.vocab} x 4 bytes fit the workspace budget"
-            + beside,
+            + dz_block + ", two of each" * overlap,
             _wanted(s),
             f"the row kernel reads its block {'once' if reads == 1 else f'{reads} times'}, "
             f"{gpu_time.row_instructions(s, name)} instructions an entry; {chunks} chunks",
+            _beside(beside, gpu) if overlap else _in_turn(s, name, gpu, c, fold),
             gpu_time.assumed(gpu, rate),
         ),
     )  # fmt: skip
+
+
+def _in_turn(s: Shapes, name: str, gpu: hardware.Gpu, c: int, fold: int) -> str:
+    """What each phase takes, in words."""
+    found = gpu_time.phases(s, name, gpu, c, fold)
+    spent = dict.fromkeys((phase.name for phase in found), 0.0)
+    for phase in found:
+        spent[phase.name] += phase.seconds * s.rows / fold
+    told = ", ".join(f"{phase} {seconds * 1e3:.2f} ms" for phase, seconds in spent.items())
+    return f"one after the other: {told}"
+
+
+def _beside(beside: int, gpu: hardware.Gpu) -> str:
+    return (
+        f"row passes on {beside} of {gpu.multiprocessors} multiprocessors, beside the products on "
+        "the others"
+    )
 
 
 def _stream_on_gpu(s: Shapes, gpu: hardware.Gpu, workspace_mb: float | None) -> Plan:

@@ -7,6 +7,9 @@ formed in the same pass, and autograd only scales them. So a frozen tensor costs
 tensors are never modified), and `torch.compile` sees an ordinary differentiable operator.
 Differentiating a gradient again raises: it would need the Hessian of the loss.
 
+One operator is not: `add_gradient_`, by which backward adds a head's gradient to an accumulator of
+the caller's, where there is one, instead of returning it.
+
 The choice of backend and chunk is made inside the operator, from real shapes, so tracing never
 depends on it.
 """
@@ -71,9 +74,9 @@ def computing(device: torch.device) -> Iterator[None]:
         yield
 
 
-def operator(name: str) -> Any:
+def operator(name: str, mutates: tuple[str, ...] = ()) -> Any:
     """Register an operator: it runs inside `computing`, and its tensors come contiguous, since
-    kernels read them by pointer.
+    kernels read them by pointer. Those named in `mutates` are written, and have to be contiguous.
     """
 
     def register(f: Any) -> Any:
@@ -83,7 +86,7 @@ def operator(name: str) -> Any:
             with computing(device):
                 return f(*contiguous(*arguments))
 
-        return torch.library.custom_op(f"{_NAMESPACE}::{name}", mutates_args=())(run)
+        return torch.library.custom_op(f"{_NAMESPACE}::{name}", mutates_args=mutates)(run)
 
     return register
 
@@ -133,13 +136,44 @@ def _(slope, h, grad, rows, dtype):
 no_double_backward(head_gradient)
 
 
+@operator("add_gradient_", mutates=("main_grad",))
+def add_gradient_(main_grad: Tensor, saved: Tensor, h: Tensor | None, grad: Tensor) -> None:
+    """main_grad += saved · grad; with h (N, D), whose `saved` is dz (N, V), += grad · dzᵀ h. In the
+    place of the last step of a head's gradient: nothing is rounded, and no gradient is left.
+    """
+    grad = grad.to(saved.dtype)
+    if h is None:
+        main_grad.addcmul_(saved, grad)
+    else:
+        products.add_product(main_grad[: saved.shape[1]], saved.mT, h.to(saved.dtype) * grad)
+
+
+@add_gradient_.register_fake
+def _(main_grad, saved, h, grad):
+    return None
+
+
+def add_to(main_grad: Tensor, saved: Tensor, h: Tensor | None, grad: Tensor) -> None:
+    """`add_gradient_` of a backward that keeps no graph, or RuntimeError."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "main_grad: what is added to it has no graph; expected backward without create_graph"
+        )
+    add_gradient_(main_grad, saved, h, grad)
+
+
 def gradients_formed_in_forward(
-    op: Any, arguments: int, gradient_of: dict[int, int], factors: tuple[int, int] | None = None
+    op: Any,
+    arguments: int,
+    gradient_of: dict[int, int],
+    factors: tuple[int, int] | None = None,
+    main_grad: int | None = None,
 ) -> None:
     """Autograd of an `op` whose output 0 is the loss and `gradient_of[i]` d loss / d input i.
 
     Backward only scales; the outputs besides the loss are not differentiable. Input 1, a head, may
-    find its gradient in two outputs, `factors`, instead: dz (N, V) and h (N, D).
+    find its gradient in two outputs, `factors`, instead: dz (N, V) and h (N, D). Where input
+    `main_grad` is a tensor, the head's gradient is added to it, and is None to autograd.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -147,6 +181,8 @@ def gradients_formed_in_forward(
         ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in gradient_of]
         ctx.factored = factors is not None and output[factors[0]].ndim == 2
         ctx.rows = inputs[1].shape[0] if ctx.factored else 0
+        # not saved for backward: other calls may add to it meanwhile
+        ctx.main_grad = None if main_grad is None else inputs[main_grad]
         ctx.save_for_backward(*(output[o] for o in (*gradient_of.values(), *(factors or ()))))
 
     def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
@@ -159,7 +195,9 @@ def gradients_formed_in_forward(
             for i, formed, dtype in zip(gradient_of, saved, ctx.dtypes, strict=False):
                 if not ctx.needs_input_grad[i]:
                     continue
-                if i == 1 and ctx.factored:
+                if i == 1 and ctx.main_grad is not None:
+                    add_to(ctx.main_grad, *(saved[-2:] if ctx.factored else (formed, None)), grad)
+                elif i == 1 and ctx.factored:
                     grads[i] = head_gradient(*saved[-2:], grad, ctx.rows, dtype)
                 else:
                     grads[i] = scale_gradient(formed, grad, dtype)

@@ -106,7 +106,8 @@ class Sweep:
         if self.divergence is not None and t is not None:
             hidden_t = take_rows(t.hidden, teacher)
             weight_t, bias_t, softcap_t = t.weight, t.bias, t.softcap
-        more = {"standardize": True} if self.standardize else {}
+        asked = {"standardize": self.standardize, "overlap": settings.overlap}
+        more = {name: True for name, wanted in asked.items() if wanted}
         return settings.functions.distill(
             take_rows(s.hidden, student), s.weight, hidden_t, weight_t, labels,
             ce_weight=ce if has_ce else 0.0, kd_weight=kd,

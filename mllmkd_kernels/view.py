@@ -39,7 +39,7 @@ class Settings:
         vocab_size: shared vocabulary, default the smaller head.
         ignore_index: label of positions without one.
         diagnostics: also entropies and agreement of the answers, at next to no cost.
-        backend, workspace_mb: as in `fused_linear_distill`.
+        backend, workspace_mb, overlap: as in `fused_linear_distill`.
         functions: with which heads are computed.
     """
 
@@ -48,6 +48,7 @@ class Settings:
     diagnostics: bool = False
     backend: str = "auto"
     workspace_mb: float | None = None
+    overlap: bool = False
     functions: HeadFunctions = field(default_factory=HeadFunctions)
 
 
@@ -213,9 +214,10 @@ class View:
         assert self.teacher is not None
         names, total = self.teacher.rows, self.teacher.hidden.shape[0]
         sizes = {each: len(self._select(each)[0]) for each in names}
-        most = sum(sizes.values())
+        most, read = sum(sizes.values()), self.needs.rows
+        read = read | {rows.kind_of(each)[0] for each in read}
         for missing in reversed(names):  # what no term reads need not be there
-            if total == most or missing in self.needs.rows:
+            if total == most or missing in read:
                 break
             most -= sizes[missing]
         if total != most:
@@ -224,11 +226,12 @@ class View:
                 f"teacher.hidden: has {total} selected rows, expected {each}, as labels and "
                 "image_mask select"
             )
-        if name not in sizes:
+        held = [each for each in names if each in (name, rows.kind_of(name)[0])]
+        if not held:
             raise ValueError(f"{name} rows: not among the selected ones, {', '.join(names)}")
-        start = sum(sizes[each] for each in names[: names.index(name)])
-        stop, device = start + sizes[name], self.teacher.hidden.device
-        return torch.arange(start, stop, dtype=torch.int64, device=device)
+        start = sum(sizes[each] for each in names[: names.index(held[0])])
+        within = torch.searchsorted(*(self._select(each)[0] for each in (held[0], name)))
+        return start + within.to(self.teacher.hidden.device)
 
 
 def _check_recorded(who: str, head: HeadInputs, needs: Needs) -> None:

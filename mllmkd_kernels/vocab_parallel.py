@@ -32,6 +32,7 @@ from mllmkd_kernels.distill import DistillOutput, operands
 from mllmkd_kernels.divergence import Divergence
 from mllmkd_kernels.registration import (
     NO_DOUBLE_BACKWARD,
+    add_to,
     computing,
     contiguous,
     scale_gradient,
@@ -57,13 +58,16 @@ def vocab_parallel_distill(
     teacher_softcap: float | None = None,
     vocab_size: int | None = None,
     workspace_mb: float | None = None,
+    standardize: bool = False,
+    main_grad: Tensor | None = None,  # (V_s of this rank, D_s)
     group: dist.ProcessGroup | None = None,
     held: VocabSlice | None = None,
 ) -> DistillOutput:
     """`fused_linear_distill` of heads that are cut by rows over the ranks of a process group.
 
-    Exchanged in forward: at most 32 bytes a row (64 in fp64) in three all-reduces a chunk, and the
-    N × D_s gradient of the hidden states once, in fp32. Nothing in backward.
+    Exchanged in forward: at most 32 bytes a row (64 in fp64) in three all-reduces a chunk, with
+    `standardize` 40 bytes more in four, and the N × D_s gradient of the hidden states once, in
+    fp32. Nothing in backward.
 
     Args:
         student_hidden, teacher_hidden: all N rows, on every rank.
@@ -71,9 +75,10 @@ def vocab_parallel_distill(
             which may be uneven or none, cut at the same tokens (`vocab_rows` cuts them so).
         labels: tokens of the whole vocabulary.
         ce_weight, kd_weight, divergence, temperature, ignore_index, student_softcap,
-            teacher_softcap: as in `fused_linear_distill`, the same on every rank.
+            teacher_softcap, standardize: as in `fused_linear_distill`, the same on every rank.
         vocab_size: the shared vocabulary; default the smaller of the two whole heads.
         workspace_mb: budget in MiB for the logits that exist at one time on a rank.
+        main_grad: as in `fused_linear_distill`, for this rank's rows of the head.
         group: the process group; None is the default one.
         held: what `vocab_slice` answered for these heads. None asks the ranks at each call, which
             waits for the device.
@@ -99,7 +104,7 @@ def vocab_parallel_distill(
     cap_t = checks.softcap("teacher_softcap", teacher_softcap)
     targets = Targets(
         labels, ce_rows, kd_rows, Divergence.of(divergence), checks.temperature(temperature),
-        checks.integer("ignore_index", ignore_index),
+        checks.integer("ignore_index", ignore_index), standardize,
     )  # fmt: skip
     itemsize = accumulation_dtype(*given[:6]).itemsize
     chunk = plan.chunk_rows("eager", hs.shape[0], held.widest, blocks, itemsize, budget)
@@ -107,7 +112,8 @@ def vocab_parallel_distill(
     options = Options(held.vocab, chunk, want_dh, want_dw, want_db)
     teacher_head = None if ht is None else Head(ht, wt, bt, cap_t)
     call = sharded.Call(teacher_head, targets, options, held, group)
-    loss, ce, kd = _Distill.apply(hs, ws, bs, cap_s, call)
+    main_grad = checks.main_grad(main_grad, student_weight, accumulation_dtype(*given[:6]))
+    loss, ce, kd = _Distill.apply(hs, ws, bs, cap_s, call, main_grad)
     return DistillOutput(loss, ce, kd)
 
 
@@ -184,7 +190,9 @@ class _Distill(torch.autograd.Function):
         bs: Tensor | None,
         cap: float,
         call: sharded.Call,
+        main_grad: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.main_grad = main_grad
         with computing(hs.device):
             loss, ce, kd, *gradients = sharded.distill_rows(Head(hs, ws, bs, cap), call)
         ctx.save_for_backward(hs, ws, bs, *gradients)
@@ -198,10 +206,12 @@ class _Distill(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once, as checkpointing allows
         scaled: list[Tensor | None] = [None, None, None]
         for i, needed in enumerate(ctx.needs_input_grad[:3]):
-            if needed and grad is not None:
+            if i == 1 and needed and grad is not None and ctx.main_grad is not None:
+                add_to(ctx.main_grad, saved[4], None, grad)
+            elif needed and grad is not None:
                 like = saved[i]
                 scaled[i] = _Once.apply(like, scale_gradient(saved[3 + i], grad, like.dtype))
-        return *scaled, None, None
+        return *scaled, None, None, None
 
 
 class _Once(torch.autograd.Function):

@@ -85,6 +85,7 @@ BAD_DISTILL: list[tuple[dict[str, Any], type[Exception], str]] = [
      "ce_weight: expected real numbers, got torch.complex64"),
     ({"student_weight": torch.eye(V_S, D_S).to_sparse()}, TypeError,
      "student_weight: expected a dense tensor, got one of layout torch.sparse_coo"),
+    ({"main_grad": torch.zeros(V_S, D_S)}, ValueError, "main_grad: expected None for a frozen"),
 ]  # fmt: skip
 
 

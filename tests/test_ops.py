@@ -258,6 +258,9 @@ def operator_calls(backend: str, dtype: torch.dtype, grad: bool) -> dict[str, tu
             torch.randn(3, 2), torch.tensor(0.5), dtype)),
         "head_gradient": (registration.head_gradient, (
             torch.randn(N, 5), torch.randn(N, D_S).to(dtype), torch.tensor(0.5), V_S, dtype)),
+        "add_gradient_": (registration.add_gradient_, (
+            torch.randn(V_S, D_S), torch.randn(N, 5), torch.randn(N, D_S).to(dtype),
+            torch.tensor(0.5))),
     }  # fmt: skip
 
 

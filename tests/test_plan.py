@@ -41,12 +41,12 @@ def test_chunks_on_a_gpu_are_whole_tiles_and_the_same_from_step_to_step(
 ) -> None:
     gpu = hardware.GPUS["h100"]
 
-    def blocks(rows: int) -> tuple[int, int]:
+    def blocks(rows: int) -> tuple[int, int, int]:
         s = plan.Shapes(rows, 151_936, 1024, 2560, True, train_head, torch.bfloat16)
         return plan._gpu_blocks(s, backend, gpu, plan._budget(backend, budget))
 
-    c, fold = blocks(8192)
-    assert {blocks(n) for n in (1, 100, 2100, 2200, 50_000)} == {(c, fold)}
+    c, fold, beside = blocks(8192)
+    assert {blocks(n) for n in (1, 100, 2100, 2200, 50_000)} == {(c, fold, 0)} and not beside
     assert fold % c == 0 and fold <= plan.MOST_FOLDED
     if plan._budget(backend, budget) >= gpu_time.ROW_TILE * 151_936 * 10:
         assert c % gpu_time.ROW_TILE == 0
@@ -71,6 +71,36 @@ def test_the_model_counts_what_moves_and_what_is_computed() -> None:
     assert 8192 * seconds() > floor and gpu_time.slower(3.0, 4.0) > 4.0
     saved = s.d_s * (8192 * 6 + 151_936 * 2)  # scaled and rounded; dw's first read left out
     assert gpu_time.once(s, gpu) == (saved + 2 * 8192 * 1024 * 2) / gpu.bandwidth
+
+
+def test_a_chunk_that_is_not_full_costs_what_it_is() -> None:
+    """Rows that are no multiple of a fold are no reason to take fewer at a time."""
+    gpu = hardware.GPUS["h100"]
+    s = plan.Shapes(8192, 151_936, 1024, 2560, True, True, torch.bfloat16)
+    even, odd = (gpu_time.chunk(s, "cuda", gpu, c, r) for c, r in ((1024, 2048), (896, 1792)))
+    assert abs(odd / even - 1) < 0.02
+    short = gpu_time.phases(s, "cuda", gpu, 896, 1024)
+    multiplied = [p.times * p.work * gpu.half_flops for p in short if p.name == "logits"]
+    wanted = [2.0 * m * 151_936 * d for m in (896, 128) for d in (1024, 2560)]
+    assert multiplied == pytest.approx(wanted)
+
+
+@pytest.mark.usefixtures("needs_triton")
+def test_row_passes_beside_products_are_planned_where_they_are_asked_for() -> None:
+    """The time of the slower lane and of all bytes; two of each block in the same budget."""
+
+    def planned(**options: Any) -> plan.Plan:
+        return mk.explain(
+            8192, 151_936, 1024, 2560, dtype=torch.bfloat16, device="cuda", gpu="h100", **options
+        )
+
+    asked = planned(overlap=True, workspace_mb=2400.0)
+    assert (asked.chunk_rows, asked.fold_rows, planned().beside) == (512, 2048, 0)
+    assert asked.workspace_bytes - 2 * 8192 * 1024 == 2 * 151_936 * (8 * 512 + 2 * 2048)
+    assert f"row passes on {asked.beside} of 132 multiprocessors" in str(asked)
+    assert asked.seconds and planned().seconds and asked.seconds < planned().seconds
+    with pytest.raises(ValueError, match="overlap: expected backend 'triton' or 'cuda', got 'eag"):
+        mk.explain(8, 8, 8, backend="eager", overlap=True)
 
 
 @pytest.mark.usefixtures("needs_triton")

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../divergences.h"
+#include "series.h"
 
 namespace mllmkd::cuda {
 
@@ -40,13 +41,15 @@ struct RowsJob {
   float cap_s;  // soft-cap, 0: none
   float cap_t;
   bool dz_bf16;
+  bool scored;  // the divergence sees z-scored logits
+  Series series;  // of the JSD, else unread
 };
 
 // Shared memory a CTA may have on sm_90 and sm_100, what leaves room for a second one on the SM
 // (228 KiB, of which every CTA takes 1 KiB for the system), and what the reductions take.
 constexpr int64_t kSharedBytes = 227 * 1024;
 constexpr int64_t kSharedBytesOfTwo = 113 * 1024;
-constexpr int64_t kReductionBytes = 960;
+constexpr int64_t kReductionBytes = 1792;
 
 // Columns of one of `size` CTAs: a multiple of 4, so that rows moved 16 bytes at a time are dealt
 // whole.

@@ -92,7 +92,7 @@ def stages(quick: bool, rehearse: bool = False) -> list[Stage]:
     """All of them, in order, for this machine."""
     python, pytest = sys.executable, _pytest()
     kernels = sorted(map(_short, (ROOT / "tests").glob("test_triton_*.py")))
-    kernels += [_short(f) for f in [ROOT / "tests" / "test_cuda_rows.py"] if f.exists()]
+    kernels += [f"tests/test_{name}.py" for name in ("row_kernels", "cuda_rows")]
     some = ("-k", "forward_kl or jsd or aligned or relation") if quick else ()
     nvcc, sanitizer = shutil.which("nvcc"), shutil.which("compute-sanitizer")
     build = (python, "setup.py", "--quiet", "build_ext", "--inplace")

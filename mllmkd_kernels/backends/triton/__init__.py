@@ -10,6 +10,7 @@ On a machine without a GPU the kernels run in Triton's interpreter, on CPU tenso
     diagnostics.py entropies and agreement, from the sweeps that there are
     rows.py        chunk: a block of logits → row terms and gradient block
     chunk.py       chunk: GEMM, rows, GEMM
+    lanes.py       chunk: rows beside GEMMs, on two streams
     heads.py       stream: a tile of logits, multiplied in registers
     stream.py      stream: kernels that multiply tiles of both heads and keep statistics
     splits.py      stream: programs and parts of tiles

@@ -6,12 +6,16 @@ states and head are bf16, so is dz, and all products run on tensor cores. It the
 own for the rows of several chunks, which are folded at once: each fold reads and writes all of dw.
 Otherwise dz is fp32 and takes the place of the student's logits: in fp16 entries below 6e-8, most
 of a vocabulary's share of a row of weight 1/N, would be 0.
+
+With `Options.beside` there are two of each block, and the rows of a chunk are gone through beside
+the products of the next (`lanes`). A fold is then launched after the products of the chunk that
+follows it: before them, it would make them wait for its own rows.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -19,6 +23,7 @@ from torch import Tensor
 
 from mllmkd_kernels.backends import cuda, eager, products
 from mllmkd_kernels.backends.calls import Head, Options, Targets, dtype_of
+from mllmkd_kernels.backends.triton.lanes import PRODUCTS, ROWS, Lanes
 from mllmkd_kernels.backends.triton.rows import row_losses, row_stride
 
 
@@ -39,40 +44,53 @@ def _distill(
         teacher, targets = None, replace(targets, kd_weight=None)
     eager.check_labels(targets.labels, vocab, targets.ignore_index)
     n, diagnostics = hs.shape[0], options.diagnostics
-    if losses is not row_losses and (diagnostics is not None or targets.standardize):
-        name = "standardize" if diagnostics is None else "diagnostics"
-        raise ValueError(f"{name}: the row kernel of backend 'cuda' has none; backend='triton' has")
+    if losses is not row_losses and diagnostics is not None:
+        raise ValueError(
+            "diagnostics: the row kernel of backend 'cuda' has none; backend='triton' has"
+        )
     alive = eager.alive(hs, targets) if options.want_dw else hs
     grads = products.Gradients(alive, ws, acc, *options.wants)
     apart = grads.wanted and hs.dtype == ws.dtype == torch.bfloat16
     fold = max(options.fold, options.chunk) if apart else options.chunk
 
     ce, kd = (torch.zeros(n, dtype=acc, device=hs.device) for _ in range(2))
-    stride = row_stride(vocab)
-    block_s = torch.empty(min(options.chunk, n), stride, dtype=acc, device=hs.device)
-    block_t = None if teacher is None else torch.empty_like(block_s)
-    block_dz = block_s
-    if apart:
-        block_dz = torch.empty(min(fold, n), stride, dtype=torch.bfloat16, device=hs.device)
     seen = None if diagnostics is None else torch.zeros(n, 3, dtype=acc, device=hs.device)
-    for folded in products.chunks(n, fold):
-        dz = block_dz[: folded.stop - folded.start, :vocab]
-        for part in products.chunks(folded.stop - folded.start, options.chunk):
-            rows = slice(folded.start + part.start, folded.start + part.stop)
-            z_s = _logits(block_s, hs[rows], ws, vocab)
-            z_t = None
-            if teacher is not None and block_t is not None:
-                z_t = _logits(block_t, teacher.h[rows], teacher.w, vocab)
-            losses(
-                z_s, z_t, student.b, None if teacher is None else teacher.b,
-                *(_of(x, rows) for x in (targets.labels, targets.ce_weight, targets.kd_weight)),
-                ce[rows], kd[rows], targets.divergence.name, targets.divergence.param,
-                targets.temperature, student.cap, 0.0 if teacher is None else teacher.cap,
-                targets.ignore_index, dz[part] if grads.wanted else None, seen=_of(seen, rows),
-                standardize=targets.standardize,
-            )  # fmt: skip
-        if grads.wanted:
-            grads.add(folded, dz)
+    copies = 2 if options.beside else 1
+
+    def blocks(rows: int, dtype: torch.dtype) -> list[Tensor]:
+        shape = min(rows, n), row_stride(vocab)
+        return [torch.empty(shape, dtype=dtype, device=hs.device) for _ in range(copies)]
+
+    blocks_s = blocks(options.chunk, acc)
+    blocks_t = [] if teacher is None else blocks(options.chunk, acc)
+    blocks_dz = blocks(fold, torch.bfloat16) if apart else blocks_s
+    due: list[Callable[[], None]] = []  # a fold, where its rows are launched
+    with Lanes(hs.device, options.beside) as lanes:
+        for step, (rows, folded) in enumerate(_steps(n, options.chunk, fold)):
+            this, turn = step % copies, folded.start // fold % copies
+            logits, gradient = ("logits", this), ("dz" if apart else "logits", turn)
+            if copies == 1:
+                _settle(due)
+            with lanes.launching(PRODUCTS, logits):
+                z_s = _logits(blocks_s[this], hs[rows], ws, vocab)
+                z_t = None
+                if teacher is not None:
+                    z_t = _logits(blocks_t[this], teacher.h[rows], teacher.w, vocab)
+            _settle(due)
+            dz = blocks_dz[turn][: folded.stop - folded.start, :vocab]
+            part = slice(rows.start - folded.start, rows.stop - folded.start)
+            with lanes.launching(ROWS, logits, gradient):
+                losses(
+                    z_s, z_t, student.b, None if teacher is None else teacher.b,
+                    *(_of(x, rows) for x in (targets.labels, targets.ce_weight, targets.kd_weight)),
+                    ce[rows], kd[rows], targets.divergence.name, targets.divergence.param,
+                    targets.temperature, student.cap, 0.0 if teacher is None else teacher.cap,
+                    targets.ignore_index, dz[part] if grads.wanted else None, seen=_of(seen, rows),
+                    standardize=targets.standardize,
+                )  # fmt: skip
+            if grads.wanted and rows.stop == folded.stop:
+                due.append(functools.partial(_fold, lanes, grads, gradient, folded, dz))
+        _settle(due)
     if diagnostics is not None and seen is not None:
         diagnostics.copy_(seen.mT)
     loss = torch.zeros((), dtype=torch.float64, device=hs.device)
@@ -81,6 +99,25 @@ def _distill(
     if targets.kd_weight is not None:
         loss += _weighted_sum(targets.kd_weight, kd)
     return loss.to(acc), ce, kd, *grads.result()
+
+
+def _steps(n: int, chunk: int, fold: int) -> Iterator[tuple[slice, slice]]:
+    """The rows of every chunk, and those that they are folded with."""
+    for folded in products.chunks(n, fold):
+        for part in products.chunks(folded.stop - folded.start, chunk):
+            yield slice(folded.start + part.start, folded.start + part.stop), folded
+
+
+def _settle(due: list[Callable[[], None]]) -> None:
+    while due:
+        due.pop()()
+
+
+def _fold(
+    lanes: Lanes, grads: products.Gradients, block: tuple[str, int], rows: slice, dz: Tensor
+) -> None:
+    with lanes.launching(PRODUCTS, block):
+        grads.add(rows, dz)
 
 
 def _cluster_losses(
@@ -104,7 +141,7 @@ def _cluster_losses(
     standardize: bool,
 ) -> None:
     """`rows.row_losses` by the CUDA kernel that reads a row once."""
-    assert seen is None and not standardize
+    assert seen is None
 
     def broken(z: Tensor | None, cap: float) -> Tensor | None:
         # every product of a hidden state that is not finite is ±inf or NaN, so one column tells
@@ -115,7 +152,7 @@ def _cluster_losses(
         None if ce_weight is None else ce_weight.float(),
         None if kd_weight is None else kd_weight.float(),
         broken(z_s, cap_s), broken(z_t, cap_t), divergence, param, temperature, cap_s, cap_t,
-        ignore_index, dz,
+        ignore_index, dz, standardize=standardize,
     )  # fmt: skip
     ce.copy_(terms[0])
     kd.copy_(terms[1])
