@@ -76,6 +76,10 @@ def test_a_kernel_that_grew_is_a_fault_until_it_is_accepted(tmp_path: Path) -> N
     baseline.accept([before, before], ["triton 1"], path)
     assert not baseline.grown([before, before], path)
     assert baseline.read(path)["triton 1"] == {"k: c": {"sm_90": 2000, "sm_100": 1000}}
+    # Nothing is forgotten but an older version of what was accepted.
+    baseline.accept([dataclasses.replace(before, compiler="nvcc 1")], ["nvcc 1"], path)
+    baseline.accept([dataclasses.replace(before, compiler="triton 2")], ["triton 2"], path)
+    assert list(baseline.read(path)) == ["nvcc 1", "triton 2"]
 
 
 def test_accepted_instructions_are_of_calls_that_there_are() -> None:

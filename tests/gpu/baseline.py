@@ -47,11 +47,12 @@ def grown(rows: list[Row], path: Path = FILE) -> list[str]:
 
 def accept(rows: list[Row], compilers: Iterable[str], path: Path = FILE) -> None:
     """Write what `compilers` have made into the file, which keeps what they have not made now and
-    forgets other compilers.
+    forgets other versions of them.
     """
-    accepted = read(path)
-    kept = {compiler: accepted.get(compiler, {}) for compiler in compilers}
-    for compiler, before in kept.items():
+    tools = {compiler.split()[0]: compiler for compiler in compilers}
+    kept = {c: counts for c, counts in read(path).items() if tools.get(c.split()[0], c) == c}
+    for compiler in tools.values():
+        before = kept.setdefault(compiler, {})
         for name, line in counted(row for row in rows if row.compiler == compiler).items():
             before[name] = before.get(name, {}) | line
     path.write_text(_text(kept), encoding="utf-8")
