@@ -333,7 +333,8 @@ class Row {
     Floats dz;
 #pragma unroll
     for (int i = 0; i < W; ++i) dz.at[i] = kd_factor * da.at[i];
-    if (kd_weight_ == 0.0f) [[unlikely]] dz = Floats{};
+    if (kd_weight_ == 0.0f) [[unlikely]]
+      dz = Floats{};
     if (ce_weight_ != 0.0f) {
       if (own_softmax()) [[unlikely]] {  // a jump: it would be issued and thrown away
 #pragma unroll
