@@ -105,6 +105,14 @@ def _guarded(z: Tensor, pad: bool) -> tuple[Tensor, Tensor]:
     return guarded[1:-1, : z.shape[1]], guarded
 
 
+def _place_of_dz(z: Tensor, bf16: bool, pad: bool) -> Tensor:
+    """The logits', in both dtypes; without `pad`, where bf16 has a block of its own."""
+    if not bf16:
+        return z
+    inside = z.view(torch.bfloat16)[:, : z.shape[1]]
+    return inside if pad else inside.clone(memory_format=torch.contiguous_format)
+
+
 def _emulate(function, rows: Rows, size: int, threads: int, seed: int, pad: bool) -> Terms:
     r = rows
     count, vocab = r.zs.shape
@@ -112,7 +120,7 @@ def _emulate(function, rows: Rows, size: int, threads: int, seed: int, pad: bool
     zt = None if r.zt is None else _guarded(r.zt, pad)[0]
     dz = None
     if r.want_dz:
-        dz = _guarded(r.zs.bfloat16(), pad)[0] if r.dz_bf16 else z
+        dz = _place_of_dz(z, r.dz_bf16, pad)
     ce, kd = torch.full((count,), 55.0), torch.full((count,), 55.0)
     teacher = r.zt is not None and r.kd_weight is not None
     token = r.labels is not None and r.ce_weight is not None
@@ -146,7 +154,7 @@ def _on_gpu(rows: Rows, size: int = 0, threads: int = 0, seed: int = 0, pad: boo
     r = rows._replace(**{name: x.cuda() for name, x in tensors.items()})
     dz = None
     if r.want_dz:
-        dz = _guarded(r.zs.bfloat16(), pad)[0] if r.dz_bf16 else r.zs
+        dz = _place_of_dz(r.zs, r.dz_bf16, pad)
     ce, kd = cuda.rows_(*r[:-2], dz, cluster=size)
     return Terms(ce.cpu(), kd.cpu(), (r.zs if dz is None else dz).cpu())
 

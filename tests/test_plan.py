@@ -51,7 +51,8 @@ def test_chunks_on_a_gpu_are_whole_tiles_and_the_same_from_step_to_step(
     if plan._budget(backend, budget) >= gpu_time.ROW_TILE * 151_936 * 10:
         assert c % gpu_time.ROW_TILE == 0
     if c > plan.MIN_CHUNK_ROWS:
-        assert 151_936 * (8 * c + 2 * fold) <= plan._budget(backend, budget)
+        inside = backend == "cuda" and fold == c  # dz takes the place of the student's logits
+        assert 151_936 * (8 * c + 2 * fold * (not inside)) <= plan._budget(backend, budget)
 
 
 def test_the_model_counts_what_moves_and_what_is_computed() -> None:
