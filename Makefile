@@ -26,7 +26,7 @@ DATA ?=
 OUT ?=
 GARMENTS ?=
 ARGS ?=
-DEMO_OPTIONS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DATA),--data $(DATA)) \
+DEMO_OPTIONS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(DATA),--data "$(DATA)") \
 	$(if $(OUT),--out "$(OUT)") $(if $(GARMENTS),--garments "$(GARMENTS)")
 
 VENV_STAMP := $(VENV)/.stamp-venv
@@ -55,7 +55,7 @@ format: $(DEPS_STAMP) ## mend what ruff and clang-format can mend
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
-demo: install ## train teacher and students, write a report (SEEDS=3 DATA=easy-vqa OUT=dir GARMENTS=dir)
+demo: install ## train teacher and students, write a report (SEEDS=3 DATA=easy-vqa|FOLDER OUT=dir GARMENTS=dir)
 	$(BIN)/python -m training demo $(strip $(DEMO_OPTIONS) $(ARGS))
 
 study: install ## many ways to train one student, in one table: hours, resumable (the demo's options)

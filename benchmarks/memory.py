@@ -66,7 +66,8 @@ def predicted(method: Method, case: Case, device: str = "cpu") -> int | None:
     backend, _, budget = method.key[3:].partition("-")
     return mk.explain(
         case.rows, case.vocab, case.d_s, 0 if case.loss == "ce" else case.d_t,
-        train_head=case.train_head, dtype=DTYPES[case.dtype], device=device, backend=backend,
+        train_head=case.train_head, dtype=DTYPES[case.dtype], divergence=case.divergence,
+        device=device, backend=backend,
         workspace_mb=float(budget.removesuffix("mb")) if budget else None,
     ).peak_bytes  # fmt: skip
 

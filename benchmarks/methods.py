@@ -6,6 +6,7 @@ frozen head) and returns ``run``; each ``run()`` is one forward and backward: it
 same loss, a mean over the N rows:
 
     ce+kl      mean CE(z_s, labels) + mean KL(p_t ‖ p_s)
+    ce+jsd     the same with the Jensen-Shannon divergence, β = 0.5
     ce, kl     one of the two
     relation   1 − cos(R_s, R_t), R = Z Zᵀ, one image
     dpo, kto   preference losses of pairs of answers, mean over pairs; kto is `kto_pair`
@@ -89,7 +90,8 @@ def _our_distill(problem: Problem, backend: str, workspace_mb: float | None) -> 
     return lambda: (
         mk.fused_linear_distill(
             problem.hs, problem.ws, problem.ht, problem.wt, problem.labels, ce_weight=ce_weight,
-            kd_weight=mean, backend=backend, workspace_mb=workspace_mb,
+            kd_weight=mean, divergence=problem.case.divergence, backend=backend,
+            workspace_mb=workspace_mb,
         ).loss
     )  # fmt: skip
 
@@ -162,7 +164,7 @@ def _floor(problem: Problem) -> Run:
     return run
 
 
-ROWWISE = frozenset({"ce+kl", "ce", "kl"})
+ROWWISE = frozenset({"ce+kl", "ce+jsd", "ce", "kl"})
 LOGITS = ROWWISE | set(PREFERENCES)  # those that need all V·N of them
 ALL = LOGITS | {"relation"}
 FLOOR = Method("floor", "matrix products alone (floor)", LOGITS, _floor)

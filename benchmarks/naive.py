@@ -7,6 +7,7 @@ relation weight 0.5), written anew, with rows picked by masks.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ def loss_of(problem: Problem) -> Tensor:
         z_t = _logits(*problem.teacher(), case.vocab)
     if case.loss == "relation":
         return _relation(z_s, z_t, [case.rows] * case.images)
-    kl = _kl(z_s, z_t)
-    return kl if case.loss == "kl" else F.cross_entropy(z_s, labels) + kl
+    divergence = _kl(z_s, z_t) if case.divergence == "forward_kl" else _jsd(z_s, z_t)
+    return divergence if case.loss == "kl" else F.cross_entropy(z_s, labels) + divergence
 
 
 def log_ratios(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -87,6 +88,13 @@ def _logits(h: Tensor, w: Tensor, vocab: int | None = None) -> Tensor:
 
 def _kl(z_s: Tensor, z_t: Tensor) -> Tensor:
     return F.kl_div(z_s.log_softmax(-1), z_t.softmax(-1), reduction="batchmean")
+
+
+def _jsd(z_s: Tensor, z_t: Tensor) -> Tensor:
+    log_q, log_p = z_s.log_softmax(-1), z_t.log_softmax(-1)
+    log_m = torch.logaddexp(log_q, log_p) - math.log(2)
+    halves = [F.kl_div(log_m, x, reduction="batchmean", log_target=True) for x in (log_p, log_q)]
+    return (halves[0] + halves[1]) / 2
 
 
 def _relation(z_s: Tensor, z_t: Tensor, rows: list[int]) -> Tensor:

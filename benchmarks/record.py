@@ -68,8 +68,9 @@ def save(record: dict[str, Any], folder: Path) -> Path:
     """Write the record and return its path; a run of the same day is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(record)
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return part.replace(path)  # whoever reads or stops it meanwhile finds a whole record
 
 
 def load(path: Path) -> dict[str, Any]:

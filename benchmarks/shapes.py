@@ -14,9 +14,10 @@ import torch
 
 #: Preference losses of pairs of answers, by the names of `mk.preference_loss`.
 PREFERENCES = {"dpo": "sigmoid", "kto": "kto_pair"}
-#: Which loss: CE + forward KL of the same rows (a distillation step), CE alone, forward KL alone,
-#: the relation loss of the logits of one image, or a preference loss with the teacher as reference.
-LOSSES = ("ce+kl", "ce", "kl", "relation", *PREFERENCES)
+#: Which loss: CE + forward KL or JSD of the same rows (a distillation step), CE alone, forward KL
+#: alone, the relation loss of the logits of one image, or a preference loss with the teacher as
+#: reference.
+LOSSES = ("ce+kl", "ce+jsd", "ce", "kl", "relation", *PREFERENCES)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Those that the promises are about.
@@ -73,6 +74,11 @@ class Case:
     def vocab(self) -> int:
         """V, the columns both models share."""
         return self.vocab_s if self.loss == "ce" else min(self.vocab_t, self.vocab_s)
+
+    @property
+    def divergence(self) -> str:
+        """Of a distillation step, by the names of `mk.Divergence`."""
+        return "jsd" if self.loss == "ce+jsd" else "forward_kl"
 
     @property
     def floor_flops(self) -> int:
@@ -284,29 +290,32 @@ def _cpu_suite() -> Suite:
     )
 
 
-def gpu_headline() -> tuple[Case, Case, Case]:
-    """What the targets on a GPU are about: head trained, head frozen, the relation of 8 images."""
+def gpu_headline() -> tuple[Case, Case, Case, Case]:
+    """What the targets on a GPU are about: head trained, head frozen, head trained with JSD, the
+    relation of 8 images.
+    """
     trained = case("qwen1.5-4b-0.5b", 8192, "bf16")
     frozen = replace(trained, train_head=False)
-    return trained, frozen, replace(frozen, rows=729, loss="relation", images=8)
+    relation = replace(frozen, rows=729, loss="relation", images=8)
+    return trained, frozen, replace(trained, loss="ce+jsd"), relation
 
 
 def _headline_suite() -> Suite:
-    trained, frozen, relation = gpu_headline()
+    cases = gpu_headline()
     return Suite(
         "headline",
         "a GPU's targets alone, a minute",
-        speed=(trained, frozen, relation),
-        memory=(trained, frozen, relation),
-        accuracy=(),
-        every_backend=(trained, frozen),
+        speed=cases,
+        memory=cases,
+        accuracy=_LADDERS,
+        every_backend=cases,
         rounds=10,
         device="cuda",
     )
 
 
 def _gpu_suite() -> Suite:
-    trained, frozen, relation = gpu_headline()
+    trained, frozen, jsd, relation = gpu_headline()
     both = (trained, frozen)
     middle = replace(trained, rows=4096)
     sweep = (replace(trained, rows=1024), middle, *with_vocab(middle, 32000, 65536))
@@ -327,6 +336,7 @@ def _gpu_suite() -> Suite:
         "one large GPU, minutes",
         speed=(
             *both,
+            jsd,
             *sweep,
             *other,
             relation,

@@ -64,8 +64,9 @@ def truth(problem: Problem) -> Truth:
     else:
         mean = 1 / case.rows
         loss, _, _ = reference.linear_distill(
-            z_s, z_t, problem.labels, ce_weight=0.0 if case.loss == "kl" else mean, kd_weight=mean
-        )
+            z_s, z_t, problem.labels, ce_weight=0.0 if case.loss == "kl" else mean, kd_weight=mean,
+            divergence=case.divergence,
+        )  # fmt: skip
     (dz,) = torch.autograd.grad(loss, z_s)
     slices = zip(dz.split(_SLICE, 1), ws[:vocab].split(_SLICE), strict=True)
     dh = torch.stack([columns @ part.double() for columns, part in slices]).sum(0)

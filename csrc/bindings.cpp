@@ -53,8 +53,8 @@ TORCH_LIBRARY(mllmkd_cuda, m) {
   m.def(
       "rows_(Tensor zs, Tensor? zt, Tensor? bs, Tensor? bt, Tensor? labels, Tensor? ce_weight, "
       "Tensor? kd_weight, Tensor? broken_s, Tensor? broken_t, str divergence, float param, float "
-      "temperature, float cap_s, float cap_t, int ignore_index, Tensor(a!)? dz, int cluster=0) -> "
-      "(Tensor ce, Tensor kd)");
+      "temperature, float cap_s, float cap_t, int ignore_index, Tensor(a!)? dz, int cluster=0, "
+      "bool standardize=False) -> (Tensor ce, Tensor kd)");
 }
 
 TORCH_LIBRARY_IMPL(mllmkd_cuda, CUDA, m) { m.impl("rows_", TORCH_FN(mllmkd::cuda_rows_)); }

@@ -68,6 +68,6 @@ std::tuple<at::Tensor, at::Tensor> cuda_rows_(
     const Optional& labels, const Optional& ce_weight, const Optional& kd_weight,
     const Optional& broken_s, const Optional& broken_t, std::string_view divergence, double param,
     double temperature, double cap_s, double cap_t, int64_t ignore_index,
-    const std::optional<at::Tensor>& dz, int64_t cluster);
+    const std::optional<at::Tensor>& dz, int64_t cluster, bool standardize);
 
 }  // namespace mllmkd

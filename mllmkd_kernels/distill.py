@@ -112,7 +112,7 @@ def fused_linear_distill(
             population standard deviation, gradient through σ included (LLAVADI's `norm_logits`);
             the temperature divides them. μ and σ are of the logits at hand, after bias and
             soft-cap, so a masked token (−inf) makes its row NaN. The cross-entropy sees the logits
-            as they are. The backend "cuda" has none.
+            as they are.
         main_grad: an accumulator of the caller's for the gradient of `student_weight`, contiguous,
             fp32 (fp64 for fp64), like Megatron's ``weight.main_grad``: backward adds dW to it in
             its dtype, unrounded, and forms no gradient in the weight's. To autograd the gradient of

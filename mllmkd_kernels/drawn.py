@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from mllmkd_kernels.pieces import zero_stage
 from mllmkd_kernels.rows import IGNORE_INDEX
 
 if TYPE_CHECKING:  # importing the package must not import transformers
@@ -86,14 +87,12 @@ class DrawsThroughView(Trainer):
         """What the view makes of a batch."""
         if self.view is None:
             return batch
-        zero: Any = self.accelerator.state.deepspeed_plugin
-        stage = 0 if zero is None else zero.deepspeed_config["zero_optimization"]["stage"]
         settings = getattr(self.objective, "settings", self.objective)
         moment = Moment(
             self.accelerator.unwrap_model(self.model), self.teacher, self.processing_class,
             self.args.seed, self.state.global_step, part, self.args.process_index, training,
-            whole=not self.is_fsdp_enabled and stage < 3, ignore_index=settings.ignore_index,
-            notes=self.notes if training else Counter(),
+            whole=not self.is_fsdp_enabled and zero_stage(self.accelerator) < 3,
+            ignore_index=settings.ignore_index, notes=self.notes if training else Counter(),
         )  # fmt: skip
         with torch.no_grad(), self.accelerator.autocast():
             return self.view(self._prepare_inputs(batch), moment)

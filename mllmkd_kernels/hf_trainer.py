@@ -47,6 +47,7 @@ from mllmkd_kernels.experts import check_adapters
 from mllmkd_kernels.llava_kd import LlavaKDLoss, LlavaKDOutput
 from mllmkd_kernels.models import hidden_size
 from mllmkd_kernels.objective import Losses, Objective
+from mllmkd_kernels.pieces import zero_stage
 from mllmkd_kernels.rows import Counts, RowCounts, by_name
 
 if TYPE_CHECKING:  # importing the package must not import transformers
@@ -306,10 +307,11 @@ class DistillMixin(DrawsThroughView, StepCounts, LoadsItsCheckpoints):
         if not len(self.objective.learned):
             return
         fsdp: Any = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if self.is_deepspeed_enabled or (fsdp is not None and fsdp.fsdp_version < 2):
+        if (fsdp is not None and fsdp.fsdp_version < 2) or zero_stage(self.accelerator) == 3:
             raise ValueError(
-                f"objective: its terms {list(self.objective.learned)} have parameters, which are "
-                "not whole under FSDP1 and not tried under DeepSpeed; expected DDP or FSDP2"
+                f"objective: its terms {list(self.objective.learned)} have parameters, which no "
+                "process could keep under FSDP1 or DeepSpeed's stage 3; expected DDP, FSDP2 or "
+                "stage 2"
             )
         # one that is no model may say its own
         known = hidden_size(teacher) if isinstance(teacher, nn.Module) else None

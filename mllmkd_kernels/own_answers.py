@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
@@ -45,6 +46,8 @@ def on_policy(
     * It never writes a token that stands for an image, nor one that the teacher does not have.
     * The log counts `own_answers`, `own_cut` (no end within `max_new_tokens`; all of it is
       compared) and `own_empty` (nothing but an end, which is compared).
+    * Under FSDP2 the ranks write in step, as many tokens as the longest answer of any: each token
+      gathers each unit.
     * In evaluation batches stay as they are.
 
     Args:
@@ -53,10 +56,10 @@ def on_policy(
         temperature: of the sampling.
 
     Raises:
-        ValueError: an argument out of its range. In a call: weights in pieces (FSDP, DeepSpeed's
-            third stage), packed rows, a teacher with batches of its own or rows that were stored;
-            entries of one value a token that nothing is known of; an answer without a prompt, or
-            with an image after it; no end token.
+        ValueError: an argument out of its range. In a call: weights in pieces of FSDP1 or of
+            DeepSpeed's third stage, packed rows, a teacher with batches of its own or rows that
+            were stored; entries of one value a token that nothing is known of; an answer without a
+            prompt, or with an image after it; no end token.
     """
     if not 0 <= probability <= 1:
         raise ValueError(f"probability: got {probability}, expected one from 0 to 1")
@@ -152,7 +155,9 @@ def _answers(
     )  # fmt: skip
     seed = moment.random(moment.rank).getrandbits(63)
     with in_eval(student), torch.no_grad(), seeded(seed, ids.device):
-        sequences = student.generate(**inputs, generation_config=config)
+        sequences = student.generate(
+            **inputs, generation_config=config, synced_gpus=not moment.whole
+        )
     written = sequences[:, inputs["input_ids"].shape[1] :]
     ends = torch.isin(written, written.new_tensor(stops))
     lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, written.shape[1])
@@ -221,7 +226,11 @@ def _refuse(batch: Batch, moment: Moment) -> None:
         if name not in known and isinstance(value, Tensor) and value.shape == shape
     ]
     for name, given, why in (
-        ("student", not moment.whole, "weights in pieces (FSDP, DeepSpeed stage 3), expected DDP"),
+        (
+            "student",
+            not moment.whole and not isinstance(moment.student, FSDPModule),
+            "weights in pieces of FSDP1 or DeepSpeed's stage 3, expected DDP, FSDP2 or stage 2",
+        ),
         ("teacher", batch.get("teacher"), "a batch of its own, expected the student's processor"),
         ("teacher_hidden", "teacher_hidden" in batch, "stored rows, expected a teacher that runs"),
         ("position_ids", "position_ids" in batch, "packed rows, expected padded ones"),

@@ -1,6 +1,5 @@
-"""What are the weights of a model that FSDP2 has in pieces? Whole ones, out and in.
-
-All processes must call these together.
+"""What are the weights of a model that FSDP2 has in pieces? Whole ones, out and in. All processes
+must call these together. And does DeepSpeed have them in pieces?
 """
 
 from __future__ import annotations
@@ -15,6 +14,12 @@ from torch.distributed.tensor import DTensor
 def whole(x: Any) -> Any:
     """A number or tensor, gathered where it is in pieces."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def zero_stage(accelerator: Any) -> int:
+    """Of DeepSpeed, whose third has weights in pieces; 0 without it."""
+    plugin = accelerator.state.deepspeed_plugin
+    return 0 if plugin is None else plugin.deepspeed_config["zero_optimization"]["stage"]
 
 
 def load_whole(model: nn.Module, state: dict[str, Tensor]) -> None:

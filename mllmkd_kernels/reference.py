@@ -166,6 +166,29 @@ def affinity(
     return torch.stack([gap.sum() / max(len(gap), 1) for gap in gaps]).mean()
 
 
+def contrast(
+    student: Tensor,  # (N, D_s)
+    teacher: Tensor,  # (N, D_t)
+    visual: Tensor,  # (P,)
+    response: Tensor,  # (M,)
+    cu_visual: Tensor,  # (samples + 1,)
+    cu_response: Tensor,  # (samples + 1,)
+) -> Tensor:
+    """Cross-entropies of the cosines of visual rows of one and response rows of another sample, in
+    both directions and over the number of answers; the mean over all pairs of samples.
+    """
+    units = [F.normalize(x, dim=-1) for x in (student, teacher)]
+    images, answers = (list(pairwise(cu.tolist())) for cu in (cu_visual, cu_response))
+    total = student.new_zeros(())
+    for a, b in images:
+        for c, d in answers:
+            if a < b and c < d:
+                ours, theirs = (u[visual[a:b]] @ u[response[c:d]].mT for u in units)
+                both = F.cross_entropy(ours, theirs) + F.cross_entropy(ours.mT, theirs.mT)
+                total = total + both / 2 / (d - c)
+    return total / max(len(images), 1) ** 2
+
+
 def preference(
     r_c: Tensor, r_r: Tensor, kind: str, beta: float, detach_baseline: bool = True
 ) -> Tensor:

@@ -214,9 +214,10 @@ class View:
         assert self.teacher is not None
         names, total = self.teacher.rows, self.teacher.hidden.shape[0]
         sizes = {each: len(self._select(each)[0]) for each in names}
-        most = sum(sizes.values())
+        most, read = sum(sizes.values()), self.needs.rows
+        read = read | {rows.kind_of(each)[0] for each in read}
         for missing in reversed(names):  # what no term reads need not be there
-            if total == most or missing in self.needs.rows:
+            if total == most or missing in read:
                 break
             most -= sizes[missing]
         if total != most:
@@ -225,11 +226,12 @@ class View:
                 f"teacher.hidden: has {total} selected rows, expected {each}, as labels and "
                 "image_mask select"
             )
-        if name not in sizes:
+        held = [each for each in names if each in (name, rows.kind_of(name)[0])]
+        if not held:
             raise ValueError(f"{name} rows: not among the selected ones, {', '.join(names)}")
-        start = sum(sizes[each] for each in names[: names.index(name)])
-        stop, device = start + sizes[name], self.teacher.hidden.device
-        return torch.arange(start, stop, dtype=torch.int64, device=device)
+        start = sum(sizes[each] for each in names[: names.index(held[0])])
+        within = torch.searchsorted(*(self._select(each)[0] for each in (held[0], name)))
+        return start + within.to(self.teacher.hidden.device)
 
 
 def _check_recorded(who: str, head: HeadInputs, needs: Needs) -> None:

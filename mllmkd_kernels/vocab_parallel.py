@@ -58,14 +58,16 @@ def vocab_parallel_distill(
     teacher_softcap: float | None = None,
     vocab_size: int | None = None,
     workspace_mb: float | None = None,
+    standardize: bool = False,
     main_grad: Tensor | None = None,  # (V_s of this rank, D_s)
     group: dist.ProcessGroup | None = None,
     held: VocabSlice | None = None,
 ) -> DistillOutput:
     """`fused_linear_distill` of heads that are cut by rows over the ranks of a process group.
 
-    Exchanged in forward: at most 32 bytes a row (64 in fp64) in three all-reduces a chunk, and the
-    N × D_s gradient of the hidden states once, in fp32. Nothing in backward.
+    Exchanged in forward: at most 32 bytes a row (64 in fp64) in three all-reduces a chunk, with
+    `standardize` 40 bytes more in four, and the N × D_s gradient of the hidden states once, in
+    fp32. Nothing in backward.
 
     Args:
         student_hidden, teacher_hidden: all N rows, on every rank.
@@ -73,7 +75,7 @@ def vocab_parallel_distill(
             which may be uneven or none, cut at the same tokens (`vocab_rows` cuts them so).
         labels: tokens of the whole vocabulary.
         ce_weight, kd_weight, divergence, temperature, ignore_index, student_softcap,
-            teacher_softcap: as in `fused_linear_distill`, the same on every rank.
+            teacher_softcap, standardize: as in `fused_linear_distill`, the same on every rank.
         vocab_size: the shared vocabulary; default the smaller of the two whole heads.
         workspace_mb: budget in MiB for the logits that exist at one time on a rank.
         main_grad: as in `fused_linear_distill`, for this rank's rows of the head.
@@ -102,7 +104,7 @@ def vocab_parallel_distill(
     cap_t = checks.softcap("teacher_softcap", teacher_softcap)
     targets = Targets(
         labels, ce_rows, kd_rows, Divergence.of(divergence), checks.temperature(temperature),
-        checks.integer("ignore_index", ignore_index),
+        checks.integer("ignore_index", ignore_index), standardize,
     )  # fmt: skip
     itemsize = accumulation_dtype(*given[:6]).itemsize
     chunk = plan.chunk_rows("eager", hs.shape[0], held.widest, blocks, itemsize, budget)

@@ -33,14 +33,28 @@ class Score:
     @classmethod
     def of(cls, z: Tensor, temperature: float) -> Score:
         """Of logits (C, V), which stay as they are."""
-        a = z - z.mean(-1, keepdim=True)
-        std = a.square().mean(-1, keepdim=True).sqrt()
-        spread = std + EPS
-        through = (temperature**2 / z.shape[1]) * spread / std
-        scale = 1 / (temperature * spread)
-        return cls(a.mul_(scale), scale, through.masked_fill_(std == 0, 0))
+        off = z - z.mean(-1, keepdim=True)
+        return cls.of_deviations(off, off.square().mean(-1, keepdim=True), z.shape[1], temperature)
 
-    def gradient(self, slope: Tensor) -> Tensor:
-        """∂D/∂z of ∂D/∂a (C, V), but for the factor `scale`."""
-        along = (slope * self.a).sum(-1, keepdim=True)
-        return torch.addcmul(slope, self.a, self.through * along, value=-1)
+    @classmethod
+    def of_deviations(
+        cls,
+        off: Tensor,  # (C, V) or some columns of it: z − μ, overwritten
+        variance: Tensor,  # (C, 1): σ²
+        vocab: int,
+        temperature: float,
+    ) -> Score:
+        """Of logits of which the mean is already taken."""
+        std = variance.sqrt()
+        spread = std + EPS
+        through = (temperature**2 / vocab) * spread / std
+        scale = 1 / (temperature * spread)
+        return cls(off.mul_(scale), scale, through.masked_fill_(std == 0, 0))
+
+    def along(self, slope: Tensor) -> Tensor:
+        """Σ_k G_k a_k (C,) of G (C, V), whose columns are those of `a`."""
+        return (slope * self.a).sum(-1)
+
+    def gradient(self, slope: Tensor, along: Tensor) -> Tensor:
+        """∂D/∂z of G = ∂D/∂a (C, V), but for the factor `scale`, given Σ G a over all columns."""
+        return torch.addcmul(slope, self.a, self.through * along[:, None], value=-1)

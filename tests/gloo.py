@@ -7,6 +7,7 @@ cases inside. The ranks meet through a file, never a port, and talk over gloo.
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch.multiprocessing.spawn import spawn
 
 #: A rank that waits longer for the others has lost them: it fails instead of hanging.
@@ -25,6 +28,12 @@ def on_ranks(ranks: int, work: Callable[..., Any], folder: Path, *arguments: Any
     """`work(*arguments)` on every rank, a module's function with a process group around it."""
     spawn(_rank, (ranks, work, str(folder), arguments), nprocs=ranks)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def pretend_fsdp() -> None:
+    """accelerate offers FSDP on accelerators alone; what it then does, gloo can do."""
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
 
 
 def _rank(

@@ -90,6 +90,7 @@ def asked(
     targets = Targets(
         p.labels if labelled else None, ce if labelled else None, kd if teacher else None,
         divergence, p.options.get("temperature", 1.0),
+        standardize=p.options.get("standardize", False),
     )  # fmt: skip
     return student, other if teacher else None, targets
 
@@ -122,10 +123,15 @@ def expected(p: Problem, divergence: Any = "forward_kl", dtype: Any = torch.floa
     z_s = reference.logits(hs, ws, bs, options.get("student_softcap"), v)
     z_t = reference.logits(exact.ht, exact.wt, exact.bt, options.get("teacher_softcap"), v)
     ce_weight, kd_weight = (w.to(dtype) for w in p.weights())
-    loss, ce, kd = reference.linear_distill(
-        z_s, z_t, p.labels, ce_weight=ce_weight, kd_weight=kd_weight, divergence=divergence,
-        temperature=temperature, ignore_index=options.get("ignore_index", -100),
-    )  # fmt: skip
+    hard, ce, _ = reference.linear_distill(
+        z_s, None, p.labels, ce_weight=ce_weight, ignore_index=options.get("ignore_index", -100)
+    )
+    if options.get("standardize"):
+        z_s, z_t = reference.standardize(z_s), reference.standardize(z_t)
+    soft, _, kd = reference.linear_distill(
+        z_s, z_t, kd_weight=kd_weight, divergence=divergence, temperature=temperature
+    )
+    loss = hard + soft
     loss.backward()
     assert hs.grad is not None and ws.grad is not None
     terms = loss.detach(), ce.detach(), kd.detach()

@@ -21,6 +21,13 @@ Samples = list[tuple[int, int]]  # visual and response rows of each
 SAMPLES: Samples = [(7, 3), (0, 4), (5, 0), (4, 9), (0, 0)]
 
 
+@pytest.fixture(params=["host", "device"])
+def ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefix sums that may be read, and such as lie on another device."""
+    if request.param == "device":
+        monkeypatch.setattr(cells, "_on_host", lambda *_: False)
+
+
 def inputs(samples: Samples, d_s: int = 6, d_t: int = 9, dtype: Any = torch.float32) -> list[Any]:
     """Rows lie anywhere, and some are neither visual nor response."""
     generator = torch.Generator().manual_seed(sum(map(sum, samples)))
@@ -56,11 +63,42 @@ def check_all(x: list[Any], **options: Any) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("tile", [2, 1024])
+@pytest.mark.usefixtures("ends")
 def test_values_and_gradients(
     joint: bool, tile: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cells, "TILE", tile)
     check_all(inputs(SAMPLES, dtype=dtype), joint=joint)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=lambda d: str(d)[6:])
+def test_the_contrastive_kind(dtype: torch.dtype) -> None:
+    """Between all samples, those without images or answers among them."""
+    x, row = inputs(SAMPLES, dtype=dtype), "16-bit gradient" if dtype.itemsize == 2 else "gradient"
+    want, plain = (
+        found([t.to(d) if t.is_floating_point() else t for t in x], reference.contrast)
+        for d in (torch.float64, torch.float32)
+    )
+    got = found(x, kind="contrastive")
+    check(got[0], want[0], "value", plain[0])
+    check(got[1], want[1], row, plain[1])
+
+
+def test_the_contrastive_kind_written_out() -> None:
+    x = inputs([(2, 3), (3, 1)], dtype=torch.float64)
+    s, t = (F.normalize(h, dim=-1) for h in x[:2])
+    total = 0.0
+    for images in (x[2][:2], x[2][2:]):
+        for answers in (x[3][:3], x[3][3:]):
+            for i in images:
+                for j in answers:
+                    c, target = torch.dot(s[i], s[j]), torch.dot(t[i], t[j])
+                    of_answers = torch.stack([torch.dot(s[i], s[k]) for k in answers]).exp().sum()
+                    of_images = torch.stack([torch.dot(s[k], s[j]) for k in images]).exp().sum()
+                    ahead = target * (of_answers.log() - c) / len(images)
+                    back = target * (of_images.log() - c) / len(answers)
+                    total += float(ahead + back) / 2 / len(answers) / 4
+    assert float(mk.affinity_loss(*x, kind="contrastive")) == pytest.approx(total, rel=1e-12)
 
 
 @given(
@@ -93,6 +131,7 @@ def test_the_gradient_by_finite_differences() -> None:
 
 
 @pytest.mark.parametrize("eps", LADDER)
+@pytest.mark.usefixtures("ends")
 def test_the_ladder(eps: float) -> None:
     x = inputs([(40, 30)], 32, 32)
     x[1] = x[0] + eps * torch.randn_like(x[0])
@@ -113,15 +152,19 @@ def test_no_matrix_of_a_large_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watch.tally.largest < 300 * 200 / 8
 
 
+@pytest.mark.usefixtures("ends")
 def test_hostile_rows() -> None:
     """A row of zeros has cosine 0 with all; NaN stays in its sample's rows and the loss."""
     x = inputs(SAMPLES)
     x[0][x[2][0]] = 0
     check_all(x)
-    x = inputs(SAMPLES)
-    x[0][x[2][0], 2] = torch.nan
-    loss, grad = found(x)
-    assert loss.isnan() and grad[x[2][7:]].isfinite().all()
+    for model in (0, 1):
+        for kind in (2, 3):
+            x = inputs(SAMPLES)
+            x[model][x[kind][0], 2] = torch.nan
+            loss, grad = found(x)
+            assert loss.isnan() and grad[x[2][:7]].isnan().any() and grad[x[3][:3]].isnan().any()
+            assert grad[x[2][7:]].isfinite().all() and grad[x[3][3:]].isfinite().all()
     x = inputs(SAMPLES)
     x[0] *= 1e18  # squares overflow fp32
     clean = inputs(SAMPLES)
@@ -144,6 +187,8 @@ def test_bad_input_is_named() -> None:
         ({"response": [1]}, r"response: expected int64 of shape \(rows,\), got list"),
         ({"cu_visual": x["cu_visual"][1:]}, "cu_visual: expected a non-decreasing prefix sum"),
         ({"cu_response": x["cu_response"][::2].contiguous()}, "cu_response: is of 1 samples, cu_v"),
+        ({"kind": "cubed"}, "kind: got 'cubed', expected one of squared, contrastive"),
+        ({"kind": "contrastive", "joint": True}, "joint: kind 'contrastive' has no other mean"),
     ]
     for change, message in faults:
         with pytest.raises(ValueError, match=message):

@@ -67,7 +67,7 @@ def _cuda() -> None:
     from mllmkd_kernels.backends import cuda
 
     cuda.why_not = lambda device=None: ""
-    cuda.rows_ = lambda zs, *_: (torch.empty_like(zs[:, 0]), torch.empty_like(zs[:, 0]))
+    cuda.rows_ = lambda zs, *_, **__: (torch.empty_like(zs[:, 0]), torch.empty_like(zs[:, 0]))
     _raw(ops.linear_distill)(
         *_heads(), _row("int64"), _row(), _row(), "jsd", 0.5, 2.0, 30.0, 0.0, 4096, -100, True,
         True, True, "cuda", 0.0,
@@ -90,6 +90,16 @@ def _relation() -> None:
     gram_s, gram_t = _empty(64, 64), _empty(96, 96)
     arguments = (h, gram_s, t, gram_t, _empty(5, dtype="int32"), True, True, "triton", False)
     _raw(relation_ops.relation)(*arguments)
+
+
+def _affinity() -> None:
+    from mllmkd_kernels import contrast, relation_ops
+
+    rows = [_empty(300, d) for d in (64, 64, 96, 96)]
+    cu = [_empty(5, dtype="int32") for _ in range(2)]
+    for joint in (False, True):
+        _raw(relation_ops.affinity)(*rows, *cu, joint, True, True)
+    contrast.contrast(*rows, *cu)
 
 
 def _gram() -> None:
@@ -126,7 +136,7 @@ def main() -> None:
     with _pretending():
         for algorithm in ("chunk", "stream"):
             _distill(algorithm)
-        for case in (_cuda, _logprob, _relation, _gram):
+        for case in (_cuda, _logprob, _relation, _affinity, _gram):
             case()
         try:
             _row().sum().item()

@@ -173,6 +173,27 @@ def test_the_released_affinity_is_one_mean_over_all_cells() -> None:
     check(got, want.detach(), "fp32 weights")
 
 
+def test_the_released_contrastive_affinity() -> None:
+    s, t = heads()
+    batch = batch_of()
+    term = {"affinity": 1.0, "affinity_kind": "contrastive", "ce": 0.0, "response": 0.0}
+    got = built(**term, features=0.0, **UNSHIFTED)(s, t, batch).loss
+    images, answers, want = batch["image_mask"], batch["labels"] != IGNORE, torch.zeros(())
+    for i in range(B):
+        for j in range(B):
+            if not images[i].any() or not answers[j].any():
+                continue
+            pairs = [
+                (F.normalize(h.hidden[i][images[i]], dim=-1),
+                 F.normalize(h.hidden[j][answers[j]], dim=-1))
+                for h in (s, t)
+            ]  # fmt: skip
+            ours, theirs = (a @ b.T for a, b in pairs)
+            both = F.cross_entropy(ours, theirs) + F.cross_entropy(ours.T, theirs.T)
+            want = want + both / 2 / answers[j].sum()
+    check(got, want.detach() / B / B, "fp32 weights")
+
+
 def test_cosine_features() -> None:
     s, t = heads()
     batch, objective = batch_of(), built(response=0.0, ce=0.0, feature_loss="cosine")

@@ -276,6 +276,57 @@ def test_a_spread_beside_a_large_mean(offset: float, backend: str) -> None:
     torch.testing.assert_close(kd, standard(p, backend)[1], rtol=1e-3, atol=0)
 
 
+def rounding_of_capped_logits(
+    y_s: Tensor, y_t: Tensor, divergence: str
+) -> tuple[Found, Found, Tensor]:
+    """D (N,) and its gradient (N, V) for the logits tanh(y), z-scored, in fp64; how far each and
+    the scores move, row by row, for an error of 1 in tanh(y) and in its slope.
+    """
+    y, t = y_s.double(), y_t.double().tanh()
+    z, slope = y.tanh().requires_grad_(), y.cosh() ** -2
+    a, b = reference.standardize(z), reference.standardize(t)
+    loss, _, kd = reference.linear_distill(a, b, kd_weight=1.0, divergence=divergence)
+    (dz,) = torch.autograd.grad(loss, z)
+    a, p, q, kd = a.detach(), b.softmax(-1), a.detach().softmax(-1), kd.detach()
+    sigma = reference.logit_std(z.detach())
+    moved = 1 + 1 / torch.minimum(sigma, reference.logit_std(t))  # a score, by 1/σ
+    along = ((p + q) * a.abs()).sum(-1, keepdim=True)
+    terms = slope * (p + q + a.abs() * along / y.shape[1])  # of which the gradient is a sum
+    bounds = (
+        moved * ((q - p).abs().sum(-1) + kd),
+        moved * terms.norm(dim=-1) / sigma + dz.norm(dim=-1),
+    )
+    return (kd, dz * slope), bounds, moved
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+def test_z_scores_of_saturated_logits_lose_what_rounding_them_loses(
+    dtype: torch.dtype, divergence: str, backend: str
+) -> None:
+    """Where a soft-cap saturates a whole row σ is small, down to 1e-6 of the cap: errors of 1 are
+    possible in fp32. All of it is that of a logit and a slope that are correct to the last place or
+    two: the very same code has it in fp64, 5e8 times smaller.
+    """
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("fp32 alone")
+    steep, side = torch.logspace(-0.5, 1, 24)[:, None], torch.arange(3.0).repeat(8)[:, None]
+    y_s, y_t = ((steep * (side + torch.randn(24, 64))).to(dtype) for _ in range(2))
+    want, bounds, moved = rounding_of_capped_logits(y_s, y_t, divergence)
+    head = torch.eye(64, dtype=dtype)  # the hidden states are the logits
+    out = mk.fused_linear_distill(
+        y_s.requires_grad_(), head, y_t, head, student_softcap=1.0, teacher_softcap=1.0,
+        divergence=divergence, standardize=True, backend=backend,
+    )  # fmt: skip
+    got = out.kd, *torch.autograd.grad(out.loss, y_s)
+    place = torch.finfo(dtype).eps / 2
+    representable = place * moved < 1e-2  # the scores are; else nothing is left to compare
+    assert representable.sum() > 12
+    for x, truth, bound, times in zip(got, want, bounds, (16, 6), strict=True):
+        error = (x - truth).view(24, -1).norm(dim=-1) / (place * bound)
+        assert error[representable].max() < times
+
+
 def test_rows_without_any_spread(backend: str) -> None:
     """Constant logits score 0: the softmax is uniform, and nothing goes back through σ."""
     p = replace(problem("aligned"), hs=torch.zeros(32, 64))

@@ -21,7 +21,7 @@ import mllmkd_kernels as mk
 from mllmkd_kernels import Moment, methods, on_policy
 from mllmkd_kernels.batch import counts_of, image_token_id
 from tests import pair
-from tests.gloo import on_ranks
+from tests.gloo import on_ranks, pretend_fsdp
 from tests.test_trainer_mixin import MixedTrainer, arguments, copied, moved
 from tests.tiny_models import IMAGE, V, build
 
@@ -169,7 +169,7 @@ def test_the_global_generator_and_the_place_in_a_run() -> None:
 @pytest.mark.parametrize(
     ("change", "moment", "message"),
     [
-        ({}, {"whole": False}, r"^student: on_policy got weights in pieces .*expected DDP"),
+        ({}, {"whole": False}, r"^student: on_policy got weights in pieces .*expected DDP, FSDP2"),
         ({"teacher": {"labels": 1}}, {}, r"^teacher: on_policy got a batch of its own"),
         ({"teacher_hidden": torch.ones(2, 2)}, {}, r"^teacher_hidden: on_policy got stored rows"),
         ({"position_ids": torch.ones(1, 9)}, {}, r"^position_ids: on_policy got packed rows"),
@@ -266,11 +266,23 @@ def test_cross_entropy_leaves_own_answers_out(own: tuple[bool, ...]) -> None:
 # --- a trainer ------------------------------------------------------------------------------------
 
 
-def trainer(out: Path, view: Any = LIKELIEST, ce: float = 0.7, **options: Any) -> MixedTrainer:
+def models() -> tuple[Any, Any]:
+    """Of a student that ends its first two answers early, so that no rank ends with another."""
     student, teacher = pair.models()
+    student.generation_config.eos_token_id = [2, 73, 86]
+    return student, teacher
+
+
+def trainer(
+    out: Path, view: Any = LIKELIEST, ce: float = 0.7, *, in_pieces: bool = False, **options: Any
+) -> MixedTrainer:
+    student, teacher = models()
+    args = arguments(out, **options)
+    if in_pieces:
+        pretend_fsdp()
     return MixedTrainer(
         model=student, teacher=teacher, objective=objective(ce), view=view,
-        args=arguments(out, **options), train_dataset=pair.samples(),
+        args=args, train_dataset=pair.samples(),
         eval_dataset=pair.samples(), data_collator=pair.collate,
     )  # fmt: skip
 
@@ -297,9 +309,9 @@ def assert_steps(step: dict[str, Tensor], student: Any) -> None:
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_a_step_is_over_the_rows_that_the_view_made(accumulate: int, tmp_path: Path) -> None:
     size = 8 // accumulate
-    options = {"per_device_train_batch_size": size}
+    options: dict[str, Any] = {"per_device_train_batch_size": size}
     run = trainer(tmp_path, alternately, gradient_accumulation_steps=accumulate, **options)
-    student, teacher = pair.models()
+    student, teacher = models()
     parts = [pair.collate(pair.samples()[i : i + size]) for i in range(0, 8, size)]
     parts = [alternately(b, Moment(student, teacher, part=i)) for i, b in enumerate(parts)]
     loss = naive(student, teacher, parts, ce=0.7)
@@ -330,30 +342,64 @@ def test_a_run_that_goes_on_writes_as_one_that_did_not_stop(tmp_path: Path) -> N
     assert any("own_answers" in entry for entry in logs[0])
 
 
+WRAPPERS = ("DistributedDataParallel", "FSDPLlavaForConditionalGeneration")
+
+
 def on_a_rank(out: Path) -> Any:
-    """A step of 2 × 2 micro-batches, and what a coin says in 8 steps."""
+    """What a coin says in 8 steps; a step of 2 × 2 micro-batches, and the own ones of them."""
     rank = str(dist.get_rank())
     os.environ.update(
-        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost"
-    )
-    run = trainer(out, alternately, gradient_accumulation_steps=2)
-    step, logged = stepped(run)
-    assert type(run.model_wrapped).__name__ == "DistributedDataParallel"
+        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost",
+        FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+        FSDP_TRANSFORMER_CLS_TO_WRAP="Qwen2DecoderLayer", FSDP_RESHARD_AFTER_FORWARD="true",
+    )  # fmt: skip
     coins = trainer(out, on_policy(0.5, 2), max_steps=8, learning_rate=0.0)
     coins.train()
-    return step, logged, [e.get("own_answers", 0) for e in coins.state.log_history[:8]]
+    found: dict[str, Any] = {
+        "coins": [e.get("own_answers", 0) for e in coins.state.log_history[:8]]
+    }
+    for wrapper in WRAPPERS:
+        drawn = []
+
+        def view(batch: Any, moment: Moment, kept: list[Tensor] = drawn) -> Any:
+            seen = alternately(batch, moment)
+            kept += [seen["input_ids"]] if seen is not batch else []
+            return seen
+
+        in_pieces = wrapper.startswith("FSDP")
+        run = trainer(out, view, in_pieces=in_pieces, gradient_accumulation_steps=2)
+        found[wrapper] = (*stepped(run), drawn)
+        assert type(run.model_wrapped).__name__ == wrapper
+    return found
 
 
-def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
-    (step, logged, coins), (_, _, same) = on_ranks(2, on_a_rank, tmp_path, tmp_path)
-    student, teacher = pair.models()
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    folder = tmp_path_factory.mktemp("ranks")
+    return on_ranks(2, on_a_rank, folder, folder)
+
+
+@pytest.mark.parametrize(
+    "wrapper", ["DistributedDataParallel", "FSDPLlavaForConditionalGeneration"]
+)
+def test_two_processes_make_the_step_of_one(wrapper: str, ranks: list[Any]) -> None:
+    """In pieces, too, where no process could write alone."""
+    student, teacher = models()
     parts = [pair.collate(pair.samples()[i : i + 2]) for i in range(0, 8, 2)]
     parts = [  # the ranks take batches in turn: 0 and 1 are the first of each
         alternately(b, Moment(student, teacher, part=i // 2)) for i, b in enumerate(parts)
     ]
     loss = naive(student, teacher, parts, ce=0.7)
     loss.backward()
-    assert_steps(step, student)
-    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert logged["own_answers"] == 4
-    assert coins == same and set(coins) == {0, 4}
+    for rank, found in enumerate(ranks):
+        step, logged, (drawn,) = found[wrapper]
+        assert torch.equal(drawn, parts[rank]["input_ids"])
+        assert logged["own_cut"] == 2  # of the second rank alone
+        assert_steps(step, student)
+        assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert logged["own_answers"] == 4
+
+
+def test_a_coin_falls_alike_in_all_processes(ranks: list[Any]) -> None:
+    coins = [found["coins"] for found in ranks]
+    assert coins[0] == coins[1] and set(coins[0]) == {0, 4}

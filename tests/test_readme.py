@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import mllmkd_kernels as mk
+from benchmarks import targets
+from benchmarks.shapes import gpu_headline
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -23,6 +25,31 @@ def test_explained_plans_are_those_of_the_package() -> None:
     assert len(shown) == 3
     for call, output in shown:
         assert output.strip() == str(eval(call, {"mk": mk, "torch": torch})).strip()
+
+
+def test_targets_on_a_gpu_and_what_the_model_says_of_them_are_those_of_the_package() -> None:
+    pytest.importorskip("triton")
+    *cases, _ = gpu_headline()
+    bounds = (targets.GPU_OVER_FLOOR, targets.GPU_OVER_FLOOR, targets.GPU_OVER_FLOOR_JSD)
+    found = []
+    for case, most in zip(cases, bounds, strict=True):
+        plans = [
+            mk.explain(
+                case.rows, case.vocab, case.d_s, case.d_t, dtype=torch.bfloat16, device="cuda",
+                gpu="h100", backend=backend, divergence=case.divergence,
+                train_head=case.train_head,
+            )
+            for backend in ("triton", "cuda")
+        ]  # fmt: skip
+        best = min(p.seconds / p.floor_seconds for p in plans if p.seconds and p.floor_seconds)
+        assert best > most, case.title  # or it is not missed, and the sentence is another
+        found.append(f"{best:.2f}x")
+    words = " ".join(README.read_text(encoding="utf-8").split())
+    assert f"the better backend is at {found[0]}, {found[1]} and {found[2]}." in words
+    memory, relation = targets.GPU_MEMORY_GIB, targets.GPU_RELATION
+    for figure in (f"{bounds[0]:.2f}x of", f"{bounds[2]:.2f}x with JSD", f"{memory} GiB"):
+        assert figure in words
+    assert f"{relation:.0f}x faster than through the logits" in words
 
 
 def anchors(document: Path) -> set[str]:

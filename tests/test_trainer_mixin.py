@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 import mllmkd_kernels as mk
 from mllmkd_kernels.batch import count_rows, image_token_id
+from mllmkd_kernels.pieces import whole
 from mllmkd_kernels.rows import image_seqlens
 from tests import pair
 from tests.tiny_models import IMAGE, build
@@ -67,7 +68,7 @@ def trainer(out: Path, student: Any, teacher: Any, **options: Any) -> MixedTrain
 
 
 def moved(before: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    return {name: before[name] - p.detach() for name, p in model.named_parameters()}
+    return {name: before[name] - whole(p.detach()) for name, p in model.named_parameters()}
 
 
 def copied(model: nn.Module) -> dict[str, Tensor]:

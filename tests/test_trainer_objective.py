@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import mllmkd_kernels as mk
-from mllmkd_kernels import Objective, RowTerm, learned
+from mllmkd_kernels import Objective, RowTerm, hf_trainer, learned
 from mllmkd_kernels.batch import counts_of, image_token_id
 from mllmkd_kernels.methods import llava_kd
 from mllmkd_kernels.terms import Features
@@ -137,7 +137,7 @@ def test_an_objective_that_cannot_be_computed_is_refused(tmp_path: Path) -> None
         run(teacher=lambda batch: None, objective=learning())
 
 
-@pytest.mark.parametrize("shards", ["is_fsdp_enabled", "is_deepspeed_enabled"])  # FSDP1
+@pytest.mark.parametrize("shards", ["FSDP1", "ZeRO-3"])
 def test_parameters_that_would_be_sharded_are_refused(
     shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,9 +146,10 @@ def test_parameters_that_would_be_sharded_are_refused(
 
     def launched(self: Any) -> None:
         make(self)
-        setattr(self, shards, True)
+        self.is_fsdp_enabled = shards == "FSDP1"
         first = SimpleNamespace(fsdp_version=1)
         monkeypatch.setattr(self.accelerator.state, "fsdp_plugin", first, raising=False)
+        monkeypatch.setattr(hf_trainer, "zero_stage", lambda _: 3 if shards == "ZeRO-3" else 0)
 
     monkeypatch.setattr(MixedTrainer, "_refuse_what_would_be_ignored", launched)
     with pytest.raises(ValueError, match=r"objective: its terms \['features'\] have parameters"):

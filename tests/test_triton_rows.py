@@ -1,12 +1,12 @@
-"""Is Triton's row kernel right, with a row in one block and in many, and the chunked algorithm
-around it?
+"""Is the chunked algorithm around the row kernels right, and what is Triton's row kernel's alone?
+What all row kernels share is in test_row_kernels.py.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -31,231 +31,6 @@ from tests.problems import (
 )
 from tests.tolerances import LADDER, check, ladder_bound, ladder_value_bound, relative_error
 
-#: 100 columns are 4 blocks of 32, the last one with 4, or one of 128.
-BLOCKS = {"many-blocks": {"BLOCK": 32, "num_warps": 1}, "one-block": {"BLOCK": 128, "num_warps": 2}}
-V = 100
-
-
-@pytest.fixture(params=BLOCKS)
-def launch(request: pytest.FixtureRequest) -> dict[str, int]:
-    return BLOCKS[request.param]
-
-
-class Block(NamedTuple):
-    """Logits of 6 rows as the products made them; row 1 has no label, row 4 no weight at all."""
-
-    z_s: Tensor  # (6, V)
-    z_t: Tensor | None
-    b_s: Tensor | None  # (V,)
-    b_t: Tensor | None
-    labels: Tensor | None  # (6,)
-    ce_weight: Tensor | None
-    kd_weight: Tensor | None
-
-
-def block(device: torch.device) -> Block:
-    z_s, z_t = (torch.randn(2, 6, V) * 3).to(device)
-    labels = torch.tensor([3, -100, V - 1, 0, 17, 50])
-    ce_weight, kd_weight = torch.rand(2, 6) + 0.5
-    ce_weight[4] = kd_weight[4] = 0
-    kd_weight[2] = ce_weight[3] = 0  # one of the two
-    return Block(
-        z_s, z_t, None, None, labels.to(device), ce_weight.to(device), kd_weight.to(device)
-    )
-
-
-class Terms(NamedTuple):
-    ce: Tensor  # (6,)
-    kd: Tensor  # (6,)
-    dz: Tensor | None  # (6, V)
-
-
-def run_rows(
-    b: Block,
-    divergence: str,
-    launch: dict[str, int],
-    dz_dtype: torch.dtype | None = torch.float32,
-    temperature: float = 1.0,
-    caps: tuple[float, float] = (0.0, 0.0),
-    standardize: bool = False,
-) -> Terms:
-    """The kernel, on copies whose rows lie farther apart than they are long, with NaN between."""
-
-    def spread(z: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        if z is None:
-            return None
-        copy = z.new_full((z.shape[0], rows.row_stride(V) + 16), math.nan, dtype=dtype)[:, :V]
-        return copy.copy_(z)
-
-    z_s = spread(b.z_s)
-    assert z_s is not None
-    ce, kd = (torch.zeros(z_s.shape[0], device=z_s.device) for _ in range(2))
-    dz = None
-    if dz_dtype is not None:  # fp32 in the place of the logits, 16 bits elsewhere
-        dz = spread(b.z_s if dz_dtype != torch.float32 else None, dz_dtype)
-        dz = z_s if dz is None else dz
-    rows.row_losses(
-        z_s, spread(b.z_t), b.b_s, b.b_t, b.labels, b.ce_weight, b.kd_weight, ce, kd, divergence,
-        Divergence(divergence).param, temperature, *caps, -100, dz, launch,
-        standardize=standardize,
-    )  # fmt: skip
-    if dz is not z_s:
-        assert torch.equal(z_s, b.z_s)  # nobody asked for it to be overwritten
-    return Terms(ce, kd, dz)
-
-
-def definition(
-    b: Block,
-    divergence: str,
-    dtype: torch.dtype = torch.float64,
-    temperature: float = 1.0,
-    caps: tuple[float, float] = (0.0, 0.0),
-    standardize: bool = False,
-) -> Terms:
-    """The same by autograd of the reference."""
-
-    def head(z: Tensor | None, bias: Tensor | None, cap: float) -> Tensor | None:
-        if z is None:
-            return None
-        z = z if bias is None else z + bias[:V].to(dtype)
-        return cap * torch.tanh(z / cap) if cap else z
-
-    z = b.z_s.detach().clone().to(dtype).requires_grad_()
-    z_s = head(z, b.b_s, caps[0])
-    z_t = head(None if b.z_t is None else b.z_t.to(dtype), b.b_t, caps[1])
-    assert z_s is not None
-    hard, ce, _ = reference.linear_distill(
-        z_s, None, b.labels, ce_weight=0.0 if b.ce_weight is None else b.ce_weight.to(dtype)
-    )
-    if standardize and z_t is not None:
-        z_s, z_t = reference.standardize(z_s), reference.standardize(z_t)
-    soft, _, kd = reference.linear_distill(
-        z_s, z_t, kd_weight=0.0 if b.kd_weight is None else b.kd_weight.to(dtype),
-        divergence=divergence, temperature=temperature,
-    )  # fmt: skip
-    (hard + soft).backward()
-    return Terms(ce.detach(), kd.detach(), z.grad)
-
-
-def check_terms(b: Block, divergence: str, launch: dict[str, int], **options: Any) -> None:
-    got, want = run_rows(b, divergence, launch, **options), definition(b, divergence, **options)
-    plain = definition(b, divergence, torch.float32, **options)
-    check(got.ce, want.ce, "value", plain.ce, what="ce")
-    check(got.kd, want.kd, "value", plain.kd, what="kd")
-    assert got.dz is not None and want.dz is not None and plain.dz is not None
-    check(got.dz, want.dz, "gradient", plain.dz, what="dz")
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_block_of_logits(divergence: str, launch: dict[str, int], device: torch.device) -> None:
-    check_terms(block(device), divergence, launch)
-
-
-@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_everything_at_once(
-    divergence: str, dtype: torch.dtype, launch: dict[str, int], device: torch.device
-) -> None:
-    """Biases longer than the vocabulary, soft-caps, a temperature."""
-    bias = torch.randn(2, V + 3, device=device).to(dtype)
-    b = block(device)._replace(b_s=bias[0], b_t=bias[1])
-    check_terms(b, divergence, launch, temperature=1.7, caps=(4.0, 6.0))
-
-
-@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
-def test_z_scored_logits(divergence: str, launch: dict[str, int], device: torch.device) -> None:
-    """Of what biases and soft-caps make; beside a large mean nothing cancels. A broken row stays
-    alone and silent, and one of equal logits, whose σ is 0, keeps its gradient.
-    """
-    bias = torch.randn(2, V + 3, device=device) + 40
-    b = block(device)._replace(b_s=bias[0], b_t=bias[1])
-    check_terms(b, divergence, launch, standardize=True)
-    check_terms(b, divergence, launch, standardize=True, temperature=1.7, caps=(90.0, 60.0))
-    assert b.z_t is not None
-    b.z_s[4], b.z_t[4] = math.nan, math.inf  # of no weight
-    b = b._replace(b_s=None, z_s=b.z_s.index_fill(0, torch.tensor(5, device=device), 0.0))
-    got = run_rows(b, divergence, launch, standardize=True)
-    assert got.dz is not None and not got.dz[4].any() and got.dz[5].isfinite().all()
-    assert got.kd[4].isnan() and got.kd[:4].isfinite().all()
-
-
-def test_cross_entropy_alone(launch: dict[str, int], device: torch.device) -> None:
-    """Without a teacher the temperature has nothing to say."""
-    b = block(device)._replace(z_t=None, kd_weight=None)
-    check_terms(b, "forward_kl", launch)
-    warm = run_rows(b, "forward_kl", launch, temperature=3.0)
-    check(warm.ce, definition(b, "forward_kl").ce, "value")
-
-
-@pytest.mark.parametrize("divergence", ["soft_cross_entropy", "reverse_kl"])
-def test_a_teacher_alone(divergence: str, launch: dict[str, int], device: torch.device) -> None:
-    b = block(device)._replace(labels=None, ce_weight=None)
-    check_terms(b, divergence, launch, temperature=2.0)
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_tokens_that_the_teacher_forbids(
-    divergence: str, launch: dict[str, int], device: torch.device
-) -> None:
-    b_t = torch.zeros(V, device=device)
-    b_t[::3] = -math.inf
-    b = block(device)._replace(b_t=b_t)
-    if divergence != "reverse_kl":
-        check_terms(b, divergence, launch)
-    else:  # q log(q/0)
-        assert (run_rows(b, divergence, launch).kd == math.inf).all()
-
-
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
-@pytest.mark.parametrize("cap", [0.0, 5.0], ids=["no-cap", "cap"])
-def test_gradients_of_16_bits_are_rounded_once(
-    divergence: str, cap: float, launch: dict[str, int], device: torch.device
-) -> None:
-    b = block(device)
-    exact = run_rows(b, divergence, launch, caps=(cap, cap))
-    rounded = run_rows(b, divergence, launch, torch.bfloat16, caps=(cap, cap))
-    assert exact.dz is not None and rounded.dz is not None
-    assert torch.equal(rounded.dz, exact.dz.bfloat16())
-    assert torch.equal(rounded.kd, exact.kd) and torch.equal(rounded.ce, exact.ce)
-
-
-@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
-def test_values_without_gradients(
-    divergence: str, launch: dict[str, int], device: torch.device
-) -> None:
-    b = block(device)
-    alone, beside = run_rows(b, divergence, launch, None), run_rows(b, divergence, launch)
-    assert alone.dz is None
-    assert torch.equal(alone.ce, beside.ce) and torch.equal(alone.kd, beside.kd)
-
-
-@pytest.mark.parametrize("divergence", ["forward_kl", "total_variation"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("cap", [0.0, 5.0], ids=["no-cap", "cap"])
-def test_a_broken_row_is_nan_and_silent_without_weight(
-    divergence: str, value: float, cap: float, launch: dict[str, int], device: torch.device
-) -> None:
-    """Row 0 counts, row 4 does not; both hold what a hidden state with an inf or NaN leads to."""
-    b, caps = block(device), (cap, cap)
-    whole = run_rows(b, divergence, launch, caps=caps)
-    b.z_s[[0, 4]] = value
-    b.z_s[[0, 4], ::2] *= -1
-    got = run_rows(b, divergence, launch, caps=caps)
-    assert got.dz is not None and whole.dz is not None
-    assert got.ce[0].isnan() and got.kd[0].isnan() and got.dz[0].isnan().any()
-    assert not got.dz[4].any()
-    others = [1, 2, 3, 5]
-    assert torch.equal(got.kd[others], whole.kd[others])
-    assert torch.equal(got.dz[others], whole.dz[others])
-
-
-def test_equal_models_cost_nothing(launch: dict[str, int], device: torch.device) -> None:
-    b = block(device)._replace(labels=None, ce_weight=None)
-    b = b._replace(z_t=b.z_s.clone())
-    for divergence in ("forward_kl", "reverse_kl", "jsd", "total_variation"):
-        got = run_rows(b, divergence, launch)
-        assert got.dz is not None and not got.kd.any() and not got.dz.any()
-
 
 @pytest.mark.parametrize("extra", [0, 1], ids=["multiple", "one-more"])
 def test_lengths_around_a_block(extra: int, device: torch.device) -> None:
@@ -269,12 +44,12 @@ def test_lengths_around_a_block(extra: int, device: torch.device) -> None:
 
 
 def test_blocks_of_different_strides_are_refused(device: torch.device) -> None:
-    b = block(device)
-    assert b.z_t is not None
+    z_s, z_t = torch.zeros(6, 100, device=device), torch.zeros(6, 101, device=device)[:, :100]
+    weight = z_s[:, 0]
     with pytest.raises(ValueError, match=r"z_t: rows are 101 elements apart, those of z_s 100"):
         rows.row_losses(
-            b.z_s, torch.empty(6, 101, device=device)[:, :V], None, None, b.labels, b.ce_weight,
-            b.kd_weight, b.z_s[:, 0], b.z_s[:, 1], "forward_kl", 0.0, 1.0, 0.0, 0.0, -100, None,
+            z_s, z_t, None, None, None, None, weight, weight, weight, "forward_kl", 0.0, 1.0, 0.0,
+            0.0, -100, None,
         )  # fmt: skip
 
 
@@ -424,7 +199,7 @@ def test_the_cuda_kernel_is_called_as_it_is_documented(
 ) -> None:
     """With Triton's kernel behind the CUDA kernel's signature both drivers give the same bits."""
 
-    def rows_(*a: Any) -> tuple[Tensor, Tensor]:
+    def rows_(*a: Any, standardize: bool) -> tuple[Tensor, Tensor]:
         z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, broken_s, broken_t, *options = a
         assert z_s.stride() == z_t.stride() == (rows.row_stride(p.vocab), 1)
         assert not broken_s.any() and broken_t.dtype == torch.bool
@@ -434,13 +209,14 @@ def test_the_cuda_kernel_is_called_as_it_is_documented(
         first = torch.empty(len(z_s), z_s.stride(0), dtype=dz.dtype, device=device)
         rows.row_losses(
             z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, ce, kd, divergence, param,
-            temperature, cap_s, cap_t, ignore_index, first[:, : p.vocab],
+            temperature, cap_s, cap_t, ignore_index, first[:, : p.vocab], standardize=standardize,
         )  # fmt: skip
         dz.copy_(first[:, : p.vocab])  # which may lie in z_s: the CUDA kernel has read it by then
         return ce, kd
 
     monkeypatch.setattr(cuda, "rows_", rows_)
     p = problem("ragged", dtype)
+    p = replace(p, options=p.options | {"standardize": True})
     want = run_chunks(p, "jsd", device, chunk_rows=5)
     monkeypatch.setattr(chunk, "distill_rows", chunk.distill_rows_cuda)
     got = run_chunks(p, "jsd", device, chunk_rows=5)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from mllmkd_kernels.backends.triton import tables
+from mllmkd_kernels.backends.triton import splits, tables
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 KERNELS = tuple(tables.TABLES[90])
@@ -106,6 +106,24 @@ def test_amds_gpus_have_a_table_of_their_own_and_no_descriptors(
     assert not heads.tma(head)
     found = tables.built_in("relation_grad", GPU)
     assert found == tables.TABLES[tables.HIP]["relation_grad"]["single"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "bound"),
+    [
+        (90, torch.float32, True), (90, torch.bfloat16, False), (80, torch.float16, False),
+        (100, torch.bfloat16, False), (120, torch.bfloat16, True), (121, torch.float16, True),
+    ],
+)  # fmt: skip
+def test_registers_are_bounded_where_fewer_gain_nothing(
+    capability: int, dtype: torch.dtype, bound: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A streamed kernel's launch, as its launcher asks for it."""
+    monkeypatch.setattr(tables, "_gpu", lambda device: (NAME, capability))
+    operand = SimpleNamespace(device=GPU, dtype=dtype)
+    head: Any = SimpleNamespace(h=operand, w=operand)
+    found = splits.launch_of("statistics", (head,), False, None)
+    assert found.get("maxnreg") == (255 if bound else None)
 
 
 def test_a_gpu_older_than_every_table_is_refused() -> None:

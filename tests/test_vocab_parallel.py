@@ -176,7 +176,31 @@ def work() -> dict[Any, Any]:
             for eps in LADDER[::2]:
                 p = rung(divergence, eps, dtype)
                 found["ladder", divergence, dtype, eps] = run_cut(p, "uneven", divergence)
+        for name, cut, dtype in scored_cases():
+            case = "z-scored", divergence, name, cut, dtype
+            found[case] = run_cut(scored(name, dtype), cut, divergence)
     return found
+
+
+def scored_cases() -> list[tuple[str, str, torch.dtype]]:
+    """(problem, cut, dtype), the first with every option there is."""
+    names = ("larger_teacher", "peaked", "constant", "spike", "identical", "zero_weight_rows")
+    both = (torch.float64, torch.float32)
+    return [("ragged", cut, torch.float64) for cut in CUTS] + [
+        (name, "uneven", dtype) for name in names for dtype in both
+    ]
+
+
+def scored(name: str, dtype: torch.dtype) -> Problem:
+    """ "spike": beside one large logit on the first rank the others are nearly equal, and all are
+    far from 0; σ is as small as it can be beside the distance of maximum and mean.
+    """
+    p = problem("larger_student" if name == "spike" else name, dtype)
+    if name == "spike":
+        ws, bs = p.ws * 1e-2, torch.full((p.ws.shape[0],), 1e3, dtype=dtype)
+        bs[5] += 100
+        p = replace(p, ws=ws, bs=bs)
+    return replace(p, options=p.options | {"standardize": True})
 
 
 def cuts_of(name: str) -> tuple[str, ...]:
@@ -230,6 +254,21 @@ def test_loss_and_gradients_are_those_of_whole_heads(ranks, divergence: str, nam
             # what vanishes but for rounding (equal models) has no size of its own
             size = max(float(other[finite].norm()), 1e-3)
             assert float((mine - other)[finite].norm()) <= EXACT * size, (field, cut)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_z_scored_logits_are_those_of_whole_heads(ranks, divergence: str) -> None:
+    for name, cut, dtype in scored_cases():
+        got = joined(ranks, ("z-scored", divergence, name, cut, dtype))
+        p = scored(name, dtype)
+        if name != "constant":  # where autograd divides by σ = 0
+            check_result(got, p, divergence, dtype)
+        if dtype == torch.float64:
+            least = 1e4 if name == "constant" else 1e-3  # there 1/(σ + ε) is 1e7
+            for mine, other in zip(got, run(p, "eager", divergence), strict=True):
+                if mine is not None and other is not None:
+                    size = max(float(other.norm()), least)
+                    assert float((mine - other).norm()) <= EXACT * size, (name, cut)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])

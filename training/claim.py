@@ -42,8 +42,6 @@ FREE = frozenset(
         "threads",
         "keep",
         "report_to",
-        "on_nan",
-        "skip_limit",
         "eval_batch_size",
         "data.workers",
         "data.cache_mb",

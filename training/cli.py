@@ -111,7 +111,7 @@ def _parser(stages: tuple[Stage, ...] | None) -> argparse.ArgumentParser:
     command = commands.add_parser("eval", help="score a saved model: held-out data, a benchmark")
     add_eval(command)
     command.set_defaults(function=evaluate)
-    command = commands.add_parser("export", help="a model for lmms-eval, answers for a server")
+    command = commands.add_parser("export", help="a model for lmms-eval")
     add_export(command)
     command.set_defaults(function=export)
     command = commands.add_parser("methods", help="the methods, and one's equations and fields")

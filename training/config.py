@@ -17,7 +17,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-import yaml
 from pydantic import create_model, model_validator
 
 from mllmkd_kernels import BatchView, methods
@@ -223,11 +222,6 @@ class Config(Section):
         (),
         "where the loss curve goes besides log.jsonl; each must be installed",
     )
-    on_nan: Literal["stop", "skip"] = setting(
-        "stop",
-        "a loss or gradient that is not finite: stop naming the batch, or skip the step",
-    )
-    skip_limit: int = setting(5, "on_nan skip: so many bad steps in a row stop the run", gt=0)
     eval_batch_size: int = setting(256, "samples per forward pass in evaluation", gt=0)
     threads: int | None = setting(None, "CPU threads; null: PyTorch's choice", gt=0)
 
@@ -328,15 +322,9 @@ def class_for(values: Mapping[str, Any]) -> type[Config]:
     """The class of the configuration that has these values.
 
     Raises:
-        ConfigError: the method is not known, or the values are of an older form.
+        ConfigError: the method is not known.
     """
     name = values.get("method", DEFAULT)
-    if old := [key for key in ("pt", "dpt", "sft", "dft") if key in values]:
-        moved = {"method": name, "stage": {key: values[key] for key in old}}
-        raise ConfigError(
-            f"{', '.join(old)}: no such field; settings of a stage stand under `stage`:\n\n"
-            f"{yaml.safe_dump(moved, sort_keys=False)}"
-        )
     return config_class(module_of(name).STAGES, name)
 
 

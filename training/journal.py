@@ -1,9 +1,8 @@
 """How does a stage write down what happens, so that a kill leaves no half line? One json a line.
 
 A `Journal` is appended to while a stage runs, and read by people (``tail -f``) and tools. After a
-kill it may hold steps later than the newest checkpoint, which will be made again, and a last line
-that was cut short: `cut` removes both. Numbers that are not finite are written as null, because
-json has no other word for them.
+kill its last line may be cut short: `read` leaves it out. Numbers that are not finite are written
+as null, because json has no other word for them.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 
 
 class Journal:
-    """A .jsonl file whose entries have a ``step``."""
+    """A .jsonl file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,11 +41,6 @@ class Journal:
         lines = self.path.read_text().splitlines(keepends=True)
         entries = [json.loads(line) for line in lines if line.endswith("\n")]
         return [{k: math.nan if v is None else v for k, v in e.items()} for e in entries]
-
-    def cut(self, step: int) -> None:
-        """Remove the entries after `step`."""
-        if self.path.is_file():
-            self.write(entry for entry in self.read() if entry["step"] <= step)
 
 
 class WriteError(OSError):

@@ -69,7 +69,7 @@ class StageResult:
     name: str
     model: Path
     history: list[dict[str, float]]
-    summary: dict[str, float]  # steps, skipped, seconds, tokens and samples a second, peak_gib
+    summary: dict[str, float]  # steps, seconds, tokens and samples a second, peak_gib
     scores: Scores | None
 
 
@@ -155,15 +155,13 @@ def _train(
         dataset=dataset,
         collator=collator,
         title=folder.name,
-        on_nan=config.on_nan,
-        skip_limit=config.skip_limit,
         say=say,
         order=order_of(config.data, dataset, options.batch_size, config.seed),
         callbacks=[make() for make in stage.callbacks],
     )
     _make_steps(trainer, folder, steps, say)
     curve = [entry for entry in trainer.state.log_history if "loss" in entry]
-    summary = {"steps": steps, **trainer.meter.summary(), "skipped": trainer.watch.skipped}
+    summary = {"steps": steps, **trainer.meter.summary()}
     state = trainer.student_state()
     on_main(lambda: _finish(model, processor, folder, curve, summary, state))
     if trainer.stopped_by:

@@ -12,7 +12,6 @@ its start.
 
 from __future__ import annotations
 
-import math
 import re
 import resource
 import time
@@ -49,14 +48,13 @@ class Meter:
 
     def add(
         self,
-        values: torch.Tensor | None,  # (len(names),)
+        values: torch.Tensor,  # (len(names),)
         counts: torch.Tensor,  # (3,) int64: tokens, places of the batch, samples
     ) -> None:
-        """Count one optimiser step of this rank; no values if it was left out of the training."""
+        """Count one optimiser step of this rank."""
         self._counts += counts
-        if values is not None:
-            self._values += values
-            self._steps += 1
+        self._values += values
+        self._steps += 1
 
     @property
     def seconds(self) -> float:
@@ -72,7 +70,7 @@ class Meter:
 
     def entry(self, total: Reduce = lambda t: t, most: Reduce = lambda t: t) -> dict[str, float]:
         """Means and rates since the last entry; `total` and `most` combine a tensor over ranks."""
-        means = (total(self._values) / (self._steps or math.nan)).tolist()
+        means = (total(self._values) / self._steps).tolist()
         tokens, places, samples = total(self._counts).tolist()
         now = self.seconds
         took = max(now - self._last, 1e-9)

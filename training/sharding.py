@@ -87,12 +87,9 @@ def prepare(accelerator: Accelerator, student: nn.Module, parts: Anatomy) -> Non
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP:
         plugin: Any = accelerator.state.fsdp_plugin
-        # a weight without numbers, as a mixture's shared expert of width 0 has, cannot be gathered
-        plugin.ignored_modules = [
-            m for m in student.modules() if any(not p.numel() for p in m.parameters(recurse=False))
-        ]
+        plugin.ignored_modules = list(_without_numbers(student).values())
         _prepare_fsdp(plugin, units(student, parts))
-    elif kind == DistributedType.DEEPSPEED and _stage(accelerator) == 3:
+    elif pieces.zero_stage(accelerator) == 3:
         _prepare_zero3(student, parts)
 
 
@@ -113,8 +110,22 @@ def _prepare_fsdp(plugin: Any, layers: list[str]) -> None:
         )
 
 
+def _without_numbers(student: nn.Module) -> dict[str, nn.Module]:
+    """Modules with a weight that cannot be gathered, as a shared expert of width 0 has."""
+    return {
+        name: module
+        for name, module in student.named_modules()
+        if any(not p.numel() for p in module.parameters(recurse=False))
+    }
+
+
 def _prepare_zero3(student: Any, parts: Anatomy) -> None:
     """Have the head gathered with the student, and the projector, which `touched` reads."""
+    if empty := list(_without_numbers(student)):
+        raise ConfigError(
+            f"zero_stage: 3 cannot gather a weight without numbers, as {empty[0]} of the student "
+            "has; take zero2.yaml or fsdp2.yaml"
+        )
     zero: Any = importlib.import_module("deepspeed").zero  # not everybody has it
     for name in parts.parameters("projector"):
         zero.register_external_parameter(student, student.get_parameter(name))
@@ -134,7 +145,7 @@ def same_modules(accelerator: Accelerator, with_images: list[bool]) -> None:
     Raises:
         ConfigError: in all processes alike.
     """
-    if accelerator.distributed_type != DistributedType.DEEPSPEED or _stage(accelerator) != 3:
+    if pieces.zero_stage(accelerator) != 3:
         return
     found = gather_object([with_images])
     if any(flags != found[0] for flags in found):
@@ -143,11 +154,6 @@ def same_modules(accelerator: Accelerator, with_images: list[bool]) -> None:
             f"step's micro-batches the processes have images in {found}; expected images in every "
             "micro-batch or in none: take zero2.yaml or fsdp2.yaml, or sort out text-only samples"
         )
-
-
-def _stage(accelerator: Accelerator) -> int:
-    plugin: Any = accelerator.state.deepspeed_plugin
-    return plugin.deepspeed_config["zero_optimization"]["stage"]
 
 
 def load_whole(model: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:

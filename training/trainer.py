@@ -58,7 +58,6 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         view: what becomes of a batch first; see `mllmkd_kernels.DistillMixin`.
         processor, dataset, collator: the data; the processor is saved beside the student.
         title: of the stage, for the progress.
-        on_nan, skip_limit: see `training.watch`.
         say: how messages are told.
         order: of the samples; None: shuffled by the seed.
         callbacks: more of them, the method's.
@@ -75,8 +74,6 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         dataset: torch.utils.data.Dataset,
         collator: Any,
         title: str,
-        on_nan: str = "stop",
-        skip_limit: int = 5,
         say: Callable[[str], None] = print,
         order: torch.utils.data.Sampler[int] | None = None,
         view: mk.BatchView | None = None,
@@ -101,19 +98,9 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         self._still = not any(student.get_parameter(name).requires_grad for name in tower)
         sharding.prepare(self.accelerator, student, self.parts)
         folder = Path(args.output_dir or ".")
-        if on_nan == "skip" and self.is_deepspeed_enabled:
-            raise ConfigError("on_nan: got 'skip', which DeepSpeed's step does not allow; use stop")
         self.names = ("loss", *objective.names)
         self.meter = Meter(self.names, args.device)
-        self.watch = Watch(
-            objective,
-            self.names,
-            self.accelerator,
-            folder,
-            on_nan=on_nan,
-            limit=skip_limit,
-            say=say,
-        )
+        self.watch = Watch(objective, self.names, self.accelerator, folder, say)
         self.stop = StopRequest()
         self.stopped_by = 0  # the signal on which all ranks agreed
         self.remove_callback(ProgressCallback)
@@ -130,8 +117,6 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         self.meter = Meter(self.names, self.args.device)
         if resume_from_checkpoint:
             self._restore(Path(resume_from_checkpoint))
-        else:  # what an earlier try has skipped is skipped no more
-            self.watch.load({"skipped": 0, "in_a_row": 0}, 0)
         try:
             with StopRequest() as self.stop:
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -185,16 +170,10 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
             self.close(None)  # its backward makes the step as well
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`Trainer.training_step`; its sum over steps, which nothing here reads, would stay NaN
-        after one."""
-        return torch.nan_to_num(super().training_step(*args, **kwargs), 0.0, 0.0, 0.0)
-
-    def close(self, norm: Any) -> bool:
-        """End the optimiser step in hand; whether its update may be made."""
+    def close(self, norm: Any) -> None:
+        """End the optimiser step in hand, whose update may be made."""
         number = self.state.global_step + 1
-        good, self.stopped_by = self.watch.close(number, norm, self.meter, self.stop.number)
-        return good
+        self.stopped_by = self.watch.close(number, norm, self.meter, self.stop.number)
 
     def count_batches(self, batches: list[dict[str, torch.Tensor]]) -> Any:
         """The mixin's; first all ranks agree on where there are images."""
@@ -208,8 +187,6 @@ class DistillTrainer(mk.DistillMixin, Trainer):
             ranks: Any = self.accelerator
             total = partial(ranks.reduce, reduction="sum")
             logs |= self.meter.entry(total, lambda value: ranks.gather(value).max())
-            if self.watch.skipped:
-                logs["skipped"] = self.watch.skipped
         super().log(logs, start_time)
 
     # --- checkpoints ------------------------------------------------------------------------------
@@ -242,7 +219,7 @@ class DistillTrainer(mk.DistillMixin, Trainer):
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
-            state = {"meter": self.meter.state(), "watch": self.watch.state(), "notes": self.notes}
+            state = {"meter": self.meter.state(), "notes": self.notes}
             (staged / SUMS.format(self.args.process_index)).write_text(json.dumps(state))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -252,8 +229,8 @@ class DistillTrainer(mk.DistillMixin, Trainer):
             raise CheckpointError(checkpoint.not_written(staged, target, error)) from error
 
     def _restore(self, path: Path) -> None:
-        """Log and guard as they were. A rank the run did not have then has no part of the log, but
-        notes by the names that all sum, and a guard that stops when the others do.
+        """The log as it was. A rank the run did not have then has no part of it, but notes by the
+        names that all sum.
         """
         own = path / SUMS.format(self.args.process_index)
         file = own if own.is_file() else path / SUMS.format(0)
@@ -261,7 +238,6 @@ class DistillTrainer(mk.DistillMixin, Trainer):
             return
         state = json.loads(file.read_text())
         notes = state.get("notes", {})
-        self.watch.load(state["watch"], checkpoint.step_of(path))
         self.notes.update(notes if file == own else dict.fromkeys(notes, 0))
         if file == own:
             self.meter.load(state["meter"])
@@ -283,13 +259,12 @@ class Policies(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the gradients of a bad step away: without them the optimiser does nothing."""
+        """Look at the gradients; of a bad step nothing is updated, because this raises."""
         model: Any = self.trainer.model_wrapped
         if self.trainer.is_deepspeed_enabled:
             return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not self.trainer.close(whole(torch.nn.utils.get_total_norm(gradients))):
-            model.zero_grad(set_to_none=True)
+        self.trainer.close(whole(torch.nn.utils.get_total_norm(gradients)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint and the end of the loop, once all ranks agree on a signal."""

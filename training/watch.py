@@ -4,11 +4,8 @@
 hidden states are not finite: a few numbers that stay on the device. `close`, called when the
 gradients of an optimiser step are complete and before they are used, is the one place that waits.
 If any number of any rank, or the gradient norm, is not finite, the step is not made: the weights
-never see it. Then the batch is written to ``bad_batch.pt`` and, `on_nan` says which,
-
-* ``stop``: a `NonFiniteError` names step, micro-batch, rank, samples, terms and model;
-* ``skip``: the step is left out, listed in ``skipped.jsonl``, and training goes on, unless
-  `limit` steps in a row were bad: that is divergence, not a bad sample.
+never see it. The batch is written to ``bad_batch.pt``, and a `NonFiniteError` names step,
+micro-batch, rank, samples, terms and model.
 
 ``torch.load("bad_batch.pt")`` gives ``batches`` and ``counts``, as `mllmkd_kernels.distill_batch`
 takes them; the newest checkpoint has the weights of a few steps
@@ -29,11 +26,10 @@ from accelerate.utils import gather_object, send_to_device
 
 import mllmkd_kernels as mk
 from mllmkd_kernels.rows import Counts
-from training.journal import Journal, whole
+from training.journal import whole
 from training.meter import Meter
 
 BAD_BATCH = "bad_batch.pt"
-SKIPPED = "skipped.jsonl"
 MODELS = ("student", "teacher")
 
 
@@ -59,9 +55,8 @@ class Watch:
         loss: the objective; a hook on it looks at the hidden states.
         names: ``loss``, and the objective's terms.
         accelerator: of the trainer.
-        folder: where ``bad_batch.pt`` and ``skipped.jsonl`` go.
-        on_nan, limit: see above.
-        say: how a skipped step is told.
+        folder: where ``bad_batch.pt`` goes.
+        say: how it is told that this could not be written.
     """
 
     def __init__(
@@ -70,14 +65,9 @@ class Watch:
         names: tuple[str, ...],
         accelerator: Accelerator,
         folder: Path,
-        *,
-        on_nan: str = "stop",
-        limit: int = 5,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.names, self.accelerator, self.folder = names, accelerator, folder
-        self.on_nan, self.limit, self.say = on_nan, limit, say
-        self.skipped = self.in_a_row = 0
+        self.names, self.accelerator, self.folder, self.say = names, accelerator, folder, say
         self._seen: list[Seen] = []
         self._rows = torch.zeros(2, 2, dtype=torch.int64)
         loss.register_forward_pre_hook(self._look)
@@ -90,9 +80,9 @@ class Watch:
 
     def close(
         self, step: int, grad_norm: torch.Tensor | float | None, meter: Meter, stop: int
-    ) -> tuple[bool, int]:
-        """End optimiser step number `step`: whether its update may be made, and the largest `stop`
-        of any rank (a signal number, or 0).
+    ) -> int:
+        """End optimiser step number `step`, whose update may be made; the largest `stop` of any
+        rank (a signal number, or 0).
 
         Raises `NonFiniteError`, on every rank alike.
         """
@@ -103,23 +93,10 @@ class Watch:
         flags = torch.cat([flags, flags.new_tensor([stop])])
         gathered: Any = self.accelerator.gather(flags[None])
         bad_loss, bad_gradient, stop = gathered.amax(0).tolist()
-        good = not (bad_loss or bad_gradient)
-        meter.add(values.sum(0) if good else None, torch.stack([s.sizes for s in seen]).sum(0))
-        if good:
-            self.in_a_row = 0
-        else:
-            self._bad(step, seen, values, float(norm))
-        return good, stop
-
-    def state(self) -> dict[str, int]:
-        """What a checkpoint keeps of it."""
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
-
-    def load(self, state: dict[str, int], step: int) -> None:
-        """Go on from a `state` of step `step`; steps skipped after it are no longer listed."""
-        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
-        if self.accelerator.is_main_process:
-            Journal(self.folder / SKIPPED).cut(step)
+        if bad_loss or bad_gradient:
+            self._refuse(step, seen, values, float(norm))
+        meter.add(values.sum(0), torch.stack([s.sizes for s in seen]).sum(0))
+        return stop
 
     def _look(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         """Before the loss: how many rows of either model's hidden states are not finite."""
@@ -127,8 +104,8 @@ class Watch:
         rows = [_rows(head.hidden) for head in heads if head is not None]
         self._rows = torch.stack(rows + [torch.zeros_like(rows[0])] * (len(heads) - len(rows)))
 
-    def _bad(self, step: int, seen: list[Seen], values: torch.Tensor, norm: float) -> None:
-        """Write the batch down; raise, or count the step as skipped."""
+    def _refuse(self, step: int, seen: list[Seen], values: torch.Tensor, norm: float) -> None:
+        """Write the batch down, and raise."""
         guilty = [i for i, row in enumerate(values.isfinite().all(1).tolist()) if not row]
         rank = self.accelerator.process_index
         everyone: list[Any] = gather_object([(rank, self._finding(i, seen)) for i in guilty])
@@ -144,21 +121,7 @@ class Watch:
                 self.say(f"{file} is not kept: {error}")
         message = f"step {step}: {'; '.join(texts[:4])}"
         message += f" (and {len(texts) - 4} more micro-batches)" if len(texts) > 4 else ""
-        if self.on_nan == "stop":
-            raise NonFiniteError(
-                f"{message}. The weights have not seen it. The batch is in {file}; on_nan=skip "
-                "leaves such steps out"
-            )
-        self.skipped += 1
-        self.in_a_row += 1
-        if self.accelerator.is_main_process:
-            Journal(self.folder / SKIPPED).append({"step": step, "why": texts})
-            self.say(f"skipped {message}")
-        if self.in_a_row >= self.limit:
-            raise NonFiniteError(
-                f"{message}. {self.in_a_row} steps in a row were not finite (skip_limit): this is "
-                f"not one bad batch. The newest is in {file}"
-            )
+        raise NonFiniteError(f"{message}. The weights have not seen it. The batch is in {file}")
 
     def _finding(self, i: int, seen: list[Seen]) -> str:
         """One guilty micro-batch in words."""

@@ -79,7 +79,7 @@ std::tuple<at::Tensor, at::Tensor> cuda_rows_(
     const Optional& labels, const Optional& ce_weight, const Optional& kd_weight,
     const Optional& broken_s, const Optional& broken_t, std::string_view divergence, double param,
     double temperature, double cap_s, double cap_t, int64_t ignore_index,
-    const std::optional<at::Tensor>& dz, int64_t cluster) {
+    const std::optional<at::Tensor>& dz, int64_t cluster, bool standardize) {
   TORCH_CHECK_VALUE(zs.dim() == 2, "zs: got shape ", zs.sizes(), ", expected (C, V)");
   const at::IntArrayRef row{zs.sizes().data(), 1};
   const bool kd = zt && kd_weight, ce = labels && ce_weight;
@@ -113,6 +113,7 @@ std::tuple<at::Tensor, at::Tensor> cuda_rows_(
   job.scale = static_cast<float>(1 / temperature);
   job.cap_s = static_cast<float>(cap_s);
   job.cap_t = static_cast<float>(cap_t);
+  job.scored = kd && standardize;
   const auto which = kd ? divergence_of(divergence) : Divergence::none;
   check_cluster(zs, kd, cluster);
   if (zs.numel() > 0) {

@@ -42,6 +42,7 @@ struct RowsJob {
   float cap_s;  // soft-cap, 0: none
   float cap_t;
   bool dz_bf16;
+  bool scored;  // the divergence sees z-scored logits
   Series series;  // of the JSD, else unread
 };
 
@@ -49,7 +50,7 @@ struct RowsJob {
 // (228 KiB, of which every CTA takes 1 KiB for the system), and what the reductions take.
 constexpr int64_t kSharedBytes = 227 * 1024;
 constexpr int64_t kSharedBytesOfTwo = 113 * 1024;
-constexpr int64_t kReductionBytes = 960;
+constexpr int64_t kReductionBytes = 1792;
 
 // Columns of one of `size` CTAs: a multiple of 4, so that rows moved 16 bytes at a time are dealt
 // whole.

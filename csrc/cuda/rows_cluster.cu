@@ -14,27 +14,33 @@ namespace {
 // 64 registers a thread let two CTAs share an SM, where their slices do.
 constexpr int kThreads = 512;
 
-template <Divergence D, int W>
+template <Divergence D, bool Scored, int W>
 __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant__ RowsJob job) {
   extern __shared__ __align__(16) float shared[];
   const DeviceBlock block(shared);
-  Row<D, W, DeviceBlock>(block, job).run();
+  Row<D, Scored, W, DeviceBlock>(block, job).run();
 }
 
 using Kernel = void (*)(RowsJob);
 
-template <int W>
+template <bool Scored, int W>
 Kernel kernel_of(Divergence divergence) {
   switch (divergence) {
-    case Divergence::forward_kl: return rows_kernel<Divergence::forward_kl, W>;
-    case Divergence::reverse_kl: return rows_kernel<Divergence::reverse_kl, W>;
-    case Divergence::jsd: return rows_kernel<Divergence::jsd, W>;
-    case Divergence::skew_forward_kl: return rows_kernel<Divergence::skew_forward_kl, W>;
-    case Divergence::skew_reverse_kl: return rows_kernel<Divergence::skew_reverse_kl, W>;
-    case Divergence::total_variation: return rows_kernel<Divergence::total_variation, W>;
-    case Divergence::soft_cross_entropy: return rows_kernel<Divergence::soft_cross_entropy, W>;
-    default: return rows_kernel<Divergence::none, W>;
+    case Divergence::forward_kl: return rows_kernel<Divergence::forward_kl, Scored, W>;
+    case Divergence::reverse_kl: return rows_kernel<Divergence::reverse_kl, Scored, W>;
+    case Divergence::jsd: return rows_kernel<Divergence::jsd, Scored, W>;
+    case Divergence::skew_forward_kl: return rows_kernel<Divergence::skew_forward_kl, Scored, W>;
+    case Divergence::skew_reverse_kl: return rows_kernel<Divergence::skew_reverse_kl, Scored, W>;
+    case Divergence::total_variation: return rows_kernel<Divergence::total_variation, Scored, W>;
+    case Divergence::soft_cross_entropy:
+      return rows_kernel<Divergence::soft_cross_entropy, Scored, W>;
+    default: return rows_kernel<Divergence::none, false, W>;
   }
+}
+
+template <int W>
+Kernel kernel_of(Divergence divergence, bool scored) {
+  return scored ? kernel_of<true, W>(divergence) : kernel_of<false, W>(divergence);
 }
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -104,7 +110,8 @@ class Launch {
 cudaError_t launch_rows(Divergence divergence, RowsJob job, int size, cudaStream_t stream) {
   const bool wide = job.stride % 4 == 0 && job.dz_stride % 4 == 0 && aligned(job.z_s) &&
                     aligned(job.z_t) && aligned(job.dz);
-  const Kernel kernel = wide ? kernel_of<4>(divergence) : kernel_of<1>(divergence);
+  const Kernel kernel =
+      wide ? kernel_of<4>(divergence, job.scored) : kernel_of<1>(divergence, job.scored);
   const bool teacher = job.z_t != nullptr;
   job.series = middle_series(1.0f - job.param);
   if (size == 0) {

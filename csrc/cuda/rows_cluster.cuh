@@ -2,10 +2,15 @@
 // of the pair (z_s, z_t) in its shared memory, so that the pair is read from memory once.
 //
 //   load       z final (bias, soft-cap) into shared memory; the two maxima
+//   moments    of z-scored logits: μ, then σ, of both
 //   sums       Σ exp(z − max): three log-sum-exps
 //   values     D = Σ f and, where it needs no Σ q g, at once
 //              dz = ce_weight·(softmax(z) − onehot) + kd_weight/T·dD/da, through the soft-cap
-//   gradient   dz of the divergences that need Σ q g, from q·g kept in shared memory
+//   gradient   dz of the divergences that need Σ q g, and of z-scored logits, from q·g kept in
+//              shared memory
+//
+// Z-scored logits a = (z − μ)/(T(σ + ε)) have a scale per row in the place of 1/T, and with
+// G = ∂D/∂a a part of dz goes back through σ: mllmkd_kernels/zscore.py has the formula.
 //
 // dz may overwrite the row in memory: a thread writes the columns that it has read. W: columns
 // moved at once, 4 where rows are aligned to 16 bytes, whatever V is, else 1.
@@ -23,7 +28,7 @@ struct alignas(W * sizeof(T)) Pack {
   T at[W];
 };
 
-using Memory = Reductions<3, 3>;
+using Memory = Reductions<5, 4>;
 
 static_assert(sizeof(Memory) == kReductionBytes);
 
@@ -51,6 +56,8 @@ MLLMKD_DEVICE float final_logit(const Source& from, float z, int64_t k) {
   return z;
 }
 
+constexpr float kSpreadEps = 1e-7f;  // beside σ: `zscore.EPS` in Python
+
 // A pointer into the GPU's memory that is at hand: the compiler would add the row's offset anew at
 // every column.
 template <class T>
@@ -62,9 +69,11 @@ MLLMKD_DEVICE T* in_register(T* p) {
   return p;
 }
 
-template <Divergence D, int W, class Block>
+template <Divergence D, bool Scored, int W, class Block>
 class Row {
   static constexpr bool kTeacher = D != Divergence::none;
+  static constexpr bool kMeanFirst = needs_mean(D) || Scored;
+  static_assert(kTeacher || !Scored);
   // Packs of each row that a thread has in flight while it loads: 1,024 threads of an SM then wait
   // for 32 KiB or more, twice what latency times bandwidth asks for; more would spill.
   static constexpr int kInFlight = W == 4 ? 2 : 4;
@@ -93,18 +102,20 @@ class Row {
   MLLMKD_DEVICE void run() {
     block_.cluster_arrive(false);
     load();
+    if constexpr (Scored) moments();
     sums();
     const bool live = job_.dz && (ce_weight_ != 0.0f || kd_weight_ != 0.0f);
-    float totals[2] = {0.0f, 0.0f};  // D, Σ q g
+    float totals[Scored ? 4 : 2] = {};  // D, Σ q g; Σ a G but for that mean, Σ a q
     if constexpr (kTeacher) {
-      if (needs_mean(D) || !live) {
+      if (kMeanFirst || !live) {
         value_sweep<false>(totals);
       } else {
         value_sweep<true>(totals);
       }
       cluster_reduce<Sum>(block_, memory_, 2, true, totals);
     }
-    if (live && (needs_mean(D) || !kTeacher)) gradient_sweep(totals[1]);
+    if constexpr (Scored) pull_ *= totals[2] - totals[1] * totals[3];
+    if (live && (kMeanFirst || !kTeacher)) gradient_sweep(totals[1]);
     if (job_.dz && !live) zero_gradient();
     write_terms(totals[0]);
   }
@@ -194,6 +205,39 @@ class Row {
     return top;
   }
 
+  // μ and σ of both rows, about the maximum and then about μ, so that nothing cancels: the scales,
+  // where the mean is in units of a, and what goes back through σ for each unit of Σ G a.
+  MLLMKD_DEVICE void moments() {
+    float below[2] = {0.0f, 0.0f}, square[2] = {0.0f, 0.0f};
+    const float count = static_cast<float>(job_.vocab);
+    for_logits([&](float x, float y) { below[0] += x - top_s_, below[1] += y - top_t_; });
+    cluster_reduce<Sum>(block_, memory_, 3, true, below);
+    below[0] /= count, below[1] /= count;
+    for_logits([&](float x, float y) {
+      const float off_s = x - top_s_ - below[0], off_t = y - top_t_ - below[1];
+      square[0] += off_s * off_s, square[1] += off_t * off_t;
+    });
+    cluster_reduce<Sum>(block_, memory_, 4, true, square);
+    const float std = sqrtf(square[0] / count), spread = std + kSpreadEps;
+    scale_s_ = job_.scale / spread;
+    scale_t_ = job_.scale / (sqrtf(square[1] / count) + kSpreadEps);
+    shift_ = -below[0] * scale_s_;
+    pull_ = std == 0.0f ? 0.0f : spread / (std * count * job_.scale * job_.scale);
+  }
+
+  // f(z_s, z_t) of every column of this thread.
+  template <class F>
+  MLLMKD_DEVICE void for_logits(const F& f) const {
+    for (int k = block_.thread * W; k < count_; k += block_.threads * W) {
+      const Floats x = *reinterpret_cast<const Floats*>(z_s_ + k);
+      const Floats y = *reinterpret_cast<const Floats*>(z_t_ + k);
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        if (W == 1 || k + i < count_) f(x.at[i], y.at[i]);
+      }
+    }
+  }
+
   // The log-sum-exps, in two parts each: log q = (z − top)/T − rest, since a sum of 60 would round
   // log q by 4e-6.
   MLLMKD_DEVICE void sums() {
@@ -202,8 +246,8 @@ class Row {
       const Floats x = *reinterpret_cast<const Floats*>(z_s_ + k);
       if constexpr (kTeacher) {
         const Floats y = *reinterpret_cast<const Floats*>(z_t_ + k);
-        sum[0] += sum_exp(x, top_s_, job_.scale);
-        sum[2] += sum_exp(y, top_t_, job_.scale);
+        sum[0] += sum_exp(x, top_s_, scale_s());
+        sum[2] += sum_exp(y, top_t_, scale_t());
       }
       if (own_softmax()) sum[1] += sum_exp(x, top_s_, 1.0f);
     }
@@ -220,19 +264,20 @@ class Row {
   }
 
   // Does the cross-entropy, which takes no temperature, need a softmax of its own?
-  MLLMKD_DEVICE bool own_softmax() const { return !kTeacher || job_.scale != 1.0f; }
+  MLLMKD_DEVICE bool own_softmax() const { return !kTeacher || Scored || job_.scale != 1.0f; }
 
   // One pass over shared memory: D and Σ q g. `Gradient`: write dz as well. Where dz has to wait
-  // for Σ q g, each q·g takes the place of the teacher's logit, which nobody needs again.
-  template <bool Gradient>
-  MLLMKD_DEVICE void value_sweep(float (&totals)[2]) const {
+  // for Σ q g, each q·g takes the place of the teacher's logit, which nobody needs again; q − p
+  // where it waits for σ alone.
+  template <bool Gradient, int N>
+  MLLMKD_DEVICE void value_sweep(float (&totals)[N]) const {
     for (int k = block_.thread * W; k < count_; k += block_.threads * W) {
       const Floats x = *reinterpret_cast<const Floats*>(z_s_ + k);
       const Floats y = *reinterpret_cast<const Floats*>(z_t_ + k);
       Floats da, q, qg;
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        const Token token = make_token((y.at[i] - top_t_) * job_.scale - rest_t_, log_q(x.at[i]));
+        const Token token = make_token((y.at[i] - top_t_) * scale_t() - rest_t_, log_q(x.at[i]));
         const Terms term = terms<D>(token, job_.param, job_.series);
         totals[0] += term.value;
         q.at[i] = token.q;
@@ -240,15 +285,19 @@ class Row {
           qg.at[i] = times(token.q, term.slope);
           totals[1] += qg.at[i];
         } else {
-          da.at[i] = difference(token);
+          da.at[i] = qg.at[i] = difference(token);
+        }
+        if constexpr (Scored) {
+          const float a = score(x.at[i]);
+          totals[2] += qg.at[i] * a, totals[3] += token.q * a;
         }
       }
-      if constexpr (needs_mean(D)) *reinterpret_cast<Floats*>(z_t_ + k) = qg;
+      if constexpr (kMeanFirst) *reinterpret_cast<Floats*>(z_t_ + k) = qg;
       if constexpr (Gradient) write_gradient(k, gradient(x, da, q, hot_ - k));
     }
   }
 
-  // dz from Σ q g, or of the cross-entropy alone.
+  // dz from Σ q g and what goes back through σ, or of the cross-entropy alone.
   MLLMKD_DEVICE void gradient_sweep(float mean) const {
     for (int k = block_.thread * W; k < count_; k += block_.threads * W) {
       const Floats x = *reinterpret_cast<const Floats*>(z_s_ + k);
@@ -258,19 +307,29 @@ class Row {
 #pragma unroll
         for (int i = 0; i < W; ++i) {
           q.at[i] = exp_of(log_q(x.at[i]));
-          da.at[i] = qg.at[i] - q.at[i] * mean;
+          da.at[i] = needs_mean(D) ? qg.at[i] - q.at[i] * mean : qg.at[i];
+          if constexpr (Scored) da.at[i] -= score(x.at[i]) * pull_;
         }
       }
       write_gradient(k, gradient(x, da, q, hot_ - k));
     }
   }
 
-  MLLMKD_DEVICE float log_q(float z) const { return (z - top_s_) * job_.scale - rest_s_; }
+  // Of the logits that the divergence sees: one a row where they are z-scored.
+  MLLMKD_DEVICE float scale_s() const { return Scored ? scale_s_ : job_.scale; }
+  MLLMKD_DEVICE float scale_t() const { return Scored ? scale_t_ : job_.scale; }
+
+  MLLMKD_DEVICE float log_q(float z) const { return (z - top_s_) * scale_s() - rest_s_; }
+
+  // The student's z-score divided by T; 0 past the end of the row.
+  MLLMKD_DEVICE float score(float z) const {
+    return z == -INFINITY ? 0.0f : (z - top_s_) * scale_s_ + shift_;
+  }
 
   // dL/d(product) of one pack of tokens. `da` = dD/da, `q` the softmax at T, `hot` the place of the
   // label. A term of zero weight is 0, NaN or not.
   MLLMKD_DEVICE Floats gradient(const Floats& z, const Floats& da, Floats q, int hot) const {
-    const float kd_factor = kd_weight_ * job_.scale;
+    const float kd_factor = kd_weight_ * scale_s();
     Floats dz;
 #pragma unroll
     for (int i = 0; i < W; ++i) dz.at[i] = kd_factor * da.at[i];
@@ -337,6 +396,8 @@ class Row {
   float ce_weight_, kd_weight_;
   float top_s_, top_t_;
   float rest_s_, rest_plain_, rest_t_;
+  // Of z-scored logits: 1/(T(σ + ε)), (top − μ) times that, what is taken from G for each a.
+  float scale_s_, scale_t_, shift_, pull_;
 };
 
 }  // namespace mllmkd::cuda

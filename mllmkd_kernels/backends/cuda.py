@@ -20,7 +20,7 @@ __all__ = ["available", "bytes_moved", "max_vocab", "nvcc_flags", "rows_", "why_
 
 #: Shared memory of a CTA, and of that what reductions take (csrc/cuda/rows.h).
 _SHARED_BYTES = 227 * 1024
-_REDUCTION_BYTES = 960
+_REDUCTION_BYTES = 1792
 _MAX_CLUSTER = 16
 
 
@@ -46,7 +46,7 @@ def why_not(device: torch.device | None = None) -> str:
 
 
 def max_vocab(has_teacher: bool) -> int:
-    """The longest row that the shared memory of a cluster holds: 463k logits, 927k with no
+    """The longest row that the shared memory of a cluster holds: 461k logits, 922k with no
     teacher.
     """
     columns = (_SHARED_BYTES - _REDUCTION_BYTES) // (8 if has_teacher else 4)
@@ -76,15 +76,16 @@ def rows_(
     ignore_index: int,
     dz: Tensor | None,  # (C, V) fp32 or bf16, unit column stride; written; its rows may lie in zs's
     cluster: int = 0,
+    standardize: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """CE and D of every row, both (C,) fp32; their gradient in `dz` where it is wanted, exactly 0
     in a row of zero weight. Columns between V and a stride may be written too. Strides that are
     multiples of 4 move 16 bytes at a time. `cluster` is the number of CTAs for a row, 1 to 16; 0
-    chooses.
+    chooses. `standardize`: the divergence sees z-scored logits.
     """
     return torch.ops.mllmkd_cuda.rows_(
         zs, zt, bs, bt, labels, ce_weight, kd_weight, broken_s, broken_t, divergence, param,
-        temperature, cap_s, cap_t, ignore_index, dz, cluster,
+        temperature, cap_s, cap_t, ignore_index, dz, cluster, standardize,
     )  # fmt: skip
 
 
@@ -97,6 +98,6 @@ if _built():
     @torch.library.register_fake("mllmkd_cuda::rows_")
     def _(
         zs, zt, bs, bt, labels, ce_weight, kd_weight, broken_s, broken_t, divergence, param,
-        temperature, cap_s, cap_t, ignore_index, dz, cluster=0,
+        temperature, cap_s, cap_t, ignore_index, dz, cluster=0, standardize=False,
     ):  # fmt: skip
         return zs.new_empty(zs.shape[:1]), zs.new_empty(zs.shape[:1])

@@ -106,7 +106,9 @@ def _strip_losses(
         kd[strip] = div.values(targets.divergence, pair)
         if dz is not None:
             slope = div.gradients(targets.divergence, pair)
-            dz += _scaled(slope if score is None else score.gradient(slope), weight)
+            if score is not None:
+                slope = score.gradient(slope, score.along(slope))
+            dz += _scaled(slope, weight)
         if seen is not None:
             seen[1, strip] = div.entropies(pair.log_p)
     if seen is not None:

@@ -3,13 +3,15 @@
 Every rank makes its own columns of both logit blocks of the same C rows, C × V/R entries each.
 What a row needs of the other ranks are sums over the vocabulary, three exchanges a chunk:
 
-    maximum of z, maximum of b                                      MAX
-    Σ exp z, Σ exp a, Σ exp b, each less its maximum; z at the label  SUM
+    maximum of z_s, maximum of z_t                                  MAX
+    Σ exp z_s, Σ exp a, Σ exp b, each less its maximum; z_s at the label  SUM
     D, and Σ q g where the gradient needs it                        SUM
 
-Eight numbers a row at most: 32 bytes in fp32. The terms and slopes are those of `divergence`, whose
-sums over slices add up; so a KL of nearly equal models is as exact here as it is whole. ``dh``
-(N, D_s) is summed over the ranks once, at the end; ``dw`` and ``db`` are of this rank's rows.
+Eight numbers a row at most: 32 bytes in fp32. Where the divergence sees z-scored logits there is
+one more after the maxima, sums of z and z² about them in fp64 (32 bytes a row), and Σ G a with D,
+as two numbers where G needs Σ q g. The terms and slopes are those of `divergence`, whose sums over
+slices add up; so a KL of nearly equal models is as exact here as it is whole. ``dh`` (N, D_s) is
+summed over the ranks once, at the end; ``dw`` and ``db`` are of this rank's rows.
 
 It is made of the eager backend's pieces. Kernels that return per-row maxima and sums of a slice
 (those that stream the vocabulary do, inside) could take their place; the exchanges would stay.
@@ -28,6 +30,7 @@ from mllmkd_kernels.backends import eager
 from mllmkd_kernels.backends.calls import Head, Options, Targets, dtype_of
 from mllmkd_kernels.backends.products import Gradients, chunks
 from mllmkd_kernels.vocab_slices import VocabSlice
+from mllmkd_kernels.zscore import Score
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,11 @@ class _Block:
             return eager._softcap_(z, head.cap, head.h[rows])
 
         self.z = logits(student)
-        tops = [_maximum(self.z)]
+        blocks = [self.z]
         if targets.kd_weight is not None:
             assert call.teacher is not None
-            self.b = logits(call.teacher).div_(targets.temperature)
-            tops.append(_maximum(self.b))
-        tops = _reduced(tops, dist.ReduceOp.MAX, call.group)
+            blocks.append(logits(call.teacher))
+        tops = _reduced([_maximum(z) for z in blocks], dist.ReduceOp.MAX, call.group)
         self.z_top = tops[0]
         sums = []
         if targets.ce_weight is not None:
@@ -106,9 +108,8 @@ class _Block:
             at_label = eager._at_label(self.z, self.local, -1) if call.columns else self.z_top * 0
             sums = [_exp_sum(self.z, self.z_top), at_label.masked_fill(self.local < 0, 0)]
         if targets.kd_weight is not None:
-            self.a = self.z / targets.temperature
-            self.a_top, self.b_top = tops[0] / targets.temperature, tops[1]
-            sums += [_exp_sum(self.a, self.a_top), _exp_sum(self.b, self.b_top)]
+            self.seen = _seen(blocks, tops, call)
+            sums += [_exp_sum(x.a, x.top) for x in self.seen]
         self.sums = _reduced(sums, dist.ReduceOp.SUM, call.group)
 
     def cross_entropy(self, labels: Tensor, weight: Tensor, dz: Tensor | None) -> Tensor:
@@ -124,23 +125,72 @@ class _Block:
 
     def divergence(self, weight: Tensor, dz: Tensor | None) -> Tensor:
         """D of every row; adds weight·∂D/∂z to `dz`."""
-        table, group = self.call.targets.divergence, self.call.group
-        sum_a, sum_b = self.sums[-2:]
-        log_q = self.a.sub_(self.a_top[:, None]).sub_(sum_a.log()[:, None])
-        log_p = self.b.sub_(self.b_top[:, None]).sub_(sum_b.log()[:, None])
+        table, group, score = self.call.targets.divergence, self.call.group, self.seen[0].score
+        log_q, log_p = (
+            (x.a - x.top[:, None]).sub_(total.log()[:, None])
+            for x, total in zip(self.seen, self.sums[-2:], strict=True)
+        )
         pair = div.Pair(log_p, log_q)
         terms = [div.values(table, pair)]
+        # also where no gradient is wanted here: all ranks exchange the same
         if table.name in div.ONE_SWEEP:
-            (kd,) = _reduced(terms, dist.ReduceOp.SUM, group)
-            da = None if dz is None else div.gradients(table, pair)
-        else:  # also where no gradient is wanted here: all ranks exchange the same
+            da = div.gradients(table, pair)
+            terms += [] if score is None else [score.along(da)]
+            kd, *along = _reduced(terms, dist.ReduceOp.SUM, group)
+        else:
             slope = div.slopes(table, pair)
-            terms.append(div.slope_sums(pair.q, slope))
-            kd, mean = _reduced(terms, dist.ReduceOp.SUM, group)
-            da = None if dz is None else div.from_slopes(pair.q, slope, mean)
-        if dz is not None and da is not None:
-            dz += eager._scaled(da, weight / self.call.targets.temperature)
+            weighted = div.from_slopes(pair.q, slope, torch.zeros_like(terms[0]))
+            terms.append(weighted.sum(-1))
+            terms += [] if score is None else [score.along(weighted), score.along(pair.q)]
+            kd, mean, *parts = _reduced(terms, dist.ReduceOp.SUM, group)
+            da = div.from_slopes(pair.q, slope, mean)
+            along = [parts[0] - mean * parts[1]] if parts else []
+        if dz is None:
+            return kd
+        if score is None:
+            weight = weight / self.call.targets.temperature
+        else:
+            weight = torch.where(weight == 0, 0, weight * score.scale.squeeze(1))
+            da = score.gradient(da, *along)
+        dz += eager._scaled(da, weight)
         return kd
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the divergence sees of this rank's logits of a model: z/T, or z-scored ones."""
+
+    a: Tensor  # (C, columns)
+    top: Tensor  # (C,): its maximum over all ranks
+    score: Score | None
+
+
+def _seen(blocks: list[Tensor], tops: tuple[Tensor, ...], call: Call) -> list[_Seen]:
+    """Of logits (C, columns) of each model, and their maxima (C,) over all ranks."""
+    temperature, vocab = call.targets.temperature, call.options.vocab
+    if not call.targets.standardize:
+        pairs = zip(blocks, tops, strict=True)
+        return [_Seen(z / temperature, top / temperature, None) for z, top in pairs]
+    sums = [x for z, top in zip(blocks, tops, strict=True) for x in _moments(z, top)]
+    sums = _reduced(sums, dist.ReduceOp.SUM, call.group)
+    found = []
+    for z, top, first, second in zip(blocks, tops, sums[::2], sums[1::2], strict=True):
+        below = first / vocab  # μ − top
+        variance = (second / vocab - below.square()).clamp_(min=0)
+        mean, variance = ((x[:, None]).to(z.dtype) for x in (top + below, variance))
+        score = Score.of_deviations(z - mean, variance, vocab, temperature)
+        found.append(_Seen(score.a, -below.to(z.dtype) * score.scale.squeeze(1), score))
+    return found
+
+
+def _moments(z: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ (z − top) and Σ (z − top)² of this rank's columns, (C,) fp64: about their own mean first,
+    so that only the means of ranks are squared about a maximum, where fp64 has digits to lose.
+    """
+    mean = z.mean(-1) if z.shape[1] else top
+    square = (z - mean[:, None]).square_().sum(-1).double()
+    off, n = mean.double() - top.double(), z.shape[1]
+    return n * off, n * off.square() + square
 
 
 def _reduced(

@@ -19,7 +19,8 @@ The paper finds L_res with L_feat the best of these. Its released code differs, 
 * it distils what the head says *at* the answer tokens, unshifted: ``rows="response:unshifted"``;
   its last command distils all tokens, image and prompt too, with z-scores: ``rows="valid",
   standardize=True``, whose σ is of V − 1: ``temperature=(V / (V - 1)) ** 0.5`` is its
-* its affinity is one mean over all cells of a batch: ``joint=True``
+* its affinity is one mean over all cells of a batch: ``joint=True``; a variant compares the images
+  with the answers of all samples: ``affinity_kind="contrastive"``
 * early versions weigh by 5 (``response=5, features=5``)
 * on-policy, the student writes half of the answers itself (`own_answers`), which L_ce leaves out:
   ``view: {probability: 0.5}`` of the stage kd
@@ -52,6 +53,7 @@ def objective(
     rows: Literal["response", "response:unshifted", "valid"] = "response",
     feature_loss: Literal["mse", "cosine"] = "mse",
     joint: bool = False,
+    affinity_kind: Literal["squared", "contrastive"] = "squared",
     **settings: Any,
 ) -> Objective:
     """The five terms, under their weights; a weight of 0 leaves a term out.
@@ -63,7 +65,7 @@ def objective(
         rows: which rows L_res, L_feat and L_mse are over; L_aff takes its answers unshifted where
             this is, else shifted.
         feature_loss: of L_feat.
-        joint: see `Affinity`.
+        joint, affinity_kind: see `Affinity`.
         **settings: see `Settings`.
     """
     answers = "response" if rows == "valid" else rows
@@ -71,7 +73,7 @@ def objective(
         RowTerm("ce", ce, "response", over="response:given"),
         RowTerm("response_kl", response, rows, divergence, temperature, standardize=standardize),
         Features("features", features, rows, feature_loss),
-        Affinity("affinity", affinity, answers, joint),
+        Affinity("affinity", affinity, answers, joint, kind=affinity_kind),
         LogitMse("logit_mse", logit_mse, rows),
         **settings,
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mllmkd_kernels import rows
-from mllmkd_kernels.affinity import affinity_loss
+from mllmkd_kernels.affinity import affinity_loss, check_kind
 from mllmkd_kernels.needs import Needs
 from mllmkd_kernels.view import View
 
@@ -25,6 +25,10 @@ class Affinity:
         rows: name of the row set of the answers.
         joint: one mean over the cells of all samples of a batch together, as LLAVADI's released
             code has it.
+        kind: "squared", or "contrastive" between all samples of a micro-batch: see `affinity_loss`.
+
+    Raises:
+        ValueError: no such kind.
     """
 
     name: str
@@ -32,6 +36,10 @@ class Affinity:
     rows: str = "response"
     joint: bool = False
     over: str = "samples"
+    kind: str = "squared"
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind, self.joint)
 
     @property
     def needs(self) -> Needs:
@@ -44,8 +52,10 @@ class Affinity:
         student, teacher = (torch.cat(x) for x in zip(*both, strict=True))
         index = torch.arange(len(student), dtype=torch.int64, device=student.device)
         visual, response = index.split([len(ours) for ours, _ in both])
-        cu = [self._ends(name, view).to(student.device) for name in ("visual", self.rows)]
-        value = affinity_loss(student, teacher, visual, response, *cu, joint=self.joint)
+        cu = [self._ends(name, view) for name in ("visual", self.rows)]
+        value = affinity_loss(
+            student, teacher, visual, response, *cu, joint=self.joint, kind=self.kind
+        )
         return value * view.share(self.over)
 
     @staticmethod

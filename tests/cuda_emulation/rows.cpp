@@ -84,26 +84,32 @@ void run_threads(
   }
 }
 
-template <Divergence D, int W>
+template <Divergence D, bool Scored, int W>
 void run_cluster(const RowsJob& job, int64_t row, int size, int threads, unsigned seed) {
   const auto floats = shared_bytes(job.slice, job.z_t != nullptr) / sizeof(float);
   run_threads(size, threads, row, floats, seed, [&](const Block& block) {
-    Row<D, W, Block>(block, job).run();
+    Row<D, Scored, W, Block>(block, job).run();
   });
 }
 
-template <int W>
+template <bool Scored, int W>
 auto runner(Divergence divergence) {
   switch (divergence) {
-    case Divergence::forward_kl: return run_cluster<Divergence::forward_kl, W>;
-    case Divergence::reverse_kl: return run_cluster<Divergence::reverse_kl, W>;
-    case Divergence::jsd: return run_cluster<Divergence::jsd, W>;
-    case Divergence::skew_forward_kl: return run_cluster<Divergence::skew_forward_kl, W>;
-    case Divergence::skew_reverse_kl: return run_cluster<Divergence::skew_reverse_kl, W>;
-    case Divergence::total_variation: return run_cluster<Divergence::total_variation, W>;
-    case Divergence::soft_cross_entropy: return run_cluster<Divergence::soft_cross_entropy, W>;
-    default: return run_cluster<Divergence::none, W>;
+    case Divergence::forward_kl: return run_cluster<Divergence::forward_kl, Scored, W>;
+    case Divergence::reverse_kl: return run_cluster<Divergence::reverse_kl, Scored, W>;
+    case Divergence::jsd: return run_cluster<Divergence::jsd, Scored, W>;
+    case Divergence::skew_forward_kl: return run_cluster<Divergence::skew_forward_kl, Scored, W>;
+    case Divergence::skew_reverse_kl: return run_cluster<Divergence::skew_reverse_kl, Scored, W>;
+    case Divergence::total_variation: return run_cluster<Divergence::total_variation, Scored, W>;
+    case Divergence::soft_cross_entropy:
+      return run_cluster<Divergence::soft_cross_entropy, Scored, W>;
+    default: return run_cluster<Divergence::none, false, W>;
   }
+}
+
+template <int W>
+auto runner(Divergence divergence, bool scored) {
+  return scored ? runner<true, W>(divergence) : runner<false, W>(divergence);
 }
 
 }  // namespace emulation
@@ -138,11 +144,11 @@ int ring(int barrier) {
 // Null, or what went wrong. The arguments are RowsJob's fields, in its order.
 const char* emulate_rows(
     const float* z_s, const float* z_t, void* dz, int64_t stride, int64_t dz_stride,
-    const void* b_s, const void* b_t, int b_s_type, int b_t_type,
-    const int64_t* labels, const float* ce_weight, const float* kd_weight, const bool* broken_s,
-    const bool* broken_t, float* ce, float* kd, int64_t rows, int64_t ignore_index, int vocab,
-    float param, float scale, float cap_s, float cap_t, bool dz_bf16, int divergence,
-    int size, int threads, unsigned seed) {
+    const void* b_s, const void* b_t, int b_s_type, int b_t_type, const int64_t* labels,
+    const float* ce_weight, const float* kd_weight, const bool* broken_s, const bool* broken_t,
+    float* ce, float* kd, int64_t rows, int64_t ignore_index, int vocab, float param, float scale,
+    float cap_s, float cap_t, bool dz_bf16, bool scored, int divergence, int size, int threads,
+    unsigned seed) {
   using namespace mllmkd::cuda;
   const int slice = slice_of(vocab, size);
   const RowsJob job{
@@ -171,12 +177,14 @@ const char* emulate_rows(
       cap_s,
       cap_t,
       dz_bf16,
+      scored,
       middle_series(1.0f - param)};
   static thread_local std::string message;
   try {
     const auto which = static_cast<mllmkd::Divergence>(divergence);
     const bool wide = stride % 4 == 0 && dz_stride % 4 == 0;
-    const auto run = wide ? emulation::runner<4>(which) : emulation::runner<1>(which);
+    const auto run =
+        wide ? emulation::runner<4>(which, scored) : emulation::runner<1>(which, scored);
     for (int64_t row = 0; row < rows; ++row) run(job, row, size, threads, seed + row);
   } catch (const std::exception& error) {
     message = error.what();

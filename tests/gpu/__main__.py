@@ -7,19 +7,21 @@
 
 Uses the Python that runs it and what is installed there: no virtual environment, no network.
 Stages, each a process of its own with a time limit after which it is stopped and counts as failed;
-none waits for, or falls with, another:
+none falls with another, and the first two run side by side:
 
     build      compile the extension in place; where that fails the CUDA kernel is left out
     compile    the kernels of the headline shapes, on all processors, into build/triton-cache
-    headline   the targets: trained, frozen and relation at real shapes, time and memory
+    headline   the targets: trained, frozen, JSD and relation at real shapes, time, memory, ladder
     tests      every test of the Triton and CUDA kernels, on the GPU
     large      real vocabularies, blocks past 2^31 elements, memory, determinism, host waits
     sanitizer  every kernel on small shapes under compute-sanitizer
-    bench      time, memory and accuracy against the floor and the peers that can be imported
+    bench      other shapes, against the floor and PyTorch
 
-Figures go to benchmarks/results/<gpu>-<date>*.json, case by case as they are measured, what stages
-print to runs/gpu/<stage>.log, and all of it to the folder $OUT where that is set. A summary comes
-last.
+Figures go to benchmarks/results/<gpu>-<date>*.json, case by case as they are measured, and what
+stages print to runs/gpu/<stage>.log. A summary comes last. Where $OUT names a folder, records and
+summary are copied there while stages run, and everything in one archive: whoever stops this command
+at any moment has what there was ten seconds before. In a rehearsal the sanitizer's program runs
+alone: there is nothing that checks a processor in its stead.
 """
 
 from __future__ import annotations
@@ -33,9 +35,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,6 +49,13 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 RUNS = ROOT / "runs" / "benchmarks"
 LOGS = ROOT / "runs" / "gpu"
+
+#: Methods that are timed: those that the targets are about. `torch.compile` alone would take all
+#: of the time; ``python -m benchmarks all`` has everything.
+METHODS = "floor,torch-eager,mk-triton,mk-cuda"
+
+#: Seconds between two copies of what there is.
+OFTEN = 10.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class Stage:
         command: what to run; empty where it cannot run here.
         note: why it cannot, or what is different.
         needed: whether a failure makes the whole fail.
+        beside: whether it runs beside the one before.
     """
 
     name: str
@@ -63,6 +76,7 @@ class Stage:
     command: tuple[str, ...]
     note: str = ""
     needed: bool = True
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,36 +92,41 @@ def stages(quick: bool, rehearse: bool = False) -> list[Stage]:
     """All of them, in order, for this machine."""
     python, pytest = sys.executable, _pytest()
     kernels = sorted(map(_short, (ROOT / "tests").glob("test_triton_*.py")))
-    kernels += [_short(f) for f in [ROOT / "tests" / "test_cuda_rows.py"] if f.exists()]
+    kernels += [f"tests/test_{name}.py" for name in ("row_kernels", "cuda_rows")]
     some = ("-k", "forward_kl or jsd or aligned or relation") if quick else ()
     nvcc, sanitizer = shutil.which("nvcc"), shutil.which("compute-sanitizer")
     build = (python, "setup.py", "--quiet", "build_ext", "--inplace")
-    ahead = (python, "-m", "tests.gpu.offline", "--only-installed", "--here")
+    ahead = (python, "-m", "tests.gpu.offline", "--only-installed", "--here", "--minutes", "1")
     checked = (
         sanitizer or "", "--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "5",
         "--report-api-errors", "no", python, "-m", "tests.gpu.small",
     )  # fmt: skip
+    missing = "" if sanitizer else "compute-sanitizer is not on PATH"
+    built = "" if nvcc else "no nvcc: without CUDA kernels"
     device = ("--device", "cpu" if rehearse else "cuda")
     out = ("--out", str(RUNS if quick or rehearse else RESULTS))
-    bench = (python, "-m", "benchmarks", "all", *device, *out, "--suite")
+    bench = (python, "-m", "benchmarks", "all", *device, *out)
+    bench = (*bench, "--only", "floor,mk-eager" if rehearse else METHODS)
     suites = ("tiny", "tiny") if rehearse else ("headline", "quick" if quick else "gpu")
     if rehearse:  # the same programs: one kernel, a few tests, small tensors
-        bench = (*bench[:-1], "--only", "floor,mk-eager", bench[-1])
-        build, checked = (), (python, "-m", "tests.gpu.small", "cpu")
-        sanitizer = checked[0]
-        ahead = (*ahead[:-1], "--arch", "90", "--kernel", "chunk without teacher")
+        build, built = (), "not in a rehearsal"
+        checked = (python, "-m", "tests.gpu.small", "cpu")
+        missing = "the program alone: no sanitizer watches a processor"
+        ahead = (*ahead[:3], "--only-installed", "--arch", "90", "--kernel", "without teacher")
         some = ("-k", "equal_models")
     found = [
-        Stage("build", 90, build, "" if nvcc else "no nvcc: without CUDA kernels", needed=False),
-        Stage("compile", 75, ahead, needed=False),
-        Stage("headline", 75, (*bench, suites[0])),
-        Stage("tests", 110, (*pytest, *_parallel(), *some, *kernels)),
-        Stage("large", 80, (*pytest, *(("-k", "not 2_31") if quick else ()), "tests/gpu")),
+        Stage("build", 100, build, built, needed=False),
+        Stage("compile", 85, ahead, needed=False, beside=True),
+        Stage("headline", 80, (*bench, "--minutes", "1.1", "--suite", suites[0])),
+        Stage("tests", 110, (*pytest, *_parallel(12), *some, *kernels)),
         Stage(
-            "sanitizer", 40, checked if sanitizer else (),
-            "" if sanitizer else "compute-sanitizer is not on PATH", needed=bool(sanitizer),
+            "large", 80,
+            (*pytest, *_parallel(4), *(("-k", "not 2_31") if quick else ()), "tests/gpu"),
         ),
-        Stage("bench", 60 if quick else 130, (*bench, suites[1])),
+        Stage(
+            "sanitizer", 55, checked if checked[0] else (), missing, needed=bool(checked[0])
+        ),
+        Stage("bench", 115, (*bench, "--minutes", "1.7", "--suite", suites[1])),
     ]  # fmt: skip
     if rehearse:  # a processor, which may be busy, and an interpreter
         found = [replace(stage, seconds=10 * stage.seconds) for stage in found]
@@ -134,12 +153,17 @@ def main(argv: list[str] | None = None) -> int:
         print("gpu: PyTorch sees no GPU here; `make gpu-offline` is what can be checked without")
         return 2
     where = "a rehearsal on CPU" if args.rehearse else torch.cuda.get_device_name()
-    print(f"{where}, torch {torch.__version__}, {sys.executable}")
-    begin, results = time.time(), []
+    where = f"{where}, torch {torch.__version__}, {sys.executable}"
+    print(where)
+    begin, text, results = time.time(), where, []
     run = functools.partial(_run, rehearse=args.rehearse)
-    for stage in chosen:  # handed out after each: whatever comes next cannot take it away
-        results.append(perform(stage, run))
-        text = summary(results, _records(begin))
+    for group in groups(chosen):  # handed out meanwhile: whatever comes next cannot take it away
+        with ThreadPoolExecutor(len(group)) as pool:
+            running = [pool.submit(perform, stage, run) for stage in group]
+            while wait(running, OFTEN).not_done:
+                _hand_out(begin)
+        results += [stage.result() for stage in running]
+        text = where + summary(results, _records(begin))
         LOGS.mkdir(parents=True, exist_ok=True)
         (LOGS / "summary.txt").write_text(text + "\n", encoding="utf-8")
         _hand_out(begin)
@@ -163,6 +187,17 @@ def parser() -> argparse.ArgumentParser:
         "--rehearse", action="store_true", help="every stage on CPU, kernels in the interpreter"
     )
     return top
+
+
+def groups(stages: Sequence[Stage]) -> Iterator[list[Stage]]:
+    """Those that run side by side, together."""
+    together: list[Stage] = []
+    for stage in stages:
+        if together and not stage.beside:
+            yield together
+            together = []
+        together.append(stage)
+    yield together
 
 
 def perform(stage: Stage, run: Callable[[Stage], int | None]) -> Result:
@@ -225,6 +260,7 @@ def _run(stage: Stage, rehearse: bool = False) -> int | None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
     environment |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     environment["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton-cache")  # all stages share it
     if rehearse:
         environment["TRITON_INTERPRET"] = "1"
@@ -269,27 +305,37 @@ def _ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
 
 
 def _hand_out(since: float) -> None:
-    """Copy what was written to $OUT, flat, where there is such a folder."""
+    """Into $OUT, where there is such a folder: records and summary, and all that was written in
+    one archive. Few files, because what carries them on may take few.
+    """
     out = os.environ.get("OUT")
-    if out and Path(out).is_dir():
-        for path, _ in _written(since):
-            shutil.copy(path, Path(out) / path.name)
+    if not out or not Path(out).is_dir():
+        return
+    part = Path(out, "gpu.tar.gz.part")
+    with suppress(OSError):  # a file that changes while it is read: it is there the next time
+        with tarfile.open(part, "w:gz") as archive:
+            for path, _ in _written(since):
+                archive.add(path, Path(*path.parts[-2:]))
+                if path.suffix == ".json" or path.name == "summary.txt":
+                    shutil.copy(path, Path(out, path.name))
+        part.replace(Path(out, "gpu.tar.gz"))
 
 
 def _pytest() -> tuple[str, ...]:
-    """pytest on the GPU's tests too, telling each failure at once."""
+    """pytest on the GPU's tests too, telling each failure at once. Neither the plugins that a
+    machine happens to have nor what its versions of other libraries warn of is judged.
+    """
     return (
         sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider",
-        "-p", "tests.gpu.early", "--maxfail=25", "--tb=short",
+        "-p", "tests.gpu.early", "-W", "default", "--maxfail=25", "--tb=short",
     )  # fmt: skip
 
 
-def _parallel() -> tuple[str, ...]:
+def _parallel(most: int) -> tuple[str, ...]:
     """Most of the time of small tests is compiling: several at once, where pytest can."""
-    workers = min(12, (os.cpu_count() or 2) - 2)
-    if workers < 2 or importlib.util.find_spec("xdist") is None:
+    if importlib.util.find_spec("xdist") is None:
         return ()
-    return ("-n", str(workers))
+    return ("-p", "xdist", "-n", str(max(2, min(most, (os.cpu_count() or 2) - 2))))
 
 
 def _short(path: Path) -> str:

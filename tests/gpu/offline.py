@@ -4,8 +4,8 @@ Compiles every Triton kernel in every kind of call with the installed Triton for
 sm_100, sm_120, gfx942 and gfx950, for the first three with the oldest one that is supported too,
 and the CUDA sources with nvcc where it is there. Prints instructions, registers, stack, shared
 memory, spills and the matrix instruction of each, writes the same to build/gpu-offline.csv, and
-fails where a kernel spills (but on sm_80), asks for more shared memory than there is, does without
-wgmma or TMA on sm_90 where it must have them, or has more instructions than were accepted.
+fails where a kernel spills, asks for more shared memory than there is, does without wgmma or TMA on
+sm_90 where it must have them, or has more instructions than were accepted.
 
     python -m tests.gpu.offline                   everything (what `make gpu-offline` does)
     python -m tests.gpu.offline --arch 90,gfx942 --kernel "stream jsd"

@@ -65,7 +65,7 @@ class Row:
     def faults(self) -> list[str]:
         """Why this row fails the check; nothing where it passes."""
         found = []
-        if self.spills and self.target != "sm_80":
+        if self.spills:
             found.append(f"spills ({self.spills})")
         if self.shared > SHARED_LIMIT[self.target]:
             found.append(f"{self.shared} B of shared memory of {SHARED_LIMIT[self.target]}")

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
@@ -26,7 +25,7 @@ from transformers import AutoModelForImageTextToText, TrainingArguments
 import training.loop
 from mllmkd_kernels import learned
 from tests import pair
-from tests.gloo import on_ranks
+from tests.gloo import on_ranks, pretend_fsdp
 from tests.test_trainer_mixin import MixedTrainer, arguments
 from tests.test_trainer_objective import learning
 from tests.tolerances import relative_error
@@ -76,12 +75,6 @@ class Keeper(DistillTrainer):
             if gradient is not None:
                 self.kept[name] = gradient.clone()
         return super()._clip_grad_norm(model)
-
-
-def pretend_fsdp() -> None:
-    """accelerate offers FSDP on accelerators alone; what it then does, gloo can do."""
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    os.environ["ACCELERATE_USE_FSDP"] = "true"
 
 
 def one_step(root: Path, out: Path, wrapper: str, stage: str, order: str, accumulate: int) -> Any:
@@ -343,3 +336,15 @@ def test_what_fsdp_cannot_do_is_refused_by_name(name: str, value: Any) -> None:
     setattr(plugin, name, value)
     with pytest.raises(settings.ConfigError, match=f"{name}: got .*expected"):
         sharding.prepare(accelerator, nothing, no_parts)
+
+
+def test_a_weight_without_numbers_is_refused_by_the_third_stage() -> None:
+    """Which stops at it with an error that names no weight; FSDP leaves such weights alone."""
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3}})
+    accelerator: Any = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin)
+    )
+    student = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False))
+    student[1].weight = torch.nn.Parameter(torch.empty(0, 2))
+    with pytest.raises(settings.ConfigError, match=r"zero_stage: 3 cannot gather .* as 1 of the"):
+        sharding.prepare(accelerator, student, Anatomy({}, {}))

@@ -23,6 +23,8 @@ from mllmkd_kernels.upcycle import upcycle
 from tests.gloo import on_ranks
 from tests.training import tiny
 from tests.training.test_llava_mod import LOADS, write_config
+from tests.training.test_teacher_cache_runs import same_with_and_without_the_teacher
+from training import settings
 from training.anatomy import anatomy, freeze
 from training.config import load
 from training.data.collate import Collator
@@ -31,7 +33,6 @@ from training.data.records import DataError
 from training.loop import run
 from training.models import build_model, load_vlm, save_model
 from training.settings import ConfigError
-from training.teacher_cache.fill import make
 
 
 def write_pairs(root: Path, *stages: str, **more: Any) -> Path:
@@ -98,11 +99,23 @@ def test_what_a_stage_of_pairs_cannot_do_is_refused(tmp_path: Path) -> None:
         run(load(file, [model, "data.preferences=null"]), say=lambda _: None)
     with pytest.raises(ConfigError, match=r"packing: got true, .*: preference tells samples apart"):
         run(load(file, [model, *pairs, "data.packing=true"]), say=lambda _: None)
-    stored = load(file, [model, *pairs, f"teacher_cache.path={tmp_path / 'cache'}"])
-    with pytest.raises(ConfigError, match="preference reads response:chosen, response:rejected"):
-        make(stored, say=lambda _: None)
     with pytest.raises(ConfigError, match=r"kind: .*'dpo'"):
         load(file, [model, *pairs, "stage.preference.loss.kind=dpo"])
+
+
+@pytest.mark.parametrize("visual", [True, False], ids=["visual", "response"])
+def test_stored_rows_of_pairs_train_as_the_teacher_does(visual: bool, tmp_path: Path) -> None:
+    file = write_pairs(tmp_path, "preference")
+    config = load(file, [*pairs_of(tmp_path), sparse(tmp_path)])
+    same_with_and_without_the_teacher(config, tmp_path, visual=visual)
+    samples = json.loads((tmp_path / "pairs.json").read_text())
+    for sample in samples:
+        sample["rejected"] = "blue and blue"
+    (tmp_path / "pairs.json").write_text(json.dumps(samples))
+    rows = {"path": str(tmp_path / "rows"), "visual": visual}
+    other = settings.changed(config, out=str(tmp_path / "other"), teacher_cache=rows)
+    with pytest.raises(DataError, match=r"sample 's0' is not among the 28 stored"):
+        run(other, say=lambda _: None)
 
 
 def on_a_rank(file: Path, *options: str) -> Any:

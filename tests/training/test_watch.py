@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -34,15 +33,13 @@ def config(tmp_path):
     return settings.changed(base, stage={"dft": stage}, data={"held_out": None})
 
 
-def poison(monkeypatch, where, at, seen=None):
+def poison(monkeypatch, where, at):
     """Make micro-batches bad: `at` holds (optimiser step, micro-batch), both from 1."""
     original = DistillTrainer.compute_loss
 
     def bad(self, model, inputs, *args, **kwargs):
         step = self.state.global_step + 1
         micro = len(self.watch._seen) + 1
-        if seen is not None and micro == 1:
-            seen.append({k: v.clone() for k, v in self.student.state_dict().items()})
         if (step, micro) not in at:
             return original(self, model, inputs, *args, **kwargs)
         inputs["sample_ids"] = [f"s{step}.{micro}.{i}" for i in range(MICRO)]
@@ -52,22 +49,10 @@ def poison(monkeypatch, where, at, seen=None):
         if where == "gradient":
             loss = original(self, model, inputs, *args, **kwargs)
             return loss + (self.student.lm_head.weight * 0).sum().clamp(min=0).sqrt()
-        if where == "teacher":
-            self.teacher.lm_head.weight.data[0, 0] = torch.nan
-            return original(self, model, inputs, *args, **kwargs)
-        hook = self.student.model.language_model.register_forward_hook(put_nan)
-        loss = original(self, model, inputs, *args, **kwargs)
-        hook.remove()
-        return loss
+        self.teacher.lm_head.weight.data[0, 0] = torch.nan
+        return original(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(DistillTrainer, "compute_loss", bad)
-
-
-def put_nan(module, args, output):
-    hidden = output.last_hidden_state.clone()
-    hidden[0] = torch.nan  # of its padding nothing is read
-    output.last_hidden_state = hidden
-    return output
 
 
 def test_stop_names_the_batch_and_keeps_it(config, tmp_path, monkeypatch):
@@ -105,42 +90,6 @@ def test_what_is_bad_is_named(config, monkeypatch, where):
         run(config, say=lambda _: None)
 
 
-@pytest.mark.parametrize("where", ["student", "gradient"])
-def test_skip_leaves_the_step_out(config, tmp_path, monkeypatch, where):
-    weights = []
-    poison(monkeypatch, where, {(2, 1), (3, 2)}, weights)
-    messages = []
-    (result,) = run(settings.changed(config, on_nan="skip"), say=messages.append)
-    changed = [
-        any(not torch.equal(a[key], b[key]) for key in a) for a, b in itertools.pairwise(weights)
-    ]
-    assert changed == [True, False, False]  # by steps 1, 2 and 3
-    assert all(bool(v.isfinite().all()) for v in load_vlm(result.model)[0].state_dict().values())
-    listed = (tmp_path / "out" / "1-dft" / "skipped.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in listed] == [2, 3]
-    assert sum(m.startswith("skipped step") for m in messages) == 2
-    assert result.summary["skipped"] == 2 and result.history[-1]["skipped"] == 2
-    losses = [entry["loss"] for entry in result.history]
-    assert [loss == loss for loss in losses] == [True, False, False, True]
-    log = (tmp_path / "out" / "1-dft" / "log.jsonl").read_text()
-    assert "NaN" not in log and '"loss": null' in log
-
-
-def test_a_run_of_bad_steps_stops(config, monkeypatch):
-    poison(monkeypatch, "student", {(2, 1), (3, 1), (4, 1)})
-    skipping = settings.changed(config, on_nan="skip", skip_limit=2)
-    with pytest.raises(NonFiniteError, match=r"step 3: .* 2 steps in a row were not finite"):
-        run(skipping, say=lambda _: None)
-
-
-def test_a_stopped_run_goes_on_when_told_to_skip(config, monkeypatch):
-    poison(monkeypatch, "student", {(3, 2)})
-    with pytest.raises(NonFiniteError):
-        run(config, say=lambda _: None)
-    (result,) = run(settings.changed(config, on_nan="skip"), say=lambda _: None)
-    assert result.summary["skipped"] == 1
-
-
 def test_an_interrupted_command_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupted(config):
         raise Interrupted(signal.SIGINT, "saved; the same command continues there")
@@ -154,14 +103,14 @@ def test_a_day_has_its_own_word():
     assert clock(90_061) == "1 d 1:01:01"
 
 
-def test_a_journal_forgets_what_will_be_made_again(tmp_path):
+def test_a_journal_reads_whole_lines(tmp_path):
     journal = Journal(tmp_path / "log.jsonl")
     for step in (1, 2, 3):
         journal.append({"step": step, "loss": math.inf if step == 2 else 0.5})
     with journal.path.open("a") as file:
         file.write('{"step": 4, "lo')  # a kill in the middle of a line
     assert [entry["step"] for entry in journal.read()] == [1, 2, 3]
-    journal.cut(2)
+    journal.write(journal.read()[:2])
     assert journal.path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": null}\n'
     assert math.isnan(journal.read()[1]["loss"])
 

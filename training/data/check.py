@@ -12,14 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from PIL import Image
 
 from training.bar import track
 from training.data.encoding import Encoding
 from training.data.images import conversions
-from training.data.item import IGNORE, Item
+from training.data.item import IGNORE, Item, apart
 from training.data.records import DataError, Sample
 from training.data.sources import Source
 
@@ -76,37 +75,6 @@ class Report:
         ordered = sorted(self.lengths)
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
-    def to_dict(self) -> dict[str, Any]:
-        """All but the rendered samples, for json."""
-        tokens = sum(self.lengths)
-        lengths: dict[str, Any] = {}
-        if self.lengths:
-            lengths = {
-                "min": min(self.lengths),
-                "median": self.percentile(0.5),
-                "p95": self.percentile(0.95),
-                "max": max(self.lengths),
-                "histogram": self.histogram(),
-            }
-        return {
-            "sources": self.names,
-            "read": self.read,
-            "sound": self.sound,
-            "skipped": self.read - self.sound,
-            "reasons": [
-                {"reason": reason, "count": count, "examples": self.examples[reason]}
-                for reason, count in self.reasons.most_common()
-            ],
-            "tokens": tokens,
-            "label_tokens": self.labels,
-            "image_tokens": self.image_tokens,
-            "lengths": lengths,
-            "images_per_sample": {str(n): self.images[n] for n in sorted(self.images)},
-            "conversions": dict(self.conversions.most_common()),
-            "not_read": dict(self.unread.most_common()),
-            "notes": self.notes,
-        }
-
 
 def read_data(
     sources: Sequence[Source],
@@ -161,7 +129,7 @@ def _count(
     images = source.images(entry)
     item = encoding.item(entry, lambda: images)
     report.sound += 1
-    for one in both(item):
+    for one in apart([item]):
         report.lengths.append(len(one["input_ids"]))
         report.labels += int((one["labels"] != IGNORE).sum())
         report.image_tokens += int(one["image_lens"].sum())
@@ -170,11 +138,6 @@ def _count(
     report.unread.update(entry.unread)
     if show:
         report.shown.append(Shown(entry, item, images))
-
-
-def both(item: Item) -> list[Item]:
-    """Of a pair the items of its two answers, the better first; else the item."""
-    return [item, item["rejected"]] if "rejected" in item else [item]
 
 
 def reason_of(message: str) -> str:

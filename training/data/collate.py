@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mllmkd_kernels.models import TOKEN_TYPES
 from mllmkd_kernels.rows import PAIR
-from training.data.item import IGNORE, Item
+from training.data.item import IGNORE, Item, apart
 from training.settings import ConfigError
 
 NOT_VISUAL = {*Item.__annotations__, *TOKEN_TYPES} - {"pixel_values"}
@@ -76,7 +76,7 @@ class Collator:
         kinds = [item.get("kind", "") for item in items]
         if "rejected" in items[0]:
             kinds = [kind for kind in PAIR for _ in items]
-            items = [*items, *(item["rejected"] for item in items)]  # pyright: ignore[reportTypedDictNotRequiredAccess]
+            items = apart(items)
         ids = [item["input_ids"] for item in items]
         batch: dict[str, Any] = {
             "input_ids": self._padded(ids, padding_value=self.pad_id),

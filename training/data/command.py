@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,6 @@ def add_data(command: argparse.ArgumentParser, source: argparse.ArgumentParser) 
     check.add_argument("--samples", type=int, default=12, help="how many to show (default 12)")
     check.add_argument("--limit", type=int, help="read only so many entries of each source")
     check.add_argument("--html", default="data-check.html", help="the page (data-check.html)")
-    check.add_argument("--json-out", metavar="FILE", help="the figures as json, too")
     check.set_defaults(function=check_data)
 
 
@@ -77,12 +75,11 @@ def answer_data(options: argparse.Namespace) -> None:
 
 
 def check_data(options: argparse.Namespace) -> None:
-    """Run `data check`: figures to stdout, the page and the json to files."""
+    """Run `data check`: figures to stdout, the page to a file."""
     from training.data.check import read_data
     from training.data.encoding import Encoding
     from training.data.load import sources_of
     from training.data.page import rows_of, write_page
-    from training.journal import write_whole
     from training.models import known_positions
 
     config = configured(options)
@@ -111,8 +108,6 @@ def check_data(options: argparse.Namespace) -> None:
         print(f"  {count:>8,} x {reason}\n{'':13}{report.examples[reason][0]}")
     write_page(report, processor.tokenizer, processor.image_token_id, Path(options.html))
     print(f"{'page':<18} {options.html}: {len(report.shown)} samples")
-    if options.json_out:
-        write_whole(Path(options.json_out), json.dumps(report.to_dict(), indent=1))
 
 
 def _processor(options: argparse.Namespace, config: Config) -> Any:

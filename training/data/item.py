@@ -8,7 +8,7 @@ padded like ids.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
@@ -64,6 +64,12 @@ def build_item(
     rest = {name: torch.tensor(row, dtype=torch.int64) for name, row in extras.items()}
     kind = {} if sample.kind is None else {"kind": sample.kind}
     return {**fixed, **kind, **rest, **seen.inputs}  # pyright: ignore[reportReturnType]
+
+
+def apart(items: Sequence[Any]) -> list[Any]:
+    """Of pairs the better answers and then the worse ones, as a batch has them; others as they
+    are."""
+    return [*items, *(item["rejected"] for item in items if "rejected" in item)]
 
 
 def own_bytes(item: Mapping[str, Any]) -> int:

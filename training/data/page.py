@@ -18,8 +18,8 @@ from typing import Any
 from PIL import Image
 
 from mllmkd_kernels.rows import PAIR
-from training.data.check import Report, Shown, both
-from training.data.item import IGNORE, Item
+from training.data.check import Report, Shown
+from training.data.item import IGNORE, Item, apart
 from training.journal import write_whole
 
 THUMBNAIL = 180
@@ -106,7 +106,7 @@ def _lengths(report: Report) -> str:
 def _sample(shown: Shown, tokenizer: Any, image_id: int) -> str:
     sample = shown.sample
     images = "".join(_thumbnail(image) for image in shown.images)
-    answers = both(shown.item)
+    answers = apart([shown.item])
     names = [f"{name}: " for name in PAIR] if len(answers) > 1 else [""]
     tokens = "".join(
         f"<div class=dim>{name}{_facts(item)}</div>"

@@ -25,18 +25,19 @@ import numpy as np
 
 from training.bar import Bar
 from training.demo.folder import LlavaFolder, Record, more_questions, record, unseen, write_folder
+from training.settings import ConfigError
 
 KINDS = ("colour", "shape", "yesno", "negated")
 CAPTION_QUESTION = "describe the image"
 
 
 def load_package() -> ModuleType:
-    """Import ``easy_vqa``; raises ImportError saying how to install it."""
+    """Import ``easy_vqa``; raises `ConfigError` saying how to install it."""
     try:
         import easy_vqa  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError(
-            "the easy-VQA data is the package easy-vqa: pip install --no-deps easy-vqa==1.0"
+        raise ConfigError(
+            "data: got 'easy-vqa', which is not installed: pip install --no-deps easy-vqa==1.0"
         ) from error
     return easy_vqa
 
@@ -74,7 +75,7 @@ def write_easy_vqa(
         progress: show a bar.
 
     Raises:
-        ImportError: the package is not installed.
+        ConfigError: the package is not installed.
         ValueError: student_n is not in 1 to the number of training questions.
         FileExistsError: ``out_dir`` was made with other settings.
     """

@@ -9,6 +9,8 @@
                                                  settings by: the students have not seen them
     dataset.json                                 what the folder was made from
 
+A split without entries has no file: data of one's own (`training.demo.own`) may have no captions.
+
 ``student_pretrain.json`` holds only what ``student_train.json`` says too, so that a student with a
 captioning stage has seen no more labels than one without. ``student_questions.json`` asks, of each
 of the students' images, what is asked of any of them, and was drawn without looking at a label; the
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,8 @@ class LlavaFolder:
 
     def words(self) -> list[str]:
         """Every word of its questions and answers, held-out ones included (they are templates)."""
-        return collect_words(*(self.json(split) for split in LABELLED))
+        files = (self.json(split) for split in (*LABELLED, "dev"))
+        return collect_words(*(file for file in files if file.is_file()))
 
 
 def record(name: str, image: str, kind: str, question: str, answer: str) -> Record:
@@ -65,10 +68,16 @@ def record(name: str, image: str, kind: str, question: str, answer: str) -> Reco
     return {"id": name, "image": image, "kind": kind, "conversations": turns}
 
 
+def images_of(entry: Record) -> Sequence[str]:
+    """The paths of an entry's images."""
+    image = entry["image"]
+    return [image] if isinstance(image, str) else image
+
+
 def unseen(train: Sequence[Record], student: Sequence[Record], limit: int = 2_000) -> list[Record]:
     """The last training questions, at most `limit`, about images that the students do not see."""
-    seen = {entry["image"] for entry in student}
-    return [entry for entry in train if entry["image"] not in seen][-limit:]
+    seen = {image for entry in student for image in images_of(entry)}
+    return [entry for entry in train if (own := images_of(entry)) and seen.isdisjoint(own)][-limit:]
 
 
 def more_questions(entries: Sequence[Record], per_image: int, seed: int) -> list[Record]:
@@ -100,7 +109,7 @@ def more_questions(entries: Sequence[Record], per_image: int, seed: int) -> list
 def write_folder(
     out_dir: str | Path,
     settings: Record,
-    fill: Callable[[Path], dict[str, Sequence[Record]]],
+    fill: Callable[[Path], Mapping[str, Sequence[Record]]],
 ) -> LlavaFolder:
     """Make (or reuse) the folder ``out_dir``.
 
@@ -120,10 +129,10 @@ def write_folder(
     partial = out_dir.with_name(f"{out_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted
     partial.mkdir(parents=True)
-    splits = fill(partial)
-    for split in SPLITS:
-        _write_json(partial / f"{split}.json", list(splits[split]))
-    entries = {split: len(splits[split]) for split in SPLITS}
+    splits = {split: entries for split, entries in fill(partial).items() if entries}
+    for split, made in splits.items():
+        _write_json(partial / f"{split}.json", list(made))
+    entries = {split: len(made) for split, made in splits.items()}
     _write_json(partial / "dataset.json", {**settings, "entries": entries})
     partial.rename(out_dir)
     return folder
@@ -144,11 +153,6 @@ def _check_same(folder: LlavaFolder, settings: Record) -> None:
             f"out_dir: {folder.root} was made with {key} = {made.get(key)!r}, "
             f"expected {wanted.get(key)!r}; {way_out}"
         )
-
-
-def write_lines(path: Path, entries: Sequence[Record]) -> None:
-    """Write one json object a line."""
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -18,7 +18,6 @@ from matplotlib import pyplot as plt
 from mllmkd_kernels.llava_kd import TERMS
 from training.data.records import Sample
 from training.data.sources import LlavaSource
-from training.demo.folder import LlavaFolder
 from training.demo.trained import Run
 from training.generate import Asked, Writer, load
 
@@ -91,10 +90,14 @@ def accuracies(rows: dict[str, list[dict[str, float]]], path: Path) -> None:
     _save(figure, path)
 
 
-def answer_grid(runs: list[Run], data: LlavaFolder, path: Path) -> None:
-    """Held-out images, the question, the true answer and what each model writes, green if right."""
-    source = LlavaSource(data.json("test"), data.root)
-    held_out = [sample for sample in source.samples() if isinstance(sample, Sample)]
+def answer_grid(runs: list[Run], source: LlavaSource, path: Path) -> None:
+    """Images, a question about each alone, the true answer and what each model writes, green if
+    right."""
+    held_out = [
+        one
+        for one in source.samples()
+        if isinstance(one, Sample) and len(one.asked().images) == len(one.images) == 1
+    ]
     chosen = held_out[:: max(1, len(held_out) // GRID)][:GRID]
     asked = [Asked(one.asked(), partial(source.images, one.asked())) for one in chosen]
     writers = [Writer(*load(str(run.stages[-1].model)), LONGEST) for run in runs]

@@ -8,20 +8,28 @@ regularises is the SFT students' alone, because it helps them and not the others
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mllmkd_kernels.methods import Stage
 from training import settings
 from training.config import OWN, Config, class_for, config_class, load
 from training.settings import Section, section, setting
 
-#: The arguments of LLaVA-KD's objective.
-LossConfig: Any = type(load().of_stage("dft").loss)
+if TYPE_CHECKING:
+
+    class LossConfig(Section):
+        """The arguments of LLaVA-KD's objective."""
+
+else:
+    LossConfig = type(load().of_stage("dft").loss)
 #: What a student is shown: labelled captions and questions; questions that the teacher answered;
 #: new scenes of the labelled photographs (`training.demo.recomposed`).
 LABELLED, ANSWERED, RECOMPOSED = "labelled", "answered", "recomposed"
+#: Data that the demo makes or copies itself.
+MADE = ("scenes", "easy-vqa")
 
 
 class TowerConfig(Section):
@@ -47,7 +55,9 @@ class DemoConfig(Section):
     seeds: int = setting(
         1, "students of each kind; with 3 or more the table has mean and spread", gt=0
     )
-    data: Literal["scenes", "easy-vqa"] = setting("scenes", "which data")
+    data: str = setting(
+        "scenes", "scenes, easy-vqa, or a folder of your own: see `training.demo.own`"
+    )
     held_out: Literal["test", "dev"] = setting(
         "test", "what is held out; dev: of the teacher's training questions, to choose settings by"
     )
@@ -58,7 +68,9 @@ class DemoConfig(Section):
     test_n: int = setting(2_000, "held-out questions (scenes)", gt=0)
     student_n: int = setting(1_000, "questions with labels that the students learn from", gt=0)
     per_image: int = setting(
-        8, "questions about each of the students' images that the teacher answers", gt=0
+        8,
+        "questions about each of the students' images that the teacher answers (not for a folder)",
+        gt=0,
     )
     labelled: float = setting(
         0.25, "distilled student: share of labelled samples, the rest is answered", gt=0, lt=1
@@ -74,10 +86,13 @@ class DemoConfig(Section):
     student_warmup: float = setting(
         0.2, "students: warm-up as a share of a stage's steps; shorter ones sometimes fail", ge=0
     )
-    loss: Any = section(LossConfig, "distilled student: weights of the loss in DPT and DFT")
+    loss: LossConfig = section(LossConfig, "distilled student: weights of the loss in DPT and DFT")
     weight_decay: float = setting(1.0, "SFT students: AdamW's weight decay", ge=0)
     smoothing: float = setting(0.1, "SFT students: share of smoothed labels", ge=0, le=1)
     dropout: float = setting(0.1, "SFT students: dropout of attention", ge=0, lt=1)
+    save_steps: int = setting(
+        200, "optimiser steps between two checkpoints, of which early stopping would take one", gt=0
+    )
     tower: TowerConfig = section(TowerConfig, "the vision tower that all models share")
     threads: int | None = setting(None, "CPU threads; null: PyTorch's choice", gt=0)
 
@@ -92,9 +107,19 @@ class DemoConfig(Section):
         return Path(self.out)
 
     @property
+    def images(self) -> Path:
+        """What the data's image paths are relative to."""
+        return self.folder / "data" if self.data in MADE else Path(self.data)
+
+    def split(self, name: str) -> Path:
+        """Where that part of the data is; there is no such file if it does not have that part."""
+        return self.folder / "data" / f"{name}.json"
+
+    @property
     def teacher(self) -> Path:
         """Where the finished teacher is."""
-        return self.folder / "teacher" / "2-sft" / "model"
+        last = "2-sft" if self.split("pretrain").is_file() else "1-sft"
+        return self.folder / "teacher" / last / "model"
 
     @property
     def answered(self) -> Path:
@@ -112,36 +137,45 @@ class StudyConfig(DemoConfig):
 
     seeds: int = setting(3, "students of each row", gt=0)
     rows: tuple[str, ...] = setting((), "names of the rows; empty: all")
+    jobs: int = setting(
+        min(os.cpu_count() or 1, 4),
+        "students trained at the same time, each in a process with `threads` threads (null: one)",
+        gt=0,
+    )
 
 
 def demo_teacher(demo: DemoConfig) -> Config:
-    """192 wide, 4 layers, on all the training data: PT, then SFT."""
+    """192 wide, 4 layers, on all the training data: PT, where there are captions, then SFT."""
     shared = {"batch_size": demo.batch_size, "warmup": 0.05}
     stages = {
         "pt": {"steps": demo.teacher_pt_steps, "lr": 1e-3, **shared},
         "sft": {"steps": demo.teacher_sft_steps, "lr": demo.teacher_lr, **shared},
     }
-    data = demo.folder / "data"
-    sources = [
-        {"path": str(data / "pretrain.json"), "use": "captions"},
-        {"path": str(data / "train.json")},
-    ]
+    sources = [*_captions(demo.split("pretrain")), {"path": str(demo.split("train"))}]
+    if len(sources) < 2:
+        del stages["pt"]
     sizes = {"hidden": 192, "layers": 4}
     return _run(demo, "teacher", "llava-kd", stages, sources, sizes, seed=0, teacher=None)
 
 
 def demo_sft(
-    demo: DemoConfig, seed: int, steps: int, name: str, shown: Sequence[str] = (LABELLED,)
+    demo: DemoConfig,
+    seed: int,
+    steps: int,
+    name: str,
+    shown: Sequence[str] = (LABELLED,),
+    method: str | tuple[Stage, ...] = "llava-kd",
 ) -> Config:
     """64 wide, 2 layers, on the limited data: regularised SFT alone, for `steps` steps."""
     regularised = {"weight_decay": demo.weight_decay, "loss": {"smoothing": demo.smoothing}}
     stages = {"sft": optimised(demo, steps) | regularised}
-    return student(demo, name, seed, stages, shown, dropout=demo.dropout)
+    return student(demo, name, seed, stages, shown, method=method, dropout=demo.dropout)
 
 
 def demo_distilled(demo: DemoConfig, seed: int) -> Config:
     """The same student on the same labels and on the teacher's answers to more questions about
-    the same images, in three stages with the teacher: DPT, SFT, DFT.
+    the same images, in three stages with the teacher: DPT, SFT, DFT. Without captions DFT has the
+    steps of DPT too.
     """
     loss = {"loss": settings.to_dict(demo.loss)}
     stages = {
@@ -149,6 +183,8 @@ def demo_distilled(demo: DemoConfig, seed: int) -> Config:
         "sft": optimised(demo, demo.sft_steps),
         "dft": optimised(demo, demo.dft_steps) | loss,
     }
+    if not demo.split("student_pretrain").is_file():
+        stages["dft"]["steps"] += stages.pop("dpt")["steps"]
     return student(demo, "distilled", seed, stages, [LABELLED, ANSWERED], teacher=demo.teacher)
 
 
@@ -185,7 +221,6 @@ def student(
     """A student of 64 wide, 2 layers, called `name`, that is `shown` these kinds of data, or
     `pairs` of answers.
     """
-    data = demo.folder / "data"
     more = [
         {"path": str(path), "image_root": root}
         for kind, path, root in (
@@ -196,12 +231,13 @@ def student(
     ]
     sources: list[dict[str, Any]] = []
     if LABELLED in shown:
-        labelled: dict[str, Any] = {"path": str(data / "student_train.json")}
+        file = demo.split("student_train")
+        labelled: dict[str, Any] = {"path": str(file)}
         if more:
             ratio = demo.labelled / (1 - demo.labelled)
             others = sum(entries(Path(one["path"])) for one in more)
-            labelled["weight"] = ratio * others / entries(data / "student_train.json")
-        sources += [{"path": str(data / "student_pretrain.json"), "use": "captions"}, labelled]
+            labelled["weight"] = ratio * others / entries(file)
+        sources += [*_captions(demo.split("student_pretrain")), labelled]
     sources += more
     if pairs is not None:
         sources.append({"path": str(pairs), "use": "preferences"})
@@ -210,6 +246,11 @@ def student(
         demo, f"seed{seed}/{name}", method, stages, sources, sizes, seed=seed,
         teacher=None if teacher is None else str(teacher),
     )  # fmt: skip
+
+
+def _captions(path: Path) -> list[dict[str, Any]]:
+    """The source of captions, if there are any."""
+    return [{"path": str(path), "use": "captions"}] if path.is_file() else []
 
 
 def entries(file: Path) -> int:
@@ -229,7 +270,7 @@ def _run(
     teacher: str | None,
 ) -> Config:
     """What teacher and students have in common."""
-    tower, data = str(demo.folder / "tower"), demo.folder / "data"
+    tower, held_out = str(demo.folder / "tower"), str(demo.split(demo.held_out))
     # the tower is trained up to its last layer, so that is what the projector reads
     model = {"vision": tower, "processor": tower, "feature_layer": -1, **sizes}
     values = {
@@ -240,13 +281,13 @@ def _run(
         "teacher": teacher,
         "model": model,
         "data": {
-            "sources": [*sources, {"path": str(data / f"{demo.held_out}.json"), "use": "held_out"}],
-            "image_root": str(data),
+            "sources": [*sources, {"path": held_out, "use": "held_out"}],
+            "image_root": str(demo.images),
             "cache_mb": 1_500,
         },
         "seed": seed,
         "log_steps": 20,
-        "save_steps": 200,
+        "save_steps": demo.save_steps,
         "keep": 1,
         "threads": demo.threads,
     }

@@ -26,7 +26,9 @@ from rich.table import Table
 from benchmarks.machine import facts
 from mllmkd_kernels.llava_kd import TERMS
 from training import settings
+from training.data.sources import LlavaSource
 from training.demo import pictures
+from training.demo.early import Early
 from training.demo.folder import LlavaFolder
 from training.demo.recipes import DemoConfig
 from training.demo.trained import Run
@@ -50,23 +52,31 @@ class Report:
     verdict: str
 
 
-def write_report(config: DemoConfig, runs: list[Run], data: LlavaFolder, seconds: float) -> Report:
+def write_report(
+    config: DemoConfig,
+    runs: list[Run],
+    early: Sequence[Early],
+    data: LlavaFolder,
+    seconds: float,
+) -> Report:
     """Write `out/report` and print the table and the verdict."""
     folder = config.folder / "report"
     folder.mkdir(parents=True, exist_ok=True)
     rows = by_name(runs)
     verdict = judge(rows)
+    stopped = early_stopped(config, rows, early, data.settings()["entries"]["dev"])
     first = [run for run in runs if run.seed == 0]
     pictures.loss_curves(first, folder / "loss.png")
     pictures.stage_accuracy(runs, folder / "stages.png")
     shown = [run for run in first if run.name != EQUAL_TIME]
-    pictures.answer_grid(shown, data, folder / "answers.png")
+    held_out = LlavaSource(config.split("test"), config.images)
+    pictures.answer_grid(shown, held_out, folder / "answers.png")
     write_rows(runs, folder)
-    text = _markdown(config, rows, verdict, data, seconds)
+    text = _markdown(config, rows, verdict, stopped, data, seconds)
     (folder / "report.md").write_text(text, encoding="utf-8")
     console = Console()
     console.print(terminal_table(*on_its_side(*table(rows))))
-    console.print(verdict, highlight=False, soft_wrap=True)
+    console.print(f"{verdict}\n{stopped}", highlight=False, soft_wrap=True)
     end = f"whole demo: {seconds:.0f} s; report: {folder / 'report.md'}"
     console.print(end, highlight=False, soft_wrap=True)
     return Report(folder, rows, verdict)
@@ -95,6 +105,23 @@ def _margin(rows: dict[str, list[dict[str, float]]], name: str, other: str) -> s
     return (
         f"{text} in the mean of {len(ours)} seeds, {holds} than the spread ({100 * spread:.1f}); "
         f"ahead in {won} of {len(ours)}."
+    )
+
+
+def early_stopped(
+    config: DemoConfig,
+    rows: dict[str, list[dict[str, float]]],
+    early: Sequence[Early],
+    questions: int,
+) -> str:
+    """What early stopping would have made of the SFT students of equal time."""
+    steps = ", ".join(str(one.step) for one in early)
+    found = _cell("early", [{"early": one.questions} for one in early])
+    last = _cell("last", [{"last": value} for value in accuracies(rows[EQUAL_TIME])])
+    return (
+        f"Early stopping, by {questions} questions about images that students do not see, asked "
+        f"every {config.save_steps} steps, would have ended {EQUAL_TIME} at step {steps}: {found} "
+        f"on the held-out questions, {last} at its last step."
     )
 
 
@@ -203,30 +230,48 @@ def write_rows(runs: Sequence[Run], folder: Path) -> None:
     (folder / "table.csv").write_text(text.getvalue())
 
 
-_LIMITS = """
-What the comparison does not show:
-
-- The vision tower that all models share was trained with the labels of all training images
+_SEEN = """\
+The vision tower that all models share was trained with the labels of all training images
   (accuracy of its probe {accuracy:.3f}), the students' among them. And the teacher saw the true
   answers about them, so what it says of the students' images is closer to the truth than it would
-  be of images that nobody labelled. The held-out images are new to all.
-- Questions are templates, so that more of them can be had for nothing. Whoever knows that the four
+  be of images that nobody labelled. The held-out images are new to all."""
+_TEMPLATES = "Questions are templates, so that more of them can be had for nothing."
+_PARTS = """ Whoever knows that the four
   photographs of a scene are separate things can cut up and recompose the students' own labelled
-  scenes and train on those, without a teacher (a row of `make study`).
-- Language models start from random weights: with a pre-trained one, less is left to be learned from
+  scenes and train on those, without a teacher (a row of `make study`)."""
+_OWN = """\
+The vision tower that all models share and the teacher learned from train.json (accuracy of the
+  tower's probe {accuracy:.3f}). Of the students' images that are in it they saw the true answers,
+  so what the teacher says of these is closer to the truth than of images that nobody labelled."""
+_RANDOM = """\
+Language models start from random weights: with a pre-trained one, less is left to be learned from
   so few labels."""
+#: What the comparison does not show, by the data; of a folder of one's own, by None.
+_LIMITS = {
+    "scenes": (_SEEN, _TEMPLATES + _PARTS, _RANDOM),
+    "easy-vqa": (_SEEN, _TEMPLATES, _RANDOM),
+    None: (_OWN, _RANDOM),
+}
 
 
 def _markdown(
     config: DemoConfig,
     rows: dict[str, list[dict[str, float]]],
     verdict: str,
+    stopped: str,
     data: LlavaFolder,
     seconds: float,
 ) -> str:
     tower = json.loads((config.folder / "tower" / "tower.json").read_text())
     entries = data.settings()["entries"]
+    whole = (
+        f' ("{CAPTION}" counts only if every word is right)' if CAPTION in rows[TEACHER][0] else ""
+    )
+    spread = "mean ± standard deviation of the seeds" if config.seeds > 1 else "95% interval"
+    among = " (their captions are among those)" if "student_pretrain" in entries else ""
     facts = "\n".join(f"- {name}: {value}" for name, value in machine().items())
+    limits = _LIMITS.get(config.data, _LIMITS[None])
+    said = "\n".join(f"- {line.format(accuracy=tower['accuracy'])}" for line in limits)
     here = settings.changed(config, out=DemoConfig().out)
     changed = "\n".join(f"- {line}" for line in settings.differences(DemoConfig(), here))
     return f"""# Demo report
@@ -235,15 +280,19 @@ def _markdown(
 
 {markdown(*on_its_side(*table(rows)))}
 
-Exact match on {entries["test"]} held-out questions ("{CAPTION}" counts only if every word is
-right), {"mean ± standard deviation of the seeds" if config.seeds > 1 else "95% interval"} where
+{stopped}
+
+Exact match on {entries[config.held_out]} held-out questions{whole}, {spread} where
 there is one; perplexity of their answers; loss terms unweighted, mean over the last logged steps of
 the last stage; tokens/s of the last stage. The teacher learned from {entries["train"]} questions;
-students from {entries["student_train"]} of them (their captions are among those), the distilled one
+students from {entries["student_train"]} of them{among}, the distilled one
 also from the teacher's answers to {entries["student_questions"]} more about the same images, "no
 label" from those answers alone. SFT students have weight decay {config.weight_decay:g}, label
 smoothing {config.smoothing:g} and dropout {config.dropout:g}.
-{_LIMITS.format(accuracy=tower["accuracy"])}
+
+What the comparison does not show:
+
+{said}
 
 ![loss curves](loss.png)
 

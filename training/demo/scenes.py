@@ -33,7 +33,6 @@ from training.demo.folder import (
     record,
     unseen,
     write_folder,
-    write_lines,
 )
 from training.demo.garments import CLASSES, PHOTO, Photos, photo_arrays
 
@@ -102,7 +101,7 @@ def write_scenes(
 
     Two questions share a scene; pretrain.json has one caption of every training scene. The
     student's examples are the first question of ``student_n`` training scenes, so that each shows
-    four photos of its own. ``scenes.jsonl`` says which photos make up each image.
+    four photos of its own.
 
     Args:
         out_dir: the folder to write.
@@ -135,7 +134,6 @@ def write_scenes(
         with Bar("writing scenes", train_scenes + test_scenes, "scenes", show=progress) as bar:
             train = write_split(root, "train", source[:2], train_scenes, (seed, 0), bar)
             test = write_split(root, "test", source[2:], test_scenes, (seed, 1), bar)
-        write_lines(root / "scenes.jsonl", train.manifest + test.manifest)
         student = train.questions[::QUESTIONS_PER_SCENE][:student_n]
         return {
             "pretrain": train.captions,
@@ -151,11 +149,10 @@ def write_scenes(
 
 
 class Split(NamedTuple):
-    """The entries of one split: its questions in scene order, a caption a scene, its manifest."""
+    """The entries of one split: its questions in scene order, a caption a scene."""
 
     questions: list[Record]
     captions: list[Record]
-    manifest: list[Record]
 
 
 def write_split(
@@ -171,7 +168,7 @@ def write_split(
     rng = np.random.default_rng(seed)
     deals = -(-scenes * CELLS // len(labels))  # whole shuffled decks, so that use is even
     order = np.concatenate([rng.permutation(len(labels)) for _ in range(deals)])
-    split, yes = Split([], [], []), True
+    split, yes = Split([], []), True
     (root / "images" / name).mkdir(parents=True)
     for n, chosen in enumerate(order[: scenes * CELLS].reshape(scenes, CELLS)):
         image = f"images/{name}/{n:06d}.png"
@@ -183,7 +180,6 @@ def write_split(
             split.questions.append(record(f"{name}-{n}-{i}", image, *question))
         caption = ask(names, "caption", rng)
         split.captions.append(record(f"{name}-{n}-caption", image, *caption))
-        split.manifest.append({"image": image, "split": name, "photos": chosen.tolist()})
         bar.advance()
     return split
 

@@ -8,14 +8,14 @@ from all 60,000 training photos **and their labels**; a linear probe reads the a
 away. Teacher and students share the frozen result, so whatever those labels taught it, all of them
 have; the report says so.
 
-For a data set without photo labels (easy-VQA) the probe answers the training questions instead,
-from the image alone: one row of logits for each distinct question text, on the mean of the tokens.
+For a data set without photo labels (easy-VQA, one's own) the probe answers the training questions
+instead, from the image alone: one row of logits for each distinct question text, on the mean of the
+tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,13 @@ from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from training.bar import track
-from training.data.dataset import LlavaDataset
+from training.data.dataset import SampleDataset
 from training.demo.garments import CLASSES, Photos
 from training.demo.recipes import TowerConfig
 from training.demo.scenes import CELLS, canvases
+from training.settings import ConfigError
 
+PROBED = 200_000  # pairs of a question and an answer
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # pixels, targets (B, ...), which logits
 
 
@@ -56,13 +58,28 @@ def photo_tower(config: TowerConfig, photos: Photos) -> tuple[SiglipVisionModel,
     return tower, float((best == test[1][index]).float().mean())
 
 
-def question_tower(config: TowerConfig, dataset: LlavaDataset) -> tuple[SiglipVisionModel, float]:
-    """A tower that answers `dataset`'s questions, and its accuracy on the questions it was
-    trained on."""
+def question_tower(config: TowerConfig, dataset: SampleDataset) -> tuple[SiglipVisionModel, float]:
+    """A tower that answers `dataset`'s questions, the first of each sample of one image, and its
+    accuracy on the questions it was trained on.
+
+    Raises:
+        ConfigError: there is no such sample, or their questions and answers are too many.
+    """
     tower = new_tower(config)
+    chosen = [
+        i
+        for i, sample in enumerate(dataset.samples)
+        if len(sample.images) == len(sample.asked().images) == 1
+    ]
+    dataset = dataset.some(chosen)
     asked = [sample.turns[0] for sample in dataset.samples]
     questions = {text: i for i, text in enumerate(sorted({question for question, _ in asked}))}
     answers = {text: i for i, text in enumerate(sorted({answer for _, answer in asked}))}
+    if not 0 < len(questions) * len(answers) <= PROBED:
+        raise ConfigError(
+            f"tower: got {len(questions):,} questions about one image and {len(answers):,} answers "
+            f"to them, expected up to {PROBED:,} pairs: its probe has a logit for each"
+        )
     which = torch.tensor([questions[question] for question, _ in asked])
     target = torch.tensor([answers[answer] for _, answer in asked])
     probe = nn.Linear(config.hidden, len(questions) * len(answers))
@@ -99,12 +116,6 @@ def new_tower(config: TowerConfig) -> SiglipVisionModel:
         vision_use_head=False,
     )
     return SiglipVisionModel(sizes)
-
-
-def save_tower(tower: SiglipVisionModel, accuracy: float, path: str | Path) -> None:
-    """Write the tower, its accuracy in its config, for `load_tower` and the report."""
-    tower.config.probe_accuracy = accuracy
-    tower.save_pretrained(path)
 
 
 def scene_pixels(photos: torch.Tensor) -> torch.Tensor:  # (B, 4, 28, 28) uint8 -> (B, 3, 64, 64)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
@@ -54,7 +53,6 @@ def build_processor(
     *,
     image_size: int,
     patch_size: int,
-    select_strategy: Literal["full", "default"] = "full",
 ) -> LlavaProcessor:
     """A `LlavaProcessor` of a word-level tokenizer and SigLIP's image processor.
 
@@ -62,8 +60,6 @@ def build_processor(
         words: the vocabulary besides the specials and the template's own words.
         image_size: images are resized to this many pixels square.
         patch_size: the vision tower's patch; (image_size // patch_size)² tokens per image.
-        select_strategy: the model's ``vision_feature_select_strategy``; "full" keeps every patch
-            (SigLIP has no class token to drop).
 
     Raises:
         ValueError: sizes that do not divide, a word that is a special or that the tokenizer
@@ -83,7 +79,7 @@ def build_processor(
         image_processor=image_processor,
         tokenizer=_tokenizer(words),
         patch_size=patch_size,
-        vision_feature_select_strategy=select_strategy,
+        vision_feature_select_strategy="full",  # SigLIP has no class token to drop
         chat_template=CHAT_TEMPLATE,
     )
 

@@ -13,6 +13,7 @@ from training.evaluation import questions as q
 from training.evaluation import scores
 from training.evaluation.captions import caption_scores
 from training.evaluation.chair import chair
+from training.evaluation.intervals import Figures
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -25,7 +26,7 @@ class Benchmark:
     """How a benchmark is read, asked and scored."""
 
     read: q.Reader
-    score: Callable[..., dict[str, float]]  # a `scores.Scorer`; captions and chair take options
+    score: Callable[..., Figures]  # a `scores.Scorer`; captions and chair take options
     instruction: str  # the last line of the prompt
     max_new_tokens: int
     help: str  # what --questions is

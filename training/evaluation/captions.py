@@ -10,18 +10,20 @@ METEOR and SPICE, which are Java programs themselves, are left out.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
+
+from training.evaluation.intervals import Figure, Figures, share
 from training.evaluation.questions import Question
 from training.settings import ConfigError
 
 TokenizerName = Literal["words", "ptb"]
 NEEDED = "pycocoevalcap"
+GRAMS = 4  # words of the longest phrases that BLEU compares
 
 _TOKEN = re.compile(
     r"(?:[a-z]\.){2,}"  # u.s.
@@ -36,7 +38,7 @@ _BRACKETS = {"(": "-lrb-", ")": "-rrb-"}
 
 def caption_scores(
     questions: Sequence[Question], answers: Sequence[str], tokenizer: TokenizerName = "words"
-) -> dict[str, float]:
+) -> Figures:
     """BLEU-4, CIDEr and ROUGE-L of one caption for each image.
 
     CIDEr weighs a phrase by how many images of this very set have it: of a part of the set, or of
@@ -49,14 +51,30 @@ def caption_scores(
     said = {str(i): [answer] for i, answer in enumerate(answers)}
     split = _ptb if tokenizer == "ptb" else _words
     refs, said = split(refs), split(said)
-    bleu = _part("bleu", "Bleu")(4)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints lengths
-        values, _ = bleu.compute_score(refs, said)
+    bleu = _part("bleu", "BleuScorer", "bleu_scorer")(n=GRAMS)
+    for key, (caption,) in said.items():
+        bleu += (caption, refs[key])
     return {
-        "bleu_4": float(values[3]),
-        "cider": float(_part("cider", "Cider")().compute_score(refs, said)[0]),
-        "rouge_l": float(_part("rouge", "Rouge")().compute_score(refs, said)[0]),
+        "bleu_4": Figure(np.array([_phrases(found) for found in bleu.ctest]), _bleu),
+        "cider": share(_part("cider", "Cider")().compute_score(refs, said)[1]),
+        "rouge_l": share(_part("rouge", "Rouge")().compute_score(refs, said)[1]),
     }
+
+
+def _phrases(found: Mapping[str, Any]) -> list[int]:
+    """Of a caption, its phrases of each length that people use too; all of them; its length, and
+    that of the reference nearest to it."""
+    length = found["testlen"]
+    nearest = min((abs(other - length), other) for other in found["reflen"])[1]
+    return [*found["correct"], *found["guess"], length, nearest]
+
+
+def _bleu(sums: np.ndarray) -> np.ndarray:  # (..., 10) -> (...)
+    """BLEU-4 of sums of `_phrases`, with the two small numbers of COCO's code."""
+    right, all_of_them, lengths = np.split(sums, (GRAMS, 2 * GRAMS), axis=-1)
+    precision = ((right + 1e-15) / (all_of_them + 1e-9)).prod(-1) ** (1 / GRAMS)
+    ratio = (lengths[..., 0] + 1e-15) / (lengths[..., 1] + 1e-9)
+    return precision * np.exp(np.minimum(0, 1 - 1 / ratio))
 
 
 def caption_words(caption: str) -> list[str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from training.data.faults import Place, fault
 from training.data.records import read_text
+from training.evaluation.intervals import Figures, share
 from training.evaluation.questions import Files, Question, read_categories
 
 Name = tuple[str, ...]  # of words
@@ -78,9 +79,7 @@ class Objects:
         return found
 
 
-def chair(
-    questions: Sequence[Question], answers: Sequence[str], objects: Objects
-) -> dict[str, float]:
+def chair(questions: Sequence[Question], answers: Sequence[str], objects: Objects) -> Figures:
     """CHAIRi and CHAIRs of descriptions; the share of what is there that they mention; and their
     mentions on average.
 
@@ -89,18 +88,18 @@ def chair(
         answers: the descriptions.
         objects: what is looked for.
     """
-    mentions = wrong = liars = there = seen = 0
+    counted = []  # of each: mentions, wrong ones, what is there, and what is seen of it
     for question, answer in zip(questions, answers, strict=True):
         truth = {name for text in question.answers for name in objects.mentions(text)}
         said = objects.mentions(answer)
-        false = sum(name not in truth for name in said)
-        mentions, wrong, liars = mentions + len(said), wrong + false, liars + bool(false)
-        there, seen = there + len(truth), seen + len(truth & set(said))
+        wrong = sum(name not in truth for name in said)
+        counted.append((len(said), wrong, len(truth), len(truth & set(said))))
+    mentions, wrong, there, seen = zip(*counted, strict=True) if counted else ((),) * 4
     return {
-        "chair_i": wrong / max(mentions, 1),
-        "chair_s": liars / max(len(answers), 1),
-        "recall": seen / max(there, 1),
-        "mentions": mentions / max(len(answers), 1),
+        "chair_i": share(wrong, mentions),
+        "chair_s": share(map(bool, wrong)),
+        "recall": share(seen, there),
+        "mentions": share(mentions),
     }
 
 

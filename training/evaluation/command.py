@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from training.evaluation.benchmarks import BENCHMARKS
-from training.evaluation.export import LMMS_EVAL, SUBMISSIONS, export_answers, export_model
+from training.evaluation.export import export_model
 from training.settings import ConfigError
 
 EVAL = """With a LLaVA json: exact match and perplexity in one pass over the data. With --benchmark:
@@ -113,24 +113,15 @@ def _benchmark(options: argparse.Namespace) -> None:
 
 def add_export(command: argparse.ArgumentParser) -> None:
     """The options of `export`."""
-    command.description = (
-        f"--for {LMMS_EVAL}: a folder with the model, its tasks and the command that runs them. "
-        "--for a benchmark: the answers that eval kept, as its server takes them."
-    )
-    command.add_argument("source", help="folder of a saved model, or a predictions.jsonl")
-    command.add_argument("out", help="folder or file to write")
-    choices = (LMMS_EVAL, *SUBMISSIONS)
-    command.add_argument("--for", dest="target", choices=choices, required=True)
+    command.description = "A folder with the model, lmms-eval's tasks and the command to run them."
+    command.add_argument("model", help="folder of a saved model")
+    command.add_argument("out", help="folder to write")
 
 
 def export(options: argparse.Namespace) -> None:
     """Run `export`."""
-    out = Path(options.out)
-    if options.target == LMMS_EVAL:
-        from training.models import load_vlm
+    from training.models import load_vlm
 
-        print(export_model(*load_vlm(options.source), out), end="")
-        print(f"# written to {out / 'run.sh'}")
-    else:
-        number = export_answers(Path(options.source), out, options.target)
-        print(f"{out}: {number} answers for {options.target}")
+    out = Path(options.out)
+    print(export_model(*load_vlm(options.model), out), end="")
+    print(f"# written to {out / 'run.sh'}")

@@ -1,6 +1,5 @@
-"""What do others need of a student or of its answers? A folder for lmms-eval, or a submission.
-
-For lmms-eval (names and arguments as of its version 0.7.3) a folder that can be moved anywhere:
+"""What does lmms-eval need of a student? A folder that can be moved anywhere, with names and
+arguments as of version 0.7.3:
 
     model/      the model and its processor, with the chat template, as transformers loads them
     tasks.txt   the benchmarks of LLaVA-KD's tables by their names there, one a line
@@ -8,24 +7,15 @@ For lmms-eval (names and arguments as of its version 0.7.3) a folder that can be
 
 lmms-eval has a wrapper for each family of models, and some overrule the processor's own image
 sizes: those are passed on, so that the student sees what it saw in training.
-
-For a benchmark's server the answers of `python -m training eval` in the form that it takes.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from training.evaluation.predictions import Line, read_answers
-from training.evaluation.scores import short
-from training.evaluation.vqa_answers import normalise
-from training.journal import write_whole
 from training.settings import ConfigError
 
-LMMS_EVAL = "lmms-eval"
 ANY = "huggingface"  # the wrapper for whatever AutoModelForImageTextToText loads
 WRAPPERS = {
     "gemma3": "gemma3",
@@ -88,43 +78,6 @@ def export_model(model: Any, processor: Any, out: Path) -> str:
     command = RUN.format(wrapper=WRAPPERS.get(kind, ANY), arguments=text, note=note)
     (out / "run.sh").write_text(command)
     return command
-
-
-def export_answers(predictions: Path, out: Path, benchmark: str) -> int:
-    """Write answers as the benchmark's server takes them; returns how many.
-
-    Raises:
-        DataError: `predictions` is not a file of answers.
-        ConfigError: they are answers to another benchmark, or there are none.
-    """
-    settings = predictions.parent / "settings.json"
-    asked = json.loads(settings.read_text())["benchmark"] if settings.is_file() else benchmark
-    if asked != benchmark:
-        raise ConfigError(f"--for: got {benchmark!r}, but {predictions} answers {asked!r}")
-    lines = read_answers(predictions)
-    if not lines:
-        raise ConfigError(f"predictions: {predictions} has no answers, or is not there")
-    entries = [SUBMISSIONS[benchmark](line) for line in lines]
-    if benchmark == "pope":
-        write_whole(out, "".join(f"{json.dumps(entry)}\n" for entry in entries))
-    else:
-        write_whole(out, json.dumps(entries))
-    return len(entries)
-
-
-def _captions(line: Line) -> Line:
-    return {"image_id": line["question_id"], "caption": line["answer"]}
-
-
-SUBMISSIONS: dict[str, Callable[[Line], Line]] = {
-    # where all ten people agree the server compares with what is written, unnormalised
-    "vqav2": lambda a: {"question_id": a["question_id"], "answer": normalise(a["answer"])},
-    "textvqa": lambda a: {"question_id": a["question_id"], "answer": a["answer"]},
-    "gqa": lambda a: {"questionId": a["question_id"], "prediction": short(a["answer"])},
-    "pope": lambda a: {"question": a["question"], "answer": a["answer"]},
-    "coco": _captions,
-    "karpathy": _captions,
-}
 
 
 def _image_sizes(kind: str, images: Any) -> dict[str, int]:

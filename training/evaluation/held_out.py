@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
-from scipy.stats import binomtest
 from torch.utils.data import DataLoader
 
 import mllmkd_kernels as mk
@@ -32,6 +31,7 @@ from training.bar import track
 from training.data.collate import Collator
 from training.data.dataset import SampleDataset
 from training.data.item import IGNORE
+from training.evaluation.intervals import wilson
 
 ROW_BLOCK = 1024  # logits of this many answer rows at a time
 NO_KIND = "all"
@@ -68,14 +68,6 @@ class Scores:
             f"exact match {self.questions:.3f} (95% {low:.3f} to {high:.3f}; {kinds}), "
             f"perplexity {self.perplexity:.3f}"
         )
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """95% confidence interval of a share, `right` of `n`; all there is where n is 0."""
-    if not n:
-        return 0.0, 1.0
-    found = binomtest(right, n).proportion_ci(0.95, method="wilson")
-    return float(found.low), float(found.high)
 
 
 def evaluate(

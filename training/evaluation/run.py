@@ -1,8 +1,10 @@
 """How does a benchmark go? Questions → prompts → answers on disk → scores, in a folder of its own.
 
     OUT/settings.json       what was asked of which model: it is only continued with the same
-    OUT/predictions.jsonl   one answer a line, in the benchmark's order
-    OUT/scores.json         the figures, with the numbers of questions behind them
+    OUT/predictions.jsonl   one answer a line, in the benchmark's order: {"question_id": 7,
+                            "question": "Is there a dog?", "prompt": "Is there a dog?\\nAnswer ...",
+                            "answer": "yes", "ended": true}; false: cut at the longest length
+    OUT/scores.json         the figures, their confidence intervals, the numbers of questions
 
 Killed and started again, a run goes on after the last whole line. A question that cannot be asked
 (a damaged image, words that the processor refuses) has its `fault` in place of an answer; such are
@@ -28,7 +30,7 @@ from training.data.records import IMAGE_MARK, Place, Sample, fault
 from training.evaluation.benchmarks import BENCHMARKS, Benchmark, ask
 from training.evaluation.captions import TokenizerName, caption_scores
 from training.evaluation.chair import Objects, chair
-from training.evaluation.predictions import Line, read_answers
+from training.evaluation.intervals import reported
 from training.evaluation.questions import Files, Question, checked
 from training.fingerprint import digest, of_files, same_request
 from training.generate import Asked, Writer
@@ -37,6 +39,7 @@ from training.models import marks_of
 from training.settings import ConfigError
 
 PREDICTIONS, SETTINGS, SCORES = "predictions.jsonl", "settings.json", "scores.json"
+Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def run_benchmark(
     most = options.max_new_tokens or benchmark.max_new_tokens
     _claim(options, questions, prompts, most)
     questions = questions[: options.limit]
-    lines = read_answers(options.out / PREDICTIONS)
+    lines = Journal(options.out / PREDICTIONS).read()
     if len(lines) < len(questions):
         writer = Writer(*load(options.model), most)
         lines += _write_answers(writer, lines, questions, prompts, options)
@@ -180,13 +183,13 @@ def _scored(
         score = partial(chair, objects=Objects.of(options.files))
         found |= {key: _name(getattr(options.files, key)) for key in ("annotations", "synonyms")}
     answers = [line["answer"] for line in lines]
-    found["scores"] = score(questions, answers)
+    found |= reported(score(questions, answers), questions)
     kinds = sorted({question.kind for question in questions})
     found["kinds"] = {}
     for kind in kinds if len(kinds) > 1 else ():
         rows = [i for i, question in enumerate(questions) if question.kind == kind]
-        values = score([questions[i] for i in rows], [answers[i] for i in rows])
-        found["kinds"][kind] = {"questions": len(rows), **values}
+        some, theirs = [questions[i] for i in rows], [answers[i] for i in rows]
+        found["kinds"][kind] = {"questions": len(rows), **reported(score(some, theirs), some)}
     return found
 
 
@@ -196,7 +199,8 @@ def _name(path: Path | None) -> str | None:
 
 def _table(found: dict[str, Any]) -> Table:
     title = f"{found['benchmark']}: {found['questions']} questions"
-    notes = [f"{found['cut']} answers cut at max_new_tokens"] if found["cut"] else []
+    notes = ["below each figure its 95% confidence interval"] if "intervals" in found else []
+    notes += [f"{found['cut']} answers cut at max_new_tokens"] if found["cut"] else []
     if "faulty" in found:
         notes.append(
             f"{found['faulty']} questions could not be asked, left out; the first: "
@@ -206,11 +210,14 @@ def _table(found: dict[str, Any]) -> Table:
     if "scores" not in found:
         table.add_column("no answers to compare with: written only")
         return table
-    rows = {"all": {"questions": found["questions"], **found["scores"]}, **found["kinds"]}
     table.add_column("")
-    for name in rows["all"]:
+    for name in ("questions", *found["scores"]):
         table.add_column(name.replace("_", " "), justify="right")
-    for kind, values in rows.items():
-        cells = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in values.values()]
-        table.add_row(kind, *cells)
+    for kind, part in {"all": found, **found["kinds"]}.items():
+        cells = [_cell(x, part["intervals"].get(name)) for name, x in part["scores"].items()]
+        table.add_row(kind, str(part["questions"]), *cells)
     return table
+
+
+def _cell(value: float, interval: tuple[float, float] | None) -> str:
+    return str(value) if interval is None else "{:.4f}\n{:.3f}-{:.3f}".format(value, *interval)

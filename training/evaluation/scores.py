@@ -1,8 +1,9 @@
 """How good are the answers? One function a metric: questions and answers in, named figures out.
 
-Shares are from 0 to 1. Each function scores all it is given; a breakdown by kind of question is the
-same function on fewer of them. What the metric's own rule cannot read is counted, not guessed:
-`unreadable` and `undecided` are numbers of answers.
+Shares are from 0 to 1, and know how sure they are (`training.evaluation.intervals`). Each function
+scores all it is given; a breakdown by kind of question is the same function on fewer of them. What
+the metric's own rule cannot read is counted, not guessed: `unreadable` and `undecided` are numbers
+of answers.
 """
 
 from __future__ import annotations
@@ -10,36 +11,37 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from training.evaluation.intervals import Figures, share
 from training.evaluation.questions import Question
 from training.evaluation.vqa_answers import vqa_accuracy
 
-Scorer = Callable[[Sequence[Question], Sequence[str]], dict[str, float]]
+Scorer = Callable[[Sequence[Question], Sequence[str]], Figures]
 _WORDS = re.compile(r"[^\s,]+")
 _LETTER = re.compile(r"\(?([A-Z])(?:[).:\s]|$)")
 _NAMED = re.compile(r"[Tt]he (?:correct )?answer is:? \(?([A-Z])\b")
 
 
-def exact_match(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+def exact_match(questions: Sequence[Question], answers: Sequence[str]) -> Figures:
     """Answers that are a reference, word for word."""
-    return {"exact_match": _mean(a in q.answers for q, a in _pairs(questions, answers))}
+    return {"exact_match": share(a in q.answers for q, a in _pairs(questions, answers))}
 
 
-def short_match(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+def short_match(questions: Sequence[Question], answers: Sequence[str]) -> Figures:
     """Answers that are a reference, but for case and a full stop at the end (GQA in LLaVA)."""
     right = (
         short(answer) in [short(reference) for reference in question.answers]
         for question, answer in _pairs(questions, answers)
     )
-    return {"exact_match": _mean(right)}
+    return {"exact_match": share(right)}
 
 
-def people_agree(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+def people_agree(questions: Sequence[Question], answers: Sequence[str]) -> Figures:
     """VQA accuracy: `training.evaluation.vqa_answers`."""
     pairs = _pairs(questions, answers)
-    return {"vqa_accuracy": _mean(vqa_accuracy(answer, q.answers) for q, answer in pairs)}
+    return {"vqa_accuracy": share(vqa_accuracy(answer, q.answers) for q, answer in pairs)}
 
 
-def yes_no(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+def yes_no(questions: Sequence[Question], answers: Sequence[str]) -> Figures:
     """POPE's figures, "yes" being the positive class.
 
     Its rule: an answer whose first sentence says "no" or "not" is a no, any other a yes. Those that
@@ -48,27 +50,25 @@ def yes_no(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, f
     truth = [question.answers[0] == "yes" for question in questions]
     said = [_says_yes(answer) for answer in answers]
     both = list(zip(truth, said, strict=True))
-    hits = both.count((True, True))
-    precision = hits / max(sum(said), 1)
-    recall = hits / max(sum(truth), 1)
+    hits = [a and b for a, b in both]
     return {
-        "accuracy": _mean(a == b for a, b in both),
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * precision * recall / (precision + recall) if hits else 0.0,
-        "yes_ratio": _mean(said),
+        "accuracy": share(a == b for a, b in both),
+        "precision": share(hits, said),
+        "recall": share(hits, truth),
+        "f1": share((2 * hit for hit in hits), (a + b for a, b in both)),
+        "yes_ratio": share(said),
         "undecided": sum(not {"yes", "no", "not"} & _first_words(answer) for answer in answers),
     }
 
 
-def letter_choice(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+def letter_choice(questions: Sequence[Question], answers: Sequence[str]) -> Figures:
     """Multiple choice: the letter that an answer starts with, or that it says is the answer.
 
     An answer with no such letter is wrong, and counted as `unreadable`.
     """
     letters = [_letter(answer) for answer in answers]
     right = [letter in q.answers for q, letter in zip(questions, letters, strict=True)]
-    return {"accuracy": _mean(right), "unreadable": letters.count(None)}
+    return {"accuracy": share(right), "unreadable": letters.count(None)}
 
 
 def short(answer: str) -> str:
@@ -94,8 +94,3 @@ def _letter(answer: str) -> str | None:
         answer = answer.upper()
     found = _LETTER.match(answer) or _NAMED.search(answer)
     return found.group(1) if found else None
-
-
-def _mean(values: object) -> float:
-    numbers = [float(value) for value in values]  # pyright: ignore[reportGeneralTypeIssues]
-    return sum(numbers) / max(len(numbers), 1)

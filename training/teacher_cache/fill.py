@@ -36,6 +36,7 @@ from training.anatomy import image_token_id
 from training.bar import Bar, size, track
 from training.config import Config, require
 from training.data.collate import Collator
+from training.data.item import apart
 from training.data.records import DataError
 from training.fingerprint import digest
 from training.lock import held
@@ -157,16 +158,16 @@ def _job(config: Config, stage: Stage, processors: tuple[Any, Any], path: Path, 
         Subset(dataset, chosen),
         batch_size=1,
         num_workers=config.data.workers,
-        collate_fn=_mark_of_one,
+        collate_fn=marks_of_items,
     )
-    marks = list(track(loader, "reading samples", "samples"))
-    response = fmean(mark.response for mark in marks)
-    visual = fmean(mark.visual for mark in marks) * options.visual
+    read = list(track(loader, "reading samples", "samples"))
+    response = fmean(sum(mark.response for mark in marks) for marks in read)
+    visual = fmean(sum(mark.visual for mark in marks) for marks in read) * options.visual
     width, head = _sizes(name)
     sample = (response + visual) * width * DTYPES[options.dtype].itemsize
-    total = round(samples * (sample + INDEX)) + head
+    total = round(samples * (sample + INDEX * len(read[0]))) + head
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    about = "" if len(marks) == samples else f" (counted in {len(marks)})"
+    about = "" if len(read) == samples else f" (counted in {len(read)})"
     manifest = Manifest(
         stage=stage.name,
         template=stage.template,
@@ -175,7 +176,7 @@ def _job(config: Config, stage: Stage, processors: tuple[Any, Any], path: Path, 
         precision=config.precision,
         samples=samples,
         samples_per_shard=max(1, int(SHARD // max(1.0, sample))),
-        data=digest([mark.key for mark in marks]),
+        data=digest([mark.key for marks in read for mark in marks]),
         name=place(name),
         teacher=marks_of(name),
     )
@@ -196,8 +197,9 @@ def _check_disk(need: int, free: int) -> None:
         )
 
 
-def _mark_of_one(items: Sequence[Any]) -> Mark:
-    return mark_of(items[0])
+def marks_of_items(items: Sequence[Any]) -> list[Mark]:
+    """In the order in which a batch has the items, of pairs both answers."""
+    return [mark_of(item) for item in apart(items)]
 
 
 def _sizes(teacher: str) -> tuple[int, int]:
@@ -218,7 +220,8 @@ def _summary(folder: Path) -> str:
     rows = TeacherRows(folder)
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     dtype = rows.manifest.dtype
-    return f"{folder}: whole: {len(rows)} samples, {size(stored)} of {dtype} rows and the head"
+    samples = rows.manifest.samples
+    return f"{folder}: whole: {samples} samples, {size(stored)} of {dtype} rows and the head"
 
 
 # --- the pass -------------------------------------------------------------------------------------
@@ -296,7 +299,7 @@ class Pass:
             _check_rows(marks, batch, own, counts, self.manifest.visual)
             hidden.append(_stored(rows, DTYPES[self.manifest.dtype], marks, counts))
             found += marks
-            bar.advance(len(marks))
+            bar.advance(len(batch["sample_ids"]))
         return torch.cat(hidden), found
 
     @torch.no_grad()
@@ -329,7 +332,7 @@ class _Marked:
         self.collator = collator
 
     def __call__(self, items: Sequence[Any]) -> tuple[list[Mark], Any]:
-        return [mark_of(item) for item in items], self.collator(items)
+        return marks_of_items(items), self.collator(items)
 
 
 def _check_rows(

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 import mllmkd_kernels as mk
+from mllmkd_kernels.rows import kind_of
 from training.config import Config, require
+from training.data.item import apart
 from training.settings import ConfigError
 from training.teacher_cache.store import TeacherRows, mark_of, read_head
 
@@ -62,7 +64,8 @@ class CachedCollator:
         Raises:
             DataError: a sample is not stored, or is another one than was stored.
         """
-        response, visual = zip(*(self.rows.rows(mark_of(item)) for item in items), strict=True)
+        found = [self.rows.rows(mark_of(item)) for item in apart(items)]
+        response, visual = zip(*found, strict=True)
         hidden = torch.cat([*response, *(visual if self.visual else ())])
         return dict(self.collator(items)) | {"teacher_hidden": hidden}
 
@@ -79,7 +82,8 @@ def use_stored(
     """
     rows = open_rows(config, stage)
     for index in spread(len(dataset) if hasattr(dataset, "__len__") else 0, PROBES):
-        rows.rows(mark_of(dataset[index]))
+        for item in apart([dataset[index]]):
+            rows.rows(mark_of(item))
     visual = config.objective(stage).needs.visual
     return CachedTeacher(rows), CachedCollator(collator, rows, visual=visual)
 
@@ -131,7 +135,7 @@ def check_needs(config: Config, stage: str, visual: bool, holds: str) -> None:
         )
     objective, stored = config.objective(stage), {"response", "visual"} if visual else {"response"}
     for name, term in objective.terms.items():
-        lacking = sorted(term.needs.rows - stored)
+        lacking = sorted(rows for rows in term.needs.rows if kind_of(rows)[0] not in stored)
         if term.needs.layers or term.needs.attention:
             lacking.append("inner layers'")
         if lacking:

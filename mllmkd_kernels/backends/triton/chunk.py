@@ -47,9 +47,10 @@ def _distill(
         teacher, targets = None, replace(targets, kd_weight=None)
     eager.check_labels(targets.labels, vocab, targets.ignore_index)
     n, diagnostics = hs.shape[0], options.diagnostics
-    if losses is not row_losses and (diagnostics is not None or targets.standardize):
-        name = "standardize" if diagnostics is None else "diagnostics"
-        raise ValueError(f"{name}: the row kernel of backend 'cuda' has none; backend='triton' has")
+    if losses is not row_losses and diagnostics is not None:
+        raise ValueError(
+            "diagnostics: the row kernel of backend 'cuda' has none; backend='triton' has"
+        )
     alive = eager.alive(hs, targets) if options.want_dw else hs
     grads = products.Gradients(alive, ws, acc, *options.wants)
     apart = grads.wanted and hs.dtype == ws.dtype == torch.bfloat16
@@ -147,7 +148,7 @@ def _cluster_losses(
     standardize: bool,
 ) -> None:
     """`rows.row_losses` by the CUDA kernel that reads a row once."""
-    assert seen is None and not standardize
+    assert seen is None
 
     def broken(z: Tensor | None, cap: float) -> Tensor | None:
         # every product of a hidden state that is not finite is ±inf or NaN, so one column tells
@@ -158,7 +159,7 @@ def _cluster_losses(
         None if ce_weight is None else ce_weight.float(),
         None if kd_weight is None else kd_weight.float(),
         broken(z_s, cap_s), broken(z_t, cap_t), divergence, param, temperature, cap_s, cap_t,
-        ignore_index, dz,
+        ignore_index, dz, standardize=standardize,
     )  # fmt: skip
     ce.copy_(terms[0])
     kd.copy_(terms[1])

@@ -33,7 +33,7 @@ def launch_of(
     plain = dtypes.pop() if len(dtypes) == 1 else torch.float32
     device = heads[0].h.device
     use = tables.launch(kernel, device, plain, tma) | (override or {})
-    return use if plain.itemsize == 2 else tables.bounded(use, device)
+    return tables.bounded(use, device, plain)
 
 
 def parts(kernel: str, launch: dict[str, int]) -> int:

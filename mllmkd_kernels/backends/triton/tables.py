@@ -34,6 +34,9 @@ COUNTS = ("num_stages", "splits")
 #: 32-bit registers of a multiprocessor, on every architecture of the tables.
 REGISTERS = 65536
 
+#: The architecture whose shared memory holds one block of a 16-bit kernel, not two.
+ONE_BLOCK = 120
+
 #: Changes when a reader of older files would misread newer ones.
 SCHEMA = 1
 
@@ -57,6 +60,10 @@ def _row(block: int, warps: int) -> dict[str, int]:
 # spills there, and `values` does for one divergence (255, two spills), so they take 128 × 64.
 # `rows` takes 2,048 columns: 64 registers for forward KL, so that four blocks share a
 # multiprocessor, and two where a divergence needs 104.
+# Hopper's tensor cores truncate as they add. Their sum could go into an fp32 one every 256 of the
+# hidden size, and does not: within the loop it makes `gradient` with JSD spill (255, 32 spills, a
+# loop of 308 instructions for 89); a loop for each 256 spills nothing (226), but drains the
+# pipeline each time and issues 60% more. Compiled, not timed; the drift has a test for GPUs.
 _HOPPER: Table = {
     "rows": {"single": _row(2048, 8)},
     "statistics": {
@@ -74,8 +81,13 @@ _HOPPER: Table = {
     "relation_grad": {"single": _relation(64, 16, 4, 8, 3) | {"block_d": 64}},
 }
 
-# Compiled, not timed. 163 KB of shared memory hold the same tiles.
-_AMPERE: Table = _HOPPER
+# Compiled, not timed. 163 KB of shared memory hold the same tiles. `values` with JSD and votes, and
+# the relation, spill unless less of an operand is held at once.
+_AMPERE: Table = _HOPPER | {
+    "values": _HOPPER["values"] | {"half": _matrix(128, 64, 32, 8, 4)},
+    "relation_stats": {"single": _relation(64, 16, 4, 8, 3)},
+    "relation_grad": {"single": _relation(64, 16, 4, 8, 3) | {"block_d": 32}},
+}
 
 # Compiled, not timed. Accumulators are in tensor memory and leave registers free: `values` takes
 # 128 × 128 too (96 registers).
@@ -137,12 +149,17 @@ def launch(
     return dict(_for_gpu(kernel, dtype, tma, *_gpu(device)))
 
 
-def bounded(parameters: dict[str, int], device: torch.device) -> dict[str, int]:
+def bounded(
+    parameters: dict[str, int], device: torch.device, dtype: torch.dtype = torch.float32
+) -> dict[str, int]:
     """Launch parameters with a bound on registers that no kernel reaches, for kernels without
-    tensor cores. Left free, ptxas would rather spill a few of theirs than miss the number that lets
-    two blocks share a multiprocessor: 128, with 4 or 5 spilled, where 140 hold everything.
+    tensor cores (operands of `dtype` fp32) and for all on `ONE_BLOCK`. Left free, ptxas would
+    rather spill a few of theirs than miss the number that lets two blocks share a multiprocessor:
+    128, with 4 or 5 spilled, where 140 hold everything.
     """
     if device.type != "cuda" or torch.version.hip:
+        return dict(parameters)
+    if dtype.itemsize == 2 and architecture(_gpu(device)[1]) != ONE_BLOCK:
         return dict(parameters)
     return {**parameters, "maxnreg": min(255, REGISTERS // (32 * parameters["num_warps"]))}
 

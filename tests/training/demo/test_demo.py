@@ -15,6 +15,7 @@ from PIL import Image
 from training import settings
 from training.cli import main
 from training.config import load
+from training.demo import early
 from training.demo.folder import LlavaFolder
 from training.demo.garments import FILES
 from training.demo.recipes import DemoConfig, entries
@@ -30,6 +31,7 @@ from training.demo.report import (
 )
 from training.demo.run import demo
 from training.demo.scenes import POSITIONS
+from training.loop import StageResult
 from training.settings import ConfigError
 
 SMALL = [
@@ -47,6 +49,7 @@ SMALL = [
     "tower.batch_size=4",
     "tower.hidden=16",
     "threads=1",
+    "save_steps=4",
 ]
 
 
@@ -132,6 +135,36 @@ def test_fair_comparison(finished):
             assert {Path(str(s.path)).name for s in sources} == shown | {"test.json"}, name
 
 
+def test_early_stopping_looks_at_every_checkpoint_of_the_longest_sft(finished):
+    config, report = finished
+    told = (report.folder / "report.md").read_text()
+    assert "asked every 4 steps, would have ended SFT, equal time at step" in told
+    for seed, row in enumerate(report.rows[EQUAL_TIME]):
+        folder = config.folder / f"seed{seed}" / "long" / "1-sft"
+        found = json.loads((folder / "early.json").read_text())
+        steps = [step for step, _ in found["development"]]
+        assert steps == sorted({*range(4, int(row["steps"]), 4), int(row["steps"])})
+        assert not (folder / "kept").exists()
+        if found["step"] == row["steps"]:
+            assert found["questions"] == row["questions"]
+
+
+def test_early_stopping_takes_the_first_of_the_best_and_asks_it_alone(tmp_path, monkeypatch):
+    """By the development split; the held-out one sees that model only."""
+    (tmp_path / "kept" / "8").mkdir(parents=True)
+    (tmp_path / "kept" / "12").mkdir()
+    scores = {("dev", 8): 0.5, ("dev", 12): 0.7, ("dev", 14): 0.7, ("test", 12): 0.4}
+    monkeypatch.setattr(
+        early, "accuracies", lambda _, split, models: [(n, scores[split, n]) for n in models]
+    )
+    stage = StageResult("sft", tmp_path / "model", [], {"steps": 14}, None)
+    for _ in range(2):  # the second time from the disk
+        found = early.early_stopping(DemoConfig(), stage)
+        assert (found.step, found.questions) == (12, 0.4)
+        assert [tuple(one) for one in found.development] == [(8, 0.5), (12, 0.7), (14, 0.7)]
+        scores.clear()
+
+
 def test_teacher_answers_what_nobody_labelled(finished):
     config, _ = finished
     data = config.folder / "data"
@@ -194,9 +227,10 @@ def test_table_shows_mean_and_deviation():
     assert lines == [["a", "0.500 ± 0.141", "–"]]
 
 
-def studied(config: DemoConfig, names: list[str]) -> list[dict[str, Any]]:
+def studied(config: DemoConfig, names: list[str], jobs: int = 1) -> list[dict[str, Any]]:
     """What the study's table says of these rows."""
     given = [f"rows={json.dumps(names)}", f"out={config.out}", f"garments={config.garments}"]
+    given.append(f"jobs={jobs}")
     flags = [part for item in [*given, *SMALL] for part in ("--set", item)]
     assert main(["study", "--seeds", "1", *flags]) == 0
     runs = json.loads((config.folder / "study" / "table.json").read_text())["runs"]
@@ -206,8 +240,10 @@ def studied(config: DemoConfig, names: list[str]) -> list[dict[str, Any]]:
 
 def test_study_has_a_line_for_each_row_and_trains_none_twice(finished, capsys):
     config, _ = finished
-    names = ["SFT, regularised", "CE + KL", "answered: CE + KL + features"]
-    assert [run["model"] for run in studied(config, names)] == names
+    names = ["SFT, regularised", "CE + KL", "answered: DPT, SFT, DFT"]
+    assert [run["model"] for run in studied(config, names, jobs=2)] == names
+    logs = [log.read_text() for log in (config.folder / "study").glob("*.log")]
+    assert 1 <= len(logs) <= 2 and sum(log.count(", seed 0\n") for log in logs) == len(names)
     printed = capsys.readouterr().out
     assert "CE + KL: " in printed and "points on SFT, regularised" in printed
     assert (config.folder / "study" / "accuracy.png").is_file()

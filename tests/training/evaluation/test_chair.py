@@ -12,6 +12,7 @@ from PIL import Image
 from training.cli import main
 from training.data.records import DataError
 from training.evaluation.chair import Objects, chair, plural
+from training.evaluation.intervals import reported
 from training.evaluation.questions import Files, Question, read_chair
 
 CATEGORIES = ("person", "dog", "hot dog", "cup", "bus", "knife", "dining table", "tv")
@@ -54,7 +55,8 @@ EXPECTED = {"chair_i": 5 / 11, "chair_s": 2 / 3, "recall": 4 / 4, "mentions": 11
 
 def test_by_hand(tmp_path: Path) -> None:
     files = folder(tmp_path)
-    assert chair(read_chair(files), SAID, Objects.of(files)) == pytest.approx(EXPECTED)
+    found = chair(read_chair(files), SAID, Objects.of(files))
+    assert reported(found, ())["scores"] == pytest.approx(EXPECTED)
 
 
 def test_without_synonyms_and_captions_fewer_words_are_known(tmp_path: Path) -> None:
@@ -63,14 +65,15 @@ def test_without_synonyms_and_captions_fewer_words_are_known(tmp_path: Path) -> 
     files = Files(whole.questions, whole.images)
     found = chair(read_chair(files), SAID, Objects.of(files))
     want = {"chair_i": 3 / 6, "chair_s": 2 / 3, "recall": 2 / 3, "mentions": 2.0}
-    assert found == pytest.approx(want)
+    assert reported(found, ())["scores"] == pytest.approx(want)
 
 
 def test_an_answer_without_objects_and_no_answers() -> None:
     objects = Objects({("dog",): "dog"})
     asked = [Question(1, "", (), ("dog",))]
     nothing = {"chair_i": 0, "chair_s": 0, "recall": 0, "mentions": 0}
-    assert chair(asked, ["a wall"], objects) == chair([], [], objects) == nothing
+    for found in (chair(asked, ["a wall"], objects), chair([], [], objects)):
+        assert reported(found, ())["scores"] == nothing
 
 
 @pytest.mark.parametrize(
@@ -125,7 +128,9 @@ def test_the_command_scores_descriptions_that_are_there(
     assert main([*command, "--synonyms", str(tmp_path / "synonyms.txt")]) == 0
     scores = json.loads((out / "scores.json").read_text())
     assert scores["scores"] == pytest.approx(EXPECTED)
+    assert scores["intervals"].keys() == EXPECTED.keys()
     assert scores["synonyms"].endswith("synonyms.txt")
     assert main(command) == 0
     assert json.loads((out / "scores.json").read_text())["synonyms"] is None
-    assert "chair i" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "chair i" in printed and "0.4545" in printed and "95% confidence" in printed

@@ -1,8 +1,7 @@
-"""What lmms-eval and the benchmarks' servers are handed."""
+"""What lmms-eval is handed."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
 from pathlib import Path
@@ -16,8 +15,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from tests.training import tiny
 from training.cli import main
 from training.evaluation import export
-from training.evaluation.benchmarks import BENCHMARKS
-from training.journal import Journal
 from training.models import load_vlm
 from training.settings import ConfigError
 
@@ -27,7 +24,7 @@ def folder(tmp_path_factory) -> Path:
     """A saved model, exported."""
     root = tmp_path_factory.mktemp("export")
     source = tiny.write_teacher(root / "model", tiny.write_tower(root / "tower"))
-    assert main(["export", str(source), str(root / "out"), "--for", "lmms-eval"]) == 0
+    assert main(["export", str(source), str(root / "out")]) == 0
     return root
 
 
@@ -78,40 +75,10 @@ def test_image_sizes_are_passed_on():
     assert export._image_sizes("llava", None) == {}
 
 
-def test_submissions(tmp_path, capsys):
-    kept = Journal(tmp_path / "predictions.jsonl")
-    kept.write(
-        {"question_id": i, "question": "Is it?", "prompt": "", "answer": answer, "ended": True}
-        for i, answer in enumerate(["The Dog.", "two"])
-    )
-
-    def written(target: str) -> str:
-        out = tmp_path / target
-        assert main(["export", str(kept.path), str(out), "--for", target]) == 0
-        assert f"2 answers for {target}" in capsys.readouterr().out
-        return out.read_text()
-
-    numbers = [{"question_id": 0, "answer": "dog"}, {"question_id": 1, "answer": "2"}]
-    assert json.loads(written("vqav2")) == numbers
-    assert json.loads(written("textvqa"))[0] == {"question_id": 0, "answer": "The Dog."}
-    assert json.loads(written("gqa"))[0] == {"questionId": 0, "prediction": "the dog"}
-    assert json.loads(written("coco"))[1] == {"image_id": 1, "caption": "two"}
-    assert [json.loads(line) for line in written("pope").splitlines()] == [
-        {"question": "Is it?", "answer": "The Dog."},
-        {"question": "Is it?", "answer": "two"},
-    ]
-    assert export.SUBMISSIONS.keys() <= BENCHMARKS.keys()
-
-
 def test_wrong_things_to_export(folder, tmp_path, capsys):
-    (tmp_path / "settings.json").write_text('{"benchmark": "gqa"}')
-    predictions = str(tmp_path / "predictions.jsonl")
-    model = str(folder / "model")
     for arguments, message in (
-        ([predictions, "x", "--for", "pope"], "--for: got 'pope', but"),
-        ([predictions, "x", "--for", "gqa"], "has no answers, or is not there"),
-        ([model, str(folder / "out"), "--for", "lmms-eval"], "is not empty, expected a new folder"),
-        ([str(tmp_path), "x", "--for", "lmms-eval"], "CheckpointError"),
+        ([str(folder / "model"), str(folder / "out")], "is not empty, expected a new folder"),
+        ([str(tmp_path), "x"], "CheckpointError"),
     ):
         assert main(["export", *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import pytest
 
 from training.evaluation import captions, scores
+from training.evaluation.intervals import reported
 from training.evaluation.questions import Question
 
 
@@ -14,16 +16,20 @@ def asked(*references: str) -> list[Question]:
     return [Question(i, "?", (), (reference,)) for i, reference in enumerate(references)]
 
 
+def of(scorer: Any, *given: Any) -> dict[str, Any]:
+    return reported(scorer(*given), ())["scores"]
+
+
 def test_exact_and_short_match():
     questions = asked("a red coat", "yes", "no")
     answers = ["a red coat", "Yes.", "nope"]
-    assert scores.exact_match(questions, answers) == {"exact_match": pytest.approx(1 / 3)}
-    assert scores.short_match(questions, answers) == {"exact_match": pytest.approx(2 / 3)}
+    assert of(scores.exact_match, questions, answers) == {"exact_match": pytest.approx(1 / 3)}
+    assert of(scores.short_match, questions, answers) == {"exact_match": pytest.approx(2 / 3)}
 
 
 def test_vqa_accuracy_is_the_mean_over_questions():
     people = Question(0, "?", (), ("dog",) * 3 + ("cat",) * 7)
-    found = scores.people_agree([people, people], ["the dog", "cat"])
+    found = of(scores.people_agree, [people, people], ["the dog", "cat"])
     assert found == {"vqa_accuracy": pytest.approx((0.9 + 1.0) / 2)}
 
 
@@ -38,7 +44,7 @@ def test_yes_no_by_hand():
         "No, there is none.",
         "A cat",
     ]
-    assert scores.yes_no(questions, answers) == {
+    assert of(scores.yes_no, questions, answers) == {
         "accuracy": pytest.approx(3 / 6),
         "precision": pytest.approx(2 / 4),
         "recall": pytest.approx(2 / 3),
@@ -49,14 +55,14 @@ def test_yes_no_by_hand():
 
 
 def test_yes_no_without_a_single_yes():
-    found = scores.yes_no(asked("yes", "no"), ["no", "no"])
+    found = of(scores.yes_no, asked("yes", "no"), ["no", "no"])
     assert (found["accuracy"], found["precision"], found["recall"], found["f1"]) == (0.5, 0, 0, 0)
 
 
 def test_letters():
     answers = ["B", "b", "B. steam", "(B)", "The answer is B.", "Because", "A or B", "It is ice"]
     questions = asked(*"B" * len(answers))
-    found = scores.letter_choice(questions, answers)
+    found = of(scores.letter_choice, questions, answers)
     assert found == {"accuracy": pytest.approx(5 / 8), "unreadable": 2}
 
 
@@ -88,13 +94,19 @@ REFERENCES = (
 def test_captions():
     pytest.importorskip("pycocoevalcap")
     questions = [Question(i, "", (), one) for i, one in enumerate(REFERENCES)]
-    same = captions.caption_scores(questions, [one[0] for one in REFERENCES])
+    same = of(captions.caption_scores, questions, [one[0] for one in REFERENCES])
     assert same["bleu_4"] == pytest.approx(1.0, abs=1e-6)
     assert same["rouge_l"] == pytest.approx(1.0)
-    other = captions.caption_scores(questions, ["a cat", "a table", "a red bus on a street"])
+    other = of(captions.caption_scores, questions, ["a cat", "a table", "a red bus on a street"])
     assert all(0 < other[name] < same[name] for name in ("cider", "rouge_l")), (other, same)
+    scorer = pytest.importorskip("pycocoevalcap.bleu.bleu").Bleu(4)
+    split = [[" ".join(captions.caption_words(x)) for x in one] for one in REFERENCES]
+    for said in (["a dog runs on the grass today", "a table", "a red bus on a street"], ["a"] * 3):
+        want, _ = scorer.compute_score(dict(enumerate(split)), {i: [x] for i, x in enumerate(said)})
+        got = of(captions.caption_scores, questions, said)["bleu_4"]
+        assert got == pytest.approx(want[3], rel=1e-9)
     # an LCS of "a table": 2 of 2 words, and 2 of 6; F with beta 1.2
-    one = captions.caption_scores(questions[1:2], ["a table"])
+    one = of(captions.caption_scores, questions[1:2], ["a table"])
     precision, recall = 1.0, 2 / 6
     beta2 = 1.2**2
     assert one["rouge_l"] == pytest.approx(
@@ -107,5 +119,5 @@ def test_both_tokenizers_agree_on_plain_captions():
     pytest.importorskip("pycocoevalcap")
     questions = [Question(i, "", (), one) for i, one in enumerate(REFERENCES)]
     answers = ["a dog isn't here.", "A table", "The bus's on a road"]
-    words = captions.caption_scores(questions, answers)
-    assert captions.caption_scores(questions, answers, "ptb") == words
+    words = of(captions.caption_scores, questions, answers)
+    assert of(captions.caption_scores, questions, answers, "ptb") == words
