@@ -68,8 +68,8 @@ class Phase(NamedTuple):
 
 
 def phases(s: Shapes, name: str, gpu: Gpu, c: int, rows: int) -> list[Phase]:
-    """R `rows` of chunk: their logits and row terms in chunks of C, the last of which may be shorter,
-    then their gradient folded into dh and dw.
+    """R `rows` of chunk: their logits and row terms in chunks of C, of which the last may be shorter;
+    then their gradient, folded into dh and dw.
     """
     rate, operand, dz = rates(s, gpu)
     blocks, reads = 2 if s.d_t else 1, 1 if name == "cuda" else s.sweeps

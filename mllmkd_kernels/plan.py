@@ -305,7 +305,7 @@ def _gpu_blocks(
 
 
 def _apart(s: Shapes, name: str, c: int, fold: int) -> bool:
-    """Has dz a block of its own? In bf16, if not by a kernel that can put it in the logits' place."""
+    """Has dz a block of its own? In bf16, but where a kernel can put it in the logits' place."""
     bf16 = s.uniform and s.dtype == torch.bfloat16
     return bf16 and s.gradients > 0 and (name != "cuda" or fold > c)
 

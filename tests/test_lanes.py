@@ -164,7 +164,7 @@ def test_no_block_is_read_before_it_is_written_nor_overwritten_before_it_is_read
 
 
 def test_a_gradient_in_the_place_of_the_logits_is_the_same() -> None:
-    """bf16, where no more rows are folded than a chunk has and the row pass reads before it writes."""
+    """In bf16, where one chunk is folded at a time and its row pass reads before it writes."""
     inside = []
 
     def watched(z_s: Tensor, *rest: Any, **options: Any) -> None:
