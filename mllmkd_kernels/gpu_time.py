@@ -68,7 +68,7 @@ class Phase(NamedTuple):
 
 
 def phases(s: Shapes, name: str, gpu: Gpu, c: int, rows: int) -> list[Phase]:
-    """R `rows` of chunk: their logits and row terms in chunks of C, of which the last may be shorter;
+    """R `rows` of chunk: their logits and row terms in chunks of C, the last of which may be less;
     then their gradient, folded into dh and dw.
     """
     rate, operand, dz = rates(s, gpu)
