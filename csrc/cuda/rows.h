@@ -42,7 +42,7 @@ struct RowsJob {
   float cap_s;  // soft-cap, 0: none
   float cap_t;
   bool dz_bf16;
-  bool scored;  // the divergence sees z-scored logits
+  bool scored;    // the divergence sees z-scored logits
   Series series;  // of the JSD, else unread
 };
 
