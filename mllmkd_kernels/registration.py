@@ -196,7 +196,8 @@ def gradients_formed_in_forward(
                 if not ctx.needs_input_grad[i]:
                     continue
                 if i == 1 and ctx.main_grad is not None:
-                    add_to(ctx.main_grad, *(saved[-2:] if ctx.factored else (formed, None)), grad)
+                    dz_or_dw, h = saved[-2:] if ctx.factored else (formed, None)
+                    add_to(ctx.main_grad, dz_or_dw, h, grad)
                 elif i == 1 and ctx.factored:
                     grads[i] = head_gradient(*saved[-2:], grad, ctx.rows, dtype)
                 else:
