@@ -189,12 +189,13 @@ def gradients_formed_in_forward(
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)  # an unused output must not cost a V x D tensor of zeros
         ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in gradient_of]
-        h, vocab = factored or (None, None)
-        ctx.late = h is not None and output[h].ndim == 2
-        ctx.sizes = inputs[1].shape[0], 0 if vocab is None else inputs[vocab]
+        ctx.late, ctx.sizes = False, (inputs[1].shape[0], 0)
+        outputs = list(gradient_of.values())
+        if factored is not None and output[factored[0]].ndim == 2:
+            ctx.late, ctx.sizes = True, (inputs[1].shape[0], inputs[factored[1]])
+            outputs.append(factored[0])
         # not saved for backward: other calls may add to it meanwhile
         ctx.main_grad = None if main_grad is None else inputs[main_grad]
-        outputs = (*gradient_of.values(), h) if ctx.late else gradient_of.values()
         ctx.save_for_backward(*(output[o] for o in outputs))
 
     def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
