@@ -44,5 +44,5 @@ def contrast(
 
 def _indicator(rows: Tensor, cu: Tensor) -> Tensor:
     """(N, samples): 1 where a row is of a sample."""
-    samples = torch.arange(len(cu) - 1, device=cu.device)
+    samples = torch.arange(len(cu) - 1, dtype=cu.dtype, device=cu.device)
     return (sample_of(rows, cu)[:, None] == samples).to(rows.dtype)

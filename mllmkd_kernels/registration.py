@@ -189,7 +189,7 @@ def gradients_formed_in_forward(
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)  # an unused output must not cost a V x D tensor of zeros
         ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in gradient_of]
-        ctx.late, ctx.sizes = False, (inputs[1].shape[0], 0)
+        ctx.late, ctx.sizes = False, (0, 0)
         outputs = list(gradient_of.values())
         if factored is not None and output[factored[0]].ndim == 2:
             ctx.late, ctx.sizes = True, (inputs[1].shape[0], inputs[factored[1]])

@@ -11,6 +11,9 @@
 #if defined(__linux__)
 #  include <sys/mman.h>
 #endif
+#if defined(__GLIBC__)
+#  include <malloc.h>
+#endif
 
 namespace mllmkd {
 namespace {
@@ -77,6 +80,9 @@ void release_workspace() {
   Kept& kept = kept_blocks();
   const std::lock_guard<std::mutex> lock(kept.mutex);
   kept.blocks.clear();
+#if defined(__GLIBC__)
+  malloc_trim(0);  // a block that came of freed memory is else kept by the allocator
+#endif
 }
 
 void prefer_huge_pages(const at::Tensor& x) {
