@@ -31,8 +31,9 @@ def test_targets_on_a_gpu_and_what_the_model_says_of_them_are_those_of_the_packa
     pytest.importorskip("triton")
     *cases, _ = gpu_headline()
     bounds = (targets.GPU_OVER_FLOOR, targets.GPU_OVER_FLOOR, targets.GPU_OVER_FLOOR_JSD)
-    found = []
-    for case, most in zip(cases, bounds, strict=True):
+    names = ("with the head trained", "frozen", "with JSD")
+    said = []
+    for case, most, name in zip(cases, bounds, names, strict=True):
         plans = [
             mk.explain(
                 case.rows, case.vocab, case.d_s, case.d_t, dtype=torch.bfloat16, device="cuda",
@@ -42,10 +43,9 @@ def test_targets_on_a_gpu_and_what_the_model_says_of_them_are_those_of_the_packa
             for backend in ("triton", "cuda")
         ]  # fmt: skip
         best = min(p.seconds / p.floor_seconds for p in plans if p.seconds and p.floor_seconds)
-        assert best > most, case.title  # or it is not missed, and the sentence is another
-        found.append(f"{best:.2f}x")
+        said.append(f"{best:.2f}x {name}{' (missed)' if best > most else ''}")
     words = " ".join(README.read_text(encoding="utf-8").split())
-    assert f"the better backend is at {found[0]}, {found[1]} and {found[2]}." in words
+    assert f"the better backend is at {said[0]}, {said[1]} and {said[2]}." in words
     memory, relation = targets.GPU_MEMORY_GIB, targets.GPU_RELATION
     for figure in (f"{bounds[0]:.2f}x of", f"{bounds[2]:.2f}x with JSD", f"{memory} GiB"):
         assert figure in words
