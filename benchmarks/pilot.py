@@ -155,10 +155,12 @@ class Pilot:
         self, methods: Iterable[Method], case: Case, item: Callable[[float, float], Item]
     ) -> dict[str, Item]:
         """An item of the seconds of the check and of a step, for each method that can run."""
-        found = {}
+        found, threads = {}, torch.get_num_threads()
+        slower = threads / (case.threads or threads)
         for method in methods:
             if rate := self._rate(method, case):
-                found[method.key] = item(*(rate * c.floor_flops for c in (few(case), case)))
+                flops = (slower * c.floor_flops for c in (few(case), case))
+                found[method.key] = item(*(rate * count for count in flops))
         return found
 
     def _rate(self, method: Method, case: Case) -> float:

@@ -1,5 +1,5 @@
-"""What does it look like? Figures from a record: time over the floor, time and memory against N and
-V, the accuracy ladder, and whole training steps.
+"""What does it look like? Figures from a record: time over the floor; time and memory against N and
+V, time against threads; and the accuracy ladder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from benchmarks.methods import FLOOR, METHODS
-from benchmarks.shapes import DTYPES, Case, step_case
+from benchmarks.shapes import DTYPES, Case
 
 #: One colour and marker a method, in every figure; the first colours are those that colour-blind
 #: readers tell apart, and a marker comes back with another colour only.
@@ -33,8 +33,12 @@ STYLES = {
     for i, method in enumerate(METHODS)
 }
 _V = {"vocab_s": 0, "vocab_t": 0}
-#: What is swept in a memory panel: the property of a case, and the fields it depends on.
-AXES = {"rows N": ("all_rows", {"rows": 0}), "vocabulary V": ("vocab", _V)}
+#: What is swept in a panel: the property of a case, and the fields it depends on.
+AXES = {
+    "rows N": ("all_rows", {"rows": 0}),
+    "vocabulary V": ("vocab", _V),
+    "threads": ("threads", {"threads": 0}),
+}
 
 
 def time_over_floor(record: dict[str, Any]) -> Figure | None:
@@ -74,9 +78,18 @@ def time_over_floor(record: dict[str, Any]) -> Figure | None:
 
 
 def time_against_size(record: dict[str, Any]) -> Figure | None:
-    """Lines, log-log: time of a step against N and against V."""
-    rows = [r | {"figure": r["median_s"] * 1e3} for r in record.get("speed", []) if "median_s" in r]
+    """Lines, log-log: time of a step against N, against V and against threads."""
+    rows = [
+        row | {"figure": row["median_s"] * 1e3, "case": _with_threads(row["case"], record)}
+        for row in record.get("speed", [])
+        if "median_s" in row
+    ]
     return _against_size(rows, "Time", "ms, forward and backward")
+
+
+def _with_threads(case: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """How many "all" are."""
+    return case | {"threads": case.get("threads") or record["machine"]["threads"]}
 
 
 def memory_against_size(record: dict[str, Any]) -> Figure | None:
@@ -97,7 +110,8 @@ def _against_size(rows: list[dict[str, Any]], what: str, unit: str) -> Figure | 
     figure, panels = _panels(len(sweeps), 5.4)
     for axes, (axis, swept) in zip(panels, sweeps, strict=True):
         case = Case(**swept[0]["case"])
-        fixed = f"V {case.vocab:,}" if axis == "rows N" else f"N {case.all_rows:,}"
+        sizes = {"rows N": f"N {case.all_rows:,}", "vocabulary V": f"V {case.vocab:,}"}
+        fixed = ", ".join(size for of, size in sizes.items() if of != axis)
         dotted = " (dotted: explain())" if _size_panel(axes, axis, swept) else ""
         _finish(axes, f"{what}, {case.dtype}, {fixed}{dotted}", axis, unit)
     _legend(figure, panels, columns=3)
@@ -140,43 +154,6 @@ def accuracy_ladder(record: dict[str, Any]) -> Figure | None:
         noise = "ε: teacher = student + ε·noise (towards convergence →)"
         _finish(axes, f"{dtype} inputs", noise, "relative error of the gradient")
     _legend(figure, panels, columns=3)
-    return figure
-
-
-def training_step(record: dict[str, Any]) -> Figure | None:
-    """Bars: tokens a second, peak memory and largest batch of whole steps, with either losses."""
-    rows = [row for row in record.get("step", []) if row.get("tokens_per_s")]
-    if not rows:
-        return None
-    stages = list(dict.fromkeys(row["case"]["stage"] for row in rows))
-    methods = list(_by_method(rows))
-    case = step_case(rows[0]["case"])
-    panels_of: tuple[tuple[str, Callable[[dict[str, Any]], float | None]], ...] = (
-        (f"tokens a second, batch {case.batch}", lambda row: row["tokens_per_s"]),
-        (f"peak MiB, batch {case.batch}", lambda row: (row.get("extra_bytes") or 0) / 2**20),
-        (f"largest batch in {case.budget_mib:,} MiB", lambda row: row.get("largest_batch")),
-    )
-    figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.6), layout="constrained")
-    width = 0.8 / len(methods)
-    for axes, (title, value) in zip(panels, panels_of, strict=True):
-        for n, (style, mine) in enumerate(methods):
-            found = {row["case"]["stage"]: value(row) or 0 for row in mine}
-            places = [i + n * width for i, stage in enumerate(stages) if stage in found]
-            look = {key: style[key] for key in ("color", "label")}
-            bars = axes.bar(places, found.values(), width * 0.92, **look)
-            axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=8)
-        middle = 0.4 - width / 2
-        axes.set_xticks([i + middle for i in range(len(stages))], [s.upper() for s in stages])
-        axes.margins(y=0.12)
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        _finish(axes, title)
-        axes.grid(False, axis="x")
-    m = case.models
-    figure.suptitle(
-        f"A whole training step: {m.name}, {m.dtype}, V {m.vocab:,}, {m.image_rows} visual rows a "
-        "sample; memory beyond weights and optimiser state", fontsize=9,
-    )  # fmt: skip
-    _legend(figure, panels, columns=2)
     return figure
 
 
@@ -250,10 +227,7 @@ FIGURES: dict[str, tuple[Callable[[dict[str, Any]], Figure | None], str]] = {
     "time_against_size": (time_against_size, "Time of a step against rows and vocabulary."),
     "memory_against_size": (memory_against_size, "Peak memory beyond inputs and gradients."),
     "accuracy_ladder": (accuracy_ladder, "Relative gradient error as the student converges."),
-    "training_step": (
-        training_step, "Whole training steps: tokens a second, peak memory, largest batch.",
-    ),
-}  # fmt: skip
+}
 
 
 def draw(record: dict[str, Any], folder: Path) -> dict[str, str]:

@@ -7,7 +7,6 @@ no figure in the README is typed by hand, and a test notices one that is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +101,8 @@ def _headline_table(record: dict[str, Any]) -> Table:
 
 
 def _headline_rows(record: dict[str, Any]) -> list[Row]:
-    promised = [asdict(headline(dtype)) for dtype in PROMISED]
-    return [row for row in record["speed"] if row["case"] in promised]
+    promised = [headline(dtype) for dtype in PROMISED]
+    return [row for row in record["speed"] if Case(**row["case"]) in promised]
 
 
 def _below_the_floor(record: dict[str, Any]) -> Iterator[str]:

@@ -87,12 +87,12 @@ class Session:
     def verdicts(
         self, methods: Sequence[Method], case: Case, why: Mapping[str, str] | None = None
     ) -> dict[str, Verdict]:
-        """key → verdict for this shape and dtype, whatever its rows: a sweep over N asks the same
-        question of the same heads again, and gets the answer that it has. `why` says of which
-        methods nothing is asked.
+        """key → verdict for this shape and dtype, whatever its rows and threads: a sweep over N
+        asks the same question of the same heads again, and gets the answer that it has. `why` says
+        of which methods nothing is asked.
         """
         left_out = {key: Verdict("left out", reason) for key, reason in (why or {}).items()}
-        kind = replace(case, rows=0)
+        kind = replace(case, rows=0, threads=0)
         found = {m.key: self._verdicts.get((m.key, kind)) for m in methods} | left_out
         if ask := [method for method in methods if found[method.key] is None]:
             problem = make(few(case), device=self.suite.device)

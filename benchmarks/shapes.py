@@ -52,6 +52,7 @@ class Case:
         train_head: whether the student's head gets a gradient (DFT) or is frozen (DPT).
         loss: one of `LOSSES`.
         images: of `rows` rows each, or answers, the first half chosen; else 1.
+        threads: of the processor; 0 for all that PyTorch takes.
     """
 
     pair: str
@@ -64,6 +65,7 @@ class Case:
     train_head: bool = True
     loss: str = "ce+kl"
     images: int = 1
+    threads: int = 0
 
     @property
     def all_rows(self) -> int:
@@ -108,9 +110,10 @@ class Case:
         head = "head trained" if self.train_head else "head frozen"
         teacher = "" if self.loss == "ce" else f" Dt {self.d_t:,}"
         images = f"{self.images} x " if self.images > 1 else ""
+        threads = f", threads: {self.threads}" if self.threads else ""
         return (
             f"{self.loss}, {self.dtype}, {head}: {self.pair}, "
-            f"N {images}{self.rows:,} V {self.vocab:,} Ds {self.d_s:,}{teacher}"
+            f"N {images}{self.rows:,} V {self.vocab:,} Ds {self.d_s:,}{teacher}{threads}"
         )
 
 
@@ -260,6 +263,12 @@ def _stages(dft: StepCase) -> tuple[StepCase, ...]:
     return replace(dft, stage="dpt", text=half, answer=half), dft
 
 
+def with_fewer_threads(case: Case) -> tuple[Case, ...]:
+    """The case with 1, 2, 4, … threads, fewer than this process has."""
+    doublings = range((torch.get_num_threads() - 1).bit_length())
+    return tuple(replace(case, threads=2**n) for n in doublings)
+
+
 def _cpu_suite() -> Suite:
     big = tuple(headline(dtype) for dtype in PROMISED)
     # A quarter of the headline's rows where the ratio is wanted, not the seconds.
@@ -282,6 +291,7 @@ def _cpu_suite() -> Suite:
         speed=(
             *(*big, frozen, *real, *others, *relation, replace(one, rows=256, images=3), *answers),
             *(fewest, replace(few, rows=512), *with_vocab(fewest, 2**17)),
+            *with_fewer_threads(fallbacks[0]),
         ),
         memory=(*big, *fallbacks, *sweep, frozen, *relation, *answers),
         accuracy=_LADDERS,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.methods import EAGER, FLOOR
+from benchmarks.methods import EAGER, FLOOR, Method
 from benchmarks.problem import make
 from benchmarks.session import Allowance, Session, Verdict, said
 from benchmarks.shapes import Case
@@ -32,6 +32,17 @@ def measure(session: Session, case: Case) -> list[dict[str, Any]]:
     limits) has no figures, and its row says so.
     """
     methods, allowed = session.methods(case), session.allow("speed", case)
+    every = torch.get_num_threads()
+    torch.set_num_threads(case.threads or every)
+    try:
+        return _measured(session, case, methods, allowed)
+    finally:
+        torch.set_num_threads(every)
+
+
+def _measured(
+    session: Session, case: Case, methods: list[Method], allowed: Allowance
+) -> list[dict[str, Any]]:
     verdicts = session.verdicts(methods, case, allowed.why)
     seconds: Seconds = {}
     if fit := [method for method in methods if verdicts[method.key].status == "ok"]:

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include "cpu/head.h"
 #include "cpu/isa.h"
 #include "cpu/workspace.h"
 #include "ops.h"
@@ -20,7 +21,7 @@ TORCH_LIBRARY(mllmkd_cpu, m) {
       "Tensor? ce_weight, Tensor? kd_weight, str divergence, float param, float temperature, float "
       "cap_s, "
       "float cap_t, int vocab, int ignore_index, bool want_dh, bool want_dw, bool want_db, int "
-      "chunk_rows, Tensor(a!)? diagnostics=None, bool standardize=False) "
+      "chunk_rows, Tensor(a!)? diagnostics=None, bool standardize=False, bool factored=False) "
       "-> (Tensor loss, Tensor ce, Tensor kd, Tensor dh, Tensor dw, Tensor db)");
   m.def(
       "logprob_rows(Tensor h, Tensor w, Tensor? b, Tensor labels, float temperature, float cap, "
@@ -32,6 +33,9 @@ TORCH_LIBRARY(mllmkd_cpu, m) {
       "float cap, int vocab, int ignore_index, bool want_dh, bool want_dw, bool want_db, int "
       "chunk_rows) "
       "-> (Tensor dh, Tensor dw, Tensor db)");
+  m.def(
+      "head_gradient(Tensor dz, Tensor h, Tensor factor, int rows, int vocab, ScalarType dtype) -> "
+      "Tensor");
   m.def("scaled(Tensor x, Tensor factor, ScalarType dtype) -> Tensor");
   m.def("relation_stats(Tensor hs, Tensor ks, Tensor ht, Tensor kt, Tensor cu_seqlens) -> Tensor");
   m.def(
@@ -43,6 +47,7 @@ TORCH_LIBRARY_IMPL(mllmkd_cpu, CPU, m) {
   m.impl("distill_rows", TORCH_FN(mllmkd::distill_rows));
   m.impl("logprob_rows", TORCH_FN(mllmkd::logprob_rows));
   m.impl("logprob_grad", TORCH_FN(mllmkd::logprob_grad));
+  m.impl("head_gradient", TORCH_FN(mllmkd::head_gradient));
   m.impl("scaled", TORCH_FN(mllmkd::scaled));
   m.impl("relation_stats", TORCH_FN(mllmkd::relation_stats));
   m.impl("relation_grad", TORCH_FN(mllmkd::relation_grad));
@@ -94,5 +99,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ CPU kernels of mllmkd_kernels; importing it registers torch.ops.mllmkd_cpu.";
   m.def("build_info", &build_info, "Compiler, flags and torch version of this build.");
   m.def("cpu_features", &cpu_features, "What the processor offers and which kernels run on it.");
+  m.def("tile", &mllmkd::tile, "Vocabulary rows and tokens of a tile, of fp64 or not.");
   m.def("release_workspace", &mllmkd::release_workspace, "Free the workspace kept between calls.");
 }

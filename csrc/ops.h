@@ -26,13 +26,20 @@ inline Divergence divergence_of(std::string_view name) {
 // L = Σ_n ce_weight[n]·CE_n + kd_weight[n]·D_n over N rows, and its gradients: (loss, ce, kd, dh,
 // dw, db). `diagnostics` (3, N), if given, is filled with the entropies of student and teacher and
 // with 1 where some token is the most likely of both, else 0; without a teacher with the first
-// only. `standardize`: the divergence sees each row's logits z-scored.
+// only. `standardize`: the divergence sees each row's logits z-scored. `factored`: dz = dL/dz of
+// all rows takes the place of dW, as tiles (tiles, panels, kTile, panel), for `head_gradient`.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> distill_rows(
     const at::Tensor& hs, const at::Tensor& ws, const Optional& bs, const Optional& ht,
     const Optional& wt, const Optional& bt, const Optional& labels, const Optional& ce_weight,
     const Optional& kd_weight, std::string_view divergence, double param, double temperature,
     double cap_s, double cap_t, int64_t vocab, int64_t ignore_index, bool want_dh, bool want_dw,
-    bool want_db, int64_t chunk_rows, const Optional& diagnostics, bool standardize);
+    bool want_db, int64_t chunk_rows, const Optional& diagnostics, bool standardize, bool factored);
+
+// dW = factor · dzᵀ h (rows, D), rounded once, to `dtype`; 0 beyond `vocab` rows. `h` (N, D) is
+// zero in rows that have no part, so that a NaN there is none.
+at::Tensor head_gradient(
+    const at::Tensor& dz, const at::Tensor& h, const at::Tensor& factor, int64_t rows,
+    int64_t vocab, at::ScalarType dtype);
 
 // log softmax(z/T)[label] and log Σ exp(z/T) of every row: (logp, lse).
 std::tuple<at::Tensor, at::Tensor> logprob_rows(

@@ -152,7 +152,7 @@ def fused_linear_distill(
         checks.softcap("student_softcap", student_softcap),
         checks.softcap("teacher_softcap", teacher_softcap),
         vocab, checks.integer("ignore_index", ignore_index), want_dh,
-        want_dw and not late, want_db, checks.backend(backend), checks.workspace(workspace_mb),
+        want_dw, want_db, checks.backend(backend), checks.workspace(workspace_mb),
         diagnostics, late, standardize and ht is not None,
         checks.main_grad(main_grad, student_weight, acc), overlap,
     )  # fmt: skip

@@ -54,11 +54,11 @@ def linear_distill(
     standardize: bool = False,
     main_grad: Tensor | None = None,
     overlap: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, ce (N,), kd (N,), dh, dw, db, dz, h, diagnostics): see `backends.eager.distill_rows`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, ce (N,), kd (N,), dh, dw, db, h, diagnostics): see `backends.eager.distill_rows`.
 
-    With `factored`, which the eager backend alone knows, dz (N, vocab) and h (N, D) take the place
-    of dw, which is their product: `plan.factored` says where. `main_grad` is for backward.
+    With `factored`, which the backends "cpu" and "eager" know, dz takes the place of dw, which is
+    its product with h (N, D): `plan.factored` says where. `main_grad` is for backward.
     """
     operands = [x for x in (hs, ws, ht, wt) if x is not None]
     dtypes = {x.dtype for x in operands}
@@ -72,7 +72,6 @@ def linear_distill(
     module, stream = module_named(chosen.backend), chosen.algorithm == "stream"
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     found = hs.new_zeros((3, hs.shape[0]) if want_diagnostics else 0, dtype=acc)
-    slope, alive = hs.new_empty((hs.shape[0], vocab) if factored else 0, dtype=acc), hs.new_empty(0)
     student = Head(hs, ws, bs, cap_s)
     teacher = None if ht is None or wt is None else Head(ht, wt, bt, cap_t)
     table = Divergence.with_param(divergence, param)
@@ -81,16 +80,14 @@ def linear_distill(
     )  # fmt: skip
     options = Options(
         vocab, chosen.chunk_vocab if stream else chosen.chunk_rows, want_dh, want_dw, want_db,
-        found if want_diagnostics else None, slope if factored else None, chosen.fold_rows,
-        chosen.beside,
+        found if want_diagnostics else None, factored, chosen.fold_rows, chosen.beside,
     )  # fmt: skip
-    if factored:
-        alive = eager.alive(hs, targets)
+    alive = eager.alive(hs, targets) if factored else hs.new_empty(0)
     function = module.distill_stream if stream else module.distill_rows
     results = function(student, teacher, targets, options)
     if want_diagnostics:
         eager.settle_(found, hs, targets)
-    return *results, slope, alive, found
+    return *results, alive, found
 
 
 @linear_distill.register_fake
@@ -101,17 +98,19 @@ def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, t
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     rows = hs.new_empty(hs.shape[0], dtype=acc)
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
-    dw = ws.new_empty(ws.shape if want_dw else (0,), dtype=acc)
+    dw_shape = ws.shape if want_dw else (0,)
+    if factored:
+        dw_shape = module_of(backend, hs, ws, ht, wt).dz_shape(hs.shape[0], vocab, acc)
+    dw = ws.new_empty(dw_shape, dtype=acc)
     db = hs.new_empty(ws.shape[0] if want_db else 0, dtype=acc)
     found = hs.new_empty((3, hs.shape[0]) if want_diagnostics else 0, dtype=acc)
-    slope = hs.new_empty((hs.shape[0], vocab) if factored else 0, dtype=acc)
     alive = hs.new_empty(hs.shape if factored else (0,))
     loss, kd = hs.new_empty((), dtype=acc), torch.empty_like(rows)
-    return loss, rows, kd, dh, dw, db, slope, alive, found
+    return loss, rows, kd, dh, dw, db, alive, found
 
 
 gradients_formed_in_forward(
-    linear_distill, 26, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2}, factors=(6, 7), main_grad=24
+    linear_distill, 26, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2}, factored=(6, 14), main_grad=24
 )
 
 

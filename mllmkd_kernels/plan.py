@@ -193,9 +193,9 @@ def _budget(backend: str, workspace_mb: float | None) -> float:
 def factored(backend: str, rows: int, d_s: int) -> bool:
     """Does dW = dzᵀ h wait for backward, its factors dz (N, V) and h (N, D) being no larger? Then
     it is formed once, in the dtype of the head, and no fp32 dW (V, D) is summed, saved and scaled.
-    The other backends' kernels never hold all of dz.
+    A GPU's kernels never hold all of dz.
     """
-    return backend == "eager" and rows <= d_s
+    return backend in ("cpu", "eager") and rows <= d_s
 
 
 def distill_plan(
@@ -293,7 +293,7 @@ def _gpu_blocks(
         (c, fold, beside)
         for c in (MIN_CHUNK_ROWS, 2 * MIN_CHUNK_ROWS, *tiles)
         for fold in (range(c, MOST_FOLDED + 1, c) if apart else (c,))
-        if _block_bytes(s, c, fold, apart, overlap) <= budget
+        if _block_bytes(s, name, c, fold, overlap) <= budget
         for beside in (range(8, gpu.multiprocessors // 2, 8) if overlap else (0,))
     ]
 
@@ -304,28 +304,34 @@ def _gpu_blocks(
     return min(settings, key=seconds_a_row, default=least)
 
 
-def _block_bytes(s: Shapes, c: int, fold: int, apart: bool, overlap: bool) -> int:
-    """Logits of C rows in fp32, and dz of R where it is `apart`; two of each with `overlap`."""
-    return s.vocab * (4 * c * (2 if s.d_t else 1) + 2 * fold * apart) * (1 + overlap)
+def _apart(s: Shapes, name: str, c: int, fold: int) -> bool:
+    """Has dz a block of its own? In bf16, but where a kernel can put it in the logits' place."""
+    bf16 = s.uniform and s.dtype == torch.bfloat16
+    return bf16 and s.gradients > 0 and (name != "cuda" or fold > c)
+
+
+def _block_bytes(s: Shapes, name: str, c: int, fold: int, overlap: bool) -> int:
+    """Logits of C rows in fp32, and dz of R where it is apart; two of each with `overlap`."""
+    dz = 2 * fold * _apart(s, name, c, fold)
+    return s.vocab * (4 * c * (2 if s.d_t else 1) + dz) * (1 + overlap)
 
 
 def _chunk_on_gpu(
     s: Shapes, name: str, gpu: hardware.Gpu, workspace_mb: float | None, overlap: bool = False
 ) -> Plan:
-    rate, operand, dz = gpu_time.rates(s, gpu)
+    rate, operand, _ = gpu_time.rates(s, gpu)
     c, fold, beside = _gpu_blocks(s, name, gpu, _budget(name, workspace_mb), overlap)
-    apart, chunks = dz == 2 and s.gradients > 0, -(-s.rows // c)
-    blocks, held = 2 if s.d_t else 1, max(1, min(c, s.rows))
+    chunks, blocks, held = -(-s.rows // c), 2 if s.d_t else 1, max(1, min(c, s.rows))
     folded = max(held, min(fold, s.rows))
-    workspace = _block_bytes(s, held, folded, apart, overlap) + _masked_rows(s, operand)
+    workspace = _block_bytes(s, name, held, folded, overlap) + _masked_rows(s, operand)
     reads = 1 if name == "cuda" else s.sweeps
-    dz_block = f", and dz of {folded} x {s.vocab} x 2 bytes, folded at once" if apart else ""
+    dz_block = f", and dz of {folded} x {s.vocab} x 2 bytes, folded at once"
     return Plan(
         name, "chunk", held, folded, s.vocab, workspace, *_gradient_bytes(s, 4), s.floor_flops,
         s.floor_flops, gpu_time.chunk(s, name, gpu, c, fold, beside), s.floor_flops / rate, beside,
         reasons=(
             f"{blocks} logit blocks of {held} x {s.vocab} x 4 bytes fit the workspace budget"
-            + dz_block + ", two of each" * overlap,
+            + dz_block * _apart(s, name, held, folded) + ", two of each" * overlap,
             _wanted(s),
             f"the row kernel reads its block {'once' if reads == 1 else f'{reads} times'}, "
             f"{gpu_time.row_instructions(s, name)} instructions an entry; {chunks} chunks",

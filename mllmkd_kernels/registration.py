@@ -121,69 +121,82 @@ no_double_backward(scale_gradient)
 
 
 @operator("head_gradient")
-def head_gradient(slope: Tensor, h: Tensor, grad: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    """dW = grad · dzᵀ h, (rows, D), rounded once, to `dtype`: the last step where dz (N, V) was
-    saved in the place of dW.
+def head_gradient(
+    dz: Tensor, h: Tensor, grad: Tensor, rows: int, vocab: int, dtype: torch.dtype
+) -> Tensor:
+    """dW = grad · dzᵀ h, (rows, D), rounded once, to `dtype`: the last step where dz was saved in
+    the place of dW, (N, vocab) or the C++ kernels' tiles of it.
     """
-    return products.head_gradient(slope, h.to(slope.dtype) * grad.to(slope.dtype), rows, dtype)
+    grad = grad.to(dz.dtype)
+    if dz.ndim > 2:
+        return cpu.head_gradient(dz, h, grad, rows, vocab, dtype)
+    return products.head_gradient(dz, h.to(dz.dtype) * grad, rows, dtype)
 
 
 @head_gradient.register_fake
-def _(slope, h, grad, rows, dtype):
-    return slope.new_empty(rows, h.shape[1], dtype=dtype)
+def _(dz, h, grad, rows, vocab, dtype):
+    return dz.new_empty(rows, h.shape[1], dtype=dtype)
 
 
 no_double_backward(head_gradient)
 
 
 @operator("add_gradient_", mutates=("main_grad",))
-def add_gradient_(main_grad: Tensor, saved: Tensor, h: Tensor | None, grad: Tensor) -> None:
-    """main_grad += saved · grad; with h (N, D), whose `saved` is dz (N, V), += grad · dzᵀ h. In the
-    place of the last step of a head's gradient: nothing is rounded, and no gradient is left.
+def add_gradient_(
+    main_grad: Tensor, saved: Tensor, h: Tensor | None, grad: Tensor, vocab: int
+) -> None:
+    """main_grad += saved · grad; with h (N, D), whose `saved` is dz, += grad · dzᵀ h. In the place
+    of the last step of a head's gradient: nothing is rounded, and no gradient is left.
     """
     grad = grad.to(saved.dtype)
     if h is None:
         main_grad.addcmul_(saved, grad)
+    elif saved.ndim > 2:
+        cpu.add_head_gradient_(main_grad, saved, h, grad, vocab)
     else:
         products.add_product(main_grad[: saved.shape[1]], saved.mT, h.to(saved.dtype) * grad)
 
 
 @add_gradient_.register_fake
-def _(main_grad, saved, h, grad):
+def _(main_grad, saved, h, grad, vocab):
     return None
 
 
-def add_to(main_grad: Tensor, saved: Tensor, h: Tensor | None, grad: Tensor) -> None:
+def add_to(main_grad: Tensor, saved: Tensor, h: Tensor | None, grad: Tensor, vocab: int) -> None:
     """`add_gradient_` of a backward that keeps no graph, or RuntimeError."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "main_grad: what is added to it has no graph; expected backward without create_graph"
         )
-    add_gradient_(main_grad, saved, h, grad)
+    add_gradient_(main_grad, saved, h, grad, vocab)
 
 
 def gradients_formed_in_forward(
     op: Any,
     arguments: int,
     gradient_of: dict[int, int],
-    factors: tuple[int, int] | None = None,
+    factored: tuple[int, int] | None = None,
     main_grad: int | None = None,
 ) -> None:
     """Autograd of an `op` whose output 0 is the loss and `gradient_of[i]` d loss / d input i.
 
-    Backward only scales; the outputs besides the loss are not differentiable. Input 1, a head, may
-    find its gradient in two outputs, `factors`, instead: dz (N, V) and h (N, D). Where input
+    Backward only scales; the outputs besides the loss are not differentiable. In the place of the
+    gradient of input 1, a head, there may be dz, to be multiplied by h (N, D): `factored` says
+    which output h is, empty where there is none, and which input the vocabulary. Where input
     `main_grad` is a tensor, the head's gradient is added to it, and is None to autograd.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)  # an unused output must not cost a V x D tensor of zeros
         ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in gradient_of]
-        ctx.factored = factors is not None and output[factors[0]].ndim == 2
-        ctx.rows = inputs[1].shape[0] if ctx.factored else 0
+        ctx.late, ctx.sizes = False, (inputs[1].shape[0], 0)
+        outputs = list(gradient_of.values())
+        if factored is not None and output[factored[0]].ndim == 2:
+            ctx.late, ctx.sizes = True, (inputs[1].shape[0], inputs[factored[1]])
+            outputs.append(factored[0])
         # not saved for backward: other calls may add to it meanwhile
         ctx.main_grad = None if main_grad is None else inputs[main_grad]
-        ctx.save_for_backward(*(output[o] for o in (*gradient_of.values(), *(factors or ()))))
+        ctx.save_for_backward(*(output[o] for o in outputs))
 
     def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
         if any(g is not None for g in others):
@@ -195,10 +208,11 @@ def gradients_formed_in_forward(
             for i, formed, dtype in zip(gradient_of, saved, ctx.dtypes, strict=False):
                 if not ctx.needs_input_grad[i]:
                     continue
+                h = saved[-1] if ctx.late else None
                 if i == 1 and ctx.main_grad is not None:
-                    add_to(ctx.main_grad, *(saved[-2:] if ctx.factored else (formed, None)), grad)
-                elif i == 1 and ctx.factored:
-                    grads[i] = head_gradient(*saved[-2:], grad, ctx.rows, dtype)
+                    add_to(ctx.main_grad, formed, h, grad, ctx.sizes[1])
+                elif i == 1 and h is not None:
+                    grads[i] = head_gradient(formed, h, grad, *ctx.sizes, dtype)
                 else:
                     grads[i] = scale_gradient(formed, grad, dtype)
         return tuple(grads)

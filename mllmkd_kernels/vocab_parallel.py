@@ -207,7 +207,7 @@ class _Distill(torch.autograd.Function):
         scaled: list[Tensor | None] = [None, None, None]
         for i, needed in enumerate(ctx.needs_input_grad[:3]):
             if i == 1 and needed and grad is not None and ctx.main_grad is not None:
-                add_to(ctx.main_grad, saved[4], None, grad)
+                add_to(ctx.main_grad, saved[4], None, grad, 0)
             elif needed and grad is not None:
                 like = saved[i]
                 scaled[i] = _Once.apply(like, scale_gradient(saved[3 + i], grad, like.dtype))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mllmkd_kernels import Divergence
-from mllmkd_kernels.backends import cpu
+from mllmkd_kernels.backends import cpu, eager
 from mllmkd_kernels.backends.calls import Head, Options, Targets
 
 DIVERGENCES = {
@@ -51,17 +51,25 @@ class Case:
     chunk: int = 1 << 20
 
     def run(
-        self, divergence: str, want: tuple[bool, bool, bool] = (True, True, True)
+        self,
+        divergence: str,
+        want: tuple[bool, bool, bool] = (True, True, True),
+        factored: bool = False,
     ) -> tuple[Tensor, ...]:
+        """With `factored` dw is formed afterwards, of dz, and rounded."""
         teacher = None
         if self.ht is not None and self.wt is not None:
             teacher = Head(self.ht, self.wt, self.bt, self.cap_t)
         table = Divergence.with_param(divergence, DIVERGENCES[divergence])
-        return cpu.distill_rows(
-            Head(self.hs, self.ws, self.bs, self.cap_s), teacher,
-            Targets(self.labels, self.ce_weight, self.kd_weight, table, self.temperature),
-            Options(self.vocab, self.chunk, *want),
+        targets = Targets(self.labels, self.ce_weight, self.kd_weight, table, self.temperature)
+        loss, ce, kd, dh, dw, db = cpu.distill_rows(
+            Head(self.hs, self.ws, self.bs, self.cap_s), teacher, targets,
+            Options(self.vocab, self.chunk, *want, factored=factored),
         )  # fmt: skip
+        if factored:
+            h, one, (rows, _) = eager.alive(self.hs, targets), torch.ones_like(loss), self.ws.shape
+            dw = cpu.head_gradient(dw, h, one, rows, self.vocab, self.ws.dtype)
+        return loss, ce, kd, dh, dw, db
 
 
 def make(
@@ -164,8 +172,11 @@ def error(got: Tensor, want: Tensor) -> float:
 def compare(case: Case, divergence: str, bound: float) -> None:
     names = ("loss", "ce", "kd", "dh", "dw", "db")
     fields = names if case.bs is not None else names[:-1]
-    for name, got, want in zip(
-        fields, case.run(divergence), oracle(case, divergence), strict=False
-    ):
-        limit = bound if name in ("dh", "dw") else min(bound, 2e-5)
-        assert error(got, want) <= limit, f"{name}: {error(got, want):.2e} > {limit:.0e}"
+    truth = oracle(case, divergence)
+    for factored in (False, True):
+        found = case.run(divergence, factored=factored)
+        for name, got, want in zip(fields, found, truth, strict=False):
+            limit = bound if name in ("dh", "dw") else min(bound, 2e-5)
+            off = error(got, want)
+            assert off <= limit, f"{name}, factored {factored}: {off:.2e} > {limit:.0e}"
+        assert not found[4][case.vocab :].any()

@@ -157,6 +157,14 @@ def guarded(z: Tensor, pad: bool) -> tuple[Tensor, Tensor]:
     return around[1:-1, : z.shape[1]], around
 
 
+def _place_of_dz(z: Tensor, bf16: bool, pad: bool) -> Tensor:
+    """The logits', in both dtypes; without `pad`, where bf16 has a block of its own."""
+    if not bf16:
+        return z
+    inside = z.view(torch.bfloat16)[:, : z.shape[1]]
+    return inside if pad else inside.clone(memory_format=torch.contiguous_format)
+
+
 def broken(z: Tensor | None, cap: float) -> Tensor | None:
     """Whose hidden state was not finite: so is every product of it."""
     return ~z[:, 0].isfinite() if z is not None and cap else None
@@ -171,7 +179,7 @@ def emulated(r: Rows, size: int = 2, threads: int = 32, seed: int = 0, pad: bool
     zt = None if r.zt is None else guarded(r.zt, pad)[0]
     dz = None
     if r.want_dz:
-        dz = guarded(r.zs.bfloat16(), pad)[0] if r.dz_bf16 else z
+        dz = _place_of_dz(z, r.dz_bf16, pad)
     ce, kd = torch.full((count,), 55.0), torch.full((count,), 55.0)
     teacher = r.zt is not None and r.kd_weight is not None
     token = r.labels is not None and r.ce_weight is not None
@@ -209,7 +217,7 @@ def on_gpu(r: Rows, size: int = 0, threads: int = 0, seed: int = 0, pad: bool = 
     r = r._replace(**{name: x.cuda() for name, x in tensors.items()})
     dz = None
     if r.want_dz:
-        dz = guarded(r.zs.bfloat16(), pad)[0] if r.dz_bf16 else r.zs
+        dz = _place_of_dz(r.zs, r.dz_bf16, pad)
     ce, kd = cuda.rows_(
         r.zs, r.zt, r.bs, r.bt, r.labels, r.ce_weight, r.kd_weight, broken(r.zs, r.cap_s),
         broken(r.zt, r.cap_t), r.divergence, r.param, r.temperature, r.cap_s, r.cap_t,

@@ -166,7 +166,7 @@ def test_the_eager_backend_never_holds_the_logits() -> None:
 
 
 def _both_forms(
-    p: Problem, monkeypatch: pytest.MonkeyPatch, **options: Any
+    p: Problem, monkeypatch: pytest.MonkeyPatch, backend: str, **options: Any
 ) -> list[tuple[Tensor, ...]]:
     """Loss, dh, dw and db with dW formed in backward, and in forward."""
     found = []
@@ -177,7 +177,7 @@ def _both_forms(
         ce_weight, kd_weight = p.weights()
         loss = mk.fused_linear_distill(
             hs, ws, p.ht, p.wt, p.labels, ce_weight=ce_weight, kd_weight=kd_weight,
-            student_bias=bs, backend="eager", **options,
+            student_bias=bs, backend=backend, **options,
         ).loss  # fmt: skip
         found.append((loss.detach(), *torch.autograd.grad(loss, leaves, torch.tensor(0.3))))
     return found
@@ -187,28 +187,43 @@ def _both_forms(
 @pytest.mark.parametrize("name", ["aligned", "ragged"])
 @pytest.mark.parametrize("workspace_mb", [None, 1e-6])
 def test_a_head_gradient_formed_in_backward_is_the_one_formed_in_forward(
-    name: str, dtype: torch.dtype, workspace_mb: float | None, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    dtype: torch.dtype,
+    workspace_mb: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
 ) -> None:
     """Whatever the chunks, and with zeros where the vocabulary is shorter than the head."""
     p = problem(name).to(dtype)
     options: dict[str, Any] = {"student_softcap": 5.0, "workspace_mb": workspace_mb}
     vocab = min(p.ws.shape[0], p.wt.shape[0]) - 7
-    late, early = _both_forms(p, monkeypatch, vocab_size=vocab, **options)
+    late, early = _both_forms(p, monkeypatch, backend, vocab_size=vocab, **options)
     for a, b in zip((*late[:2], late[3]), (*early[:2], early[3]), strict=True):
         assert torch.equal(a, b)
     assert late[2].dtype == early[2].dtype and not late[2][vocab:].any()
     check(late[2], early[2].double(), "gradient" if dtype == torch.float32 else "16-bit gradient")
 
 
+def test_of_few_rows_no_head_is_saved(backend: str) -> None:
+    """Plain PyTorch saves N × V probabilities: so may we, and no fp32 dW of V × D beside the one
+    that is returned.
+    """
+    saved: list[Tensor] = []
+    hs, ws = torch.randn(16, 64, requires_grad=True), torch.randn(448, 64, requires_grad=True)
+    teacher = torch.randn(16, 8), torch.randn(448, 8)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        mk.fused_linear_distill(hs, ws, *teacher, backend=backend)
+    assert sum(x.nbytes for x in saved) < 2 * 16 * 448 * 4 < ws.nbytes
+
+
 def test_nan_in_a_row_without_weight_stays_out_of_both_forms(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     p = problem("aligned")
     hs, weight = p.hs.clone(), torch.ones(p.hs.shape[0])
     hs[3], weight[3] = torch.nan, 0
-    for _, *gradients in _both_forms(
-        replace(p, hs=hs, ce_weight=weight, kd_weight=weight), monkeypatch
-    ):
+    p = replace(p, hs=hs, ce_weight=weight, kd_weight=weight)
+    for _, *gradients in _both_forms(p, monkeypatch, backend):
         assert all(g.isfinite().all() for g in gradients)
 
 

@@ -20,7 +20,7 @@ import torch
 import mllmkd_kernels as mk
 from mllmkd_kernels.backends import cpu
 from mllmkd_kernels.backends.calls import Head, Options, Targets
-from tests.cpu_cases import BOUND, DIVERGENCES, FLOATS, compare, error, logits, make
+from tests.cpu_cases import BOUND, DIVERGENCES, FLOATS, Case, compare, error, logits, make
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.why_not() or "built")
 
@@ -56,6 +56,30 @@ def test_kernel_shapes(n: int, v: int, d_s: int, d_t: int, dtype: torch.dtype) -
     for chunk in (1 << 20, 100):
         case = replace(make(n, v, d_s, d_t, dtype), chunk=chunk)
         compare(case, "reverse_kl", bound)
+
+
+def test_kernel_products_are_sums_of_short_chains() -> None:
+    """Against what one chain of fp32 sums over all features makes of the logits: near convergence
+    their rounding is the error of the gradient.
+    """
+    generator = torch.Generator().manual_seed(0)
+    hs, ws = torch.randn(16, 256, generator=generator), torch.randn(448, 256, generator=generator)
+    ws, ht = ws * 0.16, hs + 0.003 * torch.randn(16, 256, generator=generator)
+
+    def gradient(z_s: torch.Tensor, z_t: torch.Tensor) -> torch.Tensor:
+        return (z_s.double().softmax(1) - z_t.double().softmax(1)) @ ws.double()
+
+    def chain(h: torch.Tensor) -> torch.Tensor:
+        z = torch.zeros(len(h), len(ws))
+        for a, b in zip(h.double().mT, ws.double().mT, strict=True):
+            z = (z.double() + a[:, None] * b).float()
+        return z
+
+    truth = gradient(*(h.double() @ ws.double().mT for h in (hs, ht)))
+    case = Case(hs, ws, ht, ws, None, None, torch.ones(16), vocab=448)
+    assert error(case.run("forward_kl")[3], truth) < 0.75 * error(
+        gradient(chain(hs), chain(ht)), truth
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
@@ -213,8 +237,11 @@ def test_opcheck() -> None:
         case.kd_weight, "jsd", 0.5, 1.0, 0.0, 0.0, 50, -100, True, True, False, 16,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.mllmkd_cpu.distill_rows.default, distill)
-    asked = (*distill, torch.zeros(3, 20))
+    asked = (*distill, torch.zeros(3, 20), False, True)
     torch.library.opcheck(torch.ops.mllmkd_cpu.distill_rows.default, asked)
+    dz = torch.ops.mllmkd_cpu.distill_rows(*asked)[4]
+    late = (dz, case.hs, torch.tensor(0.5), 59, 50, torch.float32)
+    torch.library.opcheck(torch.ops.mllmkd_cpu.head_gradient.default, late)
     rows = (case.hs, case.ws, None, case.labels, 1.0, 0.0, 50, -100, 16)
     torch.library.opcheck(torch.ops.mllmkd_cpu.logprob_rows.default, rows)
     lse = torch.ops.mllmkd_cpu.logprob_rows(*rows)[1]

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import ops, plan, registration, relation_ops
-from mllmkd_kernels.backends import products
+from mllmkd_kernels.backends import cpu, products
 from mllmkd_kernels.divergence import PARAMETERS
 from tests.problems import DIVERGENCES, problem, run
 from tests.test_layouts import READS
@@ -257,10 +257,10 @@ def operator_calls(backend: str, dtype: torch.dtype, grad: bool) -> dict[str, tu
         "scale_gradient": (registration.scale_gradient, (
             torch.randn(3, 2), torch.tensor(0.5), dtype)),
         "head_gradient": (registration.head_gradient, (
-            torch.randn(N, 5), torch.randn(N, D_S).to(dtype), torch.tensor(0.5), V_S, dtype)),
+            torch.randn(N, 5), torch.randn(N, D_S).to(dtype), torch.tensor(0.5), V_S, 5, dtype)),
         "add_gradient_": (registration.add_gradient_, (
             torch.randn(V_S, D_S), torch.randn(N, 5), torch.randn(N, D_S).to(dtype),
-            torch.tensor(0.5))),
+            torch.tensor(0.5), 5)),
     }  # fmt: skip
 
 
@@ -278,11 +278,11 @@ def test_the_list_of_operators_is_complete() -> None:
 def test_opcheck(name: str, grad: bool, backend: str) -> None:
     # bf16 inputs: outputs come in both dtypes, the inputs' and fp32.
     name, _, factored = name.partition(", ")
-    if factored:  # the factors of dW are saved in its place, which the eager backend alone can
+    if factored and backend not in ("eager", "cpu"):  # which alone can save dz in the place of dW
         backend = "eager"
     op, arguments = operator_calls(backend, torch.bfloat16, grad)[name]
     if factored:
-        arguments = (*arguments[:17], False, *arguments[18:-2], True, True)
+        arguments = (*arguments[:17], True, *arguments[18:-2], True, True)
     # The dispatch test differentiates the sum of *all* outputs; these refuse to differentiate a
     # gradient. test_compile_of_a_caller differentiates what may be differentiated.
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
@@ -298,14 +298,17 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("waiting")
+@pytest.mark.parametrize("where", ["eager", "cpu"])
 @pytest.mark.parametrize("name", ["distill", "cross_entropy"])
-def test_autograd_of_a_head_gradient_formed_in_backward(name: str) -> None:
+def test_autograd_of_a_head_gradient_formed_in_backward(name: str, where: str) -> None:
     """Gradients, the same bits from a second backward and through checkpoints, no third."""
-    test_gradcheck(name, "eager")
-    test_a_second_backward_gives_the_same_bits(name, "eager")
-    test_a_checkpointed_loss_has_the_same_gradients(name, False, "eager")
+    if where == "cpu" and not cpu.available():
+        pytest.skip(cpu.why_not())
+    test_gradcheck(name, where)
+    test_a_second_backward_gives_the_same_bits(name, where)
+    test_a_checkpointed_loss_has_the_same_gradients(name, False, where)
     t = heads()
-    (dw,) = torch.autograd.grad(callers("eager")[name](**t), t["ws"], create_graph=True)
+    (dw,) = torch.autograd.grad(callers(where)[name](**t), t["ws"], create_graph=True)
     with pytest.raises(RuntimeError, match="a gradient of this loss was differentiated again"):
         dw.square().sum().backward()
 

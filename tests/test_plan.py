@@ -51,7 +51,8 @@ def test_chunks_on_a_gpu_are_whole_tiles_and_the_same_from_step_to_step(
     if plan._budget(backend, budget) >= gpu_time.ROW_TILE * 151_936 * 10:
         assert c % gpu_time.ROW_TILE == 0
     if c > plan.MIN_CHUNK_ROWS:
-        assert 151_936 * (8 * c + 2 * fold) <= plan._budget(backend, budget)
+        inside = backend == "cuda" and fold == c  # dz takes the place of the student's logits
+        assert 151_936 * (8 * c + 2 * fold * (not inside)) <= plan._budget(backend, budget)
 
 
 def test_the_model_counts_what_moves_and_what_is_computed() -> None:
@@ -98,7 +99,7 @@ def test_row_passes_beside_products_are_planned_where_they_are_asked_for() -> No
     assert (asked.chunk_rows, asked.fold_rows, planned().beside) == (512, 2048, 0)
     assert asked.workspace_bytes - 2 * 8192 * 1024 == 2 * 151_936 * (8 * 512 + 2 * 2048)
     assert f"row passes on {asked.beside} of 132 multiprocessors" in str(asked)
-    assert asked.seconds and planned().seconds and asked.seconds < planned().seconds
+    assert (asked.seconds or 0) < (planned().seconds or 0)
     with pytest.raises(ValueError, match="overlap: expected backend 'triton' or 'cuda', got 'eag"):
         mk.explain(8, 8, 8, backend="eager", overlap=True)
 

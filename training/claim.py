@@ -42,6 +42,8 @@ FREE = frozenset(
         "threads",
         "keep",
         "report_to",
+        "on_nan",  # of runs that earlier versions began
+        "skip_limit",  # likewise
         "eval_batch_size",
         "data.workers",
         "data.cache_mb",
@@ -118,7 +120,9 @@ class Claim:
             )
         if not (self.out / CONFIG).is_file():
             return
-        before = settings.load(type(self.config), self.out / CONFIG)
+        stored = settings.read_yaml(self.out / CONFIG, "out")
+        kept = {name: value for name, value in stored.items() if name not in FREE}
+        before = settings.build(type(self.config), kept)
         lines = settings.differences(before, self.config)
         changed = [line for line in lines if line.split(":")[0] not in FREE]
         if changed:

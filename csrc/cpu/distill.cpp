@@ -6,8 +6,8 @@
 //            log-sum-exps while still in cache;
 //   sweep 2  with the log-sum-exps known, tiles are read back and become loss terms (second-order
 //   small where the
-//            models agree) and G = dL/dz, which is multiplied into dH and dW at once and never
-//            stored.
+//            models agree) and G = dL/dz, which is multiplied into dH and dW at once and not
+//            stored; or takes the place of z_s, where dW is to be formed of it later.
 // Divergences whose gradient needs Σ q g take a sweep of values in between. So do z-scored logits
 // a = (z − μ)/(T(σ + ε)), whose tiles are also read for their log-sum-exps once σ is known: with
 // G = ∂D/∂a, dD/dz = (G − a·T²(σ + ε)/(σV)·Σ G a)/(T(σ + ε)). All reductions over tiles are in
@@ -36,33 +36,40 @@ class Distill {
  public:
   Distill(
       const at::Tensor& hs, const at::Tensor& ws, const Optional& bs, const Optional& ht,
-      const Optional& wt, const Optional& bt, const Options& o, int64_t chunk, bool many)
+      const Optional& wt, const Optional& bt, const Options& o, const Chunks& chunks)
       : o_(o),
         kernels_(kernels<T>()),
-        chunk_(chunk),
+        chunk_(chunks.padded),
         tiles_(tiles_of(o.vocab)),
-        panels_(chunk / kernels_.panel),
-        student_(hs, ws, bs, o.cap_s, o.vocab, chunk, "student"),
-        stats_s_(o.vocab, chunk, o.temperature, {true, o.diagnostics, o.standardize}),
-        stats_t_(o.vocab, chunk, o.temperature, {false, o.diagnostics, o.standardize}),
-        rows_(chunk),
-        gradients_(hs, ws, o.vocab, chunk, many, o.wanted, c10::CppTypeToScalarType<T>::value),
-        mean_(chunk),
-        values_(tiles_, chunk * sizeof(T)),
-        slopes_(tiles_, chunk * sizeof(T)),
-        pull_(o.standardize ? chunk : 0),
-        along_(o.standardize ? tiles_ : 0, chunk * sizeof(T)),
-        centre_(o.standardize ? tiles_ : 0, chunk * sizeof(T)),
-        agree_(o.diagnostics ? tiles_ : 0, chunk * sizeof(T)) {
-    if (ht) teacher_.emplace(*ht, *wt, bt, o.cap_t, o.vocab, chunk, "teacher");
-    const int64_t bytes = kTile * kernels_.panel * sizeof(T);
-    z_s_ = Buffer::kept(tiles_ * panels_, bytes);
-    if (ht) z_t_ = Buffer::kept(tiles_ * panels_, bytes);
+        panels_(chunk_ / kernels_.panel),
+        student_(hs, ws, bs, o.cap_s, o.vocab, chunk_, "student"),
+        stats_s_(o.vocab, chunk_, o.temperature, {true, o.diagnostics, o.standardize}),
+        stats_t_(o.vocab, chunk_, o.temperature, {false, o.diagnostics, o.standardize}),
+        rows_(chunk_),
+        gradients_(hs, ws, o.vocab, chunk_, chunks.count > 1, o.wanted, kReal),
+        mean_(chunk_),
+        values_(tiles_, chunk_ * sizeof(T)),
+        slopes_(tiles_, chunk_ * sizeof(T)),
+        pull_(o.standardize ? chunk_ : 0),
+        along_(o.standardize ? tiles_ : 0, chunk_ * sizeof(T)),
+        centre_(o.standardize ? tiles_ : 0, chunk_ * sizeof(T)),
+        agree_(o.diagnostics ? tiles_ : 0, chunk_ * sizeof(T)) {
+    if (ht) teacher_.emplace(*ht, *wt, bt, o.cap_t, o.vocab, chunk_, "teacher");
+    const int64_t panel = kernels_.panel, bytes = kTile * panel * sizeof(T);
+    if (o.wanted.dz) {
+      const int64_t panels = (hs.size(0) + panel - 1) / panel;
+      dz_ = kept_tensor({tiles_, panels, kTile, panel}, kReal);
+      z_s_ = {Buffer(dz_, tiles_ * panels), panels, 0};
+    } else {
+      z_s_ = {Buffer::kept(tiles_ * panels_, bytes), panels_, 0};
+    }
+    if (ht) z_t_ = {Buffer::kept(tiles_ * panels_, bytes), panels_, 0};
   }
 
   void run_chunk(
       int64_t row, int64_t count, const int64_t* labels, const T* ce, const T* kd, bool last) {
     used_panels_ = (count + kernels_.panel - 1) / kernels_.panel;
+    if (o_.wanted.dz) z_s_.first = row / kernels_.panel;
     student_.load(row, count);
     if (teacher_) teacher_->load(row, count);
     rows_.load(row, count, labels, ce, kd, o_.ignore_index);
@@ -87,11 +94,19 @@ class Distill {
   double entropy_t(int64_t c) const { return stats_t_.entropy(c); }
   bool agree(int64_t c) const { return total(agree_, c) > 0; }
   const ChunkRows<T>& rows() const { return rows_; }
-  Gradients<T>& gradients() { return gradients_; }
+  const Gradients<T>& gradients() const { return gradients_; }
+  // dW, or in its place dz of all rows.
+  at::Tensor dw() const { return o_.wanted.dz ? dz_ : gradients_.dw(); }
 
  private:
-  T* tile(const Buffer& z, int64_t v, int64_t panel) {
-    return z.part<T>(v / kTile * panels_ + panel);
+  // (tiles, panels) of (kTile, panel); the chunk's own panels begin at `first`.
+  struct Logits {
+    Buffer tiles;
+    int64_t panels = 0, first = 0;
+  };
+
+  T* tile(const Logits& z, int64_t v, int64_t panel) {
+    return z.tiles.template part<T>(v / kTile * z.panels + z.first + panel);
   }
   double total(const Buffer& tiles, int64_t c) const {
     double sum = 0;
@@ -129,7 +144,7 @@ class Distill {
     if (o_.standardize) sweep_z_scores(stats_t_, z_t_);
   }
 
-  void sweep_z_scores(SoftmaxStats<T>& stats, const Buffer& z) {
+  void sweep_z_scores(SoftmaxStats<T>& stats, const Logits& z) {
     stats.standardize();
     for_blocks(student_.product(), true, [&](int64_t v, int m, int64_t p, int64_t n, int) {
       for (int64_t i = p; i < p + n; ++i) stats.again(v, m, i, tile(z, v, i));
@@ -138,7 +153,7 @@ class Distill {
   }
 
   void logits_block(
-      const Head<T>& head, SoftmaxStats<T>& stats, const Buffer& z, int64_t v, int m, int64_t p,
+      const Head<T>& head, SoftmaxStats<T>& stats, const Logits& z, int64_t v, int m, int64_t p,
       int64_t n, int thread) {
     head.products(v, m, p, n, thread, tile(z, v, p));
     for (int64_t i = p; i < p + n; ++i) stats.add(head, v, m, i, tile(z, v, i));
@@ -151,7 +166,9 @@ class Distill {
           for (int64_t i = p; i < p + n; ++i) {
             loss_panel(v, m, i, values, gradients ? gradients_.panel(thread) : nullptr);
             if (values && o_.diagnostics) agree_panel(v, m, i);
-            if (gradients) gradients_.add_panel(v, m, i - p, thread);
+            if (!gradients) continue;
+            gradients_.add_panel(v, m, i - p, thread);
+            if (o_.wanted.dz) keep(v, m, i, gradients_.panel(thread));
           }
           if (gradients) gradients_.multiply(v, m, p, n, thread);
         });
@@ -162,6 +179,12 @@ class Distill {
       const double along = total(along_, c) - mean * total(centre_, c);
       pull_[c] = static_cast<T>(stats_s_.through()[c] * along);
     }
+  }
+
+  // G in the place of z_s; the last tile is filled up, for a result that has the same bits always.
+  void keep(int64_t v, int m, int64_t i, const T* g) {
+    T* to = std::copy_n(g, m * kernels_.panel, tile(z_s_, v, i));
+    std::fill_n(to, (kTile - m) * kernels_.panel, T(0));
   }
 
   void agree_panel(int64_t v, int m, int64_t i) {
@@ -198,6 +221,7 @@ class Distill {
     if (g) subtract_one_hot(rows_, job, v, m, c0, panel);
   }
 
+  static constexpr at::ScalarType kReal = c10::CppTypeToScalarType<T>::value;
   const Options o_;
   const Kernels<T>& kernels_;
   const int64_t chunk_, tiles_, panels_;
@@ -213,7 +237,8 @@ class Distill {
   std::vector<T> pull_;     // (chunk) of z-scored logits, see LossJob
   Buffer along_, centre_;   // (tiles) of (chunk)
   Buffer agree_;            // (tiles) of (chunk) where diagnostics are wanted
-  Buffer z_s_, z_t_;        // (tiles, panels) of (kTile, panel)
+  at::Tensor dz_;           // of all rows, in the place of z_s_, where it is wanted
+  Logits z_s_, z_t_;
 };
 
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -265,14 +290,16 @@ Result run(
   const at::Tensor label =
       labels ? checked_labels(*labels, rows, o.vocab, o.ignore_index) : at::Tensor();
   const auto real = c10::CppTypeToScalarType<T>::value;
-  const Chunks chunks(rows, chunk_rows, kernels<T>().panel);
+  // tiles of dz have one order whatever the chunks, so these are whole panels
+  const int64_t panel = kernels<T>().panel;
+  const Chunks chunks(rows, o.wanted.dz ? std::max(chunk_rows, panel) : chunk_rows, panel);
   const T* ce_w = weights<T>(ce_weight, rows, "ce_weight");
   const T* kd_w = weights<T>(kd_weight, rows, "kd_weight");
   T* diagnostics_out = diagnostics_of<T>(diagnostics, rows);
   at::Tensor loss = at::zeros({}, real), ce = at::zeros({rows}, real), kd = at::zeros({rows}, real);
   T* ce_out = ce.mutable_data_ptr<T>();
   T* kd_out = kd.mutable_data_ptr<T>();
-  Distill<T> distill(hs, ws, bs, ht, wt, bt, o, chunks.padded, chunks.count > 1);
+  Distill<T> distill(hs, ws, bs, ht, wt, bt, o, chunks);
   double sum = 0;
   for (int64_t row = 0; row < rows; row += chunks.rows) {
     const int64_t count = std::min(chunks.rows, rows - row);
@@ -291,8 +318,7 @@ Result run(
     }
   }
   loss.fill_(sum);
-  Gradients<T>& g = distill.gradients();
-  return {loss, ce, kd, g.dh, g.dw, g.db};
+  return {loss, ce, kd, distill.gradients().dh, distill.dw(), distill.gradients().db};
 }
 
 }  // namespace
@@ -302,7 +328,8 @@ Result distill_rows(
     const Optional& wt, const Optional& bt, const Optional& labels, const Optional& ce_weight,
     const Optional& kd_weight, std::string_view divergence, double param, double temperature,
     double cap_s, double cap_t, int64_t vocab, int64_t ignore_index, bool want_dh, bool want_dw,
-    bool want_db, int64_t chunk_rows, const Optional& diagnostics, bool standardize) {
+    bool want_db, int64_t chunk_rows, const Optional& diagnostics, bool standardize,
+    bool factored) {
   TORCH_CHECK_VALUE(
       ht.has_value() == wt.has_value(), "teacher: hidden states and weight come together");
   TORCH_CHECK_VALUE(
@@ -318,7 +345,7 @@ Result distill_rows(
       cap_t,
       vocab,
       ignore_index,
-      {want_dh, want_dw, want_db},
+      {want_dh, want_dw && !factored, want_db, want_dw && factored},
       diagnostics.has_value(),
       standardize && ht};
   const auto f64 = [](const Optional& x) { return x && x->scalar_type() == at::kDouble; };

@@ -14,6 +14,11 @@ constexpr int kTile = 224;  // vocabulary rows of a tile: 16 micro-tiles of AVX-
 
 Dtype dtype_of(const at::Tensor& x, const char* name);
 
+// Its sides: vocabulary rows, and tokens of a panel.
+inline std::pair<int, int> tile(bool f64) {
+  return {kTile, f64 ? kernels<double>().panel : kernels<float>().panel};
+}
+
 inline int64_t tiles_of(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
 
 // N rows in chunks of about equal size, none above the bound (but a panel of tokens is the least

@@ -54,17 +54,17 @@ template <class T>
 struct StatsJob {
   T* z;  // in: products h·w; out: logits with bias and soft-cap
   int rows;
-  const T* bias;  // (rows) or null
-  T cap;          // 0: none
-  const T* scale; // (panel) of the softmax: 1/T, or 1/(T(σ + ε)) of z-scored logits
-  bool plain;     // also the sum at temperature 1
-  bool again;     // z is final and `max` known: only the sums are made, at another scale
-  T* max;         // (panel) of z; null: only the logits are wanted
-  T* sum;         // (panel) Σ exp(scale · (z − max))
-  T* sum_plain;   // (panel) Σ exp(z − max)
-  T* weighted;    // (panel) Σ x·exp(x), x = scale · (z − max), for the entropy; null: not wanted
-  T* mean;        // (panel) of z; null: not wanted
-  T* square;      // (panel) Σ (z − mean)²
+  const T* bias;   // (rows) or null
+  T cap;           // 0: none
+  const T* scale;  // (panel) of the softmax: 1/T, or 1/(T(σ + ε)) of z-scored logits
+  bool plain;      // also the sum at temperature 1
+  bool again;      // z is final and `max` known: only the sums are made, at another scale
+  T* max;          // (panel) of z; null: only the logits are wanted
+  T* sum;          // (panel) Σ exp(scale · (z − max))
+  T* sum_plain;    // (panel) Σ exp(z − max)
+  T* weighted;     // (panel) Σ x·exp(x), x = scale · (z − max), for the entropy; null: not wanted
+  T* mean;         // (panel) of z; null: not wanted
+  T* square;       // (panel) Σ (z − mean)²
 };
 
 // Has some vocabulary row of a panel the largest logit of both models?
@@ -88,9 +88,9 @@ struct LossJob {
   int rows;
   const T *scale_s, *scale_t;  // (panel) of the divergence: 1/T, or 1/(T(σ + ε))
   T ce_scale;                  // 1/T of the cross-entropy
-  T cap;        // the student's soft-cap, 0: none
-  bool ce;      // any cross-entropy at all
-  bool shared;  // the cross-entropy's softmax is the divergence's
+  T cap;                       // the student's soft-cap, 0: none
+  bool ce;                     // any cross-entropy at all
+  bool shared;                 // the cross-entropy's softmax is the divergence's
   // log q = scale·(z − top) − rest: the log-sum-exp in two parts, since a sum of 60 would round log
   // q by 4e-6
   const T *top_s, *rest_s;    // at `scale_s`

@@ -113,7 +113,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
     });
     gradients.finish_chunk();
   }
-  return {gradients.dh, gradients.dw, gradients.db};
+  return {gradients.dh, gradients.dw(), gradients.db};
 }
 
 // The labels, contiguous.

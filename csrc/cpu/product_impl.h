@@ -62,6 +62,11 @@ inline constexpr int stride = depth<E> + 64 / static_cast<int>(sizeof(E));
 // consecutive depths multiplied by one instruction
 template <class E>
 inline constexpr int pair = sizeof(E) == 2 ? 2 : 1;
+// Depths summed in one chain: the rounding of a sum of n terms grows like n. Over 256 of them the
+// gradient near convergence had 2.4 times the error of MKL's products, over 128 it has less; 64
+// halve that, and take 3% more time.
+template <class E>
+inline constexpr int chain = 128;
 
 template <class S, class E>
 void pack_left_from(const S* src, int64_t ld, int m, int k, E* dst) {
@@ -167,30 +172,33 @@ void micro_tile(
   constexpr int W = V::size(), P = pair<E>;
   const E* a = static_cast<const E*>(a_);
   const E* b = static_cast<const E*>(b_);
-  V sum[M][2];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
-    sum[m][0] = sum[m][1] = V(T(0));
     // the next micro-tile's sums: rows far apart, which no hardware prefetcher sees coming
     __builtin_prefetch(c + (M + m) * ldc, 1);
     __builtin_prefetch(c + (M + m) * ldc + W, 1);
   }
-  for (int j = 0; j < k; j += P, a += P, b += 2 * W * P) {
-    const auto b0 = Micro<E>::load(b), b1 = Micro<E>::load(b + W * P);
+  for (int begin = 0; begin < k; begin += chain<E>, add = true) {
+    V sum[M][2];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = V(T(0));
+    const int end = k - begin < chain<E> ? k : begin + chain<E>;
+    for (int j = begin; j < end; j += P, a += P, b += 2 * W * P) {
+      const auto b0 = Micro<E>::load(b), b1 = Micro<E>::load(b + W * P);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const auto x = Micro<E>::broadcast(a + m * stride<E>);
+        sum[m][0] = Micro<E>::step(x, b0, sum[m][0]);
+        sum[m][1] = Micro<E>::step(x, b1, sum[m][1]);
+      }
+    }
+    // what is there is added at the end of a chain, not at its beginning
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const auto x = Micro<E>::broadcast(a + m * stride<E>);
-      sum[m][0] = Micro<E>::step(x, b0, sum[m][0]);
-      sum[m][1] = Micro<E>::step(x, b1, sum[m][1]);
+      T* row = c + m * ldc;
+      (add ? sum[m][0] + V::loadu(row) : sum[m][0]).store(row);
+      (add ? sum[m][1] + V::loadu(row + W) : sum[m][1]).store(row + W);
     }
-  }
-  // What is there is added at the end: V terms in one chain of fp32 sums would lose four times as
-  // much as partial sums of `depth` terms do.
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-    T* row = c + m * ldc;
-    (add ? sum[m][0] + V::loadu(row) : sum[m][0]).store(row);
-    (add ? sum[m][1] + V::loadu(row + W) : sum[m][1]).store(row + W);
   }
 }
 

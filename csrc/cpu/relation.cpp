@@ -4,7 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include "../ops.h"
-#include "gradients.h"
+#include "head_gradient.h"
 
 namespace mllmkd {
 namespace {
@@ -130,23 +130,23 @@ at::Tensor gradient(
       "coef: got shape ", coef.sizes(), " of ", coef.scalar_type(), ", expected contiguous (",
       relation.images(), ", 2) of float64");
   // dR H has the shape of dW = Gᵀ H, with the image's rows for a vocabulary
-  Gradients<T> product(
-      hs, ks, hs.size(0), relation.longest(), false, {false, true, false}, hs.scalar_type());
-  const std::unique_ptr<bool[]> live(new bool[relation.longest()]);
-  std::fill_n(live.get(), relation.longest(), true);
+  HeadGradient<T> product(
+      hs, product_for<T>(hs, ks), hs.size(0), hs.size(0), relation.longest(), false,
+      hs.scalar_type());
+  const Buffer panels(at::get_num_threads(), kTile * panel * sizeof(T));
   for (int64_t image = 0; image < relation.images(); ++image) {
     if (!relation.size(image)) continue;
     relation.load(image);
-    product.load(relation.start(image), relation.size(image), live.get(), true);
+    product.load(relation.start(image), relation.size(image), nullptr, true);
     const double* c = coef.const_data_ptr<double>() + 2 * image;
     const T c_t = static_cast<T>(c[0]), c_s = static_cast<T>(c[1]);
     const int64_t start = relation.start(image), block = relation.block();
     relation.for_tiles(
         image,
         [&](int64_t i, int m, int64_t p, const T* r_s, const T* r_t, int thread) {
-          T* g = product.panel(thread);
+          T* g = panels.part<T>(thread);
           for (int j = 0; j < m * panel; ++j) g[j] = c_t * r_t[j] + c_s * r_s[j];
-          product.add_panel(start + i * kRows, m, p % block, thread);
+          product.add_panel(g, m, p % block, thread);
         },
         [&](int64_t i, int m, int64_t p, int64_t count, int thread) {
           product.multiply(start + i * kRows, m, p, count, thread);

@@ -129,8 +129,7 @@ void SoftmaxStats<T>::standardize() {
     merged(3)[c] = static_cast<T>(scale);
     merged(4)[c] = static_cast<T>(scale * (top()[c] - mean));
     merged(5)[c] =
-        std == 0 ? T(0)
-                 : static_cast<T>(temperature_ * temperature_ * spread / (std * vocab_));
+        std == 0 ? T(0) : static_cast<T>(temperature_ * temperature_ * spread / (std * vocab_));
   });
 }
 

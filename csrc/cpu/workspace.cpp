@@ -107,6 +107,9 @@ Buffer::Buffer(int64_t parts, int64_t bytes, bool keep) : bytes_(round_up(bytes,
   data_ = keep ? take_or_allocate(parts * bytes_) : fresh(parts * bytes_);
 }
 
+Buffer::Buffer(const at::Tensor& data, int64_t parts)
+    : bytes_(static_cast<int64_t>(data.nbytes()) / std::max<int64_t>(parts, 1)), data_(data) {}
+
 Buffer::Buffer(Buffer&& other) noexcept
     : bytes_(other.bytes_), keep_(other.keep_), data_(std::move(other.data_)) {}
 

@@ -28,6 +28,8 @@ class Buffer {
  public:
   Buffer() = default;
   Buffer(int64_t parts, int64_t bytes) : Buffer(parts, bytes, false) {}
+  // All of `data`, another's memory.
+  Buffer(const at::Tensor& data, int64_t parts);
   // The same, but kept for the next call when this one ends, up to 768 MiB in all: a step of
   // training asks for the same workspace every time, and the kernel would clear its pages anew.
   static Buffer kept(int64_t parts, int64_t bytes) { return Buffer(parts, bytes, true); }

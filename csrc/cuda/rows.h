@@ -18,7 +18,8 @@ enum class BiasType : int { f32, bf16, f16 };
 struct RowsJob {
   const float* z_s;  // (C, V) products h·w, rows `stride` apart
   const float* z_t;  // (C, V) likewise, of the teacher
-  void* dz;          // (C, V) out, fp32 or bf16, rows `dz_stride` apart; in fp32 it may be z_s
+  void* dz;          // (C, V) out, fp32 or bf16, rows `dz_stride` apart, each where that of z_s is
+                     // or out of its way
   int64_t stride;    // what lies between V and the strides is read and written, and means nothing
   int64_t dz_stride;
   const void* b_s;  // (>= V) bias of `b_s_type`
@@ -41,7 +42,7 @@ struct RowsJob {
   float cap_s;  // soft-cap, 0: none
   float cap_t;
   bool dz_bf16;
-  bool scored;  // the divergence sees z-scored logits
+  bool scored;    // the divergence sees z-scored logits
   Series series;  // of the JSD, else unread
 };
 

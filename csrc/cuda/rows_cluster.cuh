@@ -90,7 +90,8 @@ class Row {
         z_s_(block.shared + sizeof(Memory) / sizeof(float)),
         z_t_(z_s_ + job.slice) {
     const int64_t at = row_ * job.dz_stride + begin_, entry = job.dz_bf16 ? 2 : 4;
-    dz_ = in_register(static_cast<char*>(job.dz) + at * entry);
+    dz_ = static_cast<char*>(job.dz) + at * entry;
+    if constexpr (!Scored) dz_ = in_register(dz_);  // with moments there is no register left for it
     const int64_t label = job.labels ? job.labels[row_] : job.ignore_index;
     has_label_ = label != job.ignore_index;
     label_in_range_ = label >= 0 && label < job.vocab;
@@ -159,7 +160,7 @@ class Row {
   MLLMKD_DEVICE void copy(const Source& s, const Source& t, float (&top)[2]) const {
     const float* from_s = in_register(s.z + begin_);
     const float* from_t = kTeacher ? in_register(t.z + begin_) : nullptr;
-    const int step = block_.threads * W, whole = count_ / W * W;
+    const int step = block_.threads * W, whole = AsTheyAre ? count_ / W * W : count_;
     for (int first = block_.thread * W; first < whole; first += step * kInFlight) {
       Floats x[kInFlight], y[kInFlight];
 #pragma unroll
@@ -177,10 +178,11 @@ class Row {
         if constexpr (kTeacher) top[1] = fmaxf(top[1], keep<AsTheyAre>(t, y[i], k, z_t_));
       }
     }
-    if (W == 1 || block_.thread != 0 || whole >= count_) return;  // a pack that ends the row
-    top[0] = fmaxf(top[0], keep<AsTheyAre>(s, cut(from_s, whole), whole, z_s_));
-    if constexpr (kTeacher) {
-      top[1] = fmaxf(top[1], keep<AsTheyAre>(t, cut(from_t, whole), whole, z_t_));
+    if constexpr (AsTheyAre && W > 1) {
+      if (block_.thread != 0 || whole >= count_) return;  // a pack that ends the row
+      top[0] = fmaxf(top[0], keep<true>(s, cut(from_s, whole), whole, z_s_));
+      if constexpr (kTeacher)
+        top[1] = fmaxf(top[1], keep<true>(t, cut(from_t, whole), whole, z_t_));
     }
   }
 
@@ -198,7 +200,9 @@ class Row {
     float top = -INFINITY;
 #pragma unroll
     for (int i = 0; i < W; ++i) {
-      if (!AsTheyAre && k + i < count_) x.at[i] = final_logit(from, x.at[i], begin_ + k + i);
+      if constexpr (!AsTheyAre) {
+        x.at[i] = k + i < count_ ? final_logit(from, x.at[i], begin_ + k + i) : -INFINITY;
+      }
       top = fmaxf(top, x.at[i]);
     }
     *reinterpret_cast<Floats*>(to + k) = x;
@@ -333,7 +337,8 @@ class Row {
     Floats dz;
 #pragma unroll
     for (int i = 0; i < W; ++i) dz.at[i] = kd_factor * da.at[i];
-    if (kd_weight_ == 0.0f) [[unlikely]] dz = Floats{};
+    if (kd_weight_ == 0.0f) [[unlikely]]
+      dz = Floats{};
     if (ce_weight_ != 0.0f) {
       if (own_softmax()) [[unlikely]] {  // a jump: it would be issued and thrown away
 #pragma unroll

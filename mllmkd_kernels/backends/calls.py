@@ -50,7 +50,7 @@ class Options:
     want_dw: bool = False
     want_db: bool = False
     diagnostics: Tensor | None = None  # (3, N) in the dtype of the loss, written
-    slope: Tensor | None = None  # (N, vocab) likewise: dz of all rows; "eager" alone knows it
+    factored: bool = False  # dz of all rows in the place of dw, in the shape of `dz_shape`
     fold: int = 0  # rows whose 16-bit dz is folded into dh and dw at a time; 0: those of a chunk
     beside: int = 0  # multiprocessors for row passes beside products, on two streams; 0: on one
 

@@ -89,8 +89,30 @@ def distill_rows(
     return torch.ops.mllmkd_cpu.distill_rows(
         s.h, s.w, s.b, ht, wt, bt, targets.labels, targets.ce_weight, targets.kd_weight,
         d.name, d.param, targets.temperature, s.cap, cap_t, options.vocab, targets.ignore_index,
-        *options.wants, options.chunk, options.diagnostics, targets.standardize,
+        *options.wants, options.chunk, options.diagnostics, targets.standardize, options.factored,
     )  # fmt: skip
+
+
+def dz_shape(rows: int, vocab: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """As `eager.dz_shape`: tiles of the vocabulary, panels of tokens, the sides of each."""
+    tile, panel = _C.tile(dtype == torch.float64)
+    return -(-vocab // tile), -(-rows // panel), tile, panel
+
+
+def head_gradient(
+    dz: Tensor, h: Tensor, grad: Tensor, rows: int, vocab: int, dtype: torch.dtype
+) -> Tensor:
+    """grad · dzᵀ h, (rows, D), of the tiles that `distill_rows` left."""
+    return torch.ops.mllmkd_cpu.head_gradient(dz, h, grad, rows, vocab, dtype)
+
+
+def add_head_gradient_(main_grad: Tensor, dz: Tensor, h: Tensor, grad: Tensor, vocab: int) -> None:
+    """main_grad += grad · dzᵀ h, a slice of the vocabulary at a time: never a second dw."""
+    tile = dz.shape[2]
+    for tiles in products.chunks(dz.shape[0], max(1, products.VOCAB_SLICE // tile)):
+        first, rows = tiles.start * tile, min(vocab, tiles.stop * tile) - tiles.start * tile
+        part = head_gradient(dz[tiles], h, grad, rows, rows, dz.dtype)
+        main_grad[first : first + rows] += part
 
 
 def logprob_rows(head: Head, targets: Targets, options: Options) -> tuple[Tensor, Tensor]:
@@ -155,12 +177,18 @@ if available():
     def _(
         hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature,
         cap_s, cap_t, vocab, ignore_index, want_dh, want_dw, want_db, chunk_rows, diagnostics=None,
-        standardize=False,
+        standardize=False, factored=False,
     ):  # fmt: skip
         dtype = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
         rows = hs.new_empty(hs.shape[:1], dtype=dtype)
-        gradients = _fake_gradients(hs, ws, dtype, dtype, want_dh, want_dw, want_db)
-        return hs.new_empty((), dtype=dtype), rows, torch.empty_like(rows), *gradients
+        dh, dw, db = _fake_gradients(hs, ws, dtype, dtype, want_dh, want_dw, want_db)
+        if factored:
+            dw = hs.new_empty(dz_shape(hs.shape[0], vocab, dtype), dtype=dtype)
+        return hs.new_empty((), dtype=dtype), rows, torch.empty_like(rows), dh, dw, db
+
+    @torch.library.register_fake("mllmkd_cpu::head_gradient")
+    def _(dz, h, factor, rows, vocab, dtype):
+        return h.new_empty(rows, h.shape[1], dtype=dtype)
 
     @torch.library.register_fake("mllmkd_cpu::logprob_rows")
     def _(h, w, b, labels, temperature, cap, vocab, ignore_index, chunk_rows):

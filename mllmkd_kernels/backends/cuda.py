@@ -74,7 +74,7 @@ def rows_(
     cap_s: float,
     cap_t: float,
     ignore_index: int,
-    dz: Tensor | None,  # (C, V) fp32 or bf16, unit column stride; written; zs itself may be it
+    dz: Tensor | None,  # (C, V) fp32 or bf16, unit column stride; written; its rows may lie in zs's
     cluster: int = 0,
     standardize: bool = False,
 ) -> tuple[Tensor, Tensor]:

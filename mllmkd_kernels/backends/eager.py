@@ -41,10 +41,15 @@ def distill_rows(
     """Loss (scalar), CE and D per row (N,), and the unscaled gradients dh (N, D_s), dw (V_s,
     D_s), db (V_s,), `options.chunk` rows at a time.
     """
-    acc, n, slope = dtype_of(student, teacher), student.h.shape[0], options.slope
+    acc, n = dtype_of(student, teacher), student.h.shape[0]
     ce, kd = (torch.zeros(n, dtype=acc, device=student.h.device) for _ in range(2))
     check_labels(targets.labels, options.vocab, targets.ignore_index)
-    grads = Gradients(student.h, student.w, acc, *options.wants)
+    want_dh, want_dw, want_db = options.wants
+    grads = Gradients(student.h, student.w, acc, want_dh, want_dw and not options.factored, want_db)
+    slope = None
+    if options.factored:
+        shape = dz_shape(n, options.vocab, acc)
+        slope = torch.empty(shape, dtype=acc, device=student.h.device)
     wanted = grads.wanted or slope is not None
     block_s, block_t = (
         torch.empty(min(n, options.chunk), options.vocab, dtype=acc, device=student.h.device)
@@ -71,7 +76,13 @@ def distill_rows(
     labels = targets.labels
     counted = None if labels is None else labels != targets.ignore_index
     loss = _weighted_sum(ce, targets.ce_weight, counted) + _weighted_sum(kd, targets.kd_weight)
-    return loss.to(acc), ce, kd, *grads.result()
+    dh, dw, db = grads.result()
+    return loss.to(acc), ce, kd, dh, dw if slope is None else slope, db
+
+
+def dz_shape(rows: int, vocab: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Of what `distill_rows` returns in the place of dw where `options.factored`."""
+    return rows, vocab
 
 
 def _strip_losses(

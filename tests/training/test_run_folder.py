@@ -99,6 +99,8 @@ def test_other_files_under_the_same_path_are_named(field, root):
 def test_the_same_files_under_the_same_path_go_on(root):
     for file in (root / "captions.json", root / "teacher" / "model.safetensors"):
         os.utime(file, (1, 1))  # copied back from elsewhere
+    with (root / "out" / "config.yaml").open("a") as file:
+        file.write("on_nan: stop\n")  # a field of earlier versions, which decided nothing
     said = []
     run(resumed(root), say=said.append)
     assert any("resuming from checkpoint-2" in line for line in said)

@@ -7,6 +7,9 @@ own for the rows of several chunks, which are folded at once: each fold reads an
 Otherwise dz is fp32 and takes the place of the student's logits: in fp16 entries below 6e-8, most
 of a vocabulary's share of a row of weight 1/N, would be 0.
 
+The CUDA row kernel has read a row before it writes: where no more rows are folded than a chunk has,
+bf16 dz takes the place of the student's logits as well.
+
 With `Options.beside` there are two of each block, and the rows of a chunk are gone through beside
 the products of the next (`lanes`). A fold is then launched after the products of the chunk that
 follows it: before them, it would make them wait for its own rows.
@@ -63,12 +66,16 @@ def _distill(
 
     blocks_s = blocks(options.chunk, acc)
     blocks_t = [] if teacher is None else blocks(options.chunk, acc)
-    blocks_dz = blocks(fold, torch.bfloat16) if apart else blocks_s
+    blocks_dz = blocks_s
+    if inside := apart and losses is not row_losses and fold == options.chunk:
+        blocks_dz = [block.view(torch.bfloat16) for block in blocks_s]
+    elif apart:
+        blocks_dz = blocks(fold, torch.bfloat16)
     due: list[Callable[[], None]] = []  # a fold, where its rows are launched
     with Lanes(hs.device, options.beside) as lanes:
         for step, (rows, folded) in enumerate(_steps(n, options.chunk, fold)):
             this, turn = step % copies, folded.start // fold % copies
-            logits, gradient = ("logits", this), ("dz" if apart else "logits", turn)
+            logits, gradient = ("logits", this), ("dz" if apart and not inside else "logits", turn)
             if copies == 1:
                 _settle(due)
             with lanes.launching(PRODUCTS, logits):
