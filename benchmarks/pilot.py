@@ -34,6 +34,8 @@ SIZES = ((8, 2048), (64, 2048), (512, 2048), (4096, 32768))
 ENOUGH, SHARE = 0.1, 0.1
 #: Share of the time that is planned: inputs, fp64 and child processes need some too.
 PLANNED = 0.8
+#: Seconds that are not worth leaving a method out for.
+TRIFLE = 1.0
 #: Seconds kept for a whole training step's case, all methods and batches.
 STEP_CASE = 45.0
 
@@ -126,7 +128,10 @@ class Pilot:
         everything = [item for items in self._waiting.values() for item in items.values()]
         left = PLANNED * (self._ends - self.clock())
         most, mine = level(everything, left), self._waiting.pop((section, case))
-        turns = {key: item.turns(most) for key, item in mine.items()}
+        turns = {
+            key: item.most if item.seconds(item.most) <= TRIFLE else item.turns(most)
+            for key, item in mine.items()
+        }
         why = {
             key: f"needs about {mine[key].seconds(1):,.0f} s, more than the {self.minutes:g} "
             "minutes of the run leave for it"

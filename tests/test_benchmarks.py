@@ -346,6 +346,19 @@ def test_a_run_is_whole_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(allowed.turns.values()) == {session.rounds} and not allowed.why
 
 
+def test_what_costs_a_moment_is_measured_when_the_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pilot, "_tensors", _nothing)
+    machine, session = _Machine({}), Session(SUITES["cpu"])
+    ahead = pilot.Pilot(session, 10.0, lambda: machine.now, machine.once)
+    ahead.start({"speed": [headline("fp32")], "accuracy": session.suite.accuracy})
+    machine.now += 600
+    assert not ahead.allow("speed", headline("fp32")).turns[OURS.key]
+    for ladder in session.suite.accuracy:
+        assert ahead.allow("accuracy", ladder).turns[OURS.key] == len(ladder.epsilons)
+
+
 @pytest.mark.parametrize("section", ["speed", "memory", "accuracy", "step"])
 def test_what_is_left_out_is_a_row_that_says_why(section: str) -> None:
     case = getattr(TINY, section)[0]
@@ -356,6 +369,8 @@ def test_what_is_left_out_is_a_row_that_says_why(section: str) -> None:
     assert not any({"seconds", "extra_bytes", "gradient"} & set(row) for row in rows)
     found = _record() | {section: rows}
     assert record.cut(found) == len(rows)
+    judged = targets.judge({"machine": {}, section: rows}, "torch-eager")
+    assert not any(target["holds"] is False for target in judged)
     # what is judged has to be whole, and nothing else
     assert record.publishable(found | {"judged_method": "mk-cpu"})
     assert not record.publishable(found | {"judged_method": "torch-eager"})
