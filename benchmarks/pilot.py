@@ -34,8 +34,8 @@ SIZES = ((8, 2048), (64, 2048), (512, 2048), (4096, 32768))
 ENOUGH, SHARE = 0.1, 0.1
 #: Share of the time that is planned: inputs, fp64 and child processes need some too.
 PLANNED = 0.8
-#: Seconds that are not worth leaving a method out for.
-TRIFLE = 1.0
+#: Seconds that any case may take, where there is time; those not worth leaving a method out for.
+MOMENT, TRIFLE = 5.0, 1.0
 #: Seconds kept for a whole training step's case, all methods and batches.
 STEP_CASE = 45.0
 
@@ -59,10 +59,6 @@ class Item:
     def seconds(self, turns: int) -> float:
         """Of that many turns; nothing is free but nothing."""
         return self.fixed + turns * self.unit if turns else 0.0
-
-
-#: Seconds that any case may take, where there is time.
-MOMENT = 5.0
 
 
 def level(items: Iterable[Item], left: float) -> float:
