@@ -16,7 +16,7 @@ from mllmkd_kernels.methods import Stage
 from training import config as configuration
 from training import settings
 from training.data.command import add_data
-from training.demo.recipes import DemoConfig, StudyConfig
+from training.demo.config import DemoConfig, StudyConfig
 from training.evaluation.command import add_eval, add_export, evaluate, export
 from training.recipes import configured, names, summaries
 
