@@ -21,7 +21,7 @@ class TowerConfig(Section):
     patch_size: int = setting(
         32, "pixels on a side of a patch; (image_size / patch_size)² tokens", gt=0
     )
-    image_size: int = setting(64, "pixels on a side of an image (scenes: 64)", gt=0)
+    image_size: int = setting(64, "pixels on a side of an image; 64 for scenes", gt=0)
     steps: int = setting(600, "optimiser steps", gt=0)
     batch_size: int = setting(128, "images a step", gt=0)
     lr: float = setting(1e-3, "peak learning rate", gt=0)
@@ -29,7 +29,11 @@ class TowerConfig(Section):
 
 
 class DemoConfig(Section):
-    """The demo: sizes and steps chosen so that it ends within minutes on two cores."""
+    """Teacher, SFT students and distilled students on one data set, compared in
+    OUT/report/report.md.
+
+    Sizes and steps are such that it ends within minutes on two cores; given again, it continues.
+    """
 
     out: str = setting("runs/demo", "folder for data, models and the report")
     seeds: int = setting(
@@ -122,7 +126,12 @@ class DemoConfig(Section):
 
 
 class StudyConfig(DemoConfig):
-    """The demo's sizes, steps and data; and which rows."""
+    """The demo's student, trained in many ways, each with one that it is compared with, in
+    OUT/study/report.md.
+
+    With the defaults it takes hours; given again, it continues. In a demo's OUT it begins with that
+    one's teacher and students.
+    """
 
     seeds: int = setting(3, "students of each row", gt=0)
     rows: tuple[str, ...] = setting(

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import matplotlib
@@ -17,13 +18,13 @@ matplotlib.use("Agg")  # files only: no display is needed
 from matplotlib import pyplot as plt
 
 from mllmkd_kernels.llava_kd import TERMS
-from training.data.records import Sample
+from training.data.records import IMAGE_MARK, Sample
 from training.data.sources import LlavaSource
 from training.demo.results import TITLES, Run
 from training.generate import Asked, Writer, load
 
 GRID = 12  # held-out questions shown
-LONGEST = 16  # tokens of an answer
+TOKENS, LONGEST = 16, 60  # of an answer; characters of a line
 
 
 def loss_curves(runs: Sequence[Run], distilled: Run, path: Path) -> None:
@@ -94,21 +95,23 @@ def answer_grid(runs: list[Run], source: LlavaSource, path: Path) -> None:
     ]
     chosen = held_out[:: max(1, len(held_out) // GRID)][:GRID]
     asked = [Asked(one.asked(), partial(source.images, one.asked())) for one in chosen]
-    writers = [Writer(*load(str(run.stages[-1].model)), LONGEST) for run in runs]
+    writers = [Writer(*load(str(run.stages[-1].model)), TOKENS) for run in runs]
     answers = [[answer.text for answer in writer.write(asked)] for writer in writers]
     figure, axes = plt.subplots(3, GRID // 3, figsize=(15, 11), layout="constrained")
-    for axis in axes.flat:
+    for axis in axes.flat[len(chosen) :]:
         axis.axis("off")
     for at, (axis, sample) in enumerate(zip(axes.flat, chosen, strict=False)):
         axis.imshow(source.images(sample)[0])
         question, truth = sample.turns[0]
-        axis.set_title(question.replace("<image>", "").strip(), fontsize=9)
+        title = shorten(question.replace(IMAGE_MARK, ""), LONGEST)
+        axis.set(title=title, xticks=[], yticks=[])
         lines = [("truth", truth, "black")]
         for run, given in zip(runs, answers, strict=True):
             lines.append((run.name, given[at], "green" if given[at] == truth else "firebrick"))
         for row, (name, text, colour) in enumerate(lines):
             place = {"transform": axis.transAxes, "va": "top", "fontsize": 8}
-            axis.text(0, -0.03 - 0.09 * row, f"{name}: {text}", color=colour, **place)
+            line = shorten(f"{name}: {text}", LONGEST)
+            axis.text(0, -0.03 - 0.09 * row, line, color=colour, **place)
     _save(figure, path)
 
 

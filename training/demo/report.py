@@ -19,7 +19,7 @@ from rich.console import Console
 from training import settings
 from training.data.sources import LlavaSource
 from training.demo import pictures, results
-from training.demo.config import DemoConfig
+from training.demo.config import MADE, DemoConfig
 from training.demo.early import Early
 from training.demo.recipes import entries
 from training.demo.results import Rows, Run, accuracies, ahead, difference, mean
@@ -122,6 +122,7 @@ def explained(config: DemoConfig, rows: Rows) -> str:
     captions = CAPTION in rows[TEACHER][0]
     whole = f' ("{CAPTION}" counts only if every word is right)' if captions else ""
     spread = "mean ± standard deviation of the seeds" if config.seeds > 1 else "95% interval"
+    of = " of them" if config.data in MADE else ""  # a folder may have a file of their own
     among = config.split("student_pretrain").is_file()
     counts = {
         name: entries(config.split(name))
@@ -131,7 +132,7 @@ def explained(config: DemoConfig, rows: Rows) -> str:
 Exact match on {counts[config.held_out]} held-out questions{whole}, {spread} where
 there is one; perplexity of their answers; loss terms unweighted, mean over the last logged steps of
 the last stage; tokens/s of the last stage. The teacher learned from {counts["train"]} questions;
-students from {counts["student_train"]} of them\
+students from {counts["student_train"]}{of}\
 {" (their captions are among those)" if among else ""}, the distilled one
 also from the teacher's answers to {counts["student_questions"]} more about the same images, "no
 label" from those answers alone. SFT students have weight decay {config.weight_decay:g}, label

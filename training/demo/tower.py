@@ -29,7 +29,7 @@ from training.data.dataset import LlavaDataset, SampleDataset
 from training.demo.config import DemoConfig, TowerConfig
 from training.demo.folder import LABELLED
 from training.demo.garments import CLASSES, Photos, photo_arrays
-from training.demo.scenes import CELLS, canvases
+from training.demo.scenes import CANVAS, CELL, CELLS, canvases
 from training.demo.tell import say
 from training.demo.words import build_processor, collect_words
 from training.journal import whole
@@ -74,7 +74,15 @@ def make_tower(demo: DemoConfig) -> None:
 
 
 def photo_tower(config: TowerConfig, photos: Photos) -> tuple[SiglipVisionModel, float]:
-    """A tower that knows the garment in each cell, and its accuracy on the test photos."""
+    """A tower that knows the garment in each cell, and its accuracy on the test photos.
+
+    Raises:
+        ConfigError: its patches do not divide the cells.
+    """
+    if config.image_size != CANVAS or CELL % config.patch_size:
+        got = f"{config.image_size} and {config.patch_size}"
+        expected = f"{CANVAS} and a divisor of {CELL}, for scenes"
+        raise ConfigError(f"tower.image_size, patch_size: got {got}, expected {expected}")
     tower = new_tower(config)
     probe = nn.Linear(config.hidden, len(CLASSES))
     train = torch.tensor(photos.train_images), torch.tensor(photos.train_labels).long()

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.training.llava_files import pixels
 from training.data.dataset import LlavaDataset
-from training.demo.config import DemoConfig
+from training.demo.config import DemoConfig, TowerConfig
 from training.demo.folder import LABELLED, Record, more_questions, record, write_folder
 from training.demo.garments import (
     CLASSES,
@@ -27,6 +27,7 @@ from training.demo.garments import (
     photo_arrays,
 )
 from training.demo.scenes import KINDS, canvases, scenes
+from training.demo.tower import photo_tower
 from training.demo.words import build_processor, collect_words
 from training.settings import ConfigError, build
 
@@ -209,6 +210,14 @@ def test_bad_sizes(tmp_path: Path, sizes: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         write(tmp_path / "a", **sizes)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("sizes", [(96, 24), (64, 64), (128, 32)])
+def test_a_tower_whose_patches_do_not_divide_the_cells(sizes: tuple[int, int]) -> None:
+    config = TowerConfig(image_size=sizes[0], patch_size=sizes[1])
+    message = f"image_size, patch_size: got {sizes[0]} and {sizes[1]}, expected 64 and a divisor"
+    with pytest.raises(ConfigError, match=message):
+        photo_tower(config, fake_photos())
 
 
 def test_layout_is_in_reading_order() -> None:
