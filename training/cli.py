@@ -1,5 +1,5 @@
 """Entry point: `python -m training run | check | data | cache | eval | export | show | methods |
-demo`.
+demo | study`.
 
 A file of one's own that ends in ``training.main(STAGES)`` has the same commands, for its method.
 """
