@@ -96,6 +96,14 @@ def _relation() -> None:
     _raw(relation_ops.relation)(*arguments)
 
 
+def _softcapped() -> None:
+    from mllmkd_kernels import relation_ops
+
+    rest = (30.0, 0.0, 4096, True, True, True, False)
+    for equal in (0, 100):
+        _raw(relation_ops.relation_softcapped)(*_heads(), _empty(5, dtype="int32"), *rest, equal)
+
+
 def _affinity() -> None:
     from mllmkd_kernels import contrast, relation_ops
 
@@ -140,7 +148,7 @@ def main() -> None:
     with _pretending():
         for algorithm in ("chunk", "stream"):
             _distill(algorithm)
-        for case in (_cuda, _logprob, _relation, _affinity, _gram):
+        for case in (_cuda, _logprob, _relation, _softcapped, _affinity, _gram):
             case()
         try:
             _row().sum().item()
