@@ -25,7 +25,7 @@ SAMPLES: Samples = [(7, 3), (0, 4), (5, 0), (4, 9), (0, 0)]
 def ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefix sums that may be read, and such as lie on another device."""
     if request.param == "device":
-        monkeypatch.setattr(cells, "_on_host", lambda *_: False)
+        monkeypatch.setattr(cells, "on_host", lambda *_: False)
 
 
 def inputs(samples: Samples, d_s: int = 6, d_t: int = 9, dtype: Any = torch.float32) -> list[Any]:

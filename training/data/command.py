@@ -106,7 +106,7 @@ def check_data(options: argparse.Namespace) -> None:
         print(f"{name:<18} {value}")
     for reason, count in report.reasons.most_common():
         print(f"  {count:>8,} x {reason}\n{'':13}{report.examples[reason][0]}")
-    write_page(report, processor.tokenizer, processor.image_token_id, Path(options.html))
+    write_page(report, processor.tokenizer, encoding.encoders[0].image_id, Path(options.html))
     print(f"{'page':<18} {options.html}: {len(report.shown)} samples")
 
 
