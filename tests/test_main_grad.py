@@ -170,7 +170,7 @@ def test_what_is_added_in_forward_is_nowhere_else(where: str) -> None:
     """No sum of the head's gradient beside `main_grad`, neither in forward nor until backward."""
     if where == "cpu" and not cpu.available():
         pytest.skip(cpu.why_not())
-    v, d, n = 2**17, 64, 96
+    v, d, n = 2**16, 64, 96
     hs, ws = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
     labels, main_grad = torch.randint(v, (n,)), torch.zeros(v, d)
 

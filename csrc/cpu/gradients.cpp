@@ -18,8 +18,8 @@ std::vector<int64_t> shape_if(bool wanted, std::vector<int64_t> shape) {
 template <class T>
 Gradients<T>::Gradients(
     const at::Tensor& hidden, const at::Tensor& weight, int64_t vocab, int64_t chunk,
-    bool many_chunks, Wanted wanted, at::ScalarType dw_dtype,
-    const std::optional<at::Tensor>& into, T factor)
+    bool many_chunks, Wanted wanted, at::ScalarType dw_dtype, const std::optional<at::Tensor>& into,
+    T factor)
     : weight_(weight, "weight"),
       kernels_(kernels<T>()),
       product_(product_for<T>(hidden, weight)),
