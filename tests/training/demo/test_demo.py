@@ -29,6 +29,7 @@ from training.demo.report import (
     TEACHER,
     UNLABELLED,
     judge,
+    limits,
 )
 from training.demo.results import markdown, on_its_side, table
 from training.demo.run import demo
@@ -229,6 +230,22 @@ def test_table_shows_mean_and_deviation():
     header, *lines = table({"a": [{"questions": 0.4, "ce": 0.0}, {"questions": 0.6, "ce": 0.0}]})
     assert header == ["model", "questions (all but captions)", "CE"]
     assert lines == [["a", "0.500 ± 0.141", "–"]]
+
+
+@pytest.mark.parametrize(
+    ("data", "held_out", "told", "not_told"),
+    [
+        ("scenes", "test", ["recompose", "new to all", "templates"], "train.json"),
+        ("scenes", "dev", ["recompose", "training questions that no student sees"], "new to all"),
+        ("easy-vqa", "test", ["labels of all training images", "templates"], "photographs"),
+        ("a folder", "test", ["learned from train.json (accuracy of the", "0.500"], "templates"),
+    ],
+)
+def test_what_the_comparison_does_not_show_fits_the_data(tmp_path, data, held_out, told, not_told):
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "tower" / "tower.json").write_text('{"accuracy": 0.5}')
+    text = limits(DemoConfig(out=str(tmp_path), data=data, held_out=held_out))
+    assert all(needed in text for needed in [*told, "random weights"]) and not_told not in text
 
 
 DOCS = Path(__file__).parents[3] / "docs"
