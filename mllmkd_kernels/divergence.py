@@ -24,6 +24,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ class Divergence:
                 raise ValueError(
                     f"divergence: {self.name!r} has no parameter {key!r} (got {key}={value})"
                 )
-            if not 0.0 < value < 1.0:
+            if not isinstance(value, Real | torch.SymFloat) or not 0.0 < value < 1.0:
                 raise ValueError(
                     f"divergence: {key} of {self.name!r} must lie in (0, 1), got {value}"
                 )
