@@ -8,9 +8,9 @@ an error.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -178,7 +178,7 @@ class View:
     def _total(self, name: str) -> int | float | Tensor:
         if self.counts is None:
             return self._local(name)
-        if isinstance(self.counts, Real | Tensor):
+        if not isinstance(self.counts, Mapping):
             if name == "response":
                 return self.counts
             answered = max(self._local("response"), 1)
