@@ -108,6 +108,16 @@ def main_grad(x: Tensor | None, weight: Tensor, dtype: torch.dtype) -> Tensor | 
     return x
 
 
+def loss_gradient(value: float | None, main_grad: Tensor | None, wanted: bool) -> float | None:
+    """None, or a positive number beside a `main_grad`; None where it is not `wanted`."""
+    if value is None:
+        return None
+    if main_grad is None:
+        raise ValueError(f"loss_gradient: expected None without a main_grad, got {value}")
+    known = positive("loss_gradient", value, "None or a positive number")
+    return known if wanted else None
+
+
 def in_memory(name: str, x: Tensor) -> None:
     """`x` has numbers, and so what lies on its device."""
     if x.is_meta:

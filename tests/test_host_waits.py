@@ -58,6 +58,10 @@ def _distill(algorithm: str) -> None:
         *_heads(), _row("int64"), _row(), _row(), "jsd", 0.5, 2.0, 30.0, 0.0, 4096, -100, True,
         True, True, "triton", 0.0, True,
     )  # fmt: skip
+    _raw(ops.linear_distill_)(
+        *_heads(), _row("int64"), _row(), _row(), "jsd", 0.5, 2.0, 30.0, 0.0, 4096, -100, True,
+        True, True, "triton", 0.0, False, False, False, _empty(4096, 64), False, 0.5,
+    )  # fmt: skip
 
 
 def _cuda() -> None:

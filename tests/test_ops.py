@@ -250,15 +250,23 @@ def test_inductor_compiles_the_step_around_the_loss() -> None:
 
 def operator_calls(backend: str, dtype: torch.dtype, grad: bool) -> dict[str, tuple[Any, tuple]]:
     t = heads(dtype, grad)
-    weight = torch.rand(N)
+    weight, bare = torch.rand(N), [x.detach() for x in t.values()]
     g_s, g_t = torch.randn(D_S, D_S), torch.randn(D_T, D_T)
     options = (1.5, 0.0, V_S, -100, True, True, True, backend, -1.0)
     return {
         "linear_distill": (ops.linear_distill, (
             *t.values(), LABELS, weight, weight, "jsd", PARAMETERS["jsd"][1], 1.5, 2.0, 0.0, V_S,
             -100, grad, grad, grad, backend, -1.0, True, False, True)),
+        "linear_distill_": (ops.linear_distill_, (
+            *bare, LABELS, weight, weight, "jsd", PARAMETERS["jsd"][1], 1.5, 2.0, 0.0, V_S, -100,
+            grad, True, grad, backend, -1.0, True, False, True, torch.randn(V_S, D_S), False, 0.5)),
         "linear_logit_mse": (ops.linear_logit_mse, (
             *t.values(), weight, V_S, grad, grad, grad, -1.0)),
+        "linear_logit_mse_": (ops.linear_logit_mse_, (
+            *bare, weight, V_S, grad, True, grad, -1.0, torch.randn(V_S, D_S), 0.5)),
+        "promised_loss": (registration.promised_loss, (
+            torch.randn(()), t["ws"], [t["hs"], t["bs"]], [torch.randn(N, D_S), torch.randn(V_S)],
+            0.5)),
         "linear_logprob": (ops.linear_logprob, (t["hs"], t["ws"], t["bs"], LABELS, *options)),
         "linear_logprob_backward": (ops.linear_logprob_backward, (
             torch.randn(N), *(t[k].detach() for k in ("hs", "ws", "bs")), LABELS, torch.randn(N),

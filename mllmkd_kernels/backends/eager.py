@@ -46,7 +46,8 @@ def distill_rows(
     ce, kd = (torch.zeros(n, dtype=acc, device=student.h.device) for _ in range(2))
     check_labels(targets.labels, options.vocab, targets.ignore_index)
     want_dh, want_dw, want_db = options.wants
-    grads = Gradients(student.h, student.w, acc, want_dh, want_dw and not options.factored, want_db)
+    want_dw = want_dw and not options.factored
+    grads = Gradients(student.h, student.w, acc, want_dh, want_dw, want_db, options.into)
     slope = None
     if options.factored:
         shape = dz_shape(n, options.vocab, acc)
