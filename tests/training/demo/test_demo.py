@@ -272,6 +272,26 @@ def test_a_published_study_is_what_its_runs_say(name):
     assert all(paragraph in text for paragraph in findings(runs))
 
 
+def test_the_studies_side_by_side_are_what_each_says():
+    studies = [findings(published(name)[1])[1] for name in ("study-scenes", "study-easy-vqa")]
+    scenes, easy = ({line[0]: line for line in map(cells, text.splitlines())} for text in studies)
+    beside = (DOCS / "study.md").read_text().split("| --- |")[-1].split("\n\n")[0]
+    shown = [cells(line) for line in beside.splitlines()[1:]]
+    assert [line[:2] for line in shown] == [line[:2] for line in list(scenes.values())[2:]]
+    for name, _, *points in shown:
+        for cell, study in zip(points, (scenes, easy), strict=True):
+            if name not in study:
+                assert cell == "–"
+                continue
+            _, _, margin, _, beyond, _, share = study[name]
+            assert cell == (f"{margin} ({share})" if beyond == "–" else f"**{margin} ({share})**")
+
+
+def cells(line: str) -> list[str]:
+    """Of a line of a table in Markdown."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def test_findings_follow_the_rule():
     """Above or below only by more than the spread; shares of what the teacher is ahead of SFT."""
     seeds = {
