@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks import truth
 from benchmarks.methods import FLOOR
 from benchmarks.problem import make_near
-from benchmarks.session import Session, Verdict, vet
+from benchmarks.session import Session, vet
 from benchmarks.shapes import Ladder
 
 
@@ -27,18 +27,13 @@ def measure(session: Session, ladder: Ladder) -> list[dict[str, Any]]:
     """One row per ε and method."""
     case, rows = ladder.case, []
     methods = [method for method in session.everything(case.loss) if method.key != FLOOR.key]
-    allowed = session.allow("accuracy", ladder)
-    for turn, epsilon in enumerate(ladder.epsilons):
+    for epsilon in ladder.epsilons:
         problem = make_near(case, epsilon, device=session.suite.device)
         expected = truth.truth(problem)
         for method in methods:
             session.tell(f"{case.title}, ε {epsilon}: {method.label}")
             row = method.row(case) | {"epsilon": epsilon, "contract": contract(case.dtype, epsilon)}
-            if turn < allowed.turns.get(method.key, len(ladder.epsilons)):
-                verdict = vet(method, problem, expected)
-            else:
-                why = "as many rungs as there is time for"
-                verdict = Verdict("left out", allowed.why.get(method.key, why))
+            verdict = vet(method, problem, expected)
             if (found := verdict.errors) is None:
                 row |= {"status": verdict.status, "reason": verdict.reason}
             else:

@@ -30,6 +30,8 @@ from benchmarks.session import Session
 from benchmarks.shapes import SUITES, Suite
 
 ROOT = Path(__file__).parent.parent
+#: A case's rounds end with so many times the seconds that it was predicted to take.
+SLACK = 2.0
 
 #: What measures a section, case by case, and what it says of itself.
 SECTIONS: dict[str, tuple[Any, str]] = {
@@ -52,7 +54,7 @@ examples:
   python -m benchmarks speed --only floor,torch-eager,mk-cpu --rounds 9
   python -m benchmarks all --device cuda   a GPU's shapes, where there is one (the default there)
   python -m benchmarks readme              put the newest full run into README.md
-  pip install -e '.[peers]'                adds other projects to the comparison
+  pip install --no-build-isolation -e '.[peers]'   adds other projects to the comparison
 
 methods: """ + ", ".join(method.key for method in methods.METHODS)
 
@@ -84,7 +86,7 @@ def _measuring_options(command: argparse.ArgumentParser) -> None:
     add("--quick", action="store_const", const="quick", dest="suite", help="same as --suite quick")
     add("--only", type=_keys, default=(), metavar="METHOD,...", help="measure only these methods")
     add("--rounds", type=_positive, metavar="N", help="rounds after warm-up; the suite has its own")
-    minutes = "for everything; what does not fit is left out, and said (%(default)g)"
+    minutes = "for everything; what does not fit is made smaller, and said (%(default)g)"
     add("--minutes", type=float, default=10.0, metavar="M", help=minutes)
     add(
         "--out", type=Path, metavar="DIR",
@@ -158,26 +160,26 @@ def _measured(
     After each, whether that was all.
     """
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-    cases = {part: getattr(session.suite, part) for part in parts}
+    cases = session.suite.sections(parts)
+    run |= {part: [] for part in parts}
     with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
-        task = progress.add_task("", total=sum(map(len, cases.values())))
+        task = progress.add_task("", total=len(cases))
         session.tell = lambda what: progress.update(task, description=what)
         try:
             ahead = pilot.Pilot(session, minutes)
             ahead.start(cases)
-            session.allow = ahead.allow
-            for part in parts:
-                run[part] = []
-                for case in cases[part]:
-                    run[part] += SECTIONS[part][0].measure(session, case)
-                    gc.collect()  # the inputs of one case leave before those of the next come
-                    progress.advance(task)
-                    yield False
+            for case, having in cases.items():
+                chosen = ahead.choose(case)
+                session.rounds, session.cold = chosen.rounds, chosen.cold
+                session.seconds = SLACK * chosen.seconds
+                for part in having:
+                    run[part] += SECTIONS[part][0].measure(session, chosen.case)
+                    gc.collect()  # the inputs of one leave before those of the next come
+                progress.advance(task)
+                yield False
         except KeyboardInterrupt:  # Ctrl-C, or a time limit
-            measured = [part for part in parts if run.get(part)]
-            console.print(
-                f"interrupted; measured: {', '.join(measured) or 'nothing'}", style="yellow"
-            )
+            measured = ", ".join(part for part in parts if run[part])
+            console.print(f"interrupted; measured: {measured or 'nothing'}", style="yellow")
             if not measured:
                 raise
             return

@@ -187,11 +187,10 @@ def _liger_ce(function: Any, problem: Problem) -> Forward:
 
 
 def _cce(function: Any, problem: Problem) -> Forward:
-    """Vocabulary tiles that leave no logits on a GPU, its default filter of small gradients
-    included; compiled PyTorch on a CPU.
+    """Vocabulary tiles that leave no logits, its default filter of small gradients included. What
+    it has for a CPU is compiled PyTorch, another method.
     """
-    impl = "cce" if problem.hs.is_cuda else "torch_compile"
-    return lambda: function(problem.hs, _head(problem), problem.labels, impl=impl)
+    return lambda: function(problem.hs, _head(problem), problem.labels, impl="cce")
 
 
 def _answers(problem: Problem) -> list[Tensor]:
@@ -281,7 +280,7 @@ PEERS = (
     Peer("trl-both", "Liger CE + TRL divergence", _BOTH, (TRL, LIGER_CE), CUDA_ONLY),
     Peer("fla", "fla FusedKLDivLoss", _KL, (FLA,), CUDA_ONLY),
     Peer("liger-ce", "Liger fused-linear CE", _CE, (LIGER_CE,), CUDA_ONLY),
-    Peer("cce", "cut-cross-entropy", _CE, (CCE,)),
+    Peer("cce", "cut-cross-entropy", _CE, (CCE,), CUDA_ONLY),
     Peer("quack", "quack chunked CE", _CE, (QUACK,), CUDA_ONLY, (9, 0)),
     Peer("liger-dpo", "Liger chunked DPO", frozenset({"dpo"}), (LIGER_DPO,)),
     Peer("liger-kto", "Liger chunked KTO", frozenset({"kto"}), (LIGER_KTO,)),

@@ -1,11 +1,13 @@
-"""Does the suite end in its time? What a step will cost, and how often each method may take it.
+"""Does the suite end in its time? What a case will cost, how large it is made, and how many rounds.
 
 Without bf16 arithmetic, on a processor with AVX2 alone, PyTorch's bf16 product is 40 times slower
-than its fp32 one, and the suite would take hours. So a short timing of every method on small
-tensors (`Pilot`) predicts what a step costs at full size, and where all that was asked for does not
-fit, a level is found (`level`): no method gets more seconds in a case than that. One whose step
-alone is beyond it is a row that says so. Where everything fits, nothing is changed. The level is
-found anew before each case, from the time that is left.
+than its fp32 one, and the suite would take hours. So a short timing of every method, of inputs, of
+checks and of a child process (`Pilot`) predicts what each case costs at full size, and where all
+that was asked for does not fit, a level is found (`level`): no case gets more seconds than that
+times its weight. One that needs more has fewer rounds, then half the rows, half the vocabulary, and
+so on, for all of its methods alike: nobody is left out. Where everything fits, nothing is changed.
+The level is found anew before each case, from the time that is left and from what those before it
+took.
 """
 
 from __future__ import annotations
@@ -13,17 +15,19 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.methods import COMPILED, EAGER, Method
+from benchmarks import memory, truth
+from benchmarks.methods import COMPILED, EAGER, FLOOR, Method
 from benchmarks.problem import Problem, make
-from benchmarks.session import Allowance, Session, few
+from benchmarks.session import Session, few, vet
 from benchmarks.shapes import Case, Ladder, StepCase
 from benchmarks.speed import once
 
@@ -32,47 +36,58 @@ from benchmarks.speed import once
 #: median rate so far, or PyTorch's, is taken for what it has not timed.
 SIZES = ((8, 2048), (64, 2048), (512, 2048), (4096, 32768))
 ENOUGH, SHARE = 0.1, 0.1
-#: Share of the time that is planned: inputs, fp64 and child processes need some too.
-PLANNED = 0.8
-#: Seconds that any case may take, where there is time; those not worth leaving a method out for.
-MOMENT, TRIFLE = 5.0, 1.0
-#: Seconds kept for a whole training step's case, all methods and batches.
-STEP_CASE = 45.0
+#: Share of the time that is planned: tables, plots and Python's own start need some too.
+PLANNED = 0.95
+#: Fewer rounds than that only where the time is over; a case is made smaller instead, so often.
+LEAST, HALVINGS = 2, 10
+#: A step of so many seconds is not warmed up: what is done once does not show in it.
+LONG = 1.0
+#: Seconds that `torch.compile` needs for a shape, which are too many for a pilot to try.
+COMPILE = 6.0
+#: Seconds of a whole training step's case, all methods and batches, where there is time for it.
+STEP_CASE = 30.0
 
 
 @dataclass(frozen=True)
-class Item:
-    """What one method may do in one case: `fixed` seconds, and `unit` seconds for each of at most
-    `most` turns.
+class Option:
+    """A way to measure a case: as it is or halved, in so many rounds, without warming up those that
+    are `cold`, in so many seconds all told.
     """
 
-    fixed: float
-    unit: float
-    most: int
-
-    def turns(self, level: float) -> int:
-        """How many fit into `level` seconds."""
-        if self.seconds(self.most) <= level:
-            return self.most
-        return max(0, int((level - self.fixed) / self.unit + 1e-6))
-
-    def seconds(self, turns: int) -> float:
-        """Of that many turns; nothing is free but nothing."""
-        return self.fixed + turns * self.unit if turns else 0.0
+    case: Any
+    rounds: int
+    seconds: float
+    cold: frozenset[str] = frozenset()
 
 
-def level(items: Iterable[Item], left: float) -> float:
-    """The most seconds for any item with which all fit into `left`; infinite if all are whole."""
-    items = list(items)
+@dataclass(frozen=True)
+class Costs:
+    """Seconds for an input's element: to make it, the truth of few rows, a comparison with that;
+    and for a child process.
+    """
+
+    make: float = 0.0
+    truth: float = 0.0
+    check: float = 0.0
+    child: float = 0.0
+
+
+def fitting(options: Sequence[Option], most: float) -> Option:
+    """The first that takes at most so many seconds more than the last, and least."""
+    return next(o for o in options if o.seconds - options[-1].seconds <= most)
+
+
+def level(waiting: Sequence[tuple[float, Sequence[Option]]], left: float) -> float:
+    """The most seconds beyond the least for a case of weight 1, with which all, weights and
+    options, fit into `left`; 0 if nothing but the least does.
+    """
 
     def total(most: float) -> float:
-        return sum(item.seconds(item.turns(most)) for item in items)
+        return sum(fitting(options, weight * most).seconds for weight, options in waiting)
 
-    if total(math.inf) <= left:
-        return math.inf
-    levels = sorted({i.seconds(turn) for i in items for turn in range(1, i.most + 1)})
-    fitting = bisect_right(levels, left, key=total)
-    return levels[fitting - 1] if fitting else 0.0
+    beyond = {(o.seconds - of[-1].seconds) / weight for weight, of in waiting for o in of}
+    levels = [level * (1 + 1e-9) for level in sorted(beyond)]
+    return levels[max(0, bisect_right(levels, left, key=total) - 1)]
 
 
 @lru_cache(maxsize=len(SIZES))
@@ -85,96 +100,123 @@ def timed(method: Method, problem: Problem) -> float:
     """Seconds of a step, the faster of two after one of warm-up: others may use the machine too."""
     step = method.build(problem)
     spent = []
-    for _ in range(3):
+    while len(spent) < 3 and sum(spent) < 2 * ENOUGH:
         spent.append(once(step, problem.hs.device.type))
         problem.forget_gradients()
-    return min(spent[1:])
+    return min(spent[1:] or spent)
+
+
+def measured_costs(device: str) -> Costs:
+    """Of this machine."""
+    case = Case("pilot", 32, 1024, 512, 8192, 8192)
+    begun = [time.monotonic()]
+    problem = make(case, device=device)
+    begun.append(time.monotonic())
+    expected = truth.truth(problem)
+    begun.append(time.monotonic())
+    vet(EAGER, problem, expected)
+    begun.append(time.monotonic())
+    each = [(b - a) / case.elements for a, b in pairwise(begun)]
+    memory.apart(device, dict)  # the first starts the server of the others
+    begun.append(time.monotonic())
+    memory.apart(device, dict)
+    return Costs(*each, time.monotonic() - begun[-1])
 
 
 @dataclass
 class Pilot:
-    """Allowances of a run, by the predicted cost of all that has not been measured yet.
+    """What there is time for, by the predicted cost of all that has not been measured yet.
 
     Attributes:
         session: whose methods and cases.
         minutes: for everything, the pilot included.
         clock: seconds.
         once: seconds of one step of a method on the tensors of a problem.
+        costs: of all that is not a step, on a device.
     """
 
     session: Session
     minutes: float
     clock: Callable[[], float] = time.monotonic
     once: Callable[[Method, Problem], float] = timed
+    costs: Callable[[str], Costs] = measured_costs
     _rates: dict[tuple[str, Case], float] = field(default_factory=dict)
-    _waiting: dict[tuple[str, Any], dict[str, Item]] = field(default_factory=dict)
+    _planned: float = 0.0
 
-    def start(self, cases: Mapping[str, Iterable[Any]]) -> None:
-        """Begin the time, and predict every case of the sections."""
-        self._ends = self.clock() + 60 * self.minutes
-        self._waiting = {
-            (section, case): self._items(section, case)
-            for section, all_of_it in cases.items()
-            for case in all_of_it
-        }
+    def start(self, cases: Mapping[Any, Sequence[str]]) -> None:
+        """Begin the time, and predict every case of the sections that have it."""
+        self._ends = self.clock() + 60 * PLANNED * self.minutes
+        self._late = self.clock() + 60 * SHARE * self.minutes
+        self._costs = self.costs(self.session.suite.device)
+        self._waiting = {case: self._options(case, parts) for case, parts in cases.items()}
         _tensors.cache_clear()
+        self._begun = self.clock()
 
-    def allow(self, section: str, case: Any) -> Allowance:
-        """What its methods may do; it does not wait any longer."""
-        everything = [item for items in self._waiting.values() for item in items.values()]
-        left = PLANNED * (self._ends - self.clock())
-        most, mine = level(everything, left), self._waiting.pop((section, case))
-        turns = {
-            key: item.most if item.seconds(item.most) <= TRIFLE else item.turns(most)
-            for key, item in mine.items()
-        }
-        why = {
-            key: f"needs about {mine[key].seconds(1):,.0f} s, more than the {self.minutes:g} "
-            "minutes of the run leave for it"
-            for key, allowed in turns.items()
-            if not allowed
-        }
-        planned = sum(mine[key].seconds(allowed) for key, allowed in turns.items())
-        # Twice what was predicted, where there is time: a prediction is not a measurement, and one
-        # of milliseconds says nothing of the moment in which another process had the core.
-        return Allowance(turns, why, max(planned, min(max(2 * planned, MOMENT), left)))
+    def choose(self, case: Any) -> Option:
+        """What of it there is time for; it does not wait any longer."""
+        slower = max(1.0, (self.clock() - self._begun) / (self._planned or math.inf))
+        left = (self._ends - self.clock()) / slower
+        weights = {case: self.session.suite.weights.get(case, 1.0) for case in self._waiting}
+        most = level([(weights[case], options) for case, options in self._waiting.items()], left)
+        option = fitting(self._waiting.pop(case), weights[case] * most)
+        self._planned += option.seconds
+        return option
 
-    def _items(self, section: str, case: Any) -> dict[str, Item]:
-        if isinstance(case, StepCase):
-            return {"": Item(0.0, STEP_CASE / 5, 5)}  # its rounds and batches end with its seconds
+    def _options(self, case: Any, parts: Sequence[str]) -> list[Option]:
+        """From all that was asked for to the least."""
+        if isinstance(case, StepCase):  # its rounds and batches end with its seconds
+            return [Option(case, self.session.rounds, STEP_CASE / 2**n) for n in range(4)]
         if isinstance(case, Ladder):
-            rungs, case = len(case.epsilons), case.case
-            methods = self.session.everything(case.loss)
-            return self._of(methods, case, lambda check, step: Item(0.0, step, rungs))
-        methods = self.session.methods(case)
-        if section == "memory":
-            return self._of(methods, case, lambda check, step: Item(check, step, 1))
-        rounds = self.session.rounds  # after one of warm-up
-        return self._of(methods, case, lambda check, step: Item(check + step, step, rounds))
+            rates = self._rates_of(self.session.everything(case.case.loss), case.case)
+            return [self._ladder(case.halved(times), rates) for times in range(HALVINGS)]
+        rates, most = self._rates_of(self.session.methods(case), case), self.session.rounds
+        return [
+            self._option(case.halved(times), rounds, parts, rates)
+            for times in range(HALVINGS)
+            for rounds in range(most, min(most, LEAST) - 1, -1)
+        ]
 
-    def _of(
-        self, methods: Iterable[Method], case: Case, item: Callable[[float, float], Item]
-    ) -> dict[str, Item]:
-        """An item of the seconds of the check and of a step, for each method that can run."""
-        found, threads = {}, torch.get_num_threads()
+    def _option(
+        self, case: Case, rounds: int, parts: Sequence[str], rates: Mapping[str, float]
+    ) -> Option:
+        threads = torch.get_num_threads()
         slower = threads / (case.threads or threads)
-        for method in methods:
-            if rate := self._rate(method, case):
-                flops = (slower * c.floor_flops for c in (few(case), case))
-                found[method.key] = item(*(rate * count for count in flops))
-        return found
+        steps = {key: slower * rate * case.floor_flops for key, rate in rates.items()}
+        cold = frozenset(key for key, step in steps.items() if step > LONG)
+        made = self._costs.make * case.elements
+        spent = made + self._checks(few(case), case.elements, rates)
+        compiled = COMPILE * (COMPILED.key in rates)
+        if "speed" in parts:
+            turns = (step * (rounds + (key not in cold)) for key, step in steps.items())
+            spent += made + 2 * compiled + sum(turns)  # few rows, and all
+        if "memory" in parts:
+            children = [step for key, step in steps.items() if key != FLOOR.key]
+            spent += compiled + sum(children) + len(children) * (self._costs.child + made)
+        return Option(case, rounds, spent, cold)
+
+    def _ladder(self, ladder: Ladder, rates: Mapping[str, float]) -> Option:
+        elements = ladder.case.elements // 2  # both models have one head
+        rung = self._costs.make * elements + self._checks(ladder.case, elements, rates)
+        compiled = COMPILE * (COMPILED.key in rates)
+        return Option(ladder, 1, len(ladder.epsilons) * rung + compiled)
+
+    def _checks(self, case: Case, elements: int, rates: Mapping[str, float]) -> float:
+        """The truth, and every method compared with it."""
+        each = self._costs.truth + self._costs.check * len(rates)
+        return each * elements + sum(rates.values()) * case.floor_flops
+
+    def _rates_of(self, methods: Iterable[Method], case: Case) -> dict[str, float]:
+        """Seconds a FLOP of the products, of those that can run: others are a row that says so."""
+        found = {method.key: self._rate(method, case) for method in methods}
+        return {key: rate for key, rate in found.items() if rate}
 
     def _rate(self, method: Method, case: Case) -> float:
-        """Seconds a FLOP of the products; 0 for what cannot run, which is a row without figures.
-        Compiling takes more than a pilot may: PyTorch's own rate is taken for it.
-        """
+        """0 for what cannot run. PyTorch's own for what would be compiled."""
         method = EAGER if method.key == COMPILED.key else method
-        small = Case(
-            "pilot", 0, 1024, 512, 0, 0, case.dtype, case.train_head, case.loss,
-            min(case.images, 2),
-        )  # fmt: skip
+        images = min(case.images, 2)
+        small = Case("pilot", 0, 1024, 512, 0, 0, case.dtype, loss=case.loss, images=images)
         if (method.key, small) not in self._rates:
-            late = self.clock() > self._ends - 60 * self.minutes * (1 - SHARE)
+            late = self.clock() > self._late
             found = self._guess(method, case.dtype) if late else self._timed(method, small)
             self._rates[method.key, small] = found
         return self._rates[method.key, small]

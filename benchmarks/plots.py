@@ -67,7 +67,14 @@ def time_over_floor(record: dict[str, Any]) -> Figure | None:
     axes.set_xscale("log")
     axes.margins(x=0.1, y=0.02)
     low, high = axes.get_xlim()
-    _ticks(axes, [t for t in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= t <= high])
+    _ticks(
+        axes,
+        [
+            t
+            for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+            if low <= t <= high
+        ],
+    )
     axes.set_yticks(middles, [_label(case) for case in cases], fontsize=8)
     axes.invert_yaxis()
     title = "One step's loss, forward and backward"
@@ -195,11 +202,8 @@ def _ticks(axes: Axes, places: Sequence[float], form: str = "g") -> None:
 
 def _label(case: Case) -> str:
     head = "trained" if case.train_head else "frozen"
-    images = f"{case.images} x " if case.images > 1 else ""
-    return (
-        f"{case.loss} {case.dtype}, head {head}\n"
-        f"{case.pair}, N {images}{case.rows:,}, V {case.vocab:,}"
-    )
+    threads = f", threads: {case.threads}" if case.threads else ""
+    return f"{case.loss} {case.dtype}, head {head}\n{case.pair}, {case.size}{threads}"
 
 
 def _legend(figure: Figure, panels: Iterable[Axes], columns: int) -> None:
@@ -224,8 +228,14 @@ def _finish(axes: Axes, title: str, x: str = "", y: str = "") -> None:
 #: Name of a file, what draws it, and what it shows.
 FIGURES: dict[str, tuple[Callable[[dict[str, Any]], Figure | None], str]] = {
     "time_over_floor": (time_over_floor, "Time over the matrix products alone."),
-    "time_against_size": (time_against_size, "Time of a step against rows and vocabulary."),
-    "memory_against_size": (memory_against_size, "Peak memory beyond inputs and gradients."),
+    "time_against_size": (
+        time_against_size,
+        "Time of a step against rows, vocabulary and threads.",
+    ),
+    "memory_against_size": (
+        memory_against_size,
+        "Peak memory beyond inputs and gradients, against rows and vocabulary.",
+    ),
     "accuracy_ladder": (accuracy_ladder, "Relative gradient error as the student converges."),
 }
 

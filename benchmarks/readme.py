@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.methods import EAGER, FLOOR
-from benchmarks.record import load
+from benchmarks.plots import FIGURES
+from benchmarks.record import load, publishable
 from benchmarks.report import machine_line
 from benchmarks.shapes import PREFERENCES, PROMISED, Case, headline, step_case
 from benchmarks.tables import (
@@ -41,7 +42,7 @@ def block(path: Path, root: Path) -> str:
     parts = [
         f"CE + forward KL of {case.rows:,} tokens, V {case.vocab:,}, Ds {case.d_s}, Dt "
         f"{case.d_t:,}; forward and backward, student head trained. Memory is what a step needs "
-        "beyond inputs and gradients.",
+        f"beyond inputs and gradients.{_smaller(record)}",
         markdown(_headline_table(record)),
         *_below_the_floor(record),
         "The teacher is the student plus noise ε; relative error of the gradient, bf16 inputs:",
@@ -57,12 +58,13 @@ def block(path: Path, root: Path) -> str:
         parts += [_step_note(record["step"]), markdown(_step_table(record["step"]))]
     if lost := list(_losses(record)):
         parts.append("Where the package loses to plain PyTorch:\n\n" + "\n".join(lost))
-    folder = path.with_suffix("")
-    name = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.name
-    if (folder / "accuracy_ladder.png").exists():
-        title = "Relative gradient error as the student converges"
-        parts.append(f"![{title}]({name}/accuracy_ladder.png)")
+    name = _link(path, root)
+    drawn = "time_against_size", "memory_against_size", "accuracy_ladder"
+    for figure in drawn:
+        if (path.with_suffix("") / f"{figure}.png").exists():
+            parts.append(f"![{FIGURES[figure][1].rstrip('.')}]({name}/{figure}.png)")
     parts.append(f"{machine_line(record)} [Everything that was measured]({name}/report.md).")
+    parts += _elsewhere(path, root)
     return "\n\n".join(parts)
 
 
@@ -79,13 +81,14 @@ def rewritten(text: str, new_block: str) -> str:
 
 
 def _headline_table(record: dict[str, Any]) -> Table:
-    rows = _headline_rows(record)
-    speed, memory = _by_case_and_label(rows), _by_case_and_label(record["memory"])
     body: Body = []
-    for label in dict.fromkeys(row["label"] for row in rows if row["status"] == "ok"):
+    for label in dict.fromkeys(r["label"] for r in _headline_rows(record) if r["status"] == "ok"):
         cells: list[str] = []
-        for case in map(headline, PROMISED):
-            fast, small = speed.get((case, label), {}), memory.get((case, label), {})
+        for dtype in PROMISED:
+            fast, small = (
+                next((r for r in _headline_rows(record, dtype, of) if r["label"] == label), {})
+                for of in ("speed", "memory")
+            )
             if fast.get("status", "ok") != "ok":
                 cells += [fast["status"], "", "", ""]
                 continue
@@ -100,25 +103,63 @@ def _headline_table(record: dict[str, Any]) -> Table:
     return _table((f"{dtype} {head}" for dtype in PROMISED for head in heads), body)
 
 
-def _headline_rows(record: dict[str, Any]) -> list[Row]:
-    promised = [headline(dtype) for dtype in PROMISED]
-    return [row for row in record["speed"] if Case(**row["case"]) in promised]
+def _headline_rows(record: dict[str, Any], dtype: str = "", section: str = "speed") -> list[Row]:
+    """Of one dtype or of all, whatever there was time for of them."""
+    asked = [headline(dtype) for dtype in ([dtype] if dtype else PROMISED)]
+    return [r for r in record[section] if any(Case(**r["case"]).made_of(case) for case in asked)]
+
+
+def _smaller(record: dict[str, Any]) -> str:
+    """What there was no time for."""
+    cases = dict.fromkeys(Case(**row["case"]) for row in _headline_rows(record))
+    halved = [f"{case.dtype} is of {case.size}" for case in cases if case.halvings]
+    text = " There was no time here for all of it: {}, for every method alike."
+    return text.format(" and ".join(halved)) if halved else ""
 
 
 def _below_the_floor(record: dict[str, Any]) -> Iterator[str]:
     """What a time below the floor means, where there is one."""
-    floors = {
-        row["case"]["dtype"]: row for row in _headline_rows(record) if row["label"] == FLOOR.label
+    below = []
+    for dtype in PROMISED:
+        rows = {row["label"]: row for row in _headline_rows(record, dtype)}
+        ours, floor = rows.get(record["judged"], {}), rows.get(FLOOR.label)
+        if floor and (ours.get("over_floor") or 1) < 1:
+            speeds = f"{ours['gflops']:,.0f} GFLOP/s against {floor['gflops']:,.0f}"
+            below.append(f"in {dtype} {speeds}, hence {times(ours['over_floor'])}")
+    if below:
+        yield (
+            "The floor is the time of PyTorch's own products (`torch.mm`, called once each), not a "
+            "bound. Ours are faster on this processor, so that a whole step, loss and all, runs "
+            f"faster than those products alone: {'; '.join(below)}."
+        )
+
+
+def _elsewhere(path: Path, root: Path) -> Iterator[str]:
+    """The newest record of every other machine beside it, in a sentence."""
+
+    def machine(record: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(record["machine"].get(key) for key in ("cpu", "cores", "vector_units"))
+
+    records = [(load(other), other) for other in path.parent.glob("*.json")]
+    fit = [(r, other) for r, other in records if publishable(r) and r["suite"] == "cpu"]
+    newest = {
+        machine(r): (r, other) for r, other in sorted(fit, key=lambda found: found[0]["date"])
     }
-    for row in _headline_rows(record):
-        dtype = row["case"]["dtype"]
-        if row["label"] == record["judged"] and (row.get("over_floor") or 1) < 1:
-            yield (
-                "The floor is the time of PyTorch's own products (`torch.mm`, called once each), "
-                f"not a bound. In {dtype} ours are faster on this processor: the whole step, loss "
-                f"and all, runs at {row['gflops']:,.0f} GFLOP/s, those products alone at "
-                f"{floors[dtype]['gflops']:,.0f}; hence {times(row['over_floor'])}."
-            )
+    newest.pop(machine(load(path)), None)
+    for record, other in newest.values():
+        ours = [row for row in _headline_rows(record) if row["label"] == record["judged"]]
+        faster = [f"{row['case']['dtype']} {times(row.get('times_eager'))}" for row in ours]
+        cpu, cores, units = machine(record)
+        yield (
+            f"On {cpu}, {cores} cores ({units}), {record['date'][:10]}: {' and '.join(faster)} "
+            f"faster than PyTorch at the size above; [all of it]({_link(other, root)}/report.md)."
+        )
+
+
+def _link(path: Path, root: Path) -> str:
+    """The folder of a record, from the root."""
+    folder = path.with_suffix("")
+    return folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.name
 
 
 def _losses(record: dict[str, Any]) -> Iterator[str]:
@@ -191,7 +232,7 @@ def _preference_table(record: dict[str, Any]) -> Table:
             continue
         errors, found = row["errors"], memory.get((case, label), {})
         body.append((
-            f"{case.loss.upper()}, {case.dtype}, {label}", seconds(row["median_s"]),
+            f"{case.loss.upper()}, {case.dtype}, {case.size}: {label}", seconds(row["median_s"]),
             times(row["over_floor"]), times(row["times_eager"]),
             mebibytes(found.get("extra_bytes")), f"{errors['loss']:.0e}",
             f"{max(errors['dh'], errors['dw'] or 0):.0e}",
@@ -210,7 +251,8 @@ def _relation_lines(record: dict[str, Any]) -> Iterator[str]:
         ours, eager = (memory.get((case, of), {}).get("extra_bytes") for of in (label, EAGER.label))
         extra = f", {mebibytes(ours)} extra instead of {mebibytes(eager)}"
         yield (
-            f"- Relation loss of {case.rows} rows of {images}, {case.dtype}, head {head}: "
+            f"- Relation loss of {case.rows} rows of {images}, V {case.vocab:,}, {case.dtype}, "
+            f"head {head}: "
             f"{times(row['times_eager'])} faster than through the logits"
             f"{'' if None in (ours, eager) else extra}."
         )

@@ -60,8 +60,8 @@ def machine_line(record: dict[str, Any]) -> str:
     if missing:
         text += f"; not installed: {', '.join(missing)}"
     text = f"{text}. Measured {record['date'][:10]}, {record['rounds']} rounds."
-    if lost := cut(record):
-        text += f" {lost} figures are left out or of fewer rounds: there was no time for them."
+    if any(lost := cut(record)):
+        text += " For want of time {} cases are smaller and {} of fewer rounds.".format(*lost)
     return text
 
 

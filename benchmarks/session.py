@@ -2,15 +2,14 @@
 
 A figure for a wrong answer is worse than none, so every method first computes a few rows of the
 same problem and is compared with fp64. One that cannot run, fails or is wrong becomes a row that
-says so. So does one that is left out, because a step of it is more than the time of a run allows.
+says so.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from benchmarks import truth
 from benchmarks.methods import FLOOR, Method, select
@@ -26,8 +25,7 @@ class Verdict:
     """Whether a method is measured on a case.
 
     Attributes:
-        status: "ok", "missing" (cannot run here), "failed" (raised), "wrong" or "left out" (of the
-            time there is).
+        status: "ok", "missing" (cannot run here), "failed" (raised) or "wrong".
         reason: why not, "" where ok.
         errors: against fp64; None where nothing was computed.
     """
@@ -35,21 +33,6 @@ class Verdict:
     status: str
     reason: str = ""
     errors: truth.Errors | None = None
-
-
-@dataclass(frozen=True)
-class Allowance:
-    """How much time a case may take; without arguments all that it asks for.
-
-    Attributes:
-        turns: rounds, steps or rungs of a method by its key; those not named have all of them.
-        why: of those that have none.
-        seconds: beyond which no further turn begins.
-    """
-
-    turns: Mapping[str, int] = field(default_factory=dict)
-    why: Mapping[str, str] = field(default_factory=dict)
-    seconds: float = math.inf
 
 
 def few(case: Case) -> Case:
@@ -65,15 +48,17 @@ class Session:
         suite: what is measured, and where.
         only: keys of the methods that were asked for; none: all that are made for the device.
         rounds: after one of warm-up.
+        cold: keys of methods that are not warmed up, because a step takes long enough.
+        seconds: of a case, beyond which no further round begins.
         tell: called with what is measured now.
-        allow: asked, with section and case, how much of it there is time for.
     """
 
     suite: Suite
     only: tuple[str, ...] = ()
     rounds: int = 5
+    cold: Collection[str] = ()
+    seconds: float = math.inf
     tell: Callable[[str], None] = lambda what: None
-    allow: Callable[[str, Any], Allowance] = lambda section, case: Allowance()
     _verdicts: dict[tuple[str, Case], Verdict] = field(default_factory=dict)
 
     def methods(self, case: Case) -> list[Method]:
@@ -84,22 +69,17 @@ class Session:
         """Those that a loss is compared with where all backends are."""
         return select(loss, self.only, device=self.suite.device)
 
-    def verdicts(
-        self, methods: Sequence[Method], case: Case, why: Mapping[str, str] | None = None
-    ) -> dict[str, Verdict]:
+    def verdicts(self, methods: Sequence[Method], case: Case) -> dict[str, Verdict]:
         """key → verdict for this shape and dtype, whatever its rows and threads: a sweep over N
-        asks the same question of the same heads again, and gets the answer that it has. `why` says
-        of which methods nothing is asked.
+        asks the same question of the same heads again, and gets the answer that it has.
         """
-        left_out = {key: Verdict("left out", reason) for key, reason in (why or {}).items()}
         kind = replace(case, rows=0, threads=0)
-        found = {m.key: self._verdicts.get((m.key, kind)) for m in methods} | left_out
-        if ask := [method for method in methods if found[method.key] is None]:
+        if ask := [method for method in methods if (method.key, kind) not in self._verdicts]:
             problem = make(few(case), device=self.suite.device)
             expected = truth.truth(problem)
             for method in ask:
                 self._verdicts[method.key, kind] = vet(method, problem, expected)
-        return {m.key: left_out.get(m.key) or self._verdicts[m.key, kind] for m in methods}
+        return {method.key: self._verdicts[method.key, kind] for method in methods}
 
 
 def vet(method: Method, problem: Problem, expected: truth.Truth) -> Verdict:

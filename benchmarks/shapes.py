@@ -7,7 +7,8 @@ benchmark of a fused loss has it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Case:
         loss: one of `LOSSES`.
         images: of `rows` rows each, or answers, the first half chosen; else 1.
         threads: of the processor; 0 for all that PyTorch takes.
+        halvings: how often it was made smaller, because there was no time for all of it.
     """
 
     pair: str
@@ -66,6 +68,19 @@ class Case:
     loss: str = "ce+kl"
     images: int = 1
     threads: int = 0
+    halvings: int = 0
+
+    def halved(self, times: int) -> Case:
+        """The same with rows and vocabularies halved in turn, rows first."""
+        rows, vocab = (times + 1) // 2, times // 2
+        return replace(
+            self, rows=max(1, self.rows >> rows), vocab_t=self.vocab_t >> vocab,
+            vocab_s=self.vocab_s >> vocab, halvings=times,
+        )  # fmt: skip
+
+    def made_of(self, asked: Case) -> bool:
+        """Whether it is what there was time for of another."""
+        return self == asked.halved(self.halvings)
 
     @property
     def all_rows(self) -> int:
@@ -93,10 +108,15 @@ class Case:
         return flops
 
     @property
+    def elements(self) -> int:
+        """Of hidden states and heads."""
+        teacher = 0 if self.loss == "ce" else (self.all_rows + self.vocab_t) * self.d_t
+        return teacher + (self.all_rows + self.vocab_s) * self.d_s
+
+    @property
     def input_bytes(self) -> int:
         """Hidden states and heads."""
-        teacher = 0 if self.loss == "ce" else (self.all_rows + self.vocab_t) * self.d_t
-        return (teacher + (self.all_rows + self.vocab_s) * self.d_s) * DTYPES[self.dtype].itemsize
+        return self.elements * DTYPES[self.dtype].itemsize
 
     @property
     def gradient_bytes(self) -> int:
@@ -105,15 +125,21 @@ class Case:
         return rows * self.d_s * DTYPES[self.dtype].itemsize
 
     @property
+    def size(self) -> str:
+        """Rows and vocabulary."""
+        images = f"{self.images} x " if self.images > 1 else ""
+        return f"N {images}{self.rows:,} V {self.vocab:,}"
+
+    @property
     def title(self) -> str:
         """One line that names the case completely."""
         head = "head trained" if self.train_head else "head frozen"
         teacher = "" if self.loss == "ce" else f" Dt {self.d_t:,}"
-        images = f"{self.images} x " if self.images > 1 else ""
         threads = f", threads: {self.threads}" if self.threads else ""
+        halved = f", halved {self.halvings} times" if self.halvings else ""
         return (
             f"{self.loss}, {self.dtype}, {head}: {self.pair}, "
-            f"N {images}{self.rows:,} V {self.vocab:,} Ds {self.d_s:,}{teacher}{threads}"
+            f"{self.size} Ds {self.d_s:,}{teacher}{threads}{halved}"
         )
 
 
@@ -133,6 +159,11 @@ class Ladder:
 
     case: Case
     epsilons: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01, 0.003)
+
+    def halved(self, times: int) -> Ladder:
+        """With its rows halved: errors are those of the vocabulary, whatever the rows."""
+        rows = max(1, self.case.rows >> times)
+        return replace(self, case=replace(self.case, rows=rows, halvings=times))
 
 
 @dataclass(frozen=True)
@@ -217,6 +248,8 @@ class Suite:
         every_backend: cases that all backends of ours compute; the others see only the one that
             ``backend="auto"`` chooses, because a fallback is many times slower.
         device: where it is measured, "cpu" or "cuda"; the command line sets it.
+        weights: how much more of the time than others, where there is not enough, those cases have
+            that are measured first: promises, and what the README shows.
     """
 
     name: str
@@ -228,6 +261,14 @@ class Suite:
     rounds: int = 5
     device: str = "cpu"
     step: tuple[StepCase, ...] = ()
+    weights: Mapping[Any, float] = field(default_factory=dict)
+
+    def sections(self, parts: Iterable[str]) -> dict[Any, list[str]]:
+        """case → those of `parts` that have it, in the order in which cases are measured."""
+        parts = list(parts)
+        cases = dict.fromkeys((*self.weights, *(c for part in parts for c in getattr(self, part))))
+        having = {case: [part for part in parts if case in getattr(self, part)] for case in cases}
+        return {case: found for case, found in having.items() if found}
 
 
 def headline(dtype: str) -> Case:
@@ -273,30 +314,36 @@ def _cpu_suite() -> Suite:
     big = tuple(headline(dtype) for dtype in PROMISED)
     # A quarter of the headline's rows where the ratio is wanted, not the seconds.
     few = case("headline", 256, "bf16")
-    frozen = replace(few, train_head=False)
     real = case("qwen2.5-3b-0.5b", 128, "bf16"), case("qwen2-7b-0.5b", 128, "bf16", False)
     # A quarter of the vocabulary: for all of it torch's chunked cross-entropy needs 16 s a round.
     cross_entropy = with_vocab(replace(few, loss="ce"), 16384)
+    frozen = replace(few, train_head=False)
     fallbacks = tuple(fallback(dtype) for dtype in PROMISED)
-    others = (*cross_entropy, *fallbacks)
     one = case("headline", 729, "bf16", train_head=False, loss="relation")
     relation = (one, replace(one, train_head=True))
-    sweep = *(replace(few, rows=rows) for rows in (128, 256, 512)), *with_vocab(few, 16384, 2**17)
-    fewest = replace(few, rows=128)  # with the headline and the fallback a sweep of N and of V
     (pairs,) = with_vocab(replace(few, rows=64, images=8, loss="dpo"), 16384)
-    answers = pairs, replace(pairs, loss="kto"), replace(pairs, dtype="fp32")
+    answers = (pairs, *(replace(pairs, dtype="fp32", loss=loss) for loss in PREFERENCES))
+    # N, V and threads from one point, in the dtype that every processor has arithmetic for.
+    point = fallbacks[0]
+    sweep = *(replace(point, rows=rows) for rows in (32, 512)), *with_vocab(point, 4096, 32768)
+    threads = with_fewer_threads(point)
+    step = _stages(StepCase(_SMALL, "dft", 64, 40, 4, 192))
+    images = replace(one, rows=256, images=3)
     return Suite(
         "cpu",
         "two CPU cores, minutes",
         speed=(
-            *(*big, frozen, *real, *others, *relation, replace(one, rows=256, images=3), *answers),
-            *(fewest, replace(few, rows=512), *with_vocab(fewest, 2**17)),
-            *with_fewer_threads(fallbacks[0]),
+            *(*big, *relation, images, *answers, *fallbacks, *sweep, *threads),
+            *(frozen, *cross_entropy, *real),
         ),
-        memory=(*big, *fallbacks, *sweep, frozen, *relation, *answers),
+        memory=(*big, *relation, *answers, *fallbacks, *sweep),
         accuracy=_LADDERS,
-        every_backend=(*others, few),
-        step=_stages(StepCase(_SMALL, "dft", 64, 40, 4, 192)),
+        every_backend=(*cross_entropy, *fallbacks),
+        step=step,
+        weights=dict(zip(big, (20.0, 10.0), strict=True))
+        | dict.fromkeys(step, 8.0)
+        | dict.fromkeys((*_LADDERS, *relation, images, *answers), 4.0)
+        | dict.fromkeys((*fallbacks, *sweep, *threads), 4.0),
     )
 
 

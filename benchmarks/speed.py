@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.methods import EAGER, FLOOR, Method
+from benchmarks.methods import EAGER, FLOOR
 from benchmarks.problem import make
-from benchmarks.session import Allowance, Session, Verdict, said
+from benchmarks.session import Session, Verdict, said
 from benchmarks.shapes import Case
 
 Step = Callable[[], object]
@@ -31,25 +31,23 @@ def measure(session: Session, case: Case) -> list[dict[str, Any]]:
     """One row per method. One that cannot be prepared or run at this size (memory, a kernel's
     limits) has no figures, and its row says so.
     """
-    methods, allowed = session.methods(case), session.allow("speed", case)
     every = torch.get_num_threads()
     torch.set_num_threads(case.threads or every)
     try:
-        return _measured(session, case, methods, allowed)
+        return _measured(session, case)
     finally:
         torch.set_num_threads(every)
 
 
-def _measured(
-    session: Session, case: Case, methods: list[Method], allowed: Allowance
-) -> list[dict[str, Any]]:
-    verdicts = session.verdicts(methods, case, allowed.why)
+def _measured(session: Session, case: Case) -> list[dict[str, Any]]:
+    methods = session.methods(case)
+    verdicts = session.verdicts(methods, case)
     seconds: Seconds = {}
     if fit := [method for method in methods if verdicts[method.key].status == "ok"]:
         problem = make(case, device=session.suite.device)
         builds = {method.key: partial(method.build, problem) for method in fit}
-        before = problem.forget_gradients
-        seconds, failed = interleaved(session, case.title, builds, before, allowed)
+        before, ends = problem.forget_gradients, time.monotonic() + session.seconds
+        seconds, failed = interleaved(session, case.title, builds, before, ends)
         verdicts |= {key: Verdict("failed", reason) for key, reason in failed.items()}
     rows = []
     for method in methods:
@@ -65,12 +63,12 @@ def interleaved(
     title: str,
     builds: Mapping[str, Callable[[], Step]],
     before: Callable[[], None],
-    allowed: Allowance,
+    ends: float,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Round by round: seconds by key, and what those have said that could not be built or run.
-    `before` is called before each step, outside the clock. Who has fewer rounds has the first ones.
+    `before` is called before each step, outside the clock. One round there is, others begin only
+    before `ends`.
     """
-    ends = time.monotonic() + allowed.seconds
     steps: dict[str, Step] = {}
     seconds: dict[str, list[float]] = {key: [] for key in builds}
     failed: dict[str, str] = {}
@@ -78,16 +76,15 @@ def interleaved(
         if turn > 1 and time.monotonic() > ends:
             break
         for key in list(seconds):
-            if turn > allowed.turns.get(key, turn):
-                continue
             session.tell(f"{title}: {key}, round {turn} of {session.rounds}")
             before()
             try:
                 if not turn:
                     steps[key] = builds[key]()
-                spent = once(steps[key], session.suite.device)
-                if turn:  # the first round is warm-up: code is compiled, pages are mapped
-                    seconds[key].append(spent)
+                if turn:
+                    seconds[key].append(once(steps[key], session.suite.device))
+                elif key not in session.cold:  # code is compiled, pages are mapped
+                    steps[key]()
             except (Exception, SystemExit) as error:  # other people's code: whatever it raises
                 failed[key] = said(error)
             if key in failed:  # nothing of it stays in the way of the next
@@ -120,13 +117,12 @@ def figures(case: Case, mine: list[float], everyone: Seconds) -> dict[str, Any]:
     """Seconds, their median, spread and ratios for one method, given everyone's of the same rounds.
 
     ``over_floor`` is time over the time of the matrix products alone, ``times_eager`` how many
-    times faster than eager PyTorch; None where the other was not measured. Ratios are of the rounds
-    that both have.
+    times faster than eager PyTorch; None where the other was not measured.
     """
     floor = everyone.get(FLOOR.key)
     return {
         **spread(mine, everyone),
-        "over_floor": floor and median(m / f for m, f in zip(mine, floor, strict=False)),
+        "over_floor": floor and median(m / f for m, f in zip(mine, floor, strict=True)),
         "gflops": case.floor_flops / median(mine) / 1e9,
     }
 
@@ -139,5 +135,5 @@ def spread(mine: list[float], everyone: Seconds) -> dict[str, Any]:
         "median_s": median(mine),
         "min_s": min(mine),
         "max_s": max(mine),
-        "times_eager": eager and median(e / m for m, e in zip(mine, eager, strict=False)),
+        "times_eager": eager and median(e / m for m, e in zip(mine, eager, strict=True)),
     }

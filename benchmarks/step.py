@@ -23,7 +23,6 @@ import importlib.util
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +33,7 @@ from benchmarks import methods, truth
 from benchmarks.memory import apart, peak_rise
 from benchmarks.methods import EAGER
 from benchmarks.naive import WholeLogitsLoss
-from benchmarks.session import Allowance, Session
+from benchmarks.session import Session
 from benchmarks.shapes import StepCase
 from benchmarks.speed import interleaved, spread
 
@@ -60,13 +59,9 @@ def measure(session: Session, case: StepCase) -> Rows:
     status = {"status": "missing" if lacking else "ok"}
     status["reason"] = f"needs {', '.join(lacking)}" if lacking else ""
     rows = [method.row(case) | status for method in both if method.key in only]
-    allowed = session.allow("step", case)
-    for row in rows:
-        if allowed.why:
-            row |= {"status": "left out", "reason": next(iter(allowed.why.values()))}
     if _fit(rows):
-        ends = time.monotonic() + allowed.seconds
-        _time(session, case, rows, replace(allowed, seconds=allowed.seconds / 2))
+        ends = time.monotonic() + session.seconds
+        _time(session, case, rows)
         for n, row in enumerate(fit := _fit(rows)):
             left = (ends - time.monotonic()) / (len(fit) - n)
             session.tell(f"{case.title}: largest batch, {row['label']}")
@@ -95,16 +90,18 @@ def _forget_models() -> None:
     gc.collect()
 
 
-def _time(session: Session, case: StepCase, rows: Rows, allowed: Allowance) -> None:
-    """Whether all agree, seconds of every round, tokens a second and ratios, into `rows`."""
-    device = session.suite.device
+def _time(session: Session, case: StepCase, rows: Rows) -> None:
+    """Whether all agree, seconds of every round, tokens a second and ratios, into `rows`; in half
+    of the time.
+    """
+    device, ends = session.suite.device, time.monotonic() + session.seconds / 2
     trainings = {row["method"]: _training(case, row["method"], device) for row in rows}
     _compare(case, rows, trainings)
     one = next(iter(trainings.values()))  # all train the same parameters
     inputs = one.batch(case.batch)
     keys = [row["method"] for row in _fit(rows)]
     steps = {key: partial(partial, trainings[key].step, inputs) for key in keys}
-    seconds, failed = interleaved(session, case.title, steps, one.forget, allowed)
+    seconds, failed = interleaved(session, case.title, steps, one.forget, ends)
     for row in _fit(rows):
         if row["method"] in failed:
             row |= {"status": "failed", "reason": failed[row["method"]]}

@@ -192,11 +192,7 @@ def _step(rows: list[Row]) -> Table:
 
 
 def _rounds(rows: list[Row]) -> str:
-    """How many there were, and who had time for fewer."""
-    found = {row["label"]: len(row["seconds"]) for row in rows if "seconds" in row}
-    most = max(found.values(), default=0)
-    fewer = ", ".join(f"{label} {n}" for label, n in found.items() if n < most)
-    return f"{most} interleaved rounds" + (f" ({fewer})" if fewer else "")
+    return f"{max((len(row.get('seconds', ())) for row in rows), default=0)} interleaved rounds"
 
 
 def _trouble(row: Row) -> str:

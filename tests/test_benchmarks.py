@@ -28,14 +28,13 @@ from benchmarks import (
     shapes,
     speed,
     step,
-    tables,
     targets,
     truth,
     vlm,
 )
 from benchmarks.cli import ROOT, main
 from benchmarks.problem import Problem, make, make_near
-from benchmarks.session import Allowance, Session
+from benchmarks.session import Session
 from benchmarks.shapes import (
     DTYPES,
     LOSSES,
@@ -103,7 +102,7 @@ def test_runs_are_written_into_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = {**{key: [] for key in record.REQUIRED}, "only": [], "suite": "cpu", "rounds": 5,
-            "judged_method": OURS.key}  # fmt: skip
+            "targets": []}  # fmt: skip
     monkeypatch.chdir(tmp_path)
     assert cli._folder(full).absolute().is_relative_to(tmp_path)
     monkeypatch.chdir(ROOT)
@@ -261,17 +260,29 @@ def test_a_ladder_needs_equal_shapes() -> None:
 # --- the time of a run ---------------------------------------------------------------------------
 
 
+def _ways(*seconds: float) -> list[pilot.Option]:
+    return [pilot.Option(None, 1, s) for s in seconds]
+
+
 def test_a_level_is_found_for_what_does_not_fit_and_changes_nothing_that_does() -> None:
-    cheap, dear = pilot.Item(1.0, 1.0, 5), pilot.Item(10.0, 10.0, 5)
-    assert pilot.level([cheap, dear], 66.0) == float("inf")
-    for left in (0.0, 1.5, 5.0, 30.0, 47.0, 65.0):
-        found = pilot.level([cheap, dear], left)
-        turns = [item.turns(found) for item in (cheap, dear)]
-        spent = sum(item.seconds(n) for item, n in zip((cheap, dear), turns, strict=True))
-        assert spent <= left
-        if left >= 6:  # a cheap one loses nothing to a dear one
-            assert turns[0] == 5
-    assert pilot.level([], 0.0) == float("inf")
+    cheap, dear, fixed = _ways(5.0, 4.0, 3.0), _ways(60.0, 30.0, 10.0, 5.0), _ways(20.0)
+    waiting = [(1.0, cheap), (1.0, dear), (1.0, fixed)]
+
+    def chosen(left: float, weight: float = 1.0) -> list[float]:
+        found = pilot.level([(1.0, cheap), (weight, dear), (1.0, fixed)], left)
+        weights = (1.0, weight, 1.0)
+        return [
+            pilot.fitting(options, w * found).seconds
+            for w, (_, options) in zip(weights, waiting, strict=True)
+        ]
+
+    assert chosen(85.0) == [5.0, 60.0, 20.0]
+    for left in (28.0, 33.0, 50.0, 84.0):
+        assert sum(chosen(left)) <= left
+    assert chosen(55.0)[0] == 5.0  # a cheap one loses nothing to a dear one
+    assert chosen(54.0) == [5.0, 10.0, 20.0]
+    assert chosen(54.0, weight=20.0) == [4.0, 30.0, 20.0]  # but to one that matters more
+    assert chosen(0.0) == [3.0, 5.0, 20.0]  # nothing is left out
 
 
 def _nothing(case: Case, device: str) -> Problem:
@@ -284,119 +295,113 @@ _nothing.cache_clear = lambda: None
 
 
 class _Machine:
-    """A clock that goes on with what is done: a step takes `rate` seconds a FLOP of the floor, by
-    method and dtype, and `more` times of what its pilot did.
+    """A clock that goes on with what is done: a step takes `rates` seconds a FLOP of the floor, by
+    method and dtype, and a case `more` times of what was predicted.
     """
 
     def __init__(self, rates: dict[tuple[str, str], float], more: float = 1.0) -> None:
         self.now, self.rates, self.more = 0.0, rates, more
 
-    def _step(self, key: str, case: Case, more: float = 1.0) -> float:
-        spent = more * self.rates.get((key, case.dtype), 1e-11) * case.floor_flops
+    def once(self, method: methods.Method, problem: Problem) -> float:
+        case = problem.case
+        spent = self.rates.get((method.key, case.dtype), 1e-11) * case.floor_flops
         self.now += spent
         return spent
 
-    def once(self, method: methods.Method, problem: Problem) -> float:
-        return self._step(method.key, problem.case)
-
-    def measure(self, section: str, case: Any, session: Session) -> dict[str, int]:
-        """As the sections do: what is allowed and nothing else."""
-        allowed, begun = session.allow(section, case), self.now
-        if isinstance(case, StepCase):
-            self.now += allowed.seconds * (not allowed.why)
-            return dict(allowed.turns)
-        found = case.case if hasattr(case, "case") else case
-        for key, turns in allowed.turns.items():
-            for _ in range(turns + (section == "speed") if turns else 0):
-                if self.now - begun <= allowed.seconds:
-                    self._step(key, found, self.more)
-        return dict(allowed.turns)
+    def chosen(self, session: Session, minutes: float) -> dict[Any, pilot.Option]:
+        """What a run measures, case by case as it was asked for."""
+        costs = pilot.Costs(1e-8, 1e-8, 5e-9, 0.2)
+        ahead = pilot.Pilot(session, minutes, lambda: self.now, self.once, lambda _: costs)
+        cases, found = session.suite.sections(record.SECTIONS), {}
+        ahead.start(cases)
+        for case in cases:
+            found[case] = ahead.choose(case)
+            self.now += self.more * found[case].seconds
+        return found
 
 
-@pytest.mark.parametrize("more", [1.0, 1.5])
+@pytest.mark.parametrize("more", [0.7, 1.0, 1.3])
 def test_a_run_ends_in_its_minutes_on_a_processor_without_bf16_arithmetic(
     more: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pilot, "_tensors", _nothing)
-    slow = {(key, "bf16"): 6e-10 for key in ("floor", "torch-eager", "liger")}  # 1.6 GFLOP/s
-    machine, session = _Machine(slow, more), Session(SUITES["cpu"])
-    ahead = pilot.Pilot(session, 10.0, lambda: machine.now, machine.once)
-    session.allow = ahead.allow
-    cases = {part: getattr(session.suite, part) for part in record.SECTIONS}
-    ahead.start(cases)
-    assert machine.now < 60  # the pilot itself
-    turns = {
-        (part, case): machine.measure(part, case, session) for part in cases for case in cases[part]
-    }
-    assert machine.now <= 600
-    assert machine.now > 300  # and uses them
-    assert [key for key, n in turns["speed", headline("bf16")].items() if n] == [OURS.key]
-    for case in cases["speed"]:
-        assert turns["speed", case][OURS.key] > 0
-    assert all(turns["step", case][""] > 0 for case in cases["step"])
+    slow = ("floor", "torch-eager", "liger", "liger-dpo", "liger-kto")
+    machine = _Machine({(key, "bf16"): 3e-10 for key in slow}, more)  # 3.3 GFLOP/s
+    found = machine.chosen(Session(SUITES["cpu"]), 10.0)
+    assert 500 < machine.now <= 600
+    for case, option in found.items():
+        assert option.rounds >= pilot.LEAST or not isinstance(case, Case)
+    assert found[headline("fp32")].case == headline("fp32")
+    bf16 = found[headline("bf16")].case
+    assert bf16.made_of(headline("bf16")) and bf16.all_rows * bf16.vocab >= 128 * 8192
+    fp32 = [case for case in SUITES["cpu"].memory if case.dtype == "fp32" and case.rows <= 128]
+    assert all(found[case].case == case for case in fp32 if case.images == 1)
 
 
 def test_a_run_is_whole_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pilot, "_tensors", _nothing)
-    machine, session = _Machine({}), Session(SUITES["cpu"])
-    ahead = pilot.Pilot(session, 60.0, lambda: machine.now, machine.once)
-    ahead.start({"speed": session.suite.speed})
-    for case in session.suite.speed:
-        allowed = ahead.allow("speed", case)
-        assert set(allowed.turns.values()) == {session.rounds} and not allowed.why
+    session = Session(SUITES["cpu"])
+    for case, option in _Machine({}).chosen(session, 60.0).items():
+        assert option.case == case and (option.rounds == session.rounds or hasattr(case, "case"))
 
 
-def test_what_costs_a_moment_is_measured_when_the_time_is_over(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("minutes", [0.0, 0.5])
+def test_nothing_is_left_out_where_there_is_no_time(
+    minutes: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pilot, "_tensors", _nothing)
-    machine, session = _Machine({}), Session(SUITES["cpu"])
-    ahead = pilot.Pilot(session, 10.0, lambda: machine.now, machine.once)
-    ahead.start({"speed": [headline("fp32")], "accuracy": session.suite.accuracy})
-    machine.now += 600
-    assert not ahead.allow("speed", headline("fp32")).turns[OURS.key]
-    for ladder in session.suite.accuracy:
-        assert ahead.allow("accuracy", ladder).turns[OURS.key] == len(ladder.epsilons)
+    machine = _Machine({})
+    found = machine.chosen(Session(SUITES["cpu"]), minutes)
+    assert set(found) == set(SUITES["cpu"].sections(record.SECTIONS)) and machine.now < 240
 
 
-@pytest.mark.parametrize("section", ["speed", "memory", "accuracy", "step"])
-def test_what_is_left_out_is_a_row_that_says_why(section: str) -> None:
-    case = getattr(TINY, section)[0]
-    none = Allowance({"torch-eager": 0, "": 0}, {"torch-eager": "needs 9 s", "": "needs 9 s"})
-    session = Session(TINY, only=("torch-eager",), rounds=1, allow=lambda *_: none)
-    rows = cli.SECTIONS[section][0].measure(session, case)
-    assert rows and {(row["status"], row["reason"]) for row in rows} == {("left out", "needs 9 s")}
-    assert not any({"seconds", "extra_bytes", "gradient"} & set(row) for row in rows)
-    found = _record() | {section: rows}
-    assert record.cut(found) == len(rows)
-    judged = targets.judge({"machine": {}, section: rows}, "torch-eager")
-    assert not any(target["holds"] is False for target in judged)
-    # what is judged has to be whole, and nothing else
-    assert record.publishable(found | {"judged_method": "mk-cpu"})
-    assert not record.publishable(found | {"judged_method": "torch-eager"})
-    assert f"{len(rows)} figures are left out" in report.machine_line(found)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_smaller_case_is_of_the_one_that_was_asked_for(loss: str) -> None:
+    asked = replace(headline("bf16"), loss=loss)
+    small = asked.halved(5)
+    assert (small.rows, small.vocab_t, small.vocab_s) == (128, 16384, 16384)
+    assert small.made_of(asked) and asked.made_of(asked) and "halved 5 times" in small.title
+    assert not small.made_of(replace(asked, dtype="fp32")) and not asked.made_of(small)
+    found = [{"method": "x", "case": asdict(small), "over_floor": 1.0}]
+    assert targets._row(found, "x", asked) == found[0]
 
 
-def test_a_method_with_fewer_rounds_is_compared_within_those() -> None:
-    few = Allowance({"torch-eager": 1})
-    session = Session(TINY, only=("floor", "torch-eager"), rounds=3, allow=lambda *_: few)
-    rows = {row["method"]: row for row in speed.measure(session, CASE)}
-    assert [len(rows[key]["seconds"]) for key in ("floor", "torch-eager")] == [3, 1]
-    ratio = rows["torch-eager"]["seconds"][0] / rows["floor"]["seconds"][0]
-    assert rows["torch-eager"]["over_floor"] == ratio
-    assert (
-        "3 interleaved rounds (PyTorch, whole logits 1)"
-        in next(tables.tables({"speed": list(rows.values())})).note
-    )
+def test_a_record_says_what_there_was_no_time_for(tmp_path: Path) -> None:
+    found = _record()
+    small = asdict(headline("bf16").halved(5))
+    for row in (*found["speed"], *found["memory"]):
+        if row["case"] == asdict(headline("bf16")):
+            row["case"] = small
+    found["speed"][0]["seconds"] = [1.0] * 3
+    assert record.cut(found) == (1, 1)
+    assert "1 cases are smaller and 1 of fewer rounds" in report.machine_line(found)
+    marks = [target["holds"] for target in targets.judge(found, "mk-eager")]
+    assert marks == [True] * 12  # judged all the same
+    text = readme.block(record.save(found, tmp_path), tmp_path)
+    assert "for all of it: bf16 is of N 128 V 16,384, for every method alike." in text
+    ours = "| mllmkd_kernels, eager backend | 1.00 s | 1.10x | 2.00x | 0 MiB | 1.00 s | 1.10x |"
+    assert ours in text
+
+
+def test_a_step_that_takes_long_is_not_warmed_up_and_others_are() -> None:
+    session, calls = Session(TINY, rounds=2, cold={"slow"}), []
+    builds = {key: lambda key=key: lambda: calls.append(key) for key in ("slow", "fast")}
+    seconds, _ = speed.interleaved(session, "", builds, lambda: None, float("inf"))
+    assert calls == ["fast", *2 * ["slow", "fast"]]
+    assert [len(of) for of in seconds.values()] == [2, 2]
+    seconds, _ = speed.interleaved(session, "", builds, lambda: None, 0.0)
+    assert [len(of) for of in seconds.values()] == [1, 1]  # one round there is
 
 
 @pytest.mark.slow
-def test_the_pilot_of_a_real_machine_costs_seconds_and_knows_every_method() -> None:
+def test_the_pilot_of_a_real_machine_knows_every_method() -> None:
     session = Session(TINY, only=("floor", "torch-eager", "mk-eager"))
     ahead = pilot.Pilot(session, 10.0)
-    ahead.start({"speed": TINY.speed})
-    for case in TINY.speed:
-        assert set(ahead.allow("speed", case).turns) == {m.key for m in session.methods(case)}
+    cases = TINY.sections(["speed", "memory"])
+    ahead.start(cases)
+    assert min(asdict(ahead._costs).values()) > 0
+    assert {method for method, _ in ahead._rates} == set(session.only)
+    assert [ahead.choose(case).case for case in cases] == list(cases)
 
 
 # --- whole training steps ------------------------------------------------------------------------
@@ -459,7 +464,7 @@ def test_a_step_that_raises_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
         return training
 
     monkeypatch.setattr(step, "_training", broken)
-    step._time(Session(TINY, rounds=1), case, rows, Allowance())
+    step._time(Session(TINY, rounds=1), case, rows)
     assert rows[0]["tokens_per_s"] > 0 and "seconds" not in rows[1]
     assert (rows[1]["status"], rows[1]["reason"]) == ("failed", "RuntimeError: first line")
     vlm.pair.cache_clear()  # its weights have moved
@@ -578,7 +583,8 @@ def test_only_whole_runs_are_published_and_the_newest_by_its_own_date(tmp_path: 
     for date in ("2026-03-01T00:00:00Z", "2026-01-01T00:00:00Z"):  # the older is written last
         record.save(whole | {"date": date}, tmp_path)
     part = {name: value for name, value in whole.items() if name != "memory"}
-    changes = ({"suite": "quick"}, {"only": ["floor"]}, {"rounds": 4})
+    unjudged = {"targets": [{"holds": None}]}
+    changes = ({"suite": "quick"}, {"only": ["floor"]}, {"rounds": 4}, unjudged)
     for other in (part, *(whole | change for change in changes)):
         record.save(other | {"date": "2026-09-01T00:00:00Z"}, tmp_path)
     newest = record.newest(tmp_path)
@@ -640,7 +646,7 @@ def test_the_readme_says_who_is_absent_where_the_package_loses_and_what_is_below
         row["gradient"] *= 2 if row["method"] != "torch-eager" else 1
     found["speed"] = [row for row in found["speed"] if row["case"]["dtype"] == "fp32"]
     text = readme.block(record.save(found, tmp_path), tmp_path)
-    assert "runs at 300 GFLOP/s, those products alone at 150; hence 0.50x." in text
+    assert "those products alone: in fp32 300 GFLOP/s against 150, hence 0.50x." in text
     assert "Not in these tables: Theirs (missing: needs cuda)." in text
     assert "| Theirs" not in text and "| missing" not in text
     lost = text.split("Where the package loses to plain PyTorch:")[1]
@@ -708,7 +714,7 @@ def test_a_processor_is_swept_over_rows_vocabulary_and_its_threads(threads: None
     sizes = {
         ax: sorted(plots._size(r, ax) for r in plots._most_swept(swept, ax)) for ax in plots.AXES
     }
-    assert sizes == {"rows N": [128, 512, 1024], "vocabulary V": [16384, 65536, 2**17],
+    assert sizes == {"rows N": [32, 128, 512], "vocabulary V": [4096, 16384, 32768],
                      "threads": [1, 2, 4, 6]}  # fmt: skip
 
 

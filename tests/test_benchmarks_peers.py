@@ -238,13 +238,7 @@ def test_two_calls_make_one_loss_over_the_shared_vocabulary(
 @pytest.mark.filterwarnings("ignore")  # theirs
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
-@pytest.mark.parametrize(
-    "key",
-    [
-        pytest.param(key, marks=pytest.mark.slow) if key == "cce" else key  # it compiles on a CPU
-        for key in PEERS
-    ],
-)
+@pytest.mark.parametrize("key", PEERS)
 def test_peers_that_are_installed_compute_the_loss(
     key: str, train_head: bool, dtype: str, device: torch.device
 ) -> None:

@@ -22,13 +22,14 @@ from mllmkd_kernels.backends.calls import Head, Options, Targets
 
 #: Written by setup.py: what was left out while building, and why.
 _NOTE = Path(__file__).parents[1] / "_left_out.json"
-_BUILD = "build them with `pip install --no-build-isolation .`"
+_BUILD = "build them with `pip install --no-build-isolation -e .`"
 
 
 def left_out(part: str) -> str:
     """Why there are no `part` ("C++ kernels", "CUDA kernels"), and what to do."""
     reasons = json.loads(_NOTE.read_text(encoding="utf-8")) if _NOTE.exists() else {}
-    why = f"left out while building: {reasons[part]}" if part in reasons else "not built"
+    where = f"not built in {_NOTE.parent}"  # a checkout may lie before what is installed
+    why = f"left out while building: {reasons[part]}" if part in reasons else where
     return f"the {part} were {why}; {_BUILD}"
 
 

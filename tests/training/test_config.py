@@ -18,7 +18,7 @@ from training import config as configuration
 from training import settings
 from training.cli import main
 from training.config import Config, config_class, load
-from training.demo.recipes import DemoConfig
+from training.demo.config import DemoConfig
 from training.recipes import names, recipe
 from training.settings import ConfigError, Section
 
