@@ -90,7 +90,8 @@ def check_data(options: argparse.Namespace) -> None:
         one = SourceConfig(path=options.json, use=use)
         data = DataConfig(sources=(one,), image_root=options.image_root)
     processor = _processor(options, config)
-    template: Any = "pretrain" if use == "captions" else "chat"
+    stages = (*(config.table[name] for name in config.stages), *config.table.values())
+    template: Any = next((stage.template for stage in stages if stage.data == use), "chat")
     pairs = use == "preferences"
     encoding = Encoding(
         processor, template=template, max_length=config.data.max_length, pairs=pairs
