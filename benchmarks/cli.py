@@ -27,11 +27,9 @@ from benchmarks import (
     targets,
 )
 from benchmarks.session import Session
-from benchmarks.shapes import SUITES, Suite
+from benchmarks.suites import SUITES, Suite
 
 ROOT = Path(__file__).parent.parent
-#: A case's rounds end with so many times the seconds that it was predicted to take.
-SLACK = 2.0
 
 #: What measures a section, case by case, and what it says of itself.
 SECTIONS: dict[str, tuple[Any, str]] = {
@@ -171,7 +169,7 @@ def _measured(
             for case, having in cases.items():
                 chosen = ahead.choose(case)
                 session.rounds, session.cold = chosen.rounds, chosen.cold
-                session.seconds = SLACK * chosen.seconds
+                session.seconds = chosen.seconds
                 for part in having:
                     run[part] += SECTIONS[part][0].measure(session, chosen.case)
                     gc.collect()  # the inputs of one leave before those of the next come
@@ -187,9 +185,10 @@ def _measured(
 
 
 def _readme(args: argparse.Namespace, console: Console) -> int:
-    path = args.json or record.newest(record.RESULTS)
-    if path is None:
+    published = record.published(record.RESULTS)
+    if not (args.json or published):
         raise ValueError("readme: no full run yet in benchmarks/results: python -m benchmarks all")
+    path = args.json or published[-1][1]
     text = args.readme.read_text(encoding="utf-8")
     fresh = readme.rewritten(text, readme.block(path.resolve(), ROOT))
     if args.check:

@@ -106,8 +106,8 @@ def timed(method: Method, problem: Problem) -> float:
     return min(spent[1:] or spent)
 
 
-def measured_costs(device: str) -> Costs:
-    """Of this machine."""
+def measured_costs(device: str, children: bool) -> Costs:
+    """Of this machine; of `children` where there are some."""
     case = Case("pilot", 32, 1024, 512, 8192, 8192)
     begun = [time.monotonic()]
     problem = make(case, device=device)
@@ -117,6 +117,8 @@ def measured_costs(device: str) -> Costs:
     vet(EAGER, problem, expected)
     begun.append(time.monotonic())
     each = [(b - a) / case.elements for a, b in pairwise(begun)]
+    if not children:
+        return Costs(*each)
     memory.apart(device, dict)  # the first starts the server of the others
     begun.append(time.monotonic())
     memory.apart(device, dict)
@@ -132,14 +134,14 @@ class Pilot:
         minutes: for everything, the pilot included.
         clock: seconds.
         once: seconds of one step of a method on the tensors of a problem.
-        costs: of all that is not a step, on a device.
+        costs: of all that is not a step, given a device and whether there are child processes.
     """
 
     session: Session
     minutes: float
     clock: Callable[[], float] = time.monotonic
     once: Callable[[Method, Problem], float] = timed
-    costs: Callable[[str], Costs] = measured_costs
+    costs: Callable[[str, bool], Costs] = measured_costs
     _rates: dict[tuple[str, Case], float] = field(default_factory=dict)
     _planned: float = 0.0
 
@@ -147,7 +149,8 @@ class Pilot:
         """Begin the time, and predict every case of the sections that have it."""
         self._ends = self.clock() + 60 * PLANNED * self.minutes
         self._late = self.clock() + 60 * SHARE * self.minutes
-        self._costs = self.costs(self.session.suite.device)
+        children = any("memory" in parts for parts in cases.values())
+        self._costs = self.costs(self.session.suite.device, children)
         self._waiting = {case: self._options(case, parts) for case, parts in cases.items()}
         _tensors.cache_clear()
         self._begun = self.clock()

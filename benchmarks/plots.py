@@ -67,14 +67,8 @@ def time_over_floor(record: dict[str, Any]) -> Figure | None:
     axes.set_xscale("log")
     axes.margins(x=0.1, y=0.02)
     low, high = axes.get_xlim()
-    _ticks(
-        axes,
-        [
-            t
-            for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
-            if low <= t <= high
-        ],
-    )
+    places = [n * ten for ten in (0.01, 0.1, 1, 10, 100) for n in (1, 2, 5)]
+    _ticks(axes, [place for place in places if low <= place <= high])
     axes.set_yticks(middles, [_label(case) for case in cases], fontsize=8)
     axes.invert_yaxis()
     title = "One step's loss, forward and backward"

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.methods import EAGER, FLOOR
 from benchmarks.plots import FIGURES
-from benchmarks.record import load, publishable
+from benchmarks.record import load, published
 from benchmarks.report import machine_line
 from benchmarks.shapes import PREFERENCES, PROMISED, Case, headline, step_case
 from benchmarks.tables import (
@@ -137,22 +137,20 @@ def _below_the_floor(record: dict[str, Any]) -> Iterator[str]:
 def _elsewhere(path: Path, root: Path) -> Iterator[str]:
     """The newest record of every other machine beside it, in a sentence."""
 
-    def machine(record: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(record["machine"].get(key) for key in ("cpu", "cores", "vector_units"))
+    def machine(record: dict[str, Any]) -> str:
+        return "{cpu}, {cores} cores ({vector_units})".format(**record["machine"])
 
-    records = [(load(other), other) for other in path.parent.glob("*.json")]
-    fit = [(r, other) for r, other in records if publishable(r) and r["suite"] == "cpu"]
-    newest = {
-        machine(r): (r, other) for r, other in sorted(fit, key=lambda found: found[0]["date"])
-    }
+    newest = {machine(record): (record, other) for record, other in published(path.parent)}
     newest.pop(machine(load(path)), None)
-    for record, other in newest.values():
-        ours = [row for row in _headline_rows(record) if row["label"] == record["judged"]]
-        faster = [f"{row['case']['dtype']} {times(row.get('times_eager'))}" for row in ours]
-        cpu, cores, units = machine(record)
+    for name, (record, other) in newest.items():
+        ours = [r for r in _headline_rows(record) if r["method"] == record["judged_method"]]
+        faster = " and ".join(
+            f"{row['case']['dtype']} {times(row.get('times_eager'))} ({Case(**row['case']).size})"
+            for row in ours
+        )
         yield (
-            f"On {cpu}, {cores} cores ({units}), {record['date'][:10]}: {' and '.join(faster)} "
-            f"faster than PyTorch at the size above; [all of it]({_link(other, root)}/report.md)."
+            f"On {name}, {record['date'][:10]}, faster than PyTorch: {faster}; "
+            f"[everything]({_link(other, root)}/report.md)."
         )
 
 
@@ -252,7 +250,6 @@ def _relation_lines(record: dict[str, Any]) -> Iterator[str]:
         extra = f", {mebibytes(ours)} extra instead of {mebibytes(eager)}"
         yield (
             f"- Relation loss of {case.rows} rows of {images}, V {case.vocab:,}, {case.dtype}, "
-            f"head {head}: "
-            f"{times(row['times_eager'])} faster than through the logits"
+            f"head {head}: {times(row['times_eager'])} faster than through the logits"
             f"{'' if None in (ours, eager) else extra}."
         )

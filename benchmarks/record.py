@@ -91,10 +91,10 @@ def load(path: Path) -> dict[str, Any]:
     return record
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest publishable record of a CPU, by the date inside the file; None if there is none.
-    That of a GPU has other shapes than the README's table.
+def published(folder: Path) -> list[tuple[dict[str, Any], Path]]:
+    """The publishable records of CPUs, the oldest first by the date inside. Those of a GPU have
+    other shapes than the README's table.
     """
     found = [(load(path), path) for path in sorted(folder.glob("*.json"))]
-    fit = [(r["date"], path) for r, path in found if publishable(r) and r["suite"] == "cpu"]
-    return max(fit)[1] if fit else None
+    fit = [(r, path) for r, path in found if publishable(r) and r["suite"] == "cpu"]
+    return sorted(fit, key=lambda of: of[0]["date"])

@@ -1,4 +1,4 @@
-"""What does one read afterwards? The terminal's tables, and a page with the figures in it."""
+"""What does one read afterwards? A page: on the terminal, and in a file with figures."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table as RichTable
+from rich.markdown import Markdown
 
 from benchmarks import plots
 from benchmarks.record import cut
@@ -15,33 +14,26 @@ from benchmarks.tables import markdown, tables
 
 
 def show(record: dict[str, Any], console: Console) -> None:
-    """Print every table and every promise."""
-    for table in tables(record):
-        drawn = RichTable(
-            title=escape(table.title), caption=escape(table.note), title_justify="left"
-        )
-        for n, column in enumerate(table.columns):
-            drawn.add_column(escape(column), justify="right" if n else "left", overflow="fold")
-        for row in table.rows:
-            drawn.add_row(*map(escape, row))
-        console.print(drawn)
-    console.print(f"\n[bold]Promises[/bold], for {escape(record['judged'])}")
-    marks = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "[dim]  – [/dim]"}
-    for mark, text in _promises(record, marks):
-        console.print(f"  {mark}  {escape(text)}", highlight=False)
+    """Print the page on a terminal."""
+    console.print(Markdown(_page(record, {})))
 
 
 def write(record: dict[str, Any], folder: Path) -> Path:
     """Write ``report.md`` and its figures into `folder`; returns the page's path."""
+    page = folder / "report.md"
+    page.write_text(_page(record, plots.draw(record, folder)), encoding="utf-8")
+    return page
+
+
+def _page(record: dict[str, Any], figures: dict[str, str]) -> str:
+    """Machine, promises, figures (file name → caption) and every table."""
+    marks = {True: "pass", False: "**fail**", None: "–"}
+    promises = [f"- {marks[t['holds']]}: {t['promise']}: {t['found']}" for t in record["targets"]]
     parts = ["# Benchmark report", machine_line(record), f"Promises, for {record['judged']}:"]
-    promises = _promises(record, {True: "pass", False: "**fail**", None: "–"})
-    parts.append("\n".join(f"- {mark}: {text}" for mark, text in promises))
-    parts += [f"![{text}]({name})" for name, text in plots.draw(record, folder).items()]
+    parts += ["\n".join(promises), *(f"![{text}]({name})" for name, text in figures.items())]
     for table in tables(record):
         parts += [f"## {table.title}", table.note, markdown(table)]
-    page = folder / "report.md"
-    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return page
+    return "\n\n".join(parts) + "\n"
 
 
 def machine_line(record: dict[str, Any]) -> str:
@@ -63,8 +55,3 @@ def machine_line(record: dict[str, Any]) -> str:
     if any(lost := cut(record)):
         text += " For want of time {} cases are smaller and {} of fewer rounds.".format(*lost)
     return text
-
-
-def _promises(record: dict[str, Any], marks: dict[bool | None, str]) -> list[tuple[str, str]]:
-    """Whether each holds, and what was found."""
-    return [(marks[t["holds"]], f"{t['promise']}: {t['found']}") for t in record["targets"]]

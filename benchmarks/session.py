@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from benchmarks import truth
 from benchmarks.methods import FLOOR, Method, select
 from benchmarks.problem import Problem, make
-from benchmarks.shapes import Case, Suite
+from benchmarks.shapes import Case
+from benchmarks.suites import Suite
 
 #: Rows that are checked: enough for a relation matrix, few enough for fp64 logits.
 CHECK_ROWS = 32
@@ -49,7 +50,7 @@ class Session:
         only: keys of the methods that were asked for; none: all that are made for the device.
         rounds: after one of warm-up.
         cold: keys of methods that are not warmed up, because a step takes long enough.
-        seconds: of a case, beyond which no further round begins.
+        seconds: that a case is to take.
         tell: called with what is measured now.
     """
 

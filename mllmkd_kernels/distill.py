@@ -140,8 +140,9 @@ def fused_linear_distill(
         TypeError, ValueError: an argument of the wrong type, shape or device, named with what was
             expected.
         IndexError: a label outside the vocabulary (on the CPU; a device-side assertion elsewhere).
-        RuntimeError: a gradient of the loss is differentiated again, or backward with a `main_grad`
-            asked to keep its graph, or is not what `loss_gradient` says.
+        RuntimeError: a gradient of the loss is differentiated again, or the loss in forward mode;
+            backward with a `main_grad` is asked to keep its graph, or brings another gradient than
+            `loss_gradient`.
     """
     hs, ws, bs, ht, wt, bt, tokens, ce_rows, kd_rows = operands(
         (student_hidden, student_weight, student_bias),

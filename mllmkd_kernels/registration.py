@@ -5,7 +5,8 @@ They are functional: they return the loss *and* the gradients of the tensors tha
 formed in the same pass, and autograd only scales them. So a frozen tensor costs nothing (its
 `want_` flag is false), a second backward over a retained graph gives the same gradient (saved
 tensors are never modified), and `torch.compile` sees an ordinary differentiable operator.
-Differentiating a gradient again raises: it would need the Hessian of the loss.
+Differentiating a gradient again raises: it would need the Hessian of the loss. So does forward mode
+(`torch.func.jvp`): torch would drop the tangents, as of every operator without a formula for them.
 
 Where the caller has an accumulator for a head's gradient, two kinds of operators write to it:
 `add_gradient_` in backward, and those that form it in forward, if they are told by what backward
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mllmkd_kernels import plan
 from mllmkd_kernels.backends import cpu, eager, products
@@ -35,6 +37,11 @@ _NAMESPACE = "mllmkd_kernels"
 NO_DOUBLE_BACKWARD = (
     "mllmkd_kernels: a gradient of this loss was differentiated again; double backward is not "
     "supported. Use mllmkd_kernels.reference for second derivatives."
+)
+
+_NO_FORWARD_MODE = (
+    "mllmkd_kernels: forward-mode differentiation is not supported, its tangents would be lost; "
+    "use torch.autograd.grad, or mllmkd_kernels.reference"
 )
 
 
@@ -83,6 +90,8 @@ def operator(name: str, mutates: tuple[str, ...] = ()) -> Any:
     def register(f: Any) -> Any:
         @functools.wraps(f)
         def run(*arguments: Any) -> Any:
+            if forward_ad._current_level >= 0:  # the arguments have no tangents here any more
+                raise RuntimeError(_NO_FORWARD_MODE)
             device = next(x.device for x in arguments if isinstance(x, Tensor))
             with computing(device):
                 return f(*contiguous(*arguments))

@@ -101,6 +101,17 @@ def test_the_contrastive_kind_written_out() -> None:
     assert float(mk.affinity_loss(*x, kind="contrastive")) == pytest.approx(total, rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["squared", "contrastive"])
+def test_autocast_rounds_no_cosine(kind: str) -> None:
+    def in_autocast(*x: Any, **options: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return mk.affinity_loss(*x, **options)
+
+    x = inputs(SAMPLES)
+    got, want = found(x, in_autocast, kind=kind), found(x, kind=kind)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=4),
     st.integers(1, 5), st.integers(1, 5), st.booleans(), st.sampled_from(DTYPES),

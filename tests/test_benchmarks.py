@@ -25,9 +25,9 @@ from benchmarks import (
     readme,
     record,
     report,
-    shapes,
     speed,
     step,
+    suites,
     targets,
     truth,
     vlm,
@@ -39,7 +39,6 @@ from benchmarks.shapes import (
     DTYPES,
     LOSSES,
     PREFERENCES,
-    SUITES,
     Case,
     StepCase,
     fallback,
@@ -47,6 +46,7 @@ from benchmarks.shapes import (
     headline,
     with_vocab,
 )
+from benchmarks.suites import SUITES
 from mllmkd_kernels import reference
 
 TINY = SUITES["tiny"]
@@ -311,7 +311,7 @@ class _Machine:
     def chosen(self, session: Session, minutes: float) -> dict[Any, pilot.Option]:
         """What a run measures, case by case as it was asked for."""
         costs = pilot.Costs(1e-8, 1e-8, 5e-9, 0.2)
-        ahead = pilot.Pilot(session, minutes, lambda: self.now, self.once, lambda _: costs)
+        ahead = pilot.Pilot(session, minutes, lambda: self.now, self.once, lambda *_: costs)
         cases, found = session.suite.sections(record.SECTIONS), {}
         ahead.start(cases)
         for case in cases:
@@ -578,7 +578,7 @@ def test_a_promise_that_was_not_measured_is_neither() -> None:
 
 
 def test_only_whole_runs_are_published_and_the_newest_by_its_own_date(tmp_path: Path) -> None:
-    assert record.newest(tmp_path) is None
+    assert not record.published(tmp_path)
     whole = _record()
     for date in ("2026-03-01T00:00:00Z", "2026-01-01T00:00:00Z"):  # the older is written last
         record.save(whole | {"date": date}, tmp_path)
@@ -587,8 +587,8 @@ def test_only_whole_runs_are_published_and_the_newest_by_its_own_date(tmp_path: 
     changes = ({"suite": "quick"}, {"only": ["floor"]}, {"rounds": 4}, unjudged)
     for other in (part, *(whole | change for change in changes)):
         record.save(other | {"date": "2026-09-01T00:00:00Z"}, tmp_path)
-    newest = record.newest(tmp_path)
-    assert newest is not None and newest.name.endswith("2026-03-01.json")
+    found = [path.name[-15:] for _, path in record.published(tmp_path)]
+    assert found == ["2026-01-01.json", "2026-03-01.json"]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 0}'])
@@ -657,6 +657,17 @@ def test_the_readme_says_who_is_absent_where_the_package_loses_and_what_is_below
     )
 
 
+def test_the_readme_names_the_newest_record_of_every_other_machine(tmp_path: Path) -> None:
+    path = record.save(_record(), tmp_path)
+    for units, date in (("OLD", "2026-01-01"), ("OLD", "2026-01-02"), ("NEW", "2026-02-01")):
+        other = _record(times_eager=7.0) | {"date": f"{date}T00:00:00Z"}
+        other["machine"] = other["machine"] | {"vector_units": units}
+        record.save(other, tmp_path)
+    text = readme.block(path, tmp_path)
+    assert text.count("faster than PyTorch: fp32 7.00x (N 1,024 V 65,536) and bf16 7.00x") == 2
+    assert "2026-01-02" in text and "2026-02-01" in text and "2026-01-01" not in text
+
+
 def _steps() -> list[dict[str, Any]]:
     same = {"status": "ok", "median_s": 2.0, "min_s": 1.0, "max_s": 3.0, "seconds": [2.0] * 5,
             "loss_off": 0.0, "gradient_off": 1e-7}  # fmt: skip
@@ -708,7 +719,7 @@ def test_time_and_memory_are_drawn_against_what_was_swept(tmp_path: Path) -> Non
 
 def test_a_processor_is_swept_over_rows_vocabulary_and_its_threads(threads: None) -> None:
     torch.set_num_threads(6)
-    cases = shapes._cpu_suite().speed
+    cases = suites._cpu_suite().speed
     record = {"machine": {"threads": 6}}
     swept = [{"case": plots._with_threads(asdict(case), record)} for case in cases]
     sizes = {
@@ -734,9 +745,7 @@ def test_readme_without_its_markers_is_refused(text: str) -> None:
 
 
 def test_the_readme_of_this_repository_is_current() -> None:
-    path = record.newest(record.RESULTS)
-    if path is None:
-        pytest.skip("no full run has been published under benchmarks/results yet")
+    _, path = record.published(record.RESULTS)[-1]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.rewritten(text, readme.block(path, ROOT)) == text, (
         "README.md is stale or was edited by hand: python -m benchmarks readme"

@@ -21,7 +21,8 @@ from torch import Tensor
 from benchmarks import methods, naive, peers, session, speed, truth
 from benchmarks.problem import Problem, make
 from benchmarks.session import Session
-from benchmarks.shapes import LOSSES, PREFERENCES, SUITES, Case
+from benchmarks.shapes import LOSSES, PREFERENCES, Case
+from benchmarks.suites import SUITES
 
 CPU = torch.device("cpu")
 #: Rows are a multiple of 8, which quack's kernels want; no other size is a multiple of another.

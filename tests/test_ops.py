@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import mllmkd_kernels as mk
@@ -126,6 +127,24 @@ def test_a_gradient_cannot_be_differentiated(name: str, backend: str) -> None:
     (dx,) = torch.autograd.grad(callers(backend)[name](**t), x, create_graph=True)
     with pytest.raises(RuntimeError, match="a gradient of this loss was differentiated again"):
         dx.square().sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_mode_is_refused(name: str) -> None:
+    """torch drops the tangents of an operator without a formula, and says that all is constant."""
+    t = heads(grad=False)
+    x = "ws" if name == "gram" else "hs"
+
+    def loss(value: Tensor) -> Tensor:
+        return callers("eager")[name](**(t | {x: value}))
+
+    along = torch.randn_like(t[x])
+    refused = pytest.raises(RuntimeError, match="forward-mode differentiation is not supported")
+    with refused:
+        torch.func.jvp(loss, (t[x],), (along,))
+    with refused, forward_ad.dual_level():
+        loss(forward_ad.make_dual(t[x], along))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,25 @@ def test_explained_plans_are_those_of_the_package() -> None:
     assert len(shown) == 3
     for call, output in shown:
         assert output.strip() == str(eval(call, {"mk": mk, "torch": torch})).strip()
+
+
+def test_memory_is_what_the_package_says() -> None:
+    pytest.importorskip("triton")
+    text = README.read_text(encoding="utf-8")
+    block = text.split("<!-- memory:begin -->")[1].split("<!-- memory:end -->")[0]
+    rows = [re.findall(r"\d+", row.replace(",", "")) for row in block.strip().splitlines()[2:]]
+    assert len(rows) == 3
+    gpu: dict[str, Any] = {"device": "cuda", "gpu": "h100"}
+    for tokens, logits, *shown in (list(map(int, row)) for row in rows):
+        assert logits == round(tokens * 151_936 * 4 / 2**20)
+        plans = [
+            mk.explain(tokens, 151_936, 896, 2048, dtype=torch.bfloat16, **options)
+            for options in ({}, gpu, gpu | {"workspace_mb": 64.0})
+        ]
+        if plans[0].backend != "cpu":
+            pytest.skip("the C++ kernels were not built")
+        sizes = [size for plan in plans for size in (plan.workspace_bytes, plan.peak_bytes)]
+        assert shown == [round(size / 2**20) for size in sizes], tokens
 
 
 def test_targets_on_a_gpu_and_what_the_model_says_of_them_are_those_of_the_package() -> None:

@@ -276,7 +276,7 @@ def _run(stage: Stage, rehearse: bool = False) -> int | None:
         echo = threading.Thread(target=_echo, args=(process, log), daemon=True)
         echo.start()
         status = _ended(process, stage.seconds)
-        echo.join(5 if status is None else 60)  # a child of what was stopped may write on
+        echo.join(5 if status is None else 60)  # children may outlive what was stopped
     return status
 
 
