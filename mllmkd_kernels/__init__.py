@@ -1,5 +1,5 @@
-"""Distillation losses for multimodal LLMs from hidden states and ``lm_head`` weights, with
-never more than a few hundred rows of logits.
+"""Distillation losses for multimodal LLMs from hidden states and ``lm_head`` weights: logits exist
+a block of rows at a time, in a workspace whose size you choose.
 
 Read the names below downwards and you follow the data: a model is run up to its head, rows are
 chosen, losses are computed and their gradients leave. `mllmkd_kernels.reference` holds the

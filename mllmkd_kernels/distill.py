@@ -101,7 +101,7 @@ def fused_linear_distill(
         student_softcap, teacher_softcap: c of ``c·tanh(z/c)``, as in Gemma 2.
         vocab_size: the real vocabulary; default the smaller head. Columns beyond it belong to
             neither distribution: both heads are sliced and renormalised, gradients there are zero.
-        backend: "auto", "cpu" (C++) or "eager".
+        backend: "auto", "cpu" (C++), "triton", "cuda" or "eager".
         workspace_mb: budget in MiB for the logits that exist at one time, and on a GPU for their
             gradient where it is bf16; default `plan.WORKSPACE_MB`, there `WORKSPACE_MB_GPU`. What
             is saved for backward is not among them: unscaled gradients, or what `plan.factored`

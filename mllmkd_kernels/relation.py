@@ -35,7 +35,7 @@ def relation_cosine(
         cu_seqlens: int32 prefix sum of rows per image; None means one image.
         joint: one cosine over the R of all images together, as the released LLaVA-KD code has it,
             instead of the mean of one cosine per image.
-        backend: "auto", "cpu" or "eager".
+        backend: "auto", "cpu", "triton", "cuda" or "eager".
 
     Returns:
         fp32 scalar (fp64 for fp64 inputs) in [0, 2]. An image without rows counts as 0, one whose R
@@ -109,7 +109,7 @@ def fused_linear_relation(
             `affinity_loss`: without them the rows of all images are multiplied with each other.
         vocab_size: shared columns; default the smaller head.
         joint: as in `relation_cosine`.
-        backend: "auto", "cpu" or "eager".
+        backend: "auto", "cpu", "triton", "cuda" or "eager".
 
     Raises:
         TypeError, ValueError: arguments that do not fit, named with what was expected.

@@ -88,7 +88,7 @@ def vocab_parallel_distill(
 
     Returns:
         `DistillOutput`, the same on every rank. The loss gives every rank the whole gradient of
-        `student_hidden` and that of its own rows of the head.
+        `student_hidden` and of the weights, and that of its own rows of the head.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as `fused_linear_distill`; and where
@@ -122,6 +122,9 @@ def vocab_parallel_distill(
         loss, ce, kd, *_ = _distill_added(hs, ws, bs, cap_s, call, known)
     else:
         loss, ce, kd = _Distill.apply(hs, ws, bs, cap_s, call, main_grad)
+    for weights, values in ((ce_rows, ce), (kd_rows, kd)):
+        if weights is not None and weights.requires_grad:  # what it gives is 0 and its gradient
+            loss = loss + ((weights - weights.detach()) * values).sum()
     return DistillOutput(loss, ce, kd)
 
 

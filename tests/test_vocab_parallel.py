@@ -145,7 +145,15 @@ def no_gradient_and_rows() -> dict[str, Any]:
     ce = mk.vocab_parallel_distill(hs, head["ws"], labels=p.labels, ce_weight=1.0)
     with torch.autocast("cpu", torch.bfloat16):
         cast = mk.vocab_parallel_distill(hs, head["ws"], p.ht, head["wt"])
+    weights = [torch.ones(len(p.labels), requires_grad=True) for _ in range(2)]
+    weighed = mk.vocab_parallel_distill(
+        p.hs, head["ws"], p.ht, head["wt"], p.labels, ce_weight=weights[0], kd_weight=weights[1]
+    )
+    (3 * weighed.loss).backward()
     return {
+        "weights": [
+            (w.grad, 3 * x) for w, x in zip(weights, (weighed.ce, weighed.kd), strict=True)
+        ],
         "dh": hs.grad,
         "loss": plain.loss,
         "ce": ce.ce.detach(),
@@ -321,6 +329,8 @@ def test_frozen_heads_no_gradient_and_no_teacher(ranks) -> None:
         torch.testing.assert_close(rank["dh"], hs.grad)
         torch.testing.assert_close(rank["loss"], whole.loss.detach())
         torch.testing.assert_close(rank["ce"], ce)
+        for gradient, rows in rank["weights"]:
+            torch.testing.assert_close(gradient, rows)
         assert rank["autocast"].dtype == torch.float32
         assert relative_error(rank["autocast"], whole.loss) < 0.1
         assert not torch.equal(rank["autocast"], rank["loss"])
