@@ -322,19 +322,21 @@ class _Machine:
 
 @pytest.mark.parametrize("more", [0.7, 1.0, 1.3])
 def test_a_run_ends_in_its_minutes_on_a_processor_without_bf16_arithmetic(
-    more: float, monkeypatch: pytest.MonkeyPatch
+    more: float, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch.set_num_threads(2)
+    suite = suites._cpu_suite()
     monkeypatch.setattr(pilot, "_tensors", _nothing)
     slow = ("floor", "torch-eager", "liger", "liger-dpo", "liger-kto")
     machine = _Machine({(key, "bf16"): 3e-10 for key in slow}, more)  # 3.3 GFLOP/s
-    found = machine.chosen(Session(SUITES["cpu"]), 10.0)
+    found = machine.chosen(Session(suite), 10.0)
     assert 500 < machine.now <= 600
     for case, option in found.items():
         assert option.rounds >= pilot.LEAST or not isinstance(case, Case)
     assert found[headline("fp32")].case == headline("fp32")
     bf16 = found[headline("bf16")].case
     assert bf16.made_of(headline("bf16")) and bf16.all_rows * bf16.vocab >= 128 * 8192
-    fp32 = [case for case in SUITES["cpu"].memory if case.dtype == "fp32" and case.rows <= 128]
+    fp32 = [case for case in suite.memory if case.dtype == "fp32" and case.rows <= 128]
     assert all(found[case].case == case for case in fp32 if case.images == 1)
 
 
