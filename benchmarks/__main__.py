@@ -5,6 +5,9 @@ import this file again, and need neither a command line nor plots.
 if __name__ == "__main__":
     import sys
 
-    from benchmarks.cli import main
-
+    try:
+        from benchmarks.cli import main
+    except ModuleNotFoundError as error:
+        needs = 'the benchmarks need `pip install --no-build-isolation -e ".[bench]"`'
+        sys.exit(f"{error}: {needs}")
     sys.exit(main())

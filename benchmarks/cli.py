@@ -52,7 +52,7 @@ examples:
   python -m benchmarks speed --only floor,torch-eager,mk-cpu --rounds 9
   python -m benchmarks all --device cuda   a GPU's shapes, where there is one (the default there)
   python -m benchmarks readme              put the newest full run into README.md
-  pip install -e '.[peers]'                adds other projects to the comparison
+  pip install --no-build-isolation -e '.[peers]'   adds other projects to the comparison
 
 methods: """ + ", ".join(method.key for method in methods.METHODS)
 

@@ -21,7 +21,8 @@ TORCH_LIBRARY(mllmkd_cpu, m) {
       "Tensor? ce_weight, Tensor? kd_weight, str divergence, float param, float temperature, float "
       "cap_s, "
       "float cap_t, int vocab, int ignore_index, bool want_dh, bool want_dw, bool want_db, int "
-      "chunk_rows, Tensor(a!)? diagnostics=None, bool standardize=False, bool factored=False) "
+      "chunk_rows, Tensor(a!)? diagnostics=None, bool standardize=False, bool factored=False, "
+      "Tensor(b!)? main_grad=None, float factor=1.0) "
       "-> (Tensor loss, Tensor ce, Tensor kd, Tensor dh, Tensor dw, Tensor db)");
   m.def(
       "logprob_rows(Tensor h, Tensor w, Tensor? b, Tensor labels, float temperature, float cap, "

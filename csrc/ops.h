@@ -28,12 +28,14 @@ inline Divergence divergence_of(std::string_view name) {
 // with 1 where some token is the most likely of both, else 0; without a teacher with the first
 // only. `standardize`: the divergence sees each row's logits z-scored. `factored`: dz = dL/dz of
 // all rows takes the place of dW, as tiles (tiles, panels, kTile, panel), for `head_gradient`.
+// `main_grad` (≥V, D), if given: dW times `factor` is added to it, and dw is empty.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> distill_rows(
     const at::Tensor& hs, const at::Tensor& ws, const Optional& bs, const Optional& ht,
     const Optional& wt, const Optional& bt, const Optional& labels, const Optional& ce_weight,
     const Optional& kd_weight, std::string_view divergence, double param, double temperature,
     double cap_s, double cap_t, int64_t vocab, int64_t ignore_index, bool want_dh, bool want_dw,
-    bool want_db, int64_t chunk_rows, const Optional& diagnostics, bool standardize, bool factored);
+    bool want_db, int64_t chunk_rows, const Optional& diagnostics, bool standardize, bool factored,
+    const Optional& main_grad, double factor);
 
 // dW = factor · dzᵀ h (rows, D), rounded once, to `dtype`; 0 beyond `vocab` rows. `h` (N, D) is
 // zero in rows that have no part, so that a NaN there is none.

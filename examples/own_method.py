@@ -1,4 +1,4 @@
-"""A method of one's own: `python examples/own_method.py run --config run.yaml`.
+"""A method of one's own: `python -m examples.own_method run --config run.yaml`.
 
 The student is to be as sure of each right token as its teacher, besides to agree with it:
 

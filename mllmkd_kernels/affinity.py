@@ -12,6 +12,7 @@ from mllmkd_kernels import checks, relation_ops
 from mllmkd_kernels.backends.products import accumulation_dtype
 from mllmkd_kernels.casting import wants
 from mllmkd_kernels.contrast import contrast
+from mllmkd_kernels.registration import computing
 
 KINDS = ("squared", "contrastive")
 
@@ -73,7 +74,8 @@ def affinity_loss(
     heads = student, teacher.detach()
     v, r, v_t, r_t = (_units(x, i, acc) for x in heads for i in (visual, response))
     if kind == "contrastive":
-        return contrast(v, r, v_t, r_t, *(cu.to(v.device) for cu in (cu_visual, cu_response)))
+        with computing(v.device):
+            return contrast(v, r, v_t, r_t, *(cu.to(v.device) for cu in (cu_visual, cu_response)))
     return relation_ops.affinity(v, r, v_t, r_t, cu_visual, cu_response, joint, *wants(v, r))[0]
 
 

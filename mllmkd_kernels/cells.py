@@ -45,7 +45,7 @@ def affinity(
     loss = torch.zeros((), dtype=torch.float64, device=visual_s.device)
     dv = torch.zeros_like(visual_s) if want_visual else visual_s.new_empty(0)
     dr = torch.zeros_like(response_s) if want_response else response_s.new_empty(0)
-    if _on_host(cu_visual, cu_response):
+    if on_host(cu_visual, cu_response):
         tiles = _of_samples(
             _samples("cu_visual", cu_visual, len(visual_s)),
             _samples("cu_response", cu_response, len(response_s)), joint,
@@ -87,6 +87,8 @@ def _of_all(
 ) -> Iterator[Tile]:
     """All tiles, whatever samples their rows are of; NaN for the cells of a broken row."""
     cu_visual, cu_response = (cu.to(visual_s.device) for cu in (cu_visual, cu_response))
+    checks.rises("cu_visual", cu_visual, len(visual_s))
+    checks.rises("cu_response", cu_response, len(response_s))
     cells = cu_visual.diff().double() * cu_response.diff()
     scale = (1 / (cells.sum() if joint else cells * len(cells)).clamp(min=1)).expand(len(cells))
     v, r = sample_of(visual_s, cu_visual), sample_of(response_s, cu_response)
@@ -104,14 +106,13 @@ def sample_of(rows: Tensor, cu: Tensor) -> Tensor:
     return torch.searchsorted(cu[1:].contiguous(), index, right=True)
 
 
-def _on_host(*cu: Tensor) -> bool:
+def on_host(*cu: Tensor) -> bool:
+    """Can their values be read without waiting?"""
     return all(x.device.type == "cpu" for x in cu)
 
 
 def _samples(name: str, cu: Tensor, rows: int) -> list[range]:
-    ends = cu.tolist()
-    checks.prefix_sum(name, ends, rows)
-    return [range(start, end) for start, end in pairwise(ends)]
+    return [range(start, end) for start, end in pairwise(checks.ends(name, cu, rows))]
 
 
 def _tiles(rows: range) -> list[slice]:

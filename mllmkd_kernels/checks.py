@@ -1,8 +1,9 @@
 """Is the input what it must be? Every public function asks here; an error names argument, value and
 expectation.
 
-Nothing in this file looks at the data of a tensor (that would synchronise with a GPU and break
-tracing): shapes, dtypes and devices only. Label values are checked by the kernels.
+Nothing that a public function asks looks at the data of a tensor on a GPU or while it is traced
+(that would synchronise, and break the trace): shapes, dtypes and devices only. Values of labels and
+prefix sums are checked where they are read.
 """
 
 from __future__ import annotations
@@ -103,6 +104,16 @@ def main_grad(x: Tensor | None, weight: Tensor, dtype: torch.dtype) -> Tensor | 
     if x.requires_grad or not x.is_contiguous():
         raise ValueError("main_grad: expected a contiguous buffer that requires no gradient")
     return x
+
+
+def loss_gradient(value: float | None, main_grad: Tensor | None, wanted: bool) -> float | None:
+    """None, or a positive number beside a `main_grad`; None where it is not `wanted`."""
+    if value is None:
+        return None
+    if main_grad is None:
+        raise ValueError(f"loss_gradient: expected None without a main_grad, got {value}")
+    known = positive("loss_gradient", value, "None or a positive number")
+    return known if wanted else None
 
 
 def in_memory(name: str, x: Tensor) -> None:
@@ -218,22 +229,28 @@ def row_weight(name: str, value: float | Tensor, rows: int, like: Tensor) -> Ten
 
 
 def cu_seqlens(name: str, x: Tensor, rows: int) -> None:
-    """int32 prefix sum of rows per image; its values are checked where they are read on the
-    host.
-    """
+    """int32 prefix sum of rows per image; its values are checked where they are read."""
     if not isinstance(x, Tensor) or x.dtype != torch.int32 or x.ndim != 1 or x.shape[0] < 1:
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name}: expected int32 of shape (images + 1,), got {got}")
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        prefix_sum(name, x.tolist(), rows)
+        ends(name, x, rows)
 
 
-def prefix_sum(name: str, ends: list[int], rows: int) -> None:
-    """The values of a `cu_seqlens`."""
-    if ends[0] != 0 or ends[-1] != rows or any(b < a for a, b in pairwise(ends)):
+def ends(name: str, x: Tensor, rows: int) -> list[int]:
+    """The values of a `cu_seqlens`, read on the host and checked: waits for another device."""
+    found = x.tolist()
+    if found[0] != 0 or found[-1] != rows or any(b < a for a, b in pairwise(found)):
         raise ValueError(
-            f"{name}: expected a non-decreasing prefix sum from 0 to {rows}, got {ends}"
+            f"{name}: expected a non-decreasing prefix sum from 0 to {rows}, got {found}"
         )
+    return found
+
+
+def rises(name: str, x: Tensor, rows: int) -> None:
+    """The same asserted on the device, which nobody waits for."""
+    right = (x[0] == 0) & (x[-1] == rows) & (x.diff() >= 0).all()
+    torch.ops.aten._assert_async.msg(right, f"{name}: must rise from 0 to {rows}, the rows")
 
 
 def indices(name: str, x: Tensor, like_name: str, like: Tensor) -> None:

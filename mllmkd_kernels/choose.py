@@ -19,6 +19,14 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def check_name(backend: str) -> None:
+    """`ValueError` where no backend is called so."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(
+            f"backend: got {backend!r}, expected one of 'auto', {', '.join(map(repr, BACKENDS))}"
+        )
+
+
 def choose_backend(
     backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...] = ()
 ) -> tuple[str, str]:
@@ -29,10 +37,7 @@ def choose_backend(
         ValueError: unknown name, or a backend that cannot serve this device or dtype.
         RuntimeError: the backend was asked for by name and is not built or installed.
     """
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"backend: got {backend!r}, expected one of 'auto', {', '.join(map(repr, BACKENDS))}"
-        )
+    check_name(backend)
     if backend == "auto":
         return _default_backend(device, dtypes)
     if backend == "cpu":

@@ -71,6 +71,7 @@ def fused_linear_distill(
     diagnostics: bool = False,
     standardize: bool = False,
     main_grad: Tensor | None = None,  # (V_s, D_s)
+    loss_gradient: float | None = None,
     overlap: bool = False,
 ) -> DistillOutput:
     """Cross-entropy and distillation of N tokens from hidden states and heads (LLaVA-KD, eq. 2–3).
@@ -119,6 +120,13 @@ def fused_linear_distill(
             `student_weight` is then None: its ``.grad`` stays as it is, hooks on it are not called,
             and the optimiser has to be given ``main_grad``, which the caller zeroes. Nothing is
             added under ``torch.no_grad``, and twice by two backwards over a retained graph.
+        loss_gradient: what backward will multiply the gradient of this loss by, where that is known
+            now: 1.0 for ``loss.backward()``, 1/steps where the loss is divided by them, the scale
+            of a `GradScaler`. Then dW is added to `main_grad` in forward, and no dW exists beside
+            it, not even until backward. It is added whether or not backward follows, so evaluate
+            under ``torch.no_grad``. A backward that brings another gradient raises RuntimeError (on
+            a GPU a device-side assertion), and so do a second one, and a forward that backward
+            repeats (checkpointing).
         overlap: on a GPU the row passes of a chunk run on a stream of their own beside the products
             of the next, in two of each block within the budget; products leave multiprocessors to
             them where PyTorch has green contexts. The same numbers. Never chosen by itself: no GPU
@@ -132,8 +140,9 @@ def fused_linear_distill(
         TypeError, ValueError: an argument of the wrong type, shape or device, named with what was
             expected.
         IndexError: a label outside the vocabulary (on the CPU; a device-side assertion elsewhere).
-        RuntimeError: a gradient of the loss is differentiated again, or backward with a `main_grad`
-            asked to keep its graph.
+        RuntimeError: a gradient of the loss is differentiated again, or the loss in forward mode;
+            backward with a `main_grad` is asked to keep its graph, or brings another gradient than
+            `loss_gradient`.
     """
     hs, ws, bs, ht, wt, bt, tokens, ce_rows, kd_rows = operands(
         (student_hidden, student_weight, student_bias),
@@ -145,8 +154,10 @@ def fused_linear_distill(
     table, temperature = Divergence.of(divergence), checks.temperature(temperature)
     acc = accumulation_dtype(hs, ws, bs, ht, wt, bt)
     want_dh, want_dw, want_db = wants(hs, ws, bs)
-    late = want_dw and _factored(checks.backend(backend), hs, acc)
-    loss, ce, kd, *_, found = ops.linear_distill(
+    known = checks.loss_gradient(loss_gradient, main_grad, want_dw)
+    late = want_dw and known is None and _factored(checks.backend(backend), hs, acc)
+    compute = ops.linear_distill if known is None else ops.linear_distill_added
+    loss, ce, kd, *_, found = compute(
         hs, ws, bs, ht, wt, bt, tokens, ce_rows, kd_rows, table.name, table.param,
         1.0 if ht is None else temperature,  # it is the divergence's alone
         checks.softcap("student_softcap", student_softcap),
@@ -154,7 +165,7 @@ def fused_linear_distill(
         vocab, checks.integer("ignore_index", ignore_index), want_dh,
         want_dw, want_db, checks.backend(backend), checks.workspace(workspace_mb),
         diagnostics, late, standardize and ht is not None,
-        checks.main_grad(main_grad, student_weight, acc), overlap,
+        checks.main_grad(main_grad, student_weight, acc), overlap, known,
     )  # fmt: skip
     shown = found.detach().unbind()[: 1 if ht is None else 3] if diagnostics else ()
     return DistillOutput(loss, ce.detach(), kd.detach(), *shown)

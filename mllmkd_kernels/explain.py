@@ -35,6 +35,7 @@ def explain(
     gpu: str | None = None,
     measure: bool = False,
     overlap: bool = False,
+    main_grad: str | None = None,
 ) -> Plan:
     """The plan of `fused_linear_distill` for these shapes; ``print(explain(...))`` says why.
 
@@ -46,6 +47,7 @@ def explain(
         device, backend, workspace_mb, overlap: as the call will have them. ``device="cuda"`` may be
             asked about on a machine without a GPU: the prediction is then made for `gpu`.
         gpu: "a100", "h100", "h200" or "b200"; default the GPU of `device`, else "h100".
+        main_grad: "backward" for a call with one, "forward" for one with a `loss_gradient` as well.
         measure: run the call on random tensors of these shapes on `device` and put what was
             measured beside what was predicted.
 
@@ -62,7 +64,15 @@ def explain(
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     device = torch.device(device)
-    shapes = Shapes(rows, vocab, d_s, d_t, train_hidden, train_head, dtype, divergence=divergence)
+    if main_grad not in (None, "backward", "forward") or (main_grad and not train_head):
+        raise ValueError(
+            "main_grad: expected None, or 'backward' or 'forward' for a trained head, "
+            f"got {main_grad!r}"
+        )
+    shapes = Shapes(
+        rows, vocab, d_s, d_t, train_hidden, train_head, dtype, divergence=divergence,
+        main_grad=main_grad,
+    )  # fmt: skip
     plan = distill_plan(
         shapes, device, backend, workspace_mb, gpu=None if gpu is None else hardware.named(gpu),
         overlap=overlap,
@@ -87,13 +97,17 @@ def measured(s: Shapes, device: torch.device, plan: Plan, workspace_mb: float | 
     ws.requires_grad_(s.want_dw)
     labels = torch.zeros(s.rows, dtype=torch.int64, device=device)
     even = 1 / max(s.rows, 1)
+    acc = torch.promote_types(s.dtype, torch.float32)
+    main_grad = torch.zeros_like(ws, dtype=acc, requires_grad=False) if s.main_grad else None
+    known = 1.0 if s.main_grad == "forward" else None
 
     def step() -> None:
         hs.grad = ws.grad = None
         loss = fused_linear_distill(
             hs, ws, ht if s.d_t else None, wt if s.d_t else None, labels, ce_weight=even,
             kd_weight=even, divergence=s.divergence, backend=plan.backend,
-            workspace_mb=workspace_mb, overlap=plan.beside > 0,
+            workspace_mb=workspace_mb, overlap=plan.beside > 0, main_grad=main_grad,
+            loss_gradient=known,
         ).loss  # fmt: skip
         if loss.requires_grad:
             loss.backward()

@@ -116,13 +116,14 @@ def fold(s: Shapes, name: str, gpu: Gpu, c: int, rows: int, beside: int = 0) -> 
 
 
 def once(s: Shapes, gpu: Gpu) -> float:
-    """What does not repeat: h masked for dw; saved gradients read, scaled, rounded and written;
-    less the read of dw that its first fold does without.
+    """What does not repeat: h masked for dw; saved gradients read, scaled, rounded and written, dw
+    or added to `main_grad`; less the read of dw that its first fold does without. In forward every
+    fold of dw reads and writes `main_grad`, and that is all.
     """
     operand = s.dtype.itemsize
-    saved = s.rows * s.d_s * s.want_dh + s.vocab * s.d_s * s.want_dw
-    moved = saved * (4 + operand) + s.want_dw * s.d_s * (2 * operand * s.rows - 4 * s.vocab)
-    return moved / gpu.bandwidth
+    dh, masked = s.rows * (4 + operand), s.rows * 2 * operand
+    dw = s.vocab * {None: 4 + operand - 4, "backward": 4 + 8 - 4, "forward": 0}[s.main_grad]
+    return s.d_s * (s.want_dh * dh + s.want_dw * (masked + dw)) / gpu.bandwidth
 
 
 def chunk(s: Shapes, name: str, gpu: Gpu, c: int, rows: int, beside: int = 0) -> float:

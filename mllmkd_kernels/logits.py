@@ -60,6 +60,7 @@ def fused_linear_logit_mse(
     vocab_size: int | None = None,
     workspace_mb: float | None = None,
     main_grad: Tensor | None = None,  # (V_s, D_s)
+    loss_gradient: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Σ_n row_weight[n] · mean_k (z_s − z_t)² (LLAVADI's logit MSE), a chunk of rows at a time.
 
@@ -70,7 +71,7 @@ def fused_linear_logit_mse(
             `fused_linear_distill`; only the student's receive gradients. Biases are finite.
         row_weight: a number or (N,); it carries the normalisation.
         vocab_size: shared columns; default the smaller head.
-        workspace_mb, main_grad: as in `fused_linear_distill`.
+        workspace_mb, main_grad, loss_gradient: as in `fused_linear_distill`.
 
     Returns:
         the loss, a scalar, differentiable, and the mean square of every row (N,), detached; fp32
@@ -94,8 +95,11 @@ def fused_linear_logit_mse(
     ht, wt, bt = autocast(*(None if x is None else x.detach() for x in teacher))
     assert hs is not None and ws is not None and ht is not None and wt is not None
     acc = accumulation_dtype(hs, ws, bs, ht, wt, bt)
-    loss, squares, *_ = ops.linear_logit_mse(
-        hs, ws, bs, ht, wt, bt, weight.to(acc), vocab, *wants(hs, ws, bs),
-        checks.workspace(workspace_mb), checks.main_grad(main_grad, student_weight, acc),
+    want_dh, want_dw, want_db = wants(hs, ws, bs)
+    known = checks.loss_gradient(loss_gradient, main_grad, want_dw)
+    compute = ops.linear_logit_mse if known is None else ops.linear_logit_mse_added
+    loss, squares, *_ = compute(
+        hs, ws, bs, ht, wt, bt, weight.to(acc), vocab, want_dh, want_dw, want_db,
+        checks.workspace(workspace_mb), checks.main_grad(main_grad, student_weight, acc), known,
     )  # fmt: skip
     return loss, squares.detach()

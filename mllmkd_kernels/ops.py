@@ -19,6 +19,8 @@ from mllmkd_kernels.backends.calls import Head, Options, Targets
 from mllmkd_kernels.divergence import Divergence
 from mllmkd_kernels.registration import (
     gradients_formed_in_forward,
+    head_added_in_forward,
+    into,
     module_named,
     module_of,
     no_double_backward,
@@ -26,8 +28,7 @@ from mllmkd_kernels.registration import (
 )
 
 
-@operator("linear_distill")
-def linear_distill(
+def _linear_distill(
     hs: Tensor,
     ws: Tensor,
     bs: Tensor | None,
@@ -54,17 +55,21 @@ def linear_distill(
     standardize: bool = False,
     main_grad: Tensor | None = None,
     overlap: bool = False,
+    loss_gradient: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, ce (N,), kd (N,), dh, dw, db, h, diagnostics): see `backends.eager.distill_rows`.
 
     With `factored`, which the backends "cpu" and "eager" know, dz takes the place of dw, which is
-    its product with h (N, D): `plan.factored` says where. `main_grad` is for backward.
+    its product with h (N, D): `plan.factored` says where. `main_grad` is for backward; with
+    `loss_gradient` dw times that is added to it here, and dw empty.
     """
+    added = into(main_grad, loss_gradient)
     operands = [x for x in (hs, ws, ht, wt) if x is not None]
     dtypes = {x.dtype for x in operands}
     shapes = plan.Shapes(
         hs.shape[0], vocab, hs.shape[1], 0 if ht is None else ht.shape[1], want_dh, want_dw,
         torch.float64 if torch.float64 in dtypes else ws.dtype, len(dtypes) == 1, divergence,
+        None if main_grad is None else "backward" if added is None else "forward",
     )  # fmt: skip
     budget = workspace_mb if workspace_mb > 0 else None
     forced: Any = {"algorithm": "chunk"} if standardize else {}  # σ is of a whole row
@@ -80,7 +85,7 @@ def linear_distill(
     )  # fmt: skip
     options = Options(
         vocab, chosen.chunk_vocab if stream else chosen.chunk_rows, want_dh, want_dw, want_db,
-        found if want_diagnostics else None, factored, chosen.fold_rows, chosen.beside,
+        found if want_diagnostics else None, factored, chosen.fold_rows, chosen.beside, added,
     )  # fmt: skip
     alive = eager.alive(hs, targets) if factored else hs.new_empty(0)
     function = module.distill_stream if stream else module.distill_rows
@@ -90,15 +95,15 @@ def linear_distill(
     return *results, alive, found
 
 
-@linear_distill.register_fake
-def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature, cap_s,
+def _fake_linear_distill(
+      hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature, cap_s,
       cap_t, vocab, ignore_index, want_dh, want_dw, want_db, backend, workspace_mb,
       want_diagnostics=False, factored=False, standardize=False, main_grad=None,
-      overlap=False):  # fmt: skip
+      overlap=False, loss_gradient=None):  # fmt: skip
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     rows = hs.new_empty(hs.shape[0], dtype=acc)
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
-    dw_shape = ws.shape if want_dw else (0,)
+    dw_shape = ws.shape if want_dw and loss_gradient is None else (0,)
     if factored:
         dw_shape = module_of(backend, hs, ws, ht, wt).dz_shape(hs.shape[0], vocab, acc)
     dw = ws.new_empty(dw_shape, dtype=acc)
@@ -109,16 +114,19 @@ def _(hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, t
     return loss, rows, kd, dh, dw, db, alive, found
 
 
-gradients_formed_in_forward(
-    linear_distill, 26, {0: 3, 1: 4, 2: 5, 7: 1, 8: 2}, factored=(6, 14), main_grad=24
-)
+_GRADIENT_OF = {0: 3, 1: 4, 2: 5, 7: 1, 8: 2}
+linear_distill = operator("linear_distill")(_linear_distill)
+linear_distill.register_fake(_fake_linear_distill)
+gradients_formed_in_forward(linear_distill, 27, _GRADIENT_OF, factored=(6, 14), main_grad=24)
+linear_distill_ = operator("linear_distill_", mutates=("main_grad",))(_linear_distill)
+linear_distill_.register_fake(_fake_linear_distill)
+linear_distill_added = head_added_in_forward(linear_distill_, _GRADIENT_OF)
 
 
 # --- linear_logit_mse: squared distance of the logits of two heads ------------------------------
 
 
-@operator("linear_logit_mse")
-def linear_logit_mse(
+def _linear_logit_mse(
     hs: Tensor,
     ws: Tensor,
     bs: Tensor | None,
@@ -132,25 +140,33 @@ def linear_logit_mse(
     want_db: bool,
     workspace_mb: float,
     main_grad: Tensor | None = None,
+    loss_gradient: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, mean squares (N,), dh, dw, db): see `squares.logit_mse`."""
     acc, budget = row_weight.dtype, workspace_mb if workspace_mb > 0 else None
     name = "triton" if hs.is_cuda else "eager"  # the budget of the device
     chunk = plan.chunk_rows(name, hs.shape[0], vocab, 2, acc.itemsize, budget)
-    options = Options(vocab, chunk, want_dh, want_dw, want_db)
+    added = into(main_grad, loss_gradient)
+    options = Options(vocab, chunk, want_dh, want_dw, want_db, into=added)
     return squares.logit_mse(Head(hs, ws, bs), Head(ht, wt, bt), row_weight, options)
 
 
-@linear_logit_mse.register_fake
-def _(hs, ws, bs, ht, wt, bt, row_weight, vocab, want_dh, want_dw, want_db, workspace_mb,
-      main_grad=None):  # fmt: skip
+def _fake_linear_logit_mse(
+      hs, ws, bs, ht, wt, bt, row_weight, vocab, want_dh, want_dw, want_db, workspace_mb,
+      main_grad=None, loss_gradient=None):  # fmt: skip
     dh = row_weight.new_empty(hs.shape if want_dh else (0,))
-    dw = row_weight.new_empty(ws.shape if want_dw else (0,))
+    dw = row_weight.new_empty(ws.shape if want_dw and loss_gradient is None else (0,))
     db = row_weight.new_empty(ws.shape[0] if want_db else 0)
     return row_weight.new_empty(()), torch.empty_like(row_weight), dh, dw, db
 
 
-gradients_formed_in_forward(linear_logit_mse, 13, {0: 2, 1: 3, 2: 4, 6: 1}, main_grad=12)
+_GRADIENT_OF_MSE = {0: 2, 1: 3, 2: 4, 6: 1}
+linear_logit_mse = operator("linear_logit_mse")(_linear_logit_mse)
+linear_logit_mse.register_fake(_fake_linear_logit_mse)
+gradients_formed_in_forward(linear_logit_mse, 14, _GRADIENT_OF_MSE, main_grad=12)
+linear_logit_mse_ = operator("linear_logit_mse_", mutates=("main_grad",))(_linear_logit_mse)
+linear_logit_mse_.register_fake(_fake_linear_logit_mse)
+linear_logit_mse_added = head_added_in_forward(linear_logit_mse_, _GRADIENT_OF_MSE)
 
 
 # --- linear_logprob: log-probability of given tokens ----------------------------------------------

@@ -68,8 +68,9 @@ class Plan:
             them; for "stream" the gradient of one slice of the vocabulary.
         saved_bytes: unscaled gradients in fp32, summed in forward and kept until backward has
             scaled them: they are rounded once, then. In the place of dW its factors, where
-            `factored` says so.
-        returned_bytes: the gradients, in the dtypes of what they are for.
+            `factored` says so; no dW where it goes into a `main_grad` in forward.
+        returned_bytes: the gradients, in the dtypes of what they are for; no dW where there is a
+            `main_grad`.
         peak_bytes: the most that exists at once beyond the returned gradients: in forward, where
             those saved will make room for them, or in backward. The C++ kernels keep their
             workspace for the next call, so there it exists in backward too.
@@ -130,7 +131,8 @@ class Plan:
 @dataclass(frozen=True)
 class Shapes:
     """What a plan follows from: N, V, D_s, D_t (0: no teacher), which gradients are wanted, the
-    head's dtype, whether all operands share it, and the divergence.
+    head's dtype, whether all operands share it, the divergence, and when the head's gradient is
+    added to a `main_grad` ("backward", "forward", None: there is none).
     """
 
     rows: int
@@ -142,6 +144,7 @@ class Shapes:
     dtype: torch.dtype
     uniform: bool = True
     divergence: str = "forward_kl"
+    main_grad: str | None = None
 
     @property
     def gradients(self) -> int:
@@ -236,14 +239,19 @@ def _wanted(s: Shapes) -> str:
     return f"gradients wanted: {', '.join(names) or 'none'}"
 
 
+def _added(s: Shapes) -> tuple[str, ...]:
+    return () if s.main_grad is None else (f"dw is added to main_grad in {s.main_grad}",)
+
+
 def _gradient_bytes(s: Shapes, element: int, late: bool = False) -> tuple[int, int]:
     """Of dh and dw as they are saved, `element` bytes an entry, and as they are returned; `late`:
     dz and h are saved in the place of dw.
     """
     dh, dw = s.rows * s.want_dh * s.d_s, s.vocab * s.want_dw * s.d_s
     factors = s.rows * (s.vocab * element + s.d_s * s.dtype.itemsize)
-    saved = dh * element + (factors if late else dw * element)
-    return saved, (dh + dw) * s.dtype.itemsize
+    kept = factors if late else dw * element * (s.main_grad != "forward")
+    returned = dh + dw * (s.main_grad is None)
+    return dh * element + kept, returned * s.dtype.itemsize
 
 
 def _host_plan(
@@ -252,7 +260,7 @@ def _host_plan(
     element = 8 if s.dtype == torch.float64 else 4
     blocks = 2 if s.d_t else 1
     c = chunk_rows(name, s.rows, s.vocab, blocks, element, workspace_mb)
-    late = s.want_dw and factored(name, s.rows, s.d_s)
+    late = s.want_dw and s.main_grad != "forward" and factored(name, s.rows, s.d_s)
     block = c * s.vocab * element
     workspace = (blocks - late) * block  # the student's logits become the dz that is saved
     if name == "eager":
@@ -267,6 +275,7 @@ def _host_plan(
             _wanted(s),
             "logits are made once: gradients are formed with the loss and only scaled in backward"
             + ", but dw: it is formed there, because all of dz is smaller" * late,
+            *_added(s),
         ),
     )  # fmt: skip
 
@@ -274,9 +283,9 @@ def _host_plan(
 # --- on a GPU ------------------------------------------------------------------------------------
 
 
-def _masked_rows(s: Shapes, operand: int) -> int:
-    """dW multiplies a copy of the hidden states in which rows without weight are 0."""
-    return s.rows * s.d_s * operand * s.want_dw
+def _masked_rows(s: Shapes, rows: int, operand: int) -> int:
+    """dW multiplies a copy of some rows' hidden states, in which those without weight are 0."""
+    return rows * s.d_s * operand * s.want_dw
 
 
 def _gpu_blocks(
@@ -323,7 +332,7 @@ def _chunk_on_gpu(
     c, fold, beside = _gpu_blocks(s, name, gpu, _budget(name, workspace_mb), overlap)
     chunks, blocks, held = -(-s.rows // c), 2 if s.d_t else 1, max(1, min(c, s.rows))
     folded = max(held, min(fold, s.rows))
-    workspace = _block_bytes(s, name, held, folded, overlap) + _masked_rows(s, operand)
+    workspace = _block_bytes(s, name, held, folded, overlap) + _masked_rows(s, folded, operand)
     reads = 1 if name == "cuda" else s.sweeps
     dz_block = f", and dz of {folded} x {s.vocab} x 2 bytes, folded at once"
     return Plan(
@@ -335,6 +344,7 @@ def _chunk_on_gpu(
             _wanted(s),
             f"the row kernel reads its block {'once' if reads == 1 else f'{reads} times'}, "
             f"{gpu_time.row_instructions(s, name)} instructions an entry; {chunks} chunks",
+            *_added(s),
             _beside(beside, gpu) if overlap else _in_turn(s, name, gpu, c, fold),
             gpu_time.assumed(gpu, rate),
         ),
@@ -362,7 +372,7 @@ def _stream_on_gpu(s: Shapes, gpu: hardware.Gpu, workspace_mb: float | None) -> 
     rate, operand, dz = gpu_time.rates(s, gpu)
     columns = min(chunk_vocab(s.rows, s.vocab, dz, workspace_mb), max(s.vocab, 1))
     flops = 2 * s.rows * s.vocab * (s.sweeps * (s.d_s + s.d_t) + s.d_s * s.gradients)
-    workspace = s.rows * columns * dz * (s.gradients > 0) + _masked_rows(s, operand)
+    workspace = s.rows * columns * dz * (s.gradients > 0) + _masked_rows(s, s.rows, operand)
     return Plan(
         "triton", "stream", s.rows, s.rows, columns, workspace, *_gradient_bytes(s, 4), flops,
         s.floor_flops, gpu_time.stream(s, gpu, columns), s.floor_flops / rate,
@@ -370,6 +380,7 @@ def _stream_on_gpu(s: Shapes, gpu: hardware.Gpu, workspace_mb: float | None) -> 
             f"a gradient slice of {s.rows} x {columns} x {dz} bytes fits the workspace budget",
             _wanted(s),
             f"both heads are multiplied {s.sweeps} times: no logits in memory",
+            *_added(s),
             f"{gpu_time.assumed(gpu, rate)}; {gpu_time.STREAM_EFFICIENCY:.0%} of the rate inside "
             "kernels",
         ),

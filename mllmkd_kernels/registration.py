@@ -5,10 +5,12 @@ They are functional: they return the loss *and* the gradients of the tensors tha
 formed in the same pass, and autograd only scales them. So a frozen tensor costs nothing (its
 `want_` flag is false), a second backward over a retained graph gives the same gradient (saved
 tensors are never modified), and `torch.compile` sees an ordinary differentiable operator.
-Differentiating a gradient again raises: it would need the Hessian of the loss.
+Differentiating a gradient again raises: it would need the Hessian of the loss. So does forward mode
+(`torch.func.jvp`): torch would drop the tangents, as of every operator without a formula for them.
 
-One operator is not: `add_gradient_`, by which backward adds a head's gradient to an accumulator of
-the caller's, where there is one, instead of returning it.
+Where the caller has an accumulator for a head's gradient, two kinds of operators write to it:
+`add_gradient_` in backward, and those that form it in forward, if they are told by what backward
+would multiply it. The latter know no autograd; `promised_loss` has it for them.
 
 The choice of backend and chunk is made inside the operator, from real shapes, so tracing never
 depends on it.
@@ -18,13 +20,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mllmkd_kernels import plan
 from mllmkd_kernels.backends import cpu, eager, products
@@ -34,6 +37,11 @@ _NAMESPACE = "mllmkd_kernels"
 NO_DOUBLE_BACKWARD = (
     "mllmkd_kernels: a gradient of this loss was differentiated again; double backward is not "
     "supported. Use mllmkd_kernels.reference for second derivatives."
+)
+
+_NO_FORWARD_MODE = (
+    "mllmkd_kernels: forward-mode differentiation is not supported, its tangents would be lost; "
+    "use torch.autograd.grad, or mllmkd_kernels.reference"
 )
 
 
@@ -82,6 +90,8 @@ def operator(name: str, mutates: tuple[str, ...] = ()) -> Any:
     def register(f: Any) -> Any:
         @functools.wraps(f)
         def run(*arguments: Any) -> Any:
+            if forward_ad._current_level >= 0:  # the arguments have no tangents here any more
+                raise RuntimeError(_NO_FORWARD_MODE)
             device = next(x.device for x in arguments if isinstance(x, Tensor))
             with computing(device):
                 return f(*contiguous(*arguments))
@@ -169,6 +179,83 @@ def add_to(main_grad: Tensor, saved: Tensor, h: Tensor | None, grad: Tensor, voc
             "main_grad: what is added to it has no graph; expected backward without create_graph"
         )
     add_gradient_(main_grad, saved, h, grad, vocab)
+
+
+def into(main_grad: Tensor | None, gradient: float | None) -> products.Into | None:
+    """What a head's gradient is added to in forward, where the gradient of the loss is known.
+
+    Raises:
+        RuntimeError: in backward. A forward that is repeated there has added to it before.
+    """
+    if main_grad is None or gradient is None:
+        return None
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "loss_gradient: the forward that adds to main_grad ran again in backward, as "
+            "checkpointing does; expected one that runs once, or None"
+        )
+    return products.Into(main_grad, gradient)
+
+
+@operator("promised_loss")
+def promised_loss(
+    loss: Tensor, weight: Tensor, inputs: list[Tensor], formed: list[Tensor], gradient: float
+) -> Tensor:
+    """`loss`, whose gradients with regard to `inputs` are `formed`, and whose gradient with regard
+    to a head's `weight` was added to an accumulator, times the `gradient` of the loss. If backward
+    brings another one, or comes twice, it raises (another one on a GPU: a device-side assertion).
+    """
+    return loss.clone()
+
+
+@promised_loss.register_fake
+def _(loss, weight, inputs, formed, gradient):
+    return torch.empty_like(loss)
+
+
+def _promised_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, leaves, formed, ctx.gradient = inputs
+    ctx.kept, ctx.dtypes = False, [x.dtype for x in leaves]
+    ctx.save_for_backward(*formed)
+
+
+def _promised_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    if torch.is_grad_enabled() or ctx.kept:
+        raise RuntimeError(
+            "loss_gradient: main_grad was added to once, in forward; expected one backward, "
+            "without create_graph"
+        )
+    ctx.kept, saved = True, ctx.saved_tensors
+    torch.ops.aten._assert_async.msg(
+        (grad - ctx.gradient).abs() <= 1e-6 * ctx.gradient,
+        f"loss_gradient: main_grad was added to for a gradient of {ctx.gradient} of the loss, "
+        "but backward brought another",
+    )
+    grads = [
+        scale_gradient(x, grad, dtype) if needed else None
+        for x, dtype, needed in zip(saved, ctx.dtypes, ctx.needs_input_grad[2], strict=True)
+    ]
+    return None, None, grads, [None] * len(saved), None
+
+
+promised_loss.register_autograd(_promised_backward, setup_context=_promised_context)
+
+
+def head_added_in_forward(op: Any, gradient_of: dict[int, int]) -> Callable[..., Any]:
+    """An `op` whose last argument is the gradient of its loss, for which it adds that of input 1, a
+    head, to an accumulator: the same function, differentiable. Otherwise as in
+    `gradients_formed_in_forward`.
+    """
+
+    def call(*arguments: Any) -> tuple[Tensor, ...]:
+        bare = (x.detach() if isinstance(x, Tensor) else x for x in arguments)
+        loss, *others = found = op(*bare)
+        pairs = [(arguments[i], found[o]) for i, o in gradient_of.items() if i != 1]
+        there = [pair for pair in pairs if pair[0] is not None]
+        inputs, formed = ([pair[k] for pair in there] for k in (0, 1))
+        return promised_loss(loss, arguments[1], inputs, formed, arguments[-1]), *others
+
+    return call
 
 
 def gradients_formed_in_forward(

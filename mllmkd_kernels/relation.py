@@ -105,7 +105,8 @@ def fused_linear_relation(
             `vocab_size`). A cached student Gram cuts the gradient of the weight, so it is refused
             while the weight requires one, unless the Gram itself is differentiable.
         *_softcap: a soft-capped head has no Gram; the vocabulary is streamed instead, at the cost
-            of the logits.
+            of the logits. `cu_seqlens` on the CPU then save work on another device, as in
+            `affinity_loss`: without them the rows of all images are multiplied with each other.
         vocab_size: shared columns; default the smaller head.
         joint: as in `relation_cosine`.
         backend: "auto", "cpu" or "eager".
@@ -128,7 +129,8 @@ def fused_linear_relation(
                 "student_gram, teacher_gram: a soft-capped pair has no Gram matrix; pass None"
             )
         wanted = wants(pair.hs, pair.ws, pair.bs)
-        return relation_ops.relation_softcapped(*pair, *caps, vocab, *wanted, joint)[0]
+        equal = student_hidden.shape[-2] if cu_seqlens is None else 0
+        return relation_ops.relation_softcapped(*pair, *caps, vocab, *wanted, joint, equal)[0]
 
     def gram(weight: Tensor, bias: Tensor | None) -> Tensor:
         return head_gram(weight, bias, vocab_size=vocab)

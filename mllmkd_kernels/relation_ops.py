@@ -135,15 +135,17 @@ def relation_softcapped(
     want_dw: bool,
     want_db: bool,
     joint: bool,
+    equal: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dh, dw, db): see `softcap.relation`."""
     student, teacher = Head(hs, ws, bs, cap_s), Head(ht, wt, bt, cap_t)
     options = Options(vocab, eager.RELATION_TILE, want_dh, want_dw, want_db)
-    return softcap.relation(student, teacher, cu_seqlens, options, joint)
+    return softcap.relation(student, teacher, cu_seqlens, options, joint, equal)
 
 
 @relation_softcapped.register_fake
-def _(hs, ws, bs, ht, wt, bt, cu_seqlens, cap_s, cap_t, vocab, want_dh, want_dw, want_db, joint):
+def _(hs, ws, bs, ht, wt, bt, cu_seqlens, cap_s, cap_t, vocab, want_dh, want_dw, want_db, joint,
+      equal=0):  # fmt: skip
     acc = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
     dh = hs.new_empty(hs.shape if want_dh else (0,), dtype=acc)
     db = hs.new_empty(ws.shape[0] if want_db else 0, dtype=acc)
@@ -151,4 +153,4 @@ def _(hs, ws, bs, ht, wt, bt, cu_seqlens, cap_s, cap_t, vocab, want_dh, want_dw,
     return hs.new_empty((), dtype=acc), dh, dw, db
 
 
-gradients_formed_in_forward(relation_softcapped, 14, {0: 1, 1: 2, 2: 3})
+gradients_formed_in_forward(relation_softcapped, 15, {0: 1, 1: 2, 2: 3})

@@ -26,7 +26,7 @@ def logit_mse(
     n, half = h.shape[0], h.is_cuda and h.dtype == student.w.dtype == torch.bfloat16
     blocks = torch.empty(2, min(n, options.chunk), vocab, dtype=acc, device=h.device)
     rows_of = torch.zeros(n, dtype=torch.float64, device=h.device)
-    grads = products.Gradients(h, student.w, acc, *options.wants)
+    grads = products.Gradients(h, student.w, acc, *options.wants, options.into)
     dead = row_weight == 0
     for rows in products.chunks(n, options.chunk):
         z, z_t = (

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mllmkd_kernels import checks, rows
 from mllmkd_kernels.backends.products import accumulation_dtype
+from mllmkd_kernels.choose import check_name
 from mllmkd_kernels.head_functions import HeadFunctions
 from mllmkd_kernels.heads import HeadInputs, check_batch, check_images, take_rows
 from mllmkd_kernels.needs import Needs
@@ -41,6 +42,9 @@ class Settings:
         diagnostics: also entropies and agreement of the answers, at next to no cost.
         backend, workspace_mb, overlap: as in `fused_linear_distill`.
         functions: with which heads are computed.
+
+    Raises:
+        ValueError: a backend of another name, no columns, or no workspace.
     """
 
     vocab_size: int | None = None
@@ -50,6 +54,13 @@ class Settings:
     workspace_mb: float | None = None
     overlap: bool = False
     functions: HeadFunctions = field(default_factory=HeadFunctions)
+
+    def __post_init__(self) -> None:
+        check_name(self.backend)
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size: got {self.vocab_size}, expected 1 or more")
+        if self.workspace_mb is not None and not self.workspace_mb > 0:
+            raise ValueError(f"workspace_mb: got {self.workspace_mb}, expected more than 0")
 
 
 class View:

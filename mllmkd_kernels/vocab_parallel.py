@@ -35,6 +35,8 @@ from mllmkd_kernels.registration import (
     add_to,
     computing,
     contiguous,
+    head_added_in_forward,
+    into,
     scale_gradient,
 )
 from mllmkd_kernels.vocab_slices import VocabSlice, vocab_slice
@@ -60,6 +62,7 @@ def vocab_parallel_distill(
     workspace_mb: float | None = None,
     standardize: bool = False,
     main_grad: Tensor | None = None,  # (V_s of this rank, D_s)
+    loss_gradient: float | None = None,
     group: dist.ProcessGroup | None = None,
     held: VocabSlice | None = None,
 ) -> DistillOutput:
@@ -78,7 +81,7 @@ def vocab_parallel_distill(
             teacher_softcap, standardize: as in `fused_linear_distill`, the same on every rank.
         vocab_size: the shared vocabulary; default the smaller of the two whole heads.
         workspace_mb: budget in MiB for the logits that exist at one time on a rank.
-        main_grad: as in `fused_linear_distill`, for this rank's rows of the head.
+        main_grad, loss_gradient: as in `fused_linear_distill`, for this rank's rows of the head.
         group: the process group; None is the default one.
         held: what `vocab_slice` answered for these heads. None asks the ranks at each call, which
             waits for the device.
@@ -109,11 +112,16 @@ def vocab_parallel_distill(
     itemsize = accumulation_dtype(*given[:6]).itemsize
     chunk = plan.chunk_rows("eager", hs.shape[0], held.widest, blocks, itemsize, budget)
     want_dh, want_dw, want_db = wants(hs, ws, bs)
-    options = Options(held.vocab, chunk, want_dh, want_dw, want_db)
+    main_grad = checks.main_grad(main_grad, student_weight, accumulation_dtype(*given[:6]))
+    known = checks.loss_gradient(loss_gradient, main_grad, want_dw)
+    added = into(main_grad, known)
+    options = Options(held.vocab, chunk, want_dh, want_dw, want_db, into=added)
     teacher_head = None if ht is None else Head(ht, wt, bt, cap_t)
     call = sharded.Call(teacher_head, targets, options, held, group)
-    main_grad = checks.main_grad(main_grad, student_weight, accumulation_dtype(*given[:6]))
-    loss, ce, kd = _Distill.apply(hs, ws, bs, cap_s, call, main_grad)
+    if known is not None:
+        loss, ce, kd, *_ = _distill_added(hs, ws, bs, cap_s, call, known)
+    else:
+        loss, ce, kd = _Distill.apply(hs, ws, bs, cap_s, call, main_grad)
     return DistillOutput(loss, ce, kd)
 
 
@@ -177,6 +185,16 @@ def vocab_parallel_gram(
     """
     local = relation_ops.head_gram(*autocast(weight, bias), held.stop - held.start)
     return _Sum.apply(local, group)  # pyright: ignore[reportReturnType]
+
+
+def _distill(
+    hs: Tensor, ws: Tensor, bs: Tensor | None, cap: float, call: sharded.Call, gradient: float
+) -> tuple[Tensor, ...]:
+    with torch.no_grad(), computing(hs.device):
+        return sharded.distill_rows(Head(hs, ws, bs, cap), call)
+
+
+_distill_added = head_added_in_forward(_distill, {0: 3, 1: 4, 2: 5})
 
 
 class _Distill(torch.autograd.Function):

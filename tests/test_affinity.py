@@ -25,7 +25,7 @@ SAMPLES: Samples = [(7, 3), (0, 4), (5, 0), (4, 9), (0, 0)]
 def ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefix sums that may be read, and such as lie on another device."""
     if request.param == "device":
-        monkeypatch.setattr(cells, "_on_host", lambda *_: False)
+        monkeypatch.setattr(cells, "on_host", lambda *_: False)
 
 
 def inputs(samples: Samples, d_s: int = 6, d_t: int = 9, dtype: Any = torch.float32) -> list[Any]:
@@ -99,6 +99,17 @@ def test_the_contrastive_kind_written_out() -> None:
                     back = target * (of_images.log() - c) / len(answers)
                     total += float(ahead + back) / 2 / len(answers) / 4
     assert float(mk.affinity_loss(*x, kind="contrastive")) == pytest.approx(total, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["squared", "contrastive"])
+def test_autocast_rounds_no_cosine(kind: str) -> None:
+    def in_autocast(*x: Any, **options: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return mk.affinity_loss(*x, **options)
+
+    x = inputs(SAMPLES)
+    got, want = found(x, in_autocast, kind=kind), found(x, kind=kind)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 @given(

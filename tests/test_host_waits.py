@@ -58,6 +58,10 @@ def _distill(algorithm: str) -> None:
         *_heads(), _row("int64"), _row(), _row(), "jsd", 0.5, 2.0, 30.0, 0.0, 4096, -100, True,
         True, True, "triton", 0.0, True,
     )  # fmt: skip
+    _raw(ops.linear_distill_)(
+        *_heads(), _row("int64"), _row(), _row(), "jsd", 0.5, 2.0, 30.0, 0.0, 4096, -100, True,
+        True, True, "triton", 0.0, False, False, False, _empty(4096, 64), False, 0.5,
+    )  # fmt: skip
 
 
 def _cuda() -> None:
@@ -90,6 +94,14 @@ def _relation() -> None:
     gram_s, gram_t = _empty(64, 64), _empty(96, 96)
     arguments = (h, gram_s, t, gram_t, _empty(5, dtype="int32"), True, True, "triton", False)
     _raw(relation_ops.relation)(*arguments)
+
+
+def _softcapped() -> None:
+    from mllmkd_kernels import relation_ops
+
+    rest = (30.0, 0.0, 4096, True, True, True, False)
+    for equal in (0, 100):
+        _raw(relation_ops.relation_softcapped)(*_heads(), _empty(5, dtype="int32"), *rest, equal)
 
 
 def _affinity() -> None:
@@ -136,7 +148,7 @@ def main() -> None:
     with _pretending():
         for algorithm in ("chunk", "stream"):
             _distill(algorithm)
-        for case in (_cuda, _logprob, _relation, _affinity, _gram):
+        for case in (_cuda, _logprob, _relation, _softcapped, _affinity, _gram):
             case()
         try:
             _row().sum().item()

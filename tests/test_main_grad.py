@@ -1,5 +1,5 @@
-"""Does `main_grad` get what the weight's gradient would have been, unrounded: from every loss that
-takes one, on every backend?
+"""Does `main_grad` get what the weight's gradient would have been, unrounded, in backward or, where
+`loss_gradient` is known, in forward: from every loss that takes one, on every backend?
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import mllmkd_kernels as mk
+from benchmarks import memory
 from mllmkd_kernels import plan
+from mllmkd_kernels.backends import cpu
 from tests.test_layouts import _alone, operands
 from tests.test_layouts import backend as backend  # each, and each algorithm
 from tests.watch import Watch
@@ -48,17 +50,34 @@ def leaves(backend: str = "", dtype: torch.dtype = torch.float32) -> dict[str, T
 
 
 def check(loss: Loss, dtype: torch.dtype, backend: str = "") -> None:
-    """One step gives what rounds to the ordinary gradient, and a second is added to it."""
+    """One step gives what rounds to the ordinary gradient, and a second is added to it: the same in
+    forward as in backward, and all other gradients as ever.
+    """
     x, scale = leaves(backend, dtype), 0.3
-    dh, dw = torch.autograd.grad(scale * loss(x), [x["hs"], x["ws"]])
-    main_grad = torch.zeros(dw.shape, dtype=torch.promote_types(dtype, torch.float32))
-    (scale * loss(x, main_grad=main_grad)).backward()
-    assert x["ws"].grad is None and torch.equal(x["hs"].grad, dh)  # pyright: ignore
-    torch.testing.assert_close(main_grad.to(dtype), dw, rtol=1e-6, atol=1e-7)
-    assert dtype != torch.bfloat16 or not torch.equal(main_grad.to(dtype).float(), main_grad)
-    once = main_grad.clone()
-    loss(x, main_grad=main_grad).backward()
-    torch.testing.assert_close(main_grad, once * (1 + 1 / scale), rtol=1e-5, atol=1e-6)
+    others = [x[k] for k in ("hs", "bs", "ce_weight") if k != "bs" or loss is not logit_mse]
+    x["ce_weight"].requires_grad_()
+    *want, dw = torch.autograd.grad(scale * loss(x), [*others, x["ws"]], allow_unused=True)
+    sums = {}
+    for known in (False, True):
+        main_grad = torch.zeros(dw.shape, dtype=torch.promote_types(dtype, torch.float32))
+
+        def step(by: float, main_grad: Tensor = main_grad, known: bool = known) -> None:
+            given = {"loss_gradient": by} if known else {}
+            for leaf in others:
+                leaf.grad = None
+            (by * loss(x, main_grad=main_grad, **given)).backward()
+
+        step(scale)
+        assert x["ws"].grad is None
+        for leaf, gradient in zip(others, want, strict=True):
+            assert leaf.grad is gradient or torch.equal(leaf.grad, gradient)  # pyright: ignore
+        torch.testing.assert_close(main_grad.to(dtype), dw, rtol=1e-6, atol=1e-7)
+        assert dtype != torch.bfloat16 or not torch.equal(main_grad.to(dtype).float(), main_grad)
+        once = main_grad.clone()
+        step(1.0)
+        torch.testing.assert_close(main_grad, once * (1 + 1 / scale), rtol=1e-5, atol=1e-6)
+        sums[known] = main_grad
+    torch.testing.assert_close(sums[True], sums[False], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -144,3 +163,84 @@ def test_what_cannot_be_added_to_is_named(
 ) -> None:
     with pytest.raises(error, match=f"main_grad: .*{message}"):
         loss(leaves(), main_grad=main_grad)
+
+
+@pytest.mark.parametrize("where", ["eager", "cpu"])
+def test_what_is_added_in_forward_is_nowhere_else(where: str) -> None:
+    """No sum of the head's gradient beside `main_grad`, neither in forward nor until backward."""
+    if where == "cpu" and not cpu.available():
+        pytest.skip(cpu.why_not())
+    v, d, n = 2**16, 64, 96
+    hs, ws = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
+    labels, main_grad = torch.randint(v, (n,)), torch.zeros(v, d)
+
+    def step(**given: Any) -> None:
+        mk.fused_linear_distill(
+            hs, ws, labels=labels, ce_weight=1.0, backend=where, workspace_mb=1.0,
+            main_grad=main_grad, **given,
+        ).loss.backward()  # fmt: skip
+        mk.release_workspace()
+
+    step()  # the first call reads files
+    rise = {known: memory.peak_rise(lambda g=g: step(**g)) for known, g in
+            ((False, {}), (True, {"loss_gradient": 1.0}))}  # fmt: skip
+    assert rise[False] - rise[True] > 0.8 * main_grad.nbytes
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("loss", [distill, logit_mse, vocab_parallel])
+def test_a_promise_that_is_not_kept_is_an_error(loss: Loss) -> None:
+    """Another gradient of the loss, a second backward, a graph of it, a forward that backward
+    repeats. Without gradients there is none, and nothing is added.
+    """
+    x, main_grad = leaves(), torch.zeros(50, 10)
+    given = {"main_grad": main_grad, "loss_gradient": 0.5}
+    with torch.no_grad():
+        loss(x, **given)
+    with torch.inference_mode():
+        loss(x, **given)
+    assert not main_grad.any()
+    with pytest.raises(RuntimeError, match=r"for a gradient of 0.5 of the loss, but backward brou"):
+        loss(x, **given).backward()
+    kept = 0.5 * loss(x, **given)
+    with pytest.raises(RuntimeError, match="once, in forward; expected one backward, without cr"):
+        torch.autograd.grad(kept, x["ws"], create_graph=True)
+    kept.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once, in forward; expected one backward, without cr"):
+        kept.backward()
+    for reentrant in (False, True):
+        with pytest.raises(RuntimeError, match="ran again in backward, as checkpointing does"):
+            checkpoint(
+                lambda hs: 0.5 * loss(x | {"hs": hs}, **given), x["hs"], use_reentrant=reentrant
+            ).backward()
+
+
+def test_what_is_added_in_forward_compiles() -> None:
+    x, main_grad, want = leaves(), torch.zeros(50, 10), torch.zeros(50, 10)
+    distill(x, main_grad=want).backward()
+    torch._dynamo.reset()
+    compiled = torch.compile(distill, fullgraph=True, backend="aot_eager")
+    for times in (1, 2):
+        x["hs"].grad = None
+        compiled(x, main_grad=main_grad, loss_gradient=1.0).backward()
+        torch.testing.assert_close(main_grad, times * want)
+    with pytest.raises(RuntimeError, match="but backward brought another"):
+        (2 * compiled(x, main_grad=main_grad, loss_gradient=1.0)).backward()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"loss_gradient": 1.0}, ValueError, r"expected None without a main_grad, got 1.0"),
+        ({"loss_gradient": 0.0, "main_grad": True}, ValueError, "a positive number, got 0.0"),
+        ({"loss_gradient": "1", "main_grad": True}, TypeError, "a positive number, got str"),
+    ],
+)
+@pytest.mark.parametrize("loss", [distill, logit_mse])
+def test_what_cannot_be_promised_is_named(
+    loss: Loss, given: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    if "main_grad" in given:
+        given = given | {"main_grad": torch.zeros(50, 10)}
+    with pytest.raises(error, match=f"loss_gradient: .*{message}"):
+        loss(leaves(), **given)

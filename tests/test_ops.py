@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import mllmkd_kernels as mk
@@ -128,6 +129,24 @@ def test_a_gradient_cannot_be_differentiated(name: str, backend: str) -> None:
         dx.square().sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_mode_is_refused(name: str) -> None:
+    """torch drops the tangents of an operator without a formula, and says that all is constant."""
+    t = heads(grad=False)
+    x = "ws" if name == "gram" else "hs"
+
+    def loss(value: Tensor) -> Tensor:
+        return callers("eager")[name](**(t | {x: value}))
+
+    along = torch.randn_like(t[x])
+    refused = pytest.raises(RuntimeError, match="forward-mode differentiation is not supported")
+    with refused:
+        torch.func.jvp(loss, (t[x],), (along,))
+    with refused, forward_ad.dual_level():
+        loss(forward_ad.make_dual(t[x], along))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_grad_gives_the_same_loss_and_no_graph(name: str, backend: str) -> None:
     t = heads(torch.float32)
@@ -231,15 +250,23 @@ def test_inductor_compiles_the_step_around_the_loss() -> None:
 
 def operator_calls(backend: str, dtype: torch.dtype, grad: bool) -> dict[str, tuple[Any, tuple]]:
     t = heads(dtype, grad)
-    weight = torch.rand(N)
+    weight, bare = torch.rand(N), [x.detach() for x in t.values()]
     g_s, g_t = torch.randn(D_S, D_S), torch.randn(D_T, D_T)
     options = (1.5, 0.0, V_S, -100, True, True, True, backend, -1.0)
     return {
         "linear_distill": (ops.linear_distill, (
             *t.values(), LABELS, weight, weight, "jsd", PARAMETERS["jsd"][1], 1.5, 2.0, 0.0, V_S,
             -100, grad, grad, grad, backend, -1.0, True, False, True)),
+        "linear_distill_": (ops.linear_distill_, (
+            *bare, LABELS, weight, weight, "jsd", PARAMETERS["jsd"][1], 1.5, 2.0, 0.0, V_S, -100,
+            grad, True, grad, backend, -1.0, True, False, True, torch.randn(V_S, D_S), False, 0.5)),
         "linear_logit_mse": (ops.linear_logit_mse, (
             *t.values(), weight, V_S, grad, grad, grad, -1.0)),
+        "linear_logit_mse_": (ops.linear_logit_mse_, (
+            *bare, weight, V_S, grad, True, grad, -1.0, torch.randn(V_S, D_S), 0.5)),
+        "promised_loss": (registration.promised_loss, (
+            torch.randn(()), t["ws"], [t["hs"], t["bs"]], [torch.randn(N, D_S), torch.randn(V_S)],
+            0.5)),
         "linear_logprob": (ops.linear_logprob, (t["hs"], t["ws"], t["bs"], LABELS, *options)),
         "linear_logprob_backward": (ops.linear_logprob_backward, (
             torch.randn(N), *(t[k].detach() for k in ("hs", "ws", "bs")), LABELS, torch.randn(N),

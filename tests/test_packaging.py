@@ -158,6 +158,10 @@ def test_without_a_compiler_the_eager_package_is_built_and_its_calls_say_why_onc
     assert done.stderr.startswith("asked for it") and done.stderr.count("UserWarning") == 1
     assert "the eager backend is used" in done.stderr
     assert "no C++ compiler: `no-such-c++` was not found" in done.stderr
+    (tree / "mllmkd_kernels" / MODULE).unlink()
+    done = command(tree, "-c", CALLS, python=python)  # what lies here goes before the installed
+    assert f"not built in {tree / 'mllmkd_kernels'}; build them with" in done.stderr
+    assert "`pip install --no-build-isolation -e .`" in done.stderr
 
 
 def test_a_build_that_fails_is_an_error_and_leaves_no_old_kernels(
@@ -199,6 +203,17 @@ def test_setuptools_that_are_too_old_are_named(tree: Path) -> None:
     old = f"import setuptools; setuptools.__version__ = '65.5.0'; {run}"
     done = command(tree, "-c", old, **NO_EXTENSION)
     assert done.stderr == "setuptools 65.5.0: pip install 'setuptools>=77.0.3'\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "missing", "extra"),
+    [("training", "scipy", "train"), ("benchmarks", "matplotlib", "bench")],
+)
+def test_what_a_program_needs_is_named(program: str, missing: str, extra: str) -> None:
+    run = f"import runpy; runpy.run_module({program!r}, run_name='__main__', alter_sys=True)"
+    done = command(ROOT, "-c", f"import sys; sys.modules[{missing!r}] = None; {run}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f'`pip install --no-build-isolation -e ".[{extra}]"`' in done.stderr
 
 
 # --- source distributions ------------------------------------------------------------------------

@@ -72,6 +72,11 @@ def test_the_model_counts_what_moves_and_what_is_computed() -> None:
     assert 8192 * seconds() > floor and gpu_time.slower(3.0, 4.0) > 4.0
     saved = s.d_s * (8192 * 6 + 151_936 * 2)  # scaled and rounded; dw's first read left out
     assert gpu_time.once(s, gpu) == (saved + 2 * 8192 * 1024 * 2) / gpu.bandwidth
+    added, later = (
+        gpu_time.once(replace(s, main_grad=when), gpu) * gpu.bandwidth
+        for when in ("forward", "backward")
+    )
+    assert (added, later) == pytest.approx((10 * 8192 * 1024, added + 8 * 151_936 * 1024))
 
 
 def test_a_chunk_that_is_not_full_costs_what_it_is() -> None:
@@ -97,7 +102,7 @@ def test_row_passes_beside_products_are_planned_where_they_are_asked_for() -> No
 
     asked = planned(overlap=True, workspace_mb=2400.0)
     assert (asked.chunk_rows, asked.fold_rows, planned().beside) == (512, 2048, 0)
-    assert asked.workspace_bytes - 2 * 8192 * 1024 == 2 * 151_936 * (8 * 512 + 2 * 2048)
+    assert asked.workspace_bytes - 2 * 2048 * 1024 == 2 * 151_936 * (8 * 512 + 2 * 2048)
     assert f"row passes on {asked.beside} of 132 multiprocessors" in str(asked)
     assert (asked.seconds or 0) < (planned().seconds or 0)
     with pytest.raises(ValueError, match="overlap: expected backend 'triton' or 'cuda', got 'eag"):
@@ -136,6 +141,27 @@ def test_saved_gradients_count_beside_the_workspace_that_is_kept() -> None:
         assert kept.peak_bytes == kept.workspace_bytes + kept.saved_bytes
     frozen = mk.explain(n, v, d, d, train_hidden=False, train_head=False, backend="eager")
     assert frozen.saved_bytes == 0 and frozen.peak_bytes == frozen.workspace_bytes
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu", "triton", "cuda"])
+def test_a_head_gradient_that_is_added_elsewhere_is_not_counted(backend: str) -> None:
+    """In backward it is summed until then, and not returned; in forward it is neither."""
+    if backend == "cpu" and not cpu.available():
+        pytest.skip(cpu.why_not())
+    n, v, d, device = 64, 1000, 8, "cuda" if backend in ("triton", "cuda") else "cpu"
+    plans = [
+        mk.explain(n, v, d, d, dtype=torch.bfloat16, backend=backend, device=device, main_grad=when)
+        for when in (None, "backward", "forward")
+    ]
+    saved, returned = ([getattr(p, x) for p in plans] for x in ("saved_bytes", "returned_bytes"))
+    assert saved == [4 * d * (n + v), 4 * d * (n + v), 4 * d * n]
+    assert returned == [2 * d * (n + v), 2 * d * n, 2 * d * n]
+    assert "dw is added to main_grad in forward" in str(plans[2])
+    few = mk.explain(n, v, 2 * n, dtype=torch.bfloat16, backend="eager", main_grad="forward")
+    assert few.saved_bytes == 4 * 2 * n * n  # nor its factors
+    for given in ({"main_grad": "now"}, {"main_grad": "forward", "train_head": False}):
+        with pytest.raises(ValueError, match="main_grad: expected None, or 'backward' or 'forwa"):
+            mk.explain(n, v, d, **given)
 
 
 def test_flops_count_every_product_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,25 @@ def test_explained_plans_are_those_of_the_package() -> None:
     assert len(shown) == 3
     for call, output in shown:
         assert output.strip() == str(eval(call, {"mk": mk, "torch": torch})).strip()
+
+
+def test_memory_is_what_the_package_says() -> None:
+    pytest.importorskip("triton")
+    text = README.read_text(encoding="utf-8")
+    block = text.split("<!-- memory:begin -->")[1].split("<!-- memory:end -->")[0]
+    rows = [re.findall(r"\d+", row.replace(",", "")) for row in block.strip().splitlines()[2:]]
+    assert len(rows) == 3
+    gpu: dict[str, Any] = {"device": "cuda", "gpu": "h100"}
+    for tokens, logits, *shown in (list(map(int, row)) for row in rows):
+        assert logits == round(tokens * 151_936 * 4 / 2**20)
+        plans = [
+            mk.explain(tokens, 151_936, 896, 2048, dtype=torch.bfloat16, **options)
+            for options in ({}, gpu, gpu | {"workspace_mb": 64.0})
+        ]
+        if plans[0].backend != "cpu":
+            pytest.skip("the C++ kernels were not built")
+        sizes = [size for plan in plans for size in (plan.workspace_bytes, plan.peak_bytes)]
+        assert shown == [round(size / 2**20) for size in sizes], tokens
 
 
 def test_targets_on_a_gpu_and_what_the_model_says_of_them_are_those_of_the_package() -> None:
@@ -50,6 +70,15 @@ def test_targets_on_a_gpu_and_what_the_model_says_of_them_are_those_of_the_packa
             assert plan.peak_bytes <= targets.GPU_MEMORY_GIB * 2**30
             found.append(f"{over:.2f}x")
         assert sentence.format(*found) in words
+    small = mk.explain(
+        8192, 151_936, 1024, 2560, dtype=torch.bfloat16, device="cuda", gpu="h100", backend="cuda",
+        workspace_mb=600, main_grad="forward",
+    )  # fmt: skip
+    assert small.seconds and small.floor_seconds and small.peak_bytes <= 0.6 * 2**30
+    over = small.seconds / small.floor_seconds
+    assert over <= 1.5
+    call = '`backend="cuda", workspace_mb=600`'
+    assert f"{call} trains a head at {over:.2f}x within 0.6 GiB" in words
     memory, relation = targets.GPU_MEMORY_GIB, targets.GPU_RELATION
     for figure in (f"{bounds[0]:.2f}x of", f"{bounds[2]:.2f}x with JSD", f"{memory} GiB"):
         assert figure in words

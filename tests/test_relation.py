@@ -11,7 +11,7 @@ from hypothesis import given
 from torch import Tensor
 
 import mllmkd_kernels as mk
-from mllmkd_kernels import reference
+from mllmkd_kernels import cells, reference
 from mllmkd_kernels.backends import cpu, eager, products
 from tests.problems import BACKENDS, DTYPES
 from tests.tolerances import check
@@ -128,6 +128,40 @@ def test_any_images(backend: str, lens: list[int], v: int) -> None:
         pytest.skip(f"backend 'cpu': {cpu.why_not()}")
     torch.manual_seed(v)
     check_against_logits(inputs(rows=sum(lens), v_s=v, v_t=v + 3), lens, False, backend)
+
+
+@pytest.fixture(params=[True, False], ids=["on the host", "elsewhere"])
+def known(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the host knows where images lie: elsewhere, as on a GPU, all rows meet."""
+    if not request.param:
+        monkeypatch.setattr(cells, "on_host", lambda *_: False)
+    return request.param
+
+
+@pytest.mark.parametrize("lens", [LENS, [3], [0, 5], [4, 4], [0]], ids=str)
+def test_softcapped_heads_of_images_wherever_their_ends_are(
+    lens: list[int], known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eager, "RELATION_TILE", 4)
+    check_against_logits(inputs(rows=sum(lens)), lens, True, "eager", student_softcap=3.0)
+
+
+@pytest.mark.parametrize("ends", [[0, 3, 8], [0, 12], [1, 10], [0, 7, 3, 10]], ids=str)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_wrong_prefix_sums_are_refused_where_they_are_read(
+    ends: list[int], softcap: float | None, known: bool, backend: str
+) -> None:
+    """Compiled, a call does not look at them."""
+    t, cu = inputs(rows=10), torch.tensor(ends, dtype=torch.int32)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(cu: Tensor) -> Tensor:
+        return mk.fused_linear_relation(
+            t["hs"], t["ws"], t["ht"], t["wt"], cu, student_softcap=softcap, backend=backend
+        )
+
+    with pytest.raises((ValueError, RuntimeError), match="cu_seqlens"):
+        compiled(cu)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -13,16 +13,19 @@ from collections.abc import Sequence
 from mllmkd_kernels.methods import Stage
 
 
-def main(stages: Sequence[Stage], arguments: Sequence[str] | None = None) -> None:
-    """`python -m training` for a method of one's own: the last line of the file that has it.
+def main(stages: Sequence[Stage] | None = None, arguments: Sequence[str] | None = None) -> None:
+    """`python -m training`, or for a method of one's own: the last line of the file that has it.
 
     Args:
-        stages: the method's table.
+        stages: the method's table; None: the shipped methods.
         arguments: of the command line, default those of the process.
 
     Raises:
-        SystemExit: always, with the exit status.
+        SystemExit: always, with the exit status, or with what has to be installed.
     """
-    from training import cli
-
-    raise SystemExit(cli.main(arguments, tuple(stages)))
+    try:
+        from training import cli
+    except ModuleNotFoundError as error:
+        needs = 'the trainer needs `pip install --no-build-isolation -e ".[train]"`'
+        raise SystemExit(f"{error}: {needs}") from None
+    raise SystemExit(cli.main(arguments, stages and tuple(stages)))

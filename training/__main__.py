@@ -1,6 +1,6 @@
 """`python -m training`: see `training.cli`."""
 
-from training.cli import main
+from training import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

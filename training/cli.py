@@ -1,5 +1,5 @@
 """Entry point: `python -m training run | check | data | cache | eval | export | show | methods |
-demo`.
+demo | study`.
 
 A file of one's own that ends in ``training.main(STAGES)`` has the same commands, for its method.
 """
@@ -7,6 +7,7 @@ A file of one's own that ends in ``training.main(STAGES)`` has the same commands
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
 import warnings
@@ -16,7 +17,7 @@ from mllmkd_kernels.methods import Stage
 from training import config as configuration
 from training import settings
 from training.data.command import add_data
-from training.demo.recipes import DemoConfig, StudyConfig
+from training.demo.config import DemoConfig, StudyConfig
 from training.evaluation.command import add_eval, add_export, evaluate, export
 from training.recipes import configured, names, summaries
 
@@ -121,8 +122,10 @@ def _parser(stages: tuple[Stage, ...] | None) -> argparse.ArgumentParser:
         ("demo", "teacher, SFT students and distilled students, compared", DemoConfig, _demo),
         ("study", "one student, trained in many ways, in one table", StudyConfig, _study),
     ):
-        epilog = DEMO_EPILOG.format("\n".join(settings.describe(cls)))
-        command = commands.add_parser(name, help=text, epilog=epilog, formatter_class=raw)
+        about, epilog = inspect.getdoc(cls), DEMO_EPILOG.format("\n".join(settings.describe(cls)))
+        command = commands.add_parser(
+            name, help=text, description=about, epilog=epilog, formatter_class=raw
+        )
         for flag in DEMO_FLAGS:
             command.add_argument(f"--{flag}", help=f"the same as --set {flag}=...")
         command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")

@@ -268,13 +268,17 @@ def config_class(stages: tuple[Stage, ...], method: str = DEFAULT) -> type[Confi
     run = tuple(stage.name for stage in stages if stage.usual)
     stage_table: Any = create_model("Stages", __base__=Section, **cast(Any, table))
     literal: Any = Literal
+    some: Any = tuple[literal[names], ...]
+    about = TeacherCacheConfig.model_fields["stages"].description or ""
+    stored = create_model("Stored", __base__=TeacherCacheConfig, stages=(some, setting((), about)))
     fields: Any = {
         "method": (literal[method], setting(method, "the method it is trained by")),
         "stages": (
-            tuple[literal[names], ...],
+            some,
             setting(run, f"stages in order, of {', '.join(names)}"),
         ),
         "stage": _field(stage_table, "how each stage is optimised"),
+        "teacher_cache": _field(stored, Config.model_fields["teacher_cache"].description or ""),
     }
     made: Any = create_model("Config", __base__=Config, **fields)
     made.table = {stage.name: stage for stage in stages}

@@ -255,7 +255,8 @@ def _arguments(config: Config, options: StageConfig, steps: int, folder: Path) -
         gradient_accumulation_steps=options.batch_size // (micro * world),
         learning_rate=options.lr,
         lr_scheduler_type=options.schedule,
-        warmup_steps=math.ceil(options.warmup * steps),
+        # a warm-up begins at 0, and would be all of a stage of one step
+        warmup_steps=min(math.ceil(options.warmup * steps), steps - 1),
         weight_decay=options.weight_decay,
         adam_beta2=options.beta2,
         max_grad_norm=options.clip,

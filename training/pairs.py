@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from training.anatomy import image_token_id
-from training.data.chat import ChatEncoder
+from training.data.chat import ChatEncoder, row_id
 from training.data.item import IGNORE, Item, Seen
 from training.data.records import IMAGE_MARK, DataError, Place, Sample
 from training.data.trial import first_difference
@@ -177,8 +177,7 @@ def _vocabularies(ours: _Side, theirs: _Side) -> Iterator[Finding]:
 def _image_tokens(*sides: _Side) -> list[Finding]:
     found, ids = [], [image_token_id(side.model) for side in sides]
     for (who, _, processor), expected in zip(sides, ids, strict=True):
-        got = getattr(processor, "image_token_id", None)
-        if got is not None and got != expected:
+        if (got := row_id(processor)) != expected:
             text = f"the {who}'s model has id {expected}, its processor {got}; they are no pair"
             found.append(Finding("fault", "image token", text))
     level: Level = "ok" if ids[0] == ids[1] else "note"
@@ -208,7 +207,7 @@ class _View:
         seen = [encoder.see([image]) for image in images]
         turns = ((f"{IMAGE_MARK}\n{answer}", answer), (answer, answer))
         item = encoder.item(Sample(Place(Path("probe")), ("",), turns), seen[0])
-        return cls(processor, item, processor.image_token_id, seen)
+        return cls(processor, item, encoder.image_id, seen)
 
     @property
     def ids(self) -> list[int]:

@@ -36,6 +36,7 @@ from pydantic import (
 )
 
 Location = tuple[int | str, ...]
+SHOWN = 4  # places of a field in a message
 
 
 class ConfigError(ValueError):
@@ -185,7 +186,11 @@ def _worded(cls: type[Section], fault: Any) -> str:
     where, owner, left = _found(cls, fault["loc"])
     names = _names(owner)
     if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{_dotted((*where, *left))}: no such field; {_nearest(str(left[0]), names)}"
+        name = str(left[0])
+        elsewhere = [path for path in _paths(cls) if path.endswith(f".{name}")][:SHOWN]
+        hint = f"there is {', '.join(elsewhere)}; " if elsewhere else _nearest(name, names)
+        here = f"fields here: {', '.join(names) or 'none'}"
+        return f"{_dotted((*where, *left))}: no such field; {hint}{here}"
     if fault["type"] == "value_error":  # raised by our own code, which may name the field
         name, colon, text = str(fault["ctx"]["error"]).partition(": ")
         if colon and where[-1:] == (name,):
@@ -237,10 +242,17 @@ def section_in(hint: Any) -> type[Section] | None:
     return next((cls for cls in found if cls is not None), None)
 
 
+def _paths(cls: type[Section], where: str = "") -> Iterator[str]:
+    """The dotted names of all fields below a section."""
+    for name, field in cls.model_fields.items():
+        yield f"{where}{name}"
+        if (inner := section_in(field.annotation)) is not None:
+            yield from _paths(inner, f"{where}{name}.")
+
+
 def _nearest(name: str, valid: list[str]) -> str:
     close = difflib.get_close_matches(name, valid, n=1)
-    nearest = f"nearest is {close[0]!r}; " if close else ""
-    return f"{nearest}fields here: {', '.join(valid)}"
+    return f"nearest is {close[0]!r}; " if close else ""
 
 
 # --- YAML ----------------------------------------------------------------------------------------

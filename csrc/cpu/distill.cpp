@@ -29,6 +29,8 @@ struct Options {
   int64_t vocab, ignore_index;
   Wanted wanted;
   bool diagnostics, standardize;  // the latter of a divergence's logits
+  Optional main_grad;             // what dW times `factor` is added to
+  double factor;
 };
 
 template <class T>
@@ -46,7 +48,9 @@ class Distill {
         stats_s_(o.vocab, chunk_, o.temperature, {true, o.diagnostics, o.standardize}),
         stats_t_(o.vocab, chunk_, o.temperature, {false, o.diagnostics, o.standardize}),
         rows_(chunk_),
-        gradients_(hs, ws, o.vocab, chunk_, chunks.count > 1, o.wanted, kReal),
+        gradients_(
+            hs, ws, o.vocab, chunk_, chunks.count > 1, o.wanted, kReal, o.main_grad,
+            static_cast<T>(o.factor)),
         mean_(chunk_),
         values_(tiles_, chunk_ * sizeof(T)),
         slopes_(tiles_, chunk_ * sizeof(T)),
@@ -328,8 +332,8 @@ Result distill_rows(
     const Optional& wt, const Optional& bt, const Optional& labels, const Optional& ce_weight,
     const Optional& kd_weight, std::string_view divergence, double param, double temperature,
     double cap_s, double cap_t, int64_t vocab, int64_t ignore_index, bool want_dh, bool want_dw,
-    bool want_db, int64_t chunk_rows, const Optional& diagnostics, bool standardize,
-    bool factored) {
+    bool want_db, int64_t chunk_rows, const Optional& diagnostics, bool standardize, bool factored,
+    const Optional& main_grad, double factor) {
   TORCH_CHECK_VALUE(
       ht.has_value() == wt.has_value(), "teacher: hidden states and weight come together");
   TORCH_CHECK_VALUE(
@@ -347,7 +351,9 @@ Result distill_rows(
       ignore_index,
       {want_dh, want_dw && !factored, want_db, want_dw && factored},
       diagnostics.has_value(),
-      standardize && ht};
+      standardize && ht,
+      main_grad,
+      factor};
   const auto f64 = [](const Optional& x) { return x && x->scalar_type() == at::kDouble; };
   const auto chosen =
       f64(hs) || f64(ws) || f64(bs) || f64(ht) || f64(wt) || f64(bt) ? run<double> : run<float>;

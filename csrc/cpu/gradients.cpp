@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <cstring>
 
 namespace mllmkd {
@@ -17,11 +18,14 @@ std::vector<int64_t> shape_if(bool wanted, std::vector<int64_t> shape) {
 template <class T>
 Gradients<T>::Gradients(
     const at::Tensor& hidden, const at::Tensor& weight, int64_t vocab, int64_t chunk,
-    bool many_chunks, Wanted wanted, at::ScalarType dw_dtype)
+    bool many_chunks, Wanted wanted, at::ScalarType dw_dtype, const std::optional<at::Tensor>& into,
+    T factor)
     : weight_(weight, "weight"),
       kernels_(kernels<T>()),
       product_(product_for<T>(hidden, weight)),
       wanted_(wanted),
+      added_(into.has_value()),
+      factor_(factor),
       features_(hidden.size(1)),
       feature_panels_((features_ + kernels_.panel - 1) / kernels_.panel),
       chunk_(chunk),
@@ -33,7 +37,8 @@ Gradients<T>::Gradients(
   db = at::zeros(shape_if(wanted.db, {weight.size(0)}), real);
   if (wanted.any()) g_ = Buffer(threads, kTile * panel * sizeof(T));
   if (wanted.dw) {
-    head_.emplace(hidden, product_, weight.size(0), vocab, chunk, many_chunks, dw_dtype);
+    head_.emplace(
+        hidden, product_, weight.size(0), vocab, chunk, many_chunks, dw_dtype, T(1), into);
   }
   if (wanted.dh) {
     right_w_ = Buffer(threads, (kTile + 1) * panel * bytes);
@@ -55,18 +60,21 @@ void Gradients<T>::load(int64_t row, int64_t rows, const bool* live, bool last) 
 
 template <class T>
 void Gradients<T>::add_panel(int64_t v, int m, int64_t i, int thread) {
-  const T* g = panel(thread);
+  T* g = panel(thread);
   const int64_t panel = kernels_.panel, bytes = product_.element_size;
-  if (head_) head_->add_panel(g, m, i, thread);
   if (wanted_.dh)
     product_.store_left_t(g, m, left_c_.part(thread) + i * panel * product_.stride * bytes);
-  if (!wanted_.db) return;
-  T* out = db.template mutable_data_ptr<T>() + v;
-  for (int j = 0; j < m; ++j) {
-    double sum = 0;
-    for (int64_t lane = 0; lane < panel; ++lane) sum += g[j * panel + lane];
-    out[j] += static_cast<T>(sum);
+  if (wanted_.db) {
+    T* out = db.template mutable_data_ptr<T>() + v;
+    for (int j = 0; j < m; ++j) {
+      double sum = 0;
+      for (int64_t lane = 0; lane < panel; ++lane) sum += g[j * panel + lane];
+      out[j] += static_cast<T>(sum);
+    }
   }
+  if (!head_) return;
+  if (factor_ != 1) std::for_each_n(g, m * panel, [this](T& x) { x *= factor_; });
+  head_->add_panel(g, m, i, thread);
 }
 
 template <class T>

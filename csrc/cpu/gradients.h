@@ -18,10 +18,12 @@ struct Wanted {
 template <class T>
 class Gradients {
  public:
-  // The arguments of `HeadGradient`. `dw_dtype`: T's or the weight's.
+  // The arguments of `HeadGradient`. `dw_dtype`: T's or the weight's. With `into`, of T, dW times
+  // `factor` is added to it.
   Gradients(
       const at::Tensor& hidden, const at::Tensor& weight, int64_t vocab, int64_t chunk,
-      bool many_chunks, Wanted wanted, at::ScalarType dw_dtype);
+      bool many_chunks, Wanted wanted, at::ScalarType dw_dtype,
+      const std::optional<at::Tensor>& into = {}, T factor = 1);
 
   void load(int64_t row, int64_t rows, const bool* live, bool last);
 
@@ -29,15 +31,15 @@ class Gradients {
   T* panel(int thread) const {
     return g_.template part<T>(thread);
   }  // where the caller writes G (kTile, panel)
-  // Takes the thread's panel as number `i` of the block that starts at `panel`, vocabulary rows [v,
-  // v + m).
+  // Takes the thread's panel, which it may change, as number `i` of the block that starts at
+  // `panel`, vocabulary rows [v, v + m).
   void add_panel(int64_t v, int m, int64_t i, int thread);
   // All panels of a block are there: the products.
   void multiply(int64_t v, int m, int64_t panel, int64_t panels, int thread);
   void finish_chunk();
 
-  at::Tensor dw() const { return head_ ? head_->dw : none_; }
-  at::Tensor dh, db;  // of T; shape (0,) where not wanted, and so is dw
+  at::Tensor dw() const { return head_ && !added_ ? head_->dw : none_; }
+  at::Tensor dh, db;  // of T; shape (0,) where not wanted, and so is dw, also where it was added
 
  private:
   void multiply_dh(int64_t v, int m, int64_t panel, int64_t panels, int thread);
@@ -49,6 +51,8 @@ class Gradients {
   const Kernels<T>& kernels_;
   const Product<T>& product_;
   Wanted wanted_;
+  const bool added_;
+  const T factor_;
   int64_t features_, feature_panels_, chunk_, row_ = 0, rows_ = 0;
   std::optional<HeadGradient<T>> head_;
   at::Tensor none_;    // in the place of dw

@@ -47,7 +47,7 @@ void move_together(char* data, int64_t bytes, int64_t piece, int64_t spread) {
 template <class T>
 HeadGradient<T>::HeadGradient(
     const at::Tensor& hidden, const Product<T>& product, int64_t rows, int64_t vocab, int64_t chunk,
-    bool many_chunks, at::ScalarType dtype, T factor)
+    bool many_chunks, at::ScalarType dtype, T factor, const std::optional<at::Tensor>& into)
     : hidden_(hidden, "hidden"),
       kernels_(kernels<T>()),
       product_(product),
@@ -55,8 +55,9 @@ HeadGradient<T>::HeadGradient(
       feature_panels_((features_ + kernels_.panel - 1) / kernels_.panel),
       blocks_((chunk + product_.depth - 1) / product_.depth),
       vocab_(hidden.size(0) ? vocab : 0),
-      many_(many_chunks),
-      factor_(factor) {
+      many_(many_chunks || into),
+      factor_(factor),
+      started_(into.has_value()) {
   const auto real = c10::CppTypeToScalarType<T>::value;
   const int64_t threads = at::get_num_threads(), panel = kernels_.panel,
                 bytes = product_.element_size;
@@ -69,8 +70,8 @@ HeadGradient<T>::HeadGradient(
     sum_ = sum.mutable_data_ptr<T>();
     dw = at::from_blob(sum_, shape, [sum](void*) {}, at::TensorOptions(dtype));
   } else {
-    dw = kept_tensor(shape, dtype);
-    tail().zero_();
+    dw = into ? *into : kept_tensor(shape, dtype);
+    if (!into) tail().zero_();
     if (dtype == real) {
       sum_ = dw.mutable_data_ptr<T>();
     } else {

@@ -1,6 +1,8 @@
 // From tiles of G = dL/dz to the gradient of the head, dW = Gᵀ H.
 #pragma once
 
+#include <optional>
+
 #include "head.h"
 
 namespace mllmkd {
@@ -12,9 +14,11 @@ class HeadGradient {
  public:
   // `rows` of the head, of which `vocab` take part. `many_chunks`: rows of dW are sums over chunks.
   // Without, each chunk writes its own rows of dW. What is complete is multiplied by `factor`.
+  // `into` (rows, D) of T, if given, is added to, and is dW.
   HeadGradient(
       const at::Tensor& hidden, const Product<T>& product, int64_t rows, int64_t vocab,
-      int64_t chunk, bool many_chunks, at::ScalarType dtype, T factor = 1);
+      int64_t chunk, bool many_chunks, at::ScalarType dtype, T factor = 1,
+      const std::optional<at::Tensor>& into = {});
 
   // Starts a chunk of rows [row, row + rows). Rows with live[c] false have no part in dW, NaN or
   // not; null: all are live.
@@ -46,7 +50,7 @@ class HeadGradient {
   const int64_t features_, feature_panels_, blocks_, vocab_;
   const bool many_;
   const T factor_;
-  bool started_ = false, last_ = false;
+  bool started_, last_ = false;
   int64_t rows_ = 0;        // of the chunk
   Buffer right_;            // (blocks, feature panels) hidden states, token depth
   Buffer left_;             // (threads) G by vocabulary row

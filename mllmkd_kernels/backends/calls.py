@@ -53,6 +53,7 @@ class Options:
     factored: bool = False  # dz of all rows in the place of dw, in the shape of `dz_shape`
     fold: int = 0  # rows whose 16-bit dz is folded into dh and dw at a time; 0: those of a chunk
     beside: int = 0  # multiprocessors for row passes beside products, on two streams; 0: on one
+    into: products.Into | None = None  # what dw is added to, if it is wanted: none is returned
 
     @property
     def wants(self) -> tuple[bool, bool, bool]:

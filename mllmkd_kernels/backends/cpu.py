@@ -22,13 +22,14 @@ from mllmkd_kernels.backends.calls import Head, Options, Targets
 
 #: Written by setup.py: what was left out while building, and why.
 _NOTE = Path(__file__).parents[1] / "_left_out.json"
-_BUILD = "build them with `pip install --no-build-isolation .`"
+_BUILD = "build them with `pip install --no-build-isolation -e .`"
 
 
 def left_out(part: str) -> str:
     """Why there are no `part` ("C++ kernels", "CUDA kernels"), and what to do."""
     reasons = json.loads(_NOTE.read_text(encoding="utf-8")) if _NOTE.exists() else {}
-    why = f"left out while building: {reasons[part]}" if part in reasons else "not built"
+    where = f"not built in {_NOTE.parent}"  # a checkout may lie before what is installed
+    why = f"left out while building: {reasons[part]}" if part in reasons else where
     return f"the {part} were {why}; {_BUILD}"
 
 
@@ -90,6 +91,7 @@ def distill_rows(
         s.h, s.w, s.b, ht, wt, bt, targets.labels, targets.ce_weight, targets.kd_weight,
         d.name, d.param, targets.temperature, s.cap, cap_t, options.vocab, targets.ignore_index,
         *options.wants, options.chunk, options.diagnostics, targets.standardize, options.factored,
+        *(options.into or ()),
     )  # fmt: skip
 
 
@@ -177,11 +179,13 @@ if available():
     def _(
         hs, ws, bs, ht, wt, bt, labels, ce_weight, kd_weight, divergence, param, temperature,
         cap_s, cap_t, vocab, ignore_index, want_dh, want_dw, want_db, chunk_rows, diagnostics=None,
-        standardize=False, factored=False,
+        standardize=False, factored=False, main_grad=None, factor=1.0,
     ):  # fmt: skip
         dtype = products.accumulation_dtype(hs, ws, bs, ht, wt, bt)
         rows = hs.new_empty(hs.shape[:1], dtype=dtype)
         dh, dw, db = _fake_gradients(hs, ws, dtype, dtype, want_dh, want_dw, want_db)
+        if main_grad is not None:
+            dw = dw.new_empty(0)
         if factored:
             dw = hs.new_empty(dz_shape(hs.shape[0], vocab, dtype), dtype=dtype)
         return hs.new_empty((), dtype=dtype), rows, torch.empty_like(rows), dh, dw, db

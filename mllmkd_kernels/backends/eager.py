@@ -24,6 +24,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from mllmkd_kernels import checks
 from mllmkd_kernels import divergence as div
 from mllmkd_kernels.backends import products
 from mllmkd_kernels.backends.calls import Head, Options, Targets, dtype_of
@@ -45,7 +46,8 @@ def distill_rows(
     ce, kd = (torch.zeros(n, dtype=acc, device=student.h.device) for _ in range(2))
     check_labels(targets.labels, options.vocab, targets.ignore_index)
     want_dh, want_dw, want_db = options.wants
-    grads = Gradients(student.h, student.w, acc, want_dh, want_dw and not options.factored, want_db)
+    want_dw = want_dw and not options.factored
+    grads = Gradients(student.h, student.w, acc, want_dh, want_dw, want_db, options.into)
     slope = None
     if options.factored:
         shape = dz_shape(n, options.vocab, acc)
@@ -182,7 +184,7 @@ def relation_stats(
     """<R_s, R_s>, <R_t, R_t>, <R_s, R_t> of every image, (images, 3) fp64, with R = K Hᵀ seen
     tile by tile.
     """
-    ends = cu_seqlens.tolist()
+    ends = checks.ends("cu_seqlens", cu_seqlens, hs.shape[0])
     stats = torch.zeros(len(ends) - 1, 3, dtype=torch.float64, device=hs.device)
     for image, i, j in _relation_tiles(ends):
         r_s, r_t = (ks[i] @ hs[j].mT).double(), (kt[i] @ ht[j].mT).double()
@@ -206,7 +208,8 @@ def relation_grad(
     """
     m = torch.zeros_like(hs)
     coef = coef.to(hs.dtype)
-    for image, i, j in _relation_tiles(cu_seqlens.tolist()):
+    ends = checks.ends("cu_seqlens", cu_seqlens, hs.shape[0])
+    for image, i, j in _relation_tiles(ends):
         dr = coef[image, 0] * (kt[i] @ ht[j].mT) + coef[image, 1] * (ks[i] @ hs[j].mT)
         m[i] += dr @ hs[j]
         if i != j:

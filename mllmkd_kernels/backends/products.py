@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,17 +111,19 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b[:, columns].to(out.dtype), out=out[:, columns])
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b in the accumulation dtype of `out`; `out` (M, L), and M or K may be V long."""
+def add_product(out: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
+    """out += factor · a @ b in the accumulation dtype of `out`; `out` (M, L), and M or K may be V
+    long.
+    """
     if _gemm_widens(a, b, out):
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        torch.addmm(out, a, b, alpha=factor, out_dtype=out.dtype, out=out)
     elif b.dtype == out.dtype or b.shape[0] <= VOCAB_SLICE:
         b = b.to(out.dtype)
         for rows in chunks(a.shape[0], VOCAB_SLICE):
-            out[rows].addmm_(a[rows].to(out.dtype), b)
+            out[rows].addmm_(a[rows].to(out.dtype), b, alpha=factor)
     else:
         for k in chunks(b.shape[0], WIDENED_ROWS):
-            out.addmm_(a[:, k].to(out.dtype), b[k].to(out.dtype))
+            out.addmm_(a[:, k].to(out.dtype), b[k].to(out.dtype), alpha=factor)
 
 
 def head_gradient(dz: Tensor, h: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
@@ -181,21 +183,21 @@ def _gemm_widens(a: Tensor, b: Tensor, out: Tensor) -> bool:
     )
 
 
-def _fold(out: Tensor, a: Tensor, b: Tensor, write: bool) -> None:
-    """out = a @ b if `write`, else out += a @ b. Where a is a gradient in fp32 and b fp16, a GPU
-    multiplies two bf16 parts of each, which hold 16 bits of a and all of b: three products on
+def _fold(out: Tensor, a: Tensor, b: Tensor, write: bool, factor: float = 1.0) -> None:
+    """out = a @ b if `write`, else out += factor · a @ b. Where a is a gradient in fp32 and b fp16,
+    a GPU multiplies two bf16 parts of each, which hold 16 bits of a and all of b: three products on
     tensor cores instead of one in fp32 without them.
     """
     if not (out.device.type == "cuda" and a.dtype == torch.float32 and b.dtype == torch.float16):
         if write and b.dtype != out.dtype and not _gemm_widens(a, b, out):
             out.zero_()  # `product` would widen all of b at once, `add_product` a block at a time
             write = False
-        product(a, b, out) if write else add_product(out, a, b)
+        product(a, b, out) if write else add_product(out, a, b, factor)
         return
-    fold_in_parts(out, a, b, write)
+    fold_in_parts(out, a, b, write, factor)
 
 
-def fold_in_parts(out: Tensor, a: Tensor, b: Tensor, write: bool) -> None:
+def fold_in_parts(out: Tensor, a: Tensor, b: Tensor, write: bool, factor: float = 1.0) -> None:
     """The same by bf16 parts, a slice of the longer of M and K at a time."""
     if write:
         out.zero_()
@@ -204,24 +206,33 @@ def fold_in_parts(out: Tensor, a: Tensor, b: Tensor, write: bool) -> None:
         rows, k = (some, slice(None)) if tall else (slice(None), some)
         parts_a, parts_b = _bf16_parts(a[rows, k], 2), _bf16_parts(b[k], 2)
         for i, j in ((0, 1), (1, 0), (0, 0)):
-            add_product(out[rows], parts_a[i], parts_b[j])
+            add_product(out[rows], parts_a[i], parts_b[j], factor)
+
+
+class Into(NamedTuple):
+    """Where a head's gradient is added as it is formed, in the place of a sum of its own."""
+
+    main_grad: Tensor  # (≥V, D) in the accumulation dtype
+    factor: float  # of what is added
 
 
 class Gradients:
     """The accumulators of the wanted gradients of one head; `add` folds in the dz block of some
     rows, `result` gives dh (N, D), dw (V, D) and db (V,) in the accumulation dtype, and an empty
-    tensor for what was not wanted.
+    tensor for what was not wanted, or added elsewhere.
     """
 
     def __init__(
-        self, h: Tensor, w: Tensor, acc: torch.dtype, dh: bool, dw: bool, db: bool
-    ) -> None:
-        self.h, self.w, self.acc, self.begun = h, w, acc, False
+        self, h: Tensor, w: Tensor, acc: torch.dtype, dh: bool, dw: bool, db: bool,
+        into: Into | None = None,
+    ) -> None:  # fmt: skip
+        self.h, self.w, self.acc, self.into, self.begun = h, w, acc, into, False
 
         def made(wanted: bool, *shape: int) -> Tensor | None:
             return torch.empty(shape, dtype=acc, device=h.device) if wanted else None
 
-        self.dh, self.dw, self.db = made(dh, *h.shape), made(dw, *w.shape), made(db, w.shape[0])
+        self.dh, self.db = made(dh, *h.shape), made(db, w.shape[0])
+        self.dw = made(dw and into is None, *w.shape)
         self.wanted = dh or dw or db
 
     def add(
@@ -243,6 +254,8 @@ class Gradients:
             _fold(self.dh[rows], dz, self.w[tokens], whole)
         if self.dw is not None:
             _fold(self.dw[tokens], dz.mT, h, whole and first)
+        if self.into is not None:
+            _fold(self.into.main_grad[tokens], dz.mT, h, False, self.into.factor)
         if self.db is not None:
             self.db[tokens] += dz.sum(0, dtype=self.acc)
 

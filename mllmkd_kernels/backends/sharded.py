@@ -62,7 +62,7 @@ def distill_rows(
     acc = dtype_of(student, call.teacher)
     ce, kd = (torch.zeros(h.shape[0], dtype=acc, device=h.device) for _ in range(2))
     loss = torch.zeros((), dtype=torch.float64, device=h.device)
-    grads = Gradients(h, student.w, acc, *options.wants)
+    grads = Gradients(h, student.w, acc, *options.wants, options.into)
     eager.check_labels(targets.labels, options.vocab, targets.ignore_index)
     for rows in chunks(h.shape[0], options.chunk):
         block = _Block(student, rows, acc, call)

@@ -42,11 +42,14 @@ class Relation:
         if not len(hidden_s):
             return view.zero
         grams: list[Tensor | None] = [None, None]
+        images = view.images
         if s.softcap is None and t.softcap is None:  # or there is none
             heads = {"student": s, "teacher": t}
             grams = [functions.frozen_gram(who, x, view.vocab) for who, x in heads.items()]
+        else:
+            images = images.cpu()  # to count them has waited already, and here it saves work
         value = functions.relate(
-            hidden_s, s.weight, hidden_t, t.weight, view.images,
+            hidden_s, s.weight, hidden_t, t.weight, images,
             student_gram=grams[0], teacher_gram=grams[1],
             student_bias=s.bias, teacher_bias=t.bias,
             student_softcap=s.softcap, teacher_softcap=t.softcap,

@@ -138,15 +138,17 @@ def test_a_stream_past_2_31_logits_and_a_gradient_slice_past_2_31_elements() -> 
 # --- memory ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("head", ["trained", "added in forward", "frozen"])
 @pytest.mark.parametrize("workspace_mb", [None, 64.0])
 def test_memory_is_what_the_plan_says(
-    workspace_mb: float | None, train_head: bool, algorithm: str
+    workspace_mb: float | None, head: str, algorithm: str
 ) -> None:
-    n, d_s, d_t = 2048, 1024, 2048
+    n, d_s, d_t, train_head = 2048, 1024, 2048, head != "frozen"
     hs, ws = _normal(n, d_s).requires_grad_(), _normal(VOCAB, d_s).requires_grad_(train_head)
     ht, wt = _normal(n, d_t), _normal(VOCAB, d_t)
-    labels = torch.arange(n, device="cuda")
+    labels, given = torch.arange(n, device="cuda"), {}
+    if head == "added in forward":
+        given = {"main_grad": torch.zeros_like(ws, dtype=torch.float32), "loss_gradient": 1.0}
 
     def step() -> int:
         hs.grad = ws.grad = None
@@ -154,8 +156,9 @@ def test_memory_is_what_the_plan_says(
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         mk.fused_linear_distill(
-            hs, ws, ht, wt, labels, ce_weight=1 / n, kd_weight=1 / n, workspace_mb=workspace_mb
-        ).loss.backward()
+            hs, ws, ht, wt, labels, ce_weight=1 / n, kd_weight=1 / n, workspace_mb=workspace_mb,
+            **given,
+        ).loss.backward()  # fmt: skip
         gradients = sum(x.grad.nbytes for x in (hs, ws) if x.grad is not None)
         return torch.cuda.max_memory_allocated() - before - gradients
 
@@ -163,7 +166,7 @@ def test_memory_is_what_the_plan_says(
     found = step()
     predicted = mk.explain(
         n, VOCAB, d_s, d_t, train_head=train_head, dtype=torch.bfloat16, device="cuda",
-        workspace_mb=workspace_mb,
+        workspace_mb=workspace_mb, main_grad="forward" if given else None,
     ).peak_bytes  # fmt: skip
     slack = 32 * 2**20  # partial sums, row terms, rounding of the allocator
     assert found <= 1.05 * predicted + slack, f"{found / 2**20:.0f} of {predicted / 2**20:.0f} MiB"

@@ -18,7 +18,7 @@ from training import config as configuration
 from training import settings
 from training.cli import main
 from training.config import Config, config_class, load
-from training.demo.recipes import DemoConfig
+from training.demo.config import DemoConfig
 from training.recipes import names, recipe
 from training.settings import ConfigError, Section
 
@@ -81,6 +81,15 @@ FAULTS = [
     ("stage.sftt.lr=1", "stage.sftt: no such field; nearest is 'sft'; fields here: pt, dpt, "),
     ("stage.sft.loss.relation=1", "stage.sft.loss.relation: no such field; "),
     ("stage.sft.student.experts=4", "stage.sft.student.experts: no such field; "),
+    # a field that is elsewhere, as in a file of the older form
+    ("dft.lr=1", "dft: no such field; there is stage.dft; fields here: out, "),
+    ("hidden=8", "hidden: no such field; there is model.hidden; "),
+    ("stage.sft.view.x=1", "stage.sft.view.x: no such field; fields here: none"),
+    ("teacher_cache.stages=dtf", "teacher_cache.stages[0]: got 'dtf', expected 'pt', 'dpt', 'sft'"),
+    # known before the first stage, not at the first step of the last
+    ("stage.dft.loss.backend=gpu", "stage.dft.loss.backend: got 'gpu', expected one of 'auto', "),
+    ("stage.dft.loss.workspace_mb=0", "stage.dft.loss.workspace_mb: got 0"),
+    ("stage.sft.loss.vocab_size=0", "stage.sft.loss.vocab_size: got 0, expected 1 or more"),
     ("stage.sft.lr=-1", "stage.sft.lr: got -1, expected greater than 0"),
     ("stage.sft.lr=fast", "stage.sft.lr: got 'fast', expected a valid number"),
     ("stage.sft.lr=.nan", "stage.sft.lr: got nan, expected a finite number"),

@@ -311,3 +311,13 @@ def test_what_is_to_be_known_of_template_and_length_is_said_before_the_first_ste
     ]
     for start, line in zip(expected, said, strict=False):
         assert line.startswith(start)
+
+
+def test_a_stage_of_one_step_learns(tmp_path):
+    """Its warm-up would begin, and end, at a learning rate of 0."""
+    config = tiny.run_config(tmp_path, tmp_path / "out", stages=("sft",))
+    config = settings.changed(config, stage={"sft": {"steps": 1}}, data={"held_out": None})
+    (result,) = run(config, tiny.quiet)
+    head = build_model(config.model, config.seed)[0].lm_head.weight
+    assert not torch.equal(load_vlm(result.model)[0].lm_head.weight, head)
+    assert result.history[-1]["learning_rate"] > 0

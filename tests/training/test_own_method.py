@@ -85,8 +85,8 @@ def means(student: Any, teacher: Any, batch: Any) -> dict[str, float]:
 
 def test_it_runs_by_its_own_command(root: Path) -> None:
     file = run_file(root)
-    line = [sys.executable, "examples/own_method.py", "run", "--config", str(file)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", "examples.own_method", "run", "--config", str(file)]
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr
     config = configuration.load(file, stages=own_method.STAGES)

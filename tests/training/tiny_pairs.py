@@ -93,6 +93,20 @@ def smolvlm(processor: Any, hidden: int, **options: Any) -> Any:
     return tf.SmolVLMForConditionalGeneration(config)
 
 
+def gemma3(processor: Any, hidden: int, **options: Any) -> Any:
+    config = tf.Gemma3Config(
+        vision_config={**VISION, "vision_use_head": False},
+        text_config=tf.Gemma3TextConfig(**text(processor, hidden, **options)),
+        image_token_index=processor.tokenizer.image_token_id,
+        mm_tokens_per_image=4,
+        tie_word_embeddings=False,  # tied ones of random weights repeat the last word
+    )
+    model = tf.Gemma3ForConditionalGeneration(config)
+    # zero in a fresh model: images would not reach the logits
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
+    return model
+
+
 def larger_tiles() -> Any:
     """SmolVLM's processor with tiles of 48 pixels and 9 rows; the usual one's have 32 and 4."""
     processor = tiny_processors.smolvlm()
@@ -107,6 +121,7 @@ MODELS: dict[str, Callable[..., Any]] = {
     "qwen2.5-vl": qwen2_5_vl,
     "internvl": internvl,
     "smolvlm": smolvlm,
+    "gemma3": gemma3,
 }
 
 

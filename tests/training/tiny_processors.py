@@ -4,7 +4,7 @@
 text has ids, none is unknown) and use the image processors that run on Pillow. The chat templates
 are written here too, with the published ones' structure: Qwen's default system turn, OneVision's
 answers that open differently in history and in a prompt, SmolVLM's space before an answer,
-InternVL's line break after an image.
+InternVL's line break after an image, Gemma's own before and after one.
 
 Two packages these classes ask for are only used for video, and are stood in for where they are not
 installed: torchvision (the video processors) and num2words (SmolVLM spells the number of frames).
@@ -21,8 +21,10 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import processing_utils
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
@@ -83,6 +85,15 @@ LLAVA = (
     "{% endfor %} ASSISTANT:{% else %} {{ m.content[0].text }}<|im_end|>{% endif %}{% endfor %}"
 )
 
+GEMMA = (
+    "{{ bos_token }}{% set system = messages[0].content[0].text + '\n\n' "
+    "if messages[0].role == 'system' else '' %}"
+    "{% for m in (messages[1:] if system else messages) %}<start_of_turn>"
+    "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ system if loop.first }}"
+    "{% for p in m.content %}{% if p.type == 'image' %}<start_of_image>{% endif %}" + TEXT + ""
+    "{% endfor %}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
 # A LLaVA's that asks in another way than LLaVA did.
 LLAVA_CHATML = QWEN.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
 # As the published LLaVA-1.5 has it: asks as training does, and ends no answer in its history.
@@ -182,12 +193,36 @@ def smolvlm() -> Any:
     )
 
 
+def gemma3() -> Any:
+    """4 rows an image, between line breaks that its tokenizer joins with those of the template."""
+    own: Any = tf.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(trained()),
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token=PAD,
+        extra_special_tokens={
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        },
+    )
+    own.add_tokens(["<start_of_turn>", "<end_of_turn>"], special_tokens=True)
+    own.add_tokens(["\n\n\n\n", "\n\n\n", "\n\n"])
+    first = ("<bos>", own.bos_token_id)
+    own.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[first]
+    )
+    images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+    return tf.Gemma3Processor(images, own, chat_template=GEMMA, image_seq_length=4)
+
+
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "llava": llava,
     "llava-onevision": onevision,
     "qwen2.5-vl": qwen2_5_vl,
     "internvl": internvl,
     "smolvlm": smolvlm,
+    "gemma3": gemma3,
 }
 
 

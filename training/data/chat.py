@@ -76,7 +76,7 @@ class ChatEncoder:
             raise ConfigError(f"{_name(processor)}: its tokenizer has no eos_token")
         self.template, self.system = template, system
         self.image_token: str = processor.image_token
-        self.image_id: int = processor.image_token_id
+        self.image_id = row_id(processor)
         self._text, self._controls = Pieces(self.tokenizer), Controls(processor)
         self._specials = special_tokens(self.tokenizer)
         self.tokens_per_image = image_tokens(processor) if self.llava else None
@@ -107,6 +107,8 @@ class ChatEncoder:
         ]
         bounds = list(zip([0, *(i + 1 for i in at)], [*at, None], strict=True))
         parts = {name: [row[a:b] for a, b in bounds] for name, row in rows.items()}
+        before, after = self._margins
+        parts = {n: [row[before : len(row) - after] for row in part] for n, part in parts.items()}
         ids = parts["input_ids"]
         extras = {name: part for name, part in parts.items() if name in TOKEN_TYPES}
         return Seen(ids, [row.count(self.image_id) for row in ids], extras, made)
@@ -139,6 +141,7 @@ class ChatEncoder:
             raise fault(sample.place, "conversations", got, "as many as images")
         image = -1
         for text, said in pieces:
+            text = text.replace(self.image_token, self._framed)
             for k, part in enumerate(text.split(self.image_token)):
                 if k:
                     image += 1
@@ -265,12 +268,26 @@ class ChatEncoder:
         self.ending = self._ending(after)
         self._trims = f" {mark} " not in self.render([user, _message("assistant", f" {mark} ")])
         self._head, self._tail = ("", "") if self.llava else self._borders()
+        self._margins, self._framed = (0, 0), self.image_token
+        if not self.llava:
+            self._learn_margins()
         bos = self.tokenizer.bos_token
         start = self.tokenizer("").input_ids[:1]
-        added = start == [self.tokenizer.bos_token_id] and not whole.startswith(bos or "\0")
+        written = self.template == "chat" and whole.startswith(bos or "\0")
+        added = start == [self.tokenizer.bos_token_id] and not written
         self._start: list[int] = start if added else []
         probe = {} if self.llava else self.processor(text=["a"], return_tensors="pt")
         self._extras = [name for name in TOKEN_TYPES if name in probe]
+
+    def _learn_margins(self) -> None:
+        """The plain text that a processor puts around an image (Gemma 3: line breaks), and how many
+        tokens it is alone: it is tokenised together with the text that it stands in."""
+        ids = self.see([Image.new("RGB", (64, 48))]).ids[0]
+        known = self.tokenizer.added_tokens_decoder
+        marks = [t == self.image_id or (t in known and known[t].special) for t in ids]
+        before, after = marks.index(True), marks[::-1].index(True)
+        text = [self.tokenizer.decode(part) for part in (ids[:before], ids[len(ids) - after :])]
+        self._margins, self._framed = (before, after), self.image_token.join(text)
 
     def _ending(self, after: str) -> str:
         """The text after an answer up to its first special token, where generation stops."""
@@ -295,6 +312,13 @@ class ChatEncoder:
         return ConfigError(
             f"{_name(self.processor)}: chat template: got {got}, expected {expected}"
         )
+
+
+def row_id(processor: Any) -> int:
+    """The id that a processor has for every row of an image; Gemma 3's calls the token before them
+    its image token."""
+    tokenizer, named = processor.tokenizer, processor.image_token_id
+    return tokenizer.image_token_id if named == getattr(tokenizer, "boi_token_id", -1) else named
 
 
 def _message(role: str, text: str) -> dict[str, Any]:

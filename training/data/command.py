@@ -90,7 +90,8 @@ def check_data(options: argparse.Namespace) -> None:
         one = SourceConfig(path=options.json, use=use)
         data = DataConfig(sources=(one,), image_root=options.image_root)
     processor = _processor(options, config)
-    template: Any = "pretrain" if use == "captions" else "chat"
+    stages = (*(config.table[name] for name in config.stages), *config.table.values())
+    template: Any = next((stage.template for stage in stages if stage.data == use), "chat")
     pairs = use == "preferences"
     encoding = Encoding(
         processor, template=template, max_length=config.data.max_length, pairs=pairs
@@ -106,7 +107,7 @@ def check_data(options: argparse.Namespace) -> None:
         print(f"{name:<18} {value}")
     for reason, count in report.reasons.most_common():
         print(f"  {count:>8,} x {reason}\n{'':13}{report.examples[reason][0]}")
-    write_page(report, processor.tokenizer, processor.image_token_id, Path(options.html))
+    write_page(report, processor.tokenizer, encoding.encoders[0].image_id, Path(options.html))
     print(f"{'page':<18} {options.html}: {len(report.shown)} samples")
 
 

@@ -127,7 +127,7 @@ class SampleDataset(Dataset[Item]):
             total = len(lost) + len(self.samples) - sound
             print(
                 f"{source.name}: skipped {len(lost)} of {total} entries, "
-                f"listed in dataset.skipped; the first: {lost[0].reason}"
+                f"which `data check` counts by reason; the first: {lost[0].reason}"
             )
 
     def _entries(self, source: Source) -> Iterator[Sample | DataError]:

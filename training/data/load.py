@@ -99,8 +99,14 @@ def epoch_size(data: Data) -> int | None:
 
 
 def order_of(config: DataConfig, data: Data, step_size: int, seed: int) -> ModalitySampler | None:
-    """The order of training where it is not a plain shuffle of all samples."""
+    """The order of training where it is not a plain shuffle of all samples; `ConfigError` where a
+    stream is to be grouped."""
     if isinstance(data, StreamDataset):
+        if config.order == "grouped":
+            raise ConfigError(
+                "data.order: got 'grouped', expected 'shuffled': samples of a stream come as they "
+                "are read (data.sources)"
+            )
         return None
     if config.order == "shuffled" and all(source.weight == 1.0 for source in data.sources):
         return None

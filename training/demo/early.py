@@ -21,7 +21,7 @@ from training.checkpoint import PREFIX
 from training.config import load
 from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
-from training.demo.recipes import DemoConfig
+from training.demo.config import DemoConfig
 from training.evaluation.held_out import evaluate
 from training.journal import whole, write_whole
 from training.loop import StageResult

@@ -1,4 +1,4 @@
-"""easy-VQA, a published set, as a LLaVA folder: somebody else's images, questions and split.
+"""What is in easy-VQA, a published set? Somebody else's images, questions and split.
 
 5,000 pictures of one coloured shape (64×64) and 48,248 questions with 13 answers (MIT licence),
 in the PyPI package ``easy-vqa``, version 1.0. Its train / test split is kept as published and its
@@ -23,16 +23,44 @@ from types import ModuleType
 
 import numpy as np
 
-from training.bar import Bar
-from training.demo.folder import LlavaFolder, Record, more_questions, record, unseen, write_folder
+from training.bar import track
+from training.demo.config import DemoConfig
+from training.demo.folder import Record, Source, more_questions, record, unseen
 from training.settings import ConfigError
 
-KINDS = ("colour", "shape", "yesno", "negated")
-CAPTION_QUESTION = "describe the image"
+
+def easy_vqa(demo: DemoConfig) -> Source:
+    """Its entries; students learn from `student_n` training questions drawn at random.
+
+    Raises:
+        ConfigError: the package is not installed, or has fewer questions.
+    """
+    package = _package()
+    train = _entries("train", *package.get_train_questions())
+    if demo.student_n > len(train):
+        raise ConfigError(f"student_n: got {demo.student_n}, expected up to {len(train)}")
+
+    def fill(root: Path) -> dict[str, list[Record]]:
+        _copy(package.get_train_image_paths(), root / "images" / "train")
+        _copy(package.get_test_image_paths(), root / "images" / "test")
+        student = [
+            train[i] for i in np.random.default_rng(0).permutation(len(train))[: demo.student_n]
+        ]
+        return {
+            "pretrain": captions(train),
+            "train": train,
+            "student_pretrain": captions(student),
+            "student_train": student,
+            "student_questions": more_questions(student, demo.per_image),
+            "dev": unseen(train, student),
+            "test": _entries("test", *package.get_test_questions()),
+        }
+
+    sizes = {"student_n": demo.student_n, "per_image": demo.per_image, "seed": 0}
+    return Source({"data": "easy-vqa 1.0", **sizes}, fill)
 
 
-def load_package() -> ModuleType:
-    """Import ``easy_vqa``; raises `ConfigError` saying how to install it."""
+def _package() -> ModuleType:
     try:
         import easy_vqa  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -40,6 +68,21 @@ def load_package() -> ModuleType:
             "data: got 'easy-vqa', which is not installed: pip install --no-deps easy-vqa==1.0"
         ) from error
     return easy_vqa
+
+
+def _copy(images: dict[int, str], folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for number, path in track(images.items(), f"copying {folder.name} images", "images"):
+        shutil.copyfile(path, folder / f"{number}.png")
+
+
+def _entries(
+    split: str, texts: Sequence[str], answers: Sequence[str], images: Sequence[int]
+) -> list[Record]:
+    return [
+        record(f"{split}-{i}", f"images/{split}/{image}.png", question_kind(text), text, answer)
+        for i, (text, answer, image) in enumerate(zip(texts, answers, images, strict=True))
+    ]
 
 
 def question_kind(question: str) -> str:
@@ -57,55 +100,6 @@ def question_kind(question: str) -> str:
     raise ValueError(f"question: got {question!r}, expected one that begins what, is or does")
 
 
-def write_easy_vqa(
-    out_dir: str | Path,
-    *,
-    student_n: int = 1_000,
-    per_image: int = 8,
-    seed: int = 0,
-    progress: bool = True,
-) -> LlavaFolder:
-    """Write easy-VQA as a LLaVA folder (`training.demo.folder`), or reuse the one there.
-
-    Args:
-        out_dir: the folder to write.
-        student_n: training questions that the student may see, drawn at random.
-        per_image: unanswered questions about each image of the student's.
-        seed: of that draw.
-        progress: show a bar.
-
-    Raises:
-        ConfigError: the package is not installed.
-        ValueError: student_n is not in 1 to the number of training questions.
-        FileExistsError: ``out_dir`` was made with other settings.
-    """
-    package = load_package()
-
-    def fill(root: Path) -> dict[str, Sequence[Record]]:
-        paths = {"train": package.get_train_image_paths(), "test": package.get_test_image_paths()}
-        with Bar("copying images", sum(map(len, paths.values())), "images", show=progress) as bar:
-            for split, images in paths.items():
-                _copy(root, split, images, bar)
-        train = _questions("train", *package.get_train_questions())
-        if not 1 <= student_n <= len(train):
-            raise ValueError(f"student_n: got {student_n}, expected 1 to {len(train)}")
-        drawn = np.random.default_rng(seed).permutation(len(train))[:student_n]
-        student = [train[i] for i in drawn]
-        return {
-            "pretrain": captions(train),
-            "train": train,
-            "student_pretrain": captions(student),
-            "student_train": student,
-            "student_questions": more_questions(student, per_image, seed),
-            "dev": unseen(train, student),
-            "test": _questions("test", *package.get_test_questions()),
-        }
-
-    settings = {"data": "easy-vqa 1.0", "student_n": student_n, "per_image": per_image}
-    settings |= {"seed": seed}
-    return write_folder(out_dir, settings, fill)
-
-
 def captions(entries: Iterable[Record]) -> list[Record]:
     """One caption an image, colour first, of what ``entries`` answer about it."""
     known: dict[str, dict[str, str]] = {}
@@ -114,24 +108,7 @@ def captions(entries: Iterable[Record]) -> list[Record]:
             answer = entry["conversations"][1]["value"]
             known.setdefault(entry["image"], {})[entry["kind"]] = answer
     return [
-        record(f"{image}-caption", image, "caption", CAPTION_QUESTION, " ".join(words))
+        record(f"{image}-caption", image, "caption", "describe the image", " ".join(words))
         for image, facts in known.items()
         if (words := [facts[kind] for kind in ("colour", "shape") if kind in facts])
     ]
-
-
-def _questions(
-    split: str, texts: Sequence[str], answers: Sequence[str], images: Sequence[int]
-) -> list[Record]:
-    return [
-        record(f"{split}-{i}", f"images/{split}/{image}.png", question_kind(text), text, answer)
-        for i, (text, answer, image) in enumerate(zip(texts, answers, images, strict=True))
-    ]
-
-
-def _copy(root: Path, split: str, images: dict[int, str], bar: Bar) -> None:
-    folder = root / "images" / split
-    folder.mkdir(parents=True)
-    for number, path in images.items():
-        shutil.copyfile(path, folder / f"{number}.png")
-        bar.advance()

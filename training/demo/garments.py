@@ -23,26 +23,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-CLASSES = (  # index = label; the published names, one word each
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "boot",
-)
+#: Index = label; the published names, one word each.
+CLASSES = (
+    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"
+)  # fmt: skip
 PHOTO = 28  # pixels on a side
 PACKAGE = "dataset-fashion-mnist"
 PACKAGE_FOLDER = Path("usr/share/datasets/fashion-mnist")
 FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
 )
 CACHE = Path(__file__).resolve().parents[2] / "build" / "garments"
 
@@ -66,8 +58,8 @@ def photo_arrays(folder: str | Path | None = None, *, cache: Path = CACHE) -> Ph
     """Read the photographs.
 
     Args:
-        folder: where the four idx files lie (plain or .gz); None looks for the Debian package,
-            installed or in ``cache``, and fetches it into ``cache`` if need be.
+        folder: where the four idx files lie; None looks for the Debian package, installed or in
+            ``cache``, and fetches it into ``cache`` if need be.
         cache: a folder this project may write to.
 
     Raises:
@@ -75,73 +67,44 @@ def photo_arrays(folder: str | Path | None = None, *, cache: Path = CACHE) -> Ph
             together, or the package cannot be fetched.
     """
     folder = find_photos(cache) if folder is None else Path(folder)
-    train_images, train_labels, test_images, test_labels = (_read_idx(folder, f) for f in FILES)
-    for images, labels, split in (
-        (train_images, train_labels, "train"),
-        (test_images, test_labels, "t10k"),
-    ):
-        if images.shape[1:] != (PHOTO, PHOTO) or len(images) != len(labels) or not len(labels):
+    photos = Photos(*(_read_idx(folder / name) for name in FILES))
+    for images, labels, split in ((*photos[:2], "train"), (*photos[2:], "t10k")):
+        if images.shape != (len(labels), PHOTO, PHOTO) or labels.max() >= len(CLASSES):
             raise GarmentError(
-                f"{folder}/{split}-*: got images {images.shape} and labels {labels.shape}, "
-                f"expected (P, {PHOTO}, {PHOTO}) and (P,) with P > 0"
+                f"{folder}/{split}-*: got images {images.shape} and {labels.shape} labels up to "
+                f"{labels.max()}, expected (P, {PHOTO}, {PHOTO}) and (P,) below {len(CLASSES)}"
             )
-        if labels.max() >= len(CLASSES):
-            raise GarmentError(
-                f"{folder}/{split}-labels: got label {labels.max()}, "
-                f"expected at most {len(CLASSES) - 1}"
-            )
-    return Photos(train_images, train_labels, test_images, test_labels)
+    return photos
 
 
 def find_photos(cache: Path = CACHE) -> Path:
     """The folder of the Debian package's files: installed, already fetched, or fetched now."""
     fetched = cache / PACKAGE_FOLDER
     for folder in (Path("/") / PACKAGE_FOLDER, fetched):
-        if all(_file(folder, name) for name in FILES):
+        if all((folder / name).is_file() for name in FILES):
             return folder
     _fetch(cache)
     return fetched
 
 
-def _file(folder: Path, name: str) -> Path | None:
-    paths = (folder / f"{name}.gz", folder / name)
-    return next((path for path in paths if path.is_file()), None)
-
-
-def _read_idx(folder: Path, name: str) -> Bytes:
-    path = _file(folder, name)
-    if path is None:
-        raise GarmentError(
-            f"{folder}: got no {name}.gz (nor {name}), expected the four files {', '.join(FILES)}"
-        )
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise GarmentError(f"{path}: got {error}, expected a whole gzip file") from error
-    dimensions = 3 if "images" in name else 1
+def _read_idx(path: Path) -> Bytes:
+    dimensions = 3 if "images" in path.name else 1
     header = 4 * (1 + dimensions)
-    if len(content) < header:
-        raise GarmentError(f"{path}: got {len(content)} bytes, expected an idx header of {header}")
-    magic, *shape = struct.unpack(f">{1 + dimensions}I", content[:header])
-    if magic != 0x800 + dimensions:
-        raise GarmentError(f"{path}: got magic {magic:#x}, expected {0x800 + dimensions:#x}")
-    values = np.frombuffer(content, np.uint8, offset=header)
-    if values.size != np.prod(shape, dtype=np.int64):
-        raise GarmentError(f"{path}: got {values.size} bytes of data, expected {shape} of them")
-    return values.reshape(shape)
+    try:
+        content = gzip.decompress(path.read_bytes())
+        magic, *shape = struct.unpack(f">{1 + dimensions}I", content[:header])
+        if magic != 0x800 + dimensions:
+            raise ValueError(f"magic {magic:#x}")
+        return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    except FileNotFoundError:
+        raise GarmentError(f"{path}: no such file, expected {', '.join(FILES)} there") from None
+    except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
+        expected = f"a whole gzipped idx file of {dimensions} dimensions"
+        raise GarmentError(f"{path}: got {error}, expected {expected}") from error
 
 
 def _fetch(cache: Path) -> None:
     """Download and unpack the package with apt folders of our own, so that root is not needed."""
-    manual = (
-        f"Install it (apt-get install {PACKAGE}), or name a folder that holds Fashion-MNIST's "
-        f"four files {', '.join(f + '.gz' for f in FILES)} (--garments DIR)."
-    )
-    for tool in ("apt-get", "dpkg-deb"):
-        if shutil.which(tool) is None:
-            raise GarmentError(
-                f"the Debian package {PACKAGE} cannot be fetched: no {tool}. {manual}"
-            )
     apt, unpacked = cache / "apt", cache / "unpacked"
     for stale in (apt, unpacked):
         shutil.rmtree(stale, ignore_errors=True)
@@ -161,10 +124,12 @@ def _fetch(cache: Path) -> None:
         _run([*get, "download", PACKAGE], apt)
         (package,) = apt.glob(f"{PACKAGE}_*.deb")
         _run(["dpkg-deb", "-x", package.name, str(unpacked)], apt)
-    except (subprocess.SubprocessError, ValueError) as error:
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
         why = getattr(error, "stderr", None) or str(error)
         raise GarmentError(
-            f"the Debian package {PACKAGE} cannot be fetched: {why.strip()}\n{manual}"
+            f"the Debian package {PACKAGE} cannot be fetched: {why.strip()}\n"
+            f"Install it (apt-get install {PACKAGE}), or name a folder that holds Fashion-MNIST's "
+            f"four files {', '.join(FILES)} (--garments DIR)."
         ) from error
     # Rename last: a fetch cut short must not look like a finished one.
     target = cache / PACKAGE_FOLDER.parts[0]

@@ -24,56 +24,58 @@ import numpy as np
 
 from training.data.dataset import present
 from training.data.faults import Place, fault
-from training.data.records import LLAVA, Sample
+from training.data.records import LLAVA, DataError, Sample
 from training.data.rewrite import LlavaEntries
 from training.data.sources import LlavaSource
-from training.demo.folder import SPLITS, LlavaFolder, Record, images_of, unseen, write_folder
+from training.demo.config import MADE, DemoConfig
+from training.demo.folder import SPLITS, Record, Source, images_of, unseen
 from training.fingerprint import of_file
+from training.settings import ConfigError
 
 REQUIRED, QUESTIONS = ("train", "test"), "student_questions"
 
 
-def write_own(out_dir: str | Path, own: str | Path, *, student_n: int = 1_000) -> LlavaFolder:
-    """Write the splits of the folder `own` as a LLaVA folder (`training.demo.folder`), or reuse the
-    one there.
-
-    Args:
-        out_dir: the folder to write.
-        own: the folder described above.
-        student_n: entries of train.json that students learn from, where no file says which.
+def own(demo: DemoConfig) -> Source:
+    """The entries of the folder `demo.data`, described above.
 
     Raises:
-        DataError: a file or an image is missing, an entry is faulty, or nothing can stand for a
-            file that is not there.
-        FileExistsError: ``out_dir`` was made from other files or with another `student_n`.
+        ConfigError: there is no such folder.
+        DataError: a file or, when it is filled, an image is missing, an entry is faulty, or nothing
+            can stand for a file that is not there.
     """
-    own = Path(own)
-    every = {split: own / f"{split}.json" for split in SPLITS}
-    files = {s: path for s, path in every.items() if path.is_file() or s in REQUIRED}
+    folder = Path(demo.data)
+    if not folder.is_dir():
+        expected = f"{', '.join(MADE)} or a folder that is there"
+        raise ConfigError(f"data: got {demo.data!r}, expected {expected}")
+    every = {split: folder / f"{split}.json" for split in SPLITS}
+    files = {split: path for split, path in every.items() if path.is_file()}
+    for split in REQUIRED:
+        if split not in files:
+            raise _missing(every[split], " and ".join(f"{s}.json" for s in REQUIRED))
 
     def fill(_: Path) -> dict[str, list[Record]]:
         found = {split: _read(path) for split, path in files.items()}
         train = found["train"]
         if "student_train" not in found:
-            found["student_train"] = _drawn(files["train"], train, student_n)
+            found["student_train"] = _drawn(files["train"], train, demo.student_n)
         student = found["student_train"]
         for split, made, about in (
             (QUESTIONS, _asked_of(train, student), "more about the images of student_train.json"),
             ("dev", unseen(train, student), "about other images than student_train.json"),
         ):
             if not found.setdefault(split, made):
-                expected = f"it, or that train.json asks {about}"
-                raise fault(Place(own / f"{split}.json"), "file", "no such file", expected)
+                raise _missing(every[split], f"it, or that train.json asks {about}")
         return found
 
-    for split in REQUIRED:
-        if not files[split].is_file():
-            expected = f"{' and '.join(f'{s}.json' for s in REQUIRED)} in {own}"
-            raise fault(Place(files[split]), "file", "no such file", expected)
-    settings: Record = {"data": str(own.resolve())} | {p.name: of_file(p) for p in files.values()}
+    settings: Record = {"data": str(folder.resolve())}
+    settings |= {path.name: of_file(path) for path in files.values()}
     if "student_train" not in files:
-        settings["student_n"] = student_n
-    return write_folder(out_dir, settings, fill)
+        settings["student_n"] = demo.student_n
+    return Source(settings, fill)
+
+
+def _missing(path: Path, expected: str) -> DataError:
+    return fault(Place(path), "file", "no such file", expected)
 
 
 def _read(path: Path) -> list[Record]:

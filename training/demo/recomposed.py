@@ -8,7 +8,6 @@ out, lay them out anew and ask about them: as many true questions as one likes.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,44 +15,33 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from training.bar import Bar
-from training.demo.folder import LlavaFolder
+from training.demo.config import DemoConfig
+from training.demo.folder import Record, Source
 from training.demo.garments import CLASSES, PHOTO
-from training.demo.scenes import CELL, GRID, POSITIONS, QUESTIONS_PER_SCENE, write_split
+from training.demo.scenes import CELL, GRID, POSITIONS, write_split
 
 
-def write_recomposed(folder: LlavaFolder, out: Path, questions: int, seed: int = 0) -> None:
-    """Write ``data.json`` and its images to ``out``, unless it is there.
+def recomposed(demo: DemoConfig, questions: int) -> Source:
+    """So many questions, as the split `data`."""
 
-    Args:
-        folder: of scenes.
-        out: the folder to write.
-        questions: how many, two a scene.
-        seed: of photos, kinds and questions.
-    """
-    if out.is_dir():
-        return
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted
-    photos, names = zip(*labelled_photos(folder), strict=True)
-    source = np.stack(photos), np.array([CLASSES.index(name) for name in names])
-    scenes = -(-questions // QUESTIONS_PER_SCENE)
-    with Bar("recomposing scenes", scenes, "scenes") as bar:
-        split = write_split(partial, "recomposed", source, scenes, (seed, 2), bar)
-    (partial / "data.json").write_text(json.dumps(split.questions[:questions]), encoding="utf-8")
-    partial.rename(out)
+    def fill(root: Path) -> dict[str, list[Record]]:
+        photos, names = zip(*labelled_photos(demo), strict=True)
+        source = np.stack(photos), np.array([CLASSES.index(name) for name in names])
+        return {"data": write_split(root, "recomposed", source, questions, 2).questions[:questions]}
+
+    return Source({"data": "recomposed scenes", "questions": questions, "seed": 0}, fill)
 
 
-def labelled_photos(folder: LlavaFolder) -> Iterator[tuple[NDArray[np.uint8], str]]:
+def labelled_photos(demo: DemoConfig) -> Iterator[tuple[NDArray[np.uint8], str]]:
     """Photographs (28, 28) of the students' scenes, and what their own answers say is on them."""
-    for entry in json.loads(folder.json("student_train").read_text(encoding="utf-8")):
+    for entry in json.loads(demo.split("student_train").read_text(encoding="utf-8")):
         question, answer = (turn["value"] for turn in entry["conversations"])
         known = {}
         if entry["kind"] == "caption":
             known = dict(enumerate(answer.split()))
         elif entry["kind"] == "where":
             known = {i: answer for i, place in enumerate(POSITIONS) if question.endswith(place)}
-        with Image.open(folder.root / entry["image"]) as image:
+        with Image.open(demo.images / entry["image"]) as image:
             scene = np.asarray(image.convert("L"))
         for cell, name in known.items():
             yield _cut_out(scene, cell), name

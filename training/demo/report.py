@@ -3,35 +3,26 @@
 The folder `out/report` holds report.md (all of it, pictures included), table.json and table.csv
 (one row a run, not averaged), and the pictures of `training.demo.pictures`. The verdict is a rule,
 not a judgement: distillation is said to help only if, over the seeds, the distilled students' mean
-accuracy on held-out questions exceeds the SFT students' by more than the spread, which is the
-larger of the two sample standard deviations. One seed has no spread, and says so. The gap is what
-the teacher is ahead of the SFT students.
+accuracy on held-out questions exceeds the SFT students' by more than the spread
+(`training.demo.results`). The gap is what the teacher is ahead of the SFT students.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import transformers
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.machine import facts
-from mllmkd_kernels.llava_kd import TERMS
 from training import settings
 from training.data.sources import LlavaSource
-from training.demo import pictures
+from training.demo import pictures, results
+from training.demo.config import MADE, DemoConfig
 from training.demo.early import Early
-from training.demo.folder import LlavaFolder
-from training.demo.recipes import DemoConfig
-from training.demo.trained import Run
+from training.demo.recipes import entries
+from training.demo.results import Rows, Run, accuracies, ahead, difference, mean
 from training.evaluation.held_out import CAPTION
 
 TEACHER, EQUAL_STEPS, EQUAL_TIME, DISTILLED, UNLABELLED = (
@@ -48,41 +39,50 @@ class Report:
     """The finished report."""
 
     folder: Path
-    rows: dict[str, list[dict[str, float]]]  # by model name, one entry a seed
+    rows: Rows
     verdict: str
 
 
 def write_report(
-    config: DemoConfig,
-    runs: list[Run],
-    early: Sequence[Early],
-    data: LlavaFolder,
-    seconds: float,
+    config: DemoConfig, runs: list[Run], early: Sequence[Early], seconds: float
 ) -> Report:
     """Write `out/report` and print the table and the verdict."""
     folder = config.folder / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    rows = by_name(runs)
-    verdict = judge(rows)
-    stopped = early_stopped(config, rows, early, data.settings()["entries"]["dev"])
     first = [run for run in runs if run.seed == 0]
-    pictures.loss_curves(first, folder / "loss.png")
+    distilled = next(run for run in first if run.name == DISTILLED)
+    pictures.loss_curves(first, distilled, folder / "loss.png")
     pictures.stage_accuracy(runs, folder / "stages.png")
     shown = [run for run in first if run.name != EQUAL_TIME]
     held_out = LlavaSource(config.split("test"), config.images)
     pictures.answer_grid(shown, held_out, folder / "answers.png")
-    write_rows(runs, folder)
-    text = _markdown(config, rows, verdict, stopped, data, seconds)
+    results.write_rows(runs, folder)
+    rows = results.by_name(runs)
+    verdict, stopped = judge(rows), early_stopped(config, rows, early)
+    lines = results.on_its_side(results.table(rows))
+    facts = [
+        *results.where_and_how(),
+        f"whole demo: {seconds:.0f} s in the call that wrote this report",
+    ]
+    here = settings.changed(config, out=DemoConfig().out)
+    text = _MARKDOWN.format(
+        verdict=verdict,
+        table=results.markdown(lines),
+        stopped=stopped,
+        explained=explained(config, rows),
+        limits=limits(config),
+        facts=results.listed(facts),
+        changed=results.listed(settings.differences(DemoConfig(), here) or ["nothing"]),
+    )
     (folder / "report.md").write_text(text, encoding="utf-8")
     console = Console()
-    console.print(terminal_table(*on_its_side(*table(rows))))
-    console.print(f"{verdict}\n{stopped}", highlight=False, soft_wrap=True)
+    console.print(results.terminal_table(lines))
     end = f"whole demo: {seconds:.0f} s; report: {folder / 'report.md'}"
-    console.print(end, highlight=False, soft_wrap=True)
+    console.print(f"{verdict}\n{stopped}\n{end}", highlight=False, soft_wrap=True)
     return Report(folder, rows, verdict)
 
 
-def judge(rows: dict[str, list[dict[str, float]]]) -> str:
+def judge(rows: Rows) -> str:
     """The verdict, by the rule in the module's docstring."""
     return " ".join(
         _margin(rows, ours, theirs)
@@ -91,143 +91,60 @@ def judge(rows: dict[str, list[dict[str, float]]]) -> str:
     )
 
 
-def _margin(rows: dict[str, list[dict[str, float]]], name: str, other: str) -> str:
+def _margin(rows: Rows, name: str, other: str) -> str:
     """How far a distilled student is ahead of an SFT student, and what of the gap that is."""
-    ours, theirs, best = (accuracies(rows[n]) for n in (name, other, TEACHER))
-    margin, spread = difference(ours, theirs)
+    margin, spread, won = difference(rows, name, other)
     text = f"{name} minus {other}: {100 * margin:+.1f} points"
-    if (gap := statistics.mean(best) - statistics.mean(theirs)) > 0:
+    if (gap := ahead(rows, TEACHER, other)) > 0:
         text += f", {margin / gap:.0%} of the gap"
     if spread is None:
         return f"{text} (one seed, so no spread: SEEDS=3 measures it)."
-    won = sum(a > b for a, b in zip(ours, theirs, strict=True))
-    holds = "more" if margin > spread else "NOT more"
+    seeds, holds = len(rows[name]), "more" if margin > spread else "NOT more"
     return (
-        f"{text} in the mean of {len(ours)} seeds, {holds} than the spread ({100 * spread:.1f}); "
-        f"ahead in {won} of {len(ours)}."
+        f"{text} in the mean of {seeds} seeds, {holds} than the spread ({100 * spread:.1f}); "
+        f"ahead in {won} of {seeds}."
     )
 
 
-def early_stopped(
-    config: DemoConfig,
-    rows: dict[str, list[dict[str, float]]],
-    early: Sequence[Early],
-    questions: int,
-) -> str:
+def early_stopped(config: DemoConfig, rows: Rows, early: Sequence[Early]) -> str:
     """What early stopping would have made of the SFT students of equal time."""
     steps = ", ".join(str(one.step) for one in early)
-    found = _cell("early", [{"early": one.questions} for one in early])
-    last = _cell("last", [{"last": value} for value in accuracies(rows[EQUAL_TIME])])
     return (
-        f"Early stopping, by {questions} questions about images that students do not see, asked "
-        f"every {config.save_steps} steps, would have ended {EQUAL_TIME} at step {steps}: {found} "
-        f"on the held-out questions, {last} at its last step."
+        f"Early stopping, by {entries(config.split('dev'))} questions about images that students "
+        f"do not see, asked every {config.save_steps} steps, would have ended {EQUAL_TIME} at step "
+        f"{steps}: {mean([one.questions for one in early])} on the held-out questions, "
+        f"{mean(accuracies(rows[EQUAL_TIME]))} at its last step."
     )
 
 
-def by_name(runs: Sequence[Run]) -> dict[str, list[dict[str, float]]]:
-    """The rows of runs by the name of the model, one entry a seed."""
-    rows: dict[str, list[dict[str, float]]] = {}
-    for run in runs:
-        rows.setdefault(run.name, []).append(run.row())
-    return rows
-
-
-def accuracies(seeds: Sequence[dict[str, float]]) -> list[float]:
-    """On the questions, of each seed."""
-    return [row["questions"] for row in seeds]
-
-
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None]:
-    """Of two means, and the spread that it is to exceed: the larger of the two sample standard
-    deviations, None where a seed stands alone."""
-    margin = statistics.mean(ours) - statistics.mean(theirs)
-    if min(len(ours), len(theirs)) < 2:
-        return margin, None
-    return margin, max(statistics.stdev(ours), statistics.stdev(theirs))
-
-
-def machine() -> dict[str, str]:
-    """Where the figures were measured."""
-    here = facts()
-    return {
-        "processor": f"{here['cpu']}, {here['cores']} cores, {here['threads']} threads used",
-        "memory": f"{here['memory_gib']:.0f} GiB",
-        "versions": f"mllmkd_kernels {here['mllmkd_kernels']}, torch {here['torch']}, "
-        f"transformers {transformers.__version__}, Python {here['python']}",
-        "commit": here["commit"] or "not a git checkout",
+def explained(config: DemoConfig, rows: Rows) -> str:
+    """What the table's figures are, and what each model learned from."""
+    captions = CAPTION in rows[TEACHER][0]
+    whole = f' ("{CAPTION}" counts only if every word is right)' if captions else ""
+    spread = "mean ± standard deviation of the seeds" if config.seeds > 1 else "95% interval"
+    of = " of them" if config.data in MADE else ""  # a folder may have a file of their own
+    among = config.split("student_pretrain").is_file()
+    counts = {
+        name: entries(config.split(name))
+        for name in (config.held_out, "train", "student_train", "student_questions")
     }
+    return f"""\
+Exact match on {counts[config.held_out]} held-out questions{whole}, {spread} where
+there is one; perplexity of their answers; loss terms unweighted, mean over the last logged steps of
+the last stage; tokens/s of the last stage. The teacher learned from {counts["train"]} questions;
+students from {counts["student_train"]}{of}\
+{" (their captions are among those)" if among else ""}, the distilled one
+also from the teacher's answers to {counts["student_questions"]} more about the same images, "no
+label" from those answers alone. SFT students have weight decay {config.weight_decay:g}, label
+smoothing {config.smoothing:g} and dropout {config.dropout:g}."""
 
 
-def table(rows: dict[str, list[dict[str, float]]]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: one line a model, mean ± sample standard deviation where there are
-    seeds."""
-    columns = [c for c in next(iter(rows.values()))[0] if c not in ("low", "high")]
-    header = ["model", *(_TITLES.get(column, column) for column in columns)]
-    return header, [[name, *(_cell(c, seeds) for c in columns)] for name, seeds in rows.items()]
-
-
-_TITLES = {
-    "questions": "questions (all but captions)",
-    "ce": "CE",
-    "response_kl": "KL response",
-    "visual_kl": "KL visual",
-    "tokens_per_second": "tokens/s",
-    "peak_gib": "peak GiB",
-}
-_FORMATS: dict[str, Callable[[float], str]] = {
-    "steps": lambda x: f"{x:.0f}",
-    "seconds": lambda x: f"{x:.0f}",
-    "tokens_per_second": lambda x: f"{x:.0f}",
-    "peak_gib": lambda x: f"{x:.2f}",
-}
-
-
-def _cell(column: str, seeds: list[dict[str, float]]) -> str:
-    values = [row[column] for row in seeds]
-    show = _FORMATS.get(column, lambda x: f"{x:.3f}")
-    if column in TERMS and not any(values):
-        return "–"  # not a term of this model's last stage
-    mean = show(statistics.mean(values))
-    if len(values) > 1:
-        return f"{mean} ± {show(statistics.stdev(values))}"
-    if column == "questions":
-        return f"{mean} ({show(seeds[0]['low'])} to {show(seeds[0]['high'])})"
-    return mean
-
-
-def on_its_side(header: list[str], lines: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """A table whose models are columns, for few models and narrow pages."""
-    first, *others = zip(header, *lines, strict=True)
-    return list(first), [list(line) for line in others]
-
-
-def markdown(header: list[str], lines: list[list[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *lines))
-
-
-def terminal_table(header: list[str], lines: list[list[str]]) -> Table:
-    """A table for the terminal."""
-    shown = Table(title="held-out exact match, perplexity, final loss terms, cost")
-    for i, title in enumerate(header):
-        shown.add_column(title, justify="right" if i else "left")
-    for line in lines:
-        shown.add_row(*line)
-    return shown
-
-
-def write_rows(runs: Sequence[Run], folder: Path) -> None:
-    """Write table.json and table.csv, a row a run."""
-    records: list[dict[str, Any]] = [{"model": r.name, "seed": r.seed, **r.row()} for r in runs]
-    (folder / "table.json").write_text(
-        json.dumps({"machine": machine(), "runs": records}, indent=1)
-    )
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(records[0]))
-    writer.writeheader()
-    writer.writerows(records)
-    (folder / "table.csv").write_text(text.getvalue())
+def limits(config: DemoConfig) -> str:
+    """What the comparison does not show, by the data."""
+    tower = json.loads((config.folder / "tower" / "tower.json").read_text())
+    lines = {"scenes": (_SEEN, _TEMPLATES + _PARTS), "easy-vqa": (_SEEN, _TEMPLATES)}
+    told = (*lines.get(config.data, (_OWN,)), _RANDOM)
+    return results.listed([line.format(accuracy=tower["accuracy"]) for line in told])
 
 
 _SEEN = """\
@@ -246,53 +163,20 @@ The vision tower that all models share and the teacher learned from train.json (
 _RANDOM = """\
 Language models start from random weights: with a pre-trained one, less is left to be learned from
   so few labels."""
-#: What the comparison does not show, by the data; of a folder of one's own, by None.
-_LIMITS = {
-    "scenes": (_SEEN, _TEMPLATES + _PARTS, _RANDOM),
-    "easy-vqa": (_SEEN, _TEMPLATES, _RANDOM),
-    None: (_OWN, _RANDOM),
-}
-
-
-def _markdown(
-    config: DemoConfig,
-    rows: dict[str, list[dict[str, float]]],
-    verdict: str,
-    stopped: str,
-    data: LlavaFolder,
-    seconds: float,
-) -> str:
-    tower = json.loads((config.folder / "tower" / "tower.json").read_text())
-    entries = data.settings()["entries"]
-    whole = (
-        f' ("{CAPTION}" counts only if every word is right)' if CAPTION in rows[TEACHER][0] else ""
-    )
-    spread = "mean ± standard deviation of the seeds" if config.seeds > 1 else "95% interval"
-    among = " (their captions are among those)" if "student_pretrain" in entries else ""
-    facts = "\n".join(f"- {name}: {value}" for name, value in machine().items())
-    limits = _LIMITS.get(config.data, _LIMITS[None])
-    said = "\n".join(f"- {line.format(accuracy=tower['accuracy'])}" for line in limits)
-    here = settings.changed(config, out=DemoConfig().out)
-    changed = "\n".join(f"- {line}" for line in settings.differences(DemoConfig(), here))
-    return f"""# Demo report
+_MARKDOWN = """\
+# Demo report
 
 **{verdict}**
 
-{markdown(*on_its_side(*table(rows)))}
+{table}
 
 {stopped}
 
-Exact match on {entries[config.held_out]} held-out questions{whole}, {spread} where
-there is one; perplexity of their answers; loss terms unweighted, mean over the last logged steps of
-the last stage; tokens/s of the last stage. The teacher learned from {entries["train"]} questions;
-students from {entries["student_train"]} of them{among}, the distilled one
-also from the teacher's answers to {entries["student_questions"]} more about the same images, "no
-label" from those answers alone. SFT students have weight decay {config.weight_decay:g}, label
-smoothing {config.smoothing:g} and dropout {config.dropout:g}.
+{explained}
 
 What the comparison does not show:
 
-{said}
+{limits}
 
 ![loss curves](loss.png)
 
@@ -303,9 +187,8 @@ What the comparison does not show:
 ## Where and how
 
 {facts}
-- whole demo: {seconds:.0f} s in the call that wrote this report
 
 Changed from the defaults:
 
-{changed or "- nothing"}
+{changed}
 """

@@ -15,6 +15,8 @@ tokens.
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -23,18 +25,64 @@ from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from training.bar import track
-from training.data.dataset import SampleDataset
-from training.demo.garments import CLASSES, Photos
-from training.demo.recipes import TowerConfig
-from training.demo.scenes import CELLS, canvases
-from training.settings import ConfigError
+from training.data.dataset import LlavaDataset, SampleDataset
+from training.demo.config import DemoConfig, TowerConfig
+from training.demo.folder import LABELLED
+from training.demo.garments import CLASSES, Photos, photo_arrays
+from training.demo.scenes import CANVAS, CELL, CELLS, canvases
+from training.demo.tell import say
+from training.demo.words import build_processor, collect_words
+from training.journal import whole
+from training.settings import ConfigError, differences, to_dict
 
 PROBED = 200_000  # pairs of a question and an answer
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # pixels, targets (B, ...), which logits
 
 
+def make_tower(demo: DemoConfig) -> None:
+    """The shared vision tower and processor in `out/tower`, trained or reused.
+
+    Raises:
+        ConfigError: the one that is there is another.
+    """
+    path, sizes, start = demo.folder / "tower", demo.tower, time.perf_counter()
+    if path.is_dir():
+        made = json.loads((path / "tower.json").read_text()).get("sizes", {})
+        if changed := differences(made, to_dict(sizes)):
+            raise ConfigError(
+                f"out: {path} was made with another tower ({'; '.join(changed)}); go back to it, "
+                "remove the folder or name another"
+            )
+        say(f"{path}: already there")
+        return
+    # every word of questions and answers, held-out ones included: they are templates
+    files = (demo.split(name) for name in (*LABELLED, "dev"))
+    words = collect_words(*(file for file in files if file.is_file()))
+    patches = {"image_size": sizes.image_size, "patch_size": sizes.patch_size}
+    processor = build_processor(words, **patches)
+    if demo.data == "scenes":
+        tower, accuracy = photo_tower(sizes, photo_arrays(demo.garments))
+    else:
+        questions = LlavaDataset(demo.split("train"), demo.images, processor, cache_mb=1_500)
+        tower, accuracy = question_tower(sizes, questions)
+    facts = {"accuracy": accuracy, "seconds": time.perf_counter() - start, "sizes": to_dict(sizes)}
+    with whole(path) as staged:
+        tower.save_pretrained(staged)
+        processor.save_pretrained(staged)
+        (staged / "tower.json").write_text(json.dumps(facts))
+    say(f"{path}: accuracy of its probe {accuracy:.3f}")
+
+
 def photo_tower(config: TowerConfig, photos: Photos) -> tuple[SiglipVisionModel, float]:
-    """A tower that knows the garment in each cell, and its accuracy on the test photos."""
+    """A tower that knows the garment in each cell, and its accuracy on the test photos.
+
+    Raises:
+        ConfigError: its patches do not divide the cells.
+    """
+    if config.image_size != CANVAS or CELL % config.patch_size:
+        got = f"{config.image_size} and {config.patch_size}"
+        expected = f"{CANVAS} and a divisor of {CELL}, for scenes"
+        raise ConfigError(f"tower.image_size, patch_size: got {got}, expected {expected}")
     tower = new_tower(config)
     probe = nn.Linear(config.hidden, len(CLASSES))
     train = torch.tensor(photos.train_images), torch.tensor(photos.train_labels).long()

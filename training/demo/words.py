@@ -24,11 +24,8 @@ from training.models import CHAT_TEMPLATE
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 SPECIALS = (PAD, EOS, UNKNOWN, IMAGE_MARK)  # ids 0, 1, 2, 3
 TEMPLATE_WORDS = ("USER:", "ASSISTANT:")
-
-
-def splitter() -> Sequence:
-    """White space separates words; sentence punctuation is a word of its own ("shape?" is two)."""
-    return Sequence([WhitespaceSplit(), Split(Regex(r"[?!.,;]"), "isolated")])
+#: White space separates words; sentence punctuation is a word of its own ("shape?" is two).
+SPLITTER = Sequence([WhitespaceSplit(), Split(Regex(r"[?!.,;]"), "isolated")])
 
 
 def collect_words(*json_paths: str | Path) -> list[str]:
@@ -37,23 +34,17 @@ def collect_words(*json_paths: str | Path) -> list[str]:
     Raises:
         DataError: a file is unreadable or one of its entries is malformed.
     """
-    split = splitter()
     words: set[str] = set()
     for path in json_paths:
         for sample in read_samples(path):
             if isinstance(sample, DataError):
                 raise sample
             text = " ".join(text for _, text in sample.texts())
-            words.update(word for word, _ in split.pre_tokenize_str(text))
+            words.update(word for word, _ in SPLITTER.pre_tokenize_str(text))
     return sorted(words - {IMAGE_MARK})
 
 
-def build_processor(
-    words: Iterable[str],
-    *,
-    image_size: int,
-    patch_size: int,
-) -> LlavaProcessor:
+def build_processor(words: Iterable[str], *, image_size: int, patch_size: int) -> LlavaProcessor:
     """A `LlavaProcessor` of a word-level tokenizer and SigLIP's image processor.
 
     Args:
@@ -85,15 +76,14 @@ def build_processor(
 
 
 def _tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
-    split = splitter()
     ordered = list(dict.fromkeys([*TEMPLATE_WORDS, *words]))
     for word in ordered:
-        if word in SPECIALS or [piece for piece, _ in split.pre_tokenize_str(word)] != [word]:
+        if word in SPECIALS or [piece for piece, _ in SPLITTER.pre_tokenize_str(word)] != [word]:
             expected = f"single words other than {', '.join(SPECIALS)}"
             raise ValueError(f"words: got {word!r}, expected {expected}")
     vocabulary = {word: i for i, word in enumerate([*SPECIALS, *ordered])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = split
+    tokenizer.pre_tokenizer = SPLITTER
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

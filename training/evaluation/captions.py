@@ -103,6 +103,6 @@ def _part(folder: str, name: str, module: str | None = None) -> Any:
         found = importlib.import_module(f"{NEEDED}.{folder}.{module or folder}")
     except ImportError as error:
         raise ConfigError(
-            f"captions: {error}; their scorers are in {NEEDED}: pip install '.[eval]'"
+            f"captions: {error}; their scorers are in {NEEDED}: pip install {NEEDED}"
         ) from None
     return getattr(found, name)

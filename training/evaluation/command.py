@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from training.config import DataConfig
 from training.evaluation.benchmarks import BENCHMARKS
 from training.evaluation.export import export_model
 from training.settings import ConfigError
 
+MAX_LENGTH = DataConfig().max_length
 EVAL = """With a LLaVA json: exact match and perplexity in one pass over the data. With --benchmark:
 the model writes answers to the benchmark's own files; they are kept in a folder, scored there, and
 the same command continues what was cut short. Faulty entries, and questions that cannot be asked,
@@ -30,6 +32,9 @@ def add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("json", nargs="?", help="held-out data, LLaVA format")
     command.add_argument("--image-root", default=".", help="folder its image paths start from")
     command.add_argument("--batch-size", type=int, help="default 256; with --benchmark 16")
+    command.add_argument(
+        "--max-length", type=int, help=f"of held-out samples, in tokens (default {MAX_LENGTH})"
+    )
     command.add_argument("--benchmark", choices=BENCHMARKS, metavar="NAME", help="see above")
     command.add_argument("--questions", metavar="FILE", help="the benchmark's questions")
     command.add_argument(
@@ -65,15 +70,19 @@ def _held_out(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')}: expected it only with --benchmark")
     size = 256 if options.batch_size is None else options.batch_size
-    if size < 1:
-        raise ConfigError(f"--batch-size: got {size}, expected 1 or more")
+    most = MAX_LENGTH if options.max_length is None else options.max_length
+    for name, value in (("batch-size", size), ("max-length", most)):
+        if value < 1:
+            raise ConfigError(f"--{name}: got {value}, expected 1 or more")
     from training.data.collate import Collator
     from training.data.dataset import LlavaDataset
     from training.evaluation.held_out import evaluate
     from training.generate import load
 
     model, processor = load(options.model)
-    data = LlavaDataset(Path(options.json), options.image_root, processor, skip_bad=True)
+    data = LlavaDataset(
+        Path(options.json), options.image_root, processor, skip_bad=True, max_length=most
+    )
     print(evaluate(model, data, Collator(processor), batch_size=size))
 
 
@@ -86,6 +95,8 @@ def _benchmark(options: argparse.Namespace) -> None:
     for name in ("questions", "images"):
         if getattr(options, name) is None:
             raise ConfigError(f"--{name}: got nothing, expected a path with --benchmark")
+    if options.max_length is not None:
+        raise ConfigError("--max-length: expected it only without --benchmark")
     if options.json is not None:
         raise ConfigError(f"json: got {options.json!r}, expected nothing with --benchmark")
     model = Path(options.model)

@@ -92,7 +92,8 @@ def evaluate(
         tokens += len(row_nll)
     kinds = {kind: right[kind] / counts[kind] for kind in sorted(counts)}
     ordered = {kind: counts[kind] for kind in kinds}
-    return Scores(kinds, ordered, math.exp(nll / max(tokens, 1)), tokens)
+    mean = torch.tensor(nll / max(tokens, 1), dtype=torch.float64)
+    return Scores(kinds, ordered, mean.exp().item(), tokens)  # inf where math.exp overflows
 
 
 @torch.no_grad()

@@ -220,4 +220,6 @@ def _table(found: dict[str, Any]) -> Table:
 
 
 def _cell(value: float, interval: tuple[float, float] | None) -> str:
-    return str(value) if interval is None else "{:.4f}\n{:.3f}-{:.3f}".format(value, *interval)
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.4f}\n{'-' if interval is None else '{:.3f}-{:.3f}'.format(*interval)}"

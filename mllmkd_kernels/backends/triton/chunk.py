@@ -51,8 +51,8 @@ def _distill(
         raise ValueError(
             "diagnostics: the row kernel of backend 'cuda' has none; backend='triton' has"
         )
-    alive = eager.alive(hs, targets) if options.want_dw else hs
-    grads = products.Gradients(alive, ws, acc, *options.wants)
+    dead = eager.dead_rows(hs, slice(0, n), targets) if options.want_dw else None
+    grads = products.Gradients(hs, ws, acc, *options.wants, options.into)
     apart = grads.wanted and hs.dtype == ws.dtype == torch.bfloat16
     fold = max(options.fold, options.chunk) if apart else options.chunk
 
@@ -96,7 +96,8 @@ def _distill(
                     standardize=targets.standardize,
                 )  # fmt: skip
             if grads.wanted and rows.stop == folded.stop:
-                due.append(functools.partial(_fold, lanes, grads, gradient, folded, dz))
+                add = functools.partial(grads.add, folded, dz, dead=_of(dead, folded))
+                due.append(functools.partial(_fold, lanes, gradient, add))
         _settle(due)
     if diagnostics is not None and seen is not None:
         diagnostics.copy_(seen.mT)
@@ -120,11 +121,9 @@ def _settle(due: list[Callable[[], None]]) -> None:
         due.pop()()
 
 
-def _fold(
-    lanes: Lanes, grads: products.Gradients, block: tuple[str, int], rows: slice, dz: Tensor
-) -> None:
+def _fold(lanes: Lanes, block: tuple[str, int], add: Callable[[], None]) -> None:
     with lanes.launching(PRODUCTS, block):
-        grads.add(rows, dz)
+        add()
 
 
 def _cluster_losses(

@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mllmkd_kernels import checks
 from mllmkd_kernels.backends.triton import tables
 
 #: Partial results that the merging program reads at a time.
@@ -221,12 +222,6 @@ def _row_tiles(cu_seqlens: Tensor, n: int, block: int, device: torch.device) -> 
     return _RowTiles(count, cu, starts, image)
 
 
-def _check_ends(cu: Tensor, n: int) -> None:
-    """Assert on the device that `cu` rises from 0 to n: the kernels read the rows it names."""
-    right = (cu[0] == 0) & (cu[-1] == n) & (cu.diff() >= 0).all()
-    torch.ops.aten._assert_async.msg(right, f"cu_seqlens: must rise from 0 to {n}, the rows")
-
-
 def _padded(x: Tensor, block: int) -> Tensor:
     """Columns of zeros up to a multiple of `block`: aligned rows are read 16 bytes at a time and
     loops have no remainder. Rows of any length as they are cost so many addresses and masks that
@@ -258,7 +253,7 @@ def relation_stats(
     if not images:
         return stats
     tiles = _row_tiles(cu_seqlens, n, settings["BLOCK"], hs.device)
-    _check_ends(tiles.cu, n)
+    checks.rises("cu_seqlens", tiles.cu, n)
     hs, ks, ht, kt = (_padded(x, settings["BLOCK_K"]) for x in (hs, ks, ht, kt))
     partial = torch.zeros(tiles.count, splits, 3, dtype=torch.float64, device=hs.device)
     relation_stats_kernel[(tiles.count, splits)](

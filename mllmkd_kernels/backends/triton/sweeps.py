@@ -117,7 +117,7 @@ class _Sweep:
             _check(head)
         self.student, self.teacher, self.labels = student, teacher, targets.labels
         self.divergence, self.param = targets.divergence.name, targets.divergence.param
-        self.vocab, self.wants = options.vocab, options.wants
+        self.vocab, self.wants, self.into = options.vocab, options.wants, options.into
         self.diagnostics, self.scale = options.diagnostics, 1.0 / targets.temperature
         # Only beside a teacher do CE and the softmax at temperature T differ.
         both = teacher is not None and targets.labels is not None
@@ -175,10 +175,11 @@ class _Sweep:
         want_kd = self.teacher is not None and self.divergence not in NEEDS_MEAN
         kd = torch.zeros_like(self.facts[0]) if want_kd else None
         dh = torch.zeros_like(h, dtype=torch.float32) if want_dh else None
-        dw = torch.empty_like(w, dtype=dw_dtype) if want_dw else None
+        dw = torch.empty_like(w, dtype=dw_dtype) if want_dw and self.into is None else None
         db = h.new_zeros(w.shape[0], dtype=torch.float32) if want_db else None
         if dw is not None:
             dw[self.vocab :].zero_()
+        if want_dw:
             h = h.masked_fill(dead[:, None], 0)
         columns = -(-min(columns, self.vocab) // ALIGNED) * ALIGNED
         halves = h.dtype == w.dtype == torch.bfloat16
@@ -199,6 +200,9 @@ class _Sweep:
                 products.add_product(dh, dz, w[tokens])
             if dw is not None:
                 _write_product(dz.mT, h, dw[tokens])
+            if self.into is not None:
+                main_grad, factor = self.into
+                products.add_product(main_grad[tokens], dz.mT, h, factor)
             if db is not None:
                 db[tokens] = dz.sum(0, dtype=torch.float32)
         if ballots:

@@ -22,7 +22,7 @@ from tests.training.tiny_processors import (
     UNENDED,
     qwen2_5_vl,
 )
-from training.data.chat import ChatEncoder
+from training.data.chat import PER_TOKEN, ChatEncoder
 from training.data.collate import Collator
 from training.data.item import IGNORE, Item
 from training.data.records import DataError, Place, Sample
@@ -32,7 +32,8 @@ from training.settings import ConfigError
 RED = Image.new("RGB", (48, 32), (200, 0, 0))
 BLUE = Image.new("RGB", (20, 40), (0, 0, 200))
 GENERIC = [name for name in PROCESSORS if name != "llava"]
-ENDS = {name: "<end_of_utterance>" if name == "smolvlm" else "<|im_end|>" for name in GENERIC}
+ENDS = dict.fromkeys(GENERIC, "<|im_end|>")
+ENDS |= {"smolvlm": "<end_of_utterance>", "gemma3": "<end_of_turn>"}
 
 
 @cache
@@ -82,7 +83,7 @@ def test_the_prompt_is_generation_s(name: str) -> None:
     asked = sample(("What is this?<image>", "\n\nblue"), images=1)
     seen = one.see([BLUE])
     assert one.prompt(asked, seen)["input_ids"].tolist() == made["input_ids"][0].tolist()
-    assert seen.inputs.keys() == made.keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}
+    assert seen.inputs.keys() == made.keys() - {*PER_TOKEN}
     for key, tensor in seen.inputs.items():
         assert torch.equal(tensor, made[key])
 
@@ -113,6 +114,8 @@ def test_image_lens_count_the_image_tokens_of_each_image(name: str) -> None:
     if name in ("qwen2.5-vl", "smolvlm"):  # RED is larger than BLUE, and neither depends on other
         both = one.see([RED, BLUE])
         assert [len(ids) for ids in both.ids] == alone and alone[0] != alone[1]
+    if name == "gemma3":  # rows alone, not the token that its processor names
+        assert item["image_lens"].tolist() == [4, 4]
     if name == "llava-onevision":  # several images are not tiled: 4 rows and a newline each
         assert item["image_lens"].tolist() == [5, 5]
     text = one.item(sample(("q", "a")), one.see([]))
@@ -132,6 +135,7 @@ def test_pretrain_is_the_images_and_the_caption(name: str) -> None:
     assert learned(one, item) == ["a red square\n"]
     text = one.tokenizer.decode(item["input_ids"])
     assert "say it" not in text and text.endswith("a red square\n")
+    assert text.startswith("<bos>\n\n<start_of_image>") or name != "gemma3"
     if name == "qwen2.5-vl":
         assert text.startswith("<|vision_start|><|image_pad|>") and "<|vision_end|>a red" in text
     with pytest.raises(DataError, match=r"0 image\(s\) and 1 turn"):
@@ -154,6 +158,7 @@ TYPED = {
     "smolvlm": ["<end_of_utterance>", "<fake_token_around_image>", "<row_1_col_1>"],
     "internvl": ["<IMG_CONTEXT>", "</img>", "<|im_start|>user"],
     "llava-onevision": ["<video>", "<|im_end|>"],
+    "gemma3": ["<start_of_image>", "<image_soft_token>", "<end_of_turn>", "<bos>"],
 }
 
 

@@ -134,4 +134,10 @@ def test_command(source: LlavaSource, tmp_path: Path, capsys: Any) -> None:
     assert re.search(r"would be skipped +3\n", said) and "2 x image[]: no such file" not in said
     assert re.search(r"entries read +7\n", said)
     assert (tmp_path / "o.html").read_text().count("class=sample") == 2
+    # captions as the stages of the method read them: here in a conversation
+    method = tmp_path / "c.yaml"
+    method.write_text("method: llava-mod\n")
+    more = ["--processor", str(tmp_path / "p"), *outs, "--use", "captions"]
+    assert main([*typed, *more, "--config", str(method)]) == 0
+    assert re.search(r"would be skipped +3\n", capsys.readouterr().out)
     assert main(typed) == 2 and "--processor: expected with --json" in capsys.readouterr().err

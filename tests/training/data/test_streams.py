@@ -34,10 +34,11 @@ from training import loop, settings, trainer
 from training.config import Config, DataConfig
 from training.data.encoding import Encoding
 from training.data.item import IGNORE
-from training.data.load import open_data
+from training.data.load import open_data, order_of
 from training.data.records import DataError
 from training.data.sources import load_rows
 from training.data.stream import StreamDataset
+from training.settings import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,13 @@ def test_streamed_rows_are_the_same_items_in_an_order_of_the_seed(saved: Path) -
     first = stream(0)
     assert set(first[:5]) == set(first[5:10]) == parts  # it starts again where it ends
     assert first[:5] != first[5:10] and first == stream(0) != stream(1)
+
+
+def test_a_stream_is_not_grouped(saved: Path) -> None:
+    data: Any = StreamDataset([source(saved / "saved", stream=True)], ".", Encoding(processor()))
+    config = DataConfig(order="grouped")
+    with pytest.raises(ConfigError, match=r"^data\.order: got 'grouped', expected 'shuffled'"):
+        order_of(config, data, 4, 0)
 
 
 def test_streams_are_mixed_by_weight(saved: Path, tmp_path: Path) -> None:

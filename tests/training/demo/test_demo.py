@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import struct
 from pathlib import Path
@@ -16,9 +17,10 @@ from training import settings
 from training.cli import main
 from training.config import load
 from training.demo import early
-from training.demo.folder import LlavaFolder
+from training.demo.answers import said
+from training.demo.config import DemoConfig
 from training.demo.garments import FILES
-from training.demo.recipes import DemoConfig, entries
+from training.demo.recipes import entries
 from training.demo.recomposed import labelled_photos
 from training.demo.report import (
     DISTILLED,
@@ -27,10 +29,11 @@ from training.demo.report import (
     TEACHER,
     UNLABELLED,
     judge,
-    table,
 )
+from training.demo.results import markdown, on_its_side, table
 from training.demo.run import demo
 from training.demo.scenes import POSITIONS
+from training.demo.study import findings
 from training.loop import StageResult
 from training.settings import ConfigError
 
@@ -65,9 +68,10 @@ def garments(tmp_path_factory):
             photos = rng.integers(0, 20, (count, 28, 28), dtype=np.uint8)
             photos += (20 * labels)[:, None, None].astype(np.uint8)
             header = struct.pack(">4I", 0x803, count, 28, 28)
-            (folder / name).write_bytes(header + photos.tobytes())
+            content = header + photos.tobytes()
         else:
-            (folder / name).write_bytes(struct.pack(">2I", 0x801, count) + labels.tobytes())
+            content = struct.pack(">2I", 0x801, count) + labels.tobytes()
+        (folder / name).write_bytes(gzip.compress(content))
     return folder
 
 
@@ -126,7 +130,7 @@ def test_fair_comparison(finished):
     for name, stages, shown in (
         ("sft", ["1-sft"], labelled),
         ("distilled", ["1-dpt", "2-sft", "3-dft"], labelled | {"data.json"}),
-        ("unlabelled", ["1-dft"], {"data.json"}),
+        ("no-label", ["1-dft"], {"data.json"}),
     ):
         for seed in range(2):
             folder = config.folder / f"seed{seed}" / name
@@ -222,9 +226,59 @@ def test_verdict_follows_the_rule():
 
 
 def test_table_shows_mean_and_deviation():
-    header, lines = table({"a": [{"questions": 0.4, "ce": 0.0}, {"questions": 0.6, "ce": 0.0}]})
+    header, *lines = table({"a": [{"questions": 0.4, "ce": 0.0}, {"questions": 0.6, "ce": 0.0}]})
     assert header == ["model", "questions (all but captions)", "CE"]
     assert lines == [["a", "0.500 ± 0.141", "–"]]
+
+
+DOCS = Path(__file__).parents[3] / "docs"
+
+
+def published(name: str) -> tuple[str, dict[str, list[dict[str, float]]]]:
+    """A report in `docs`, and the runs that it was made of by model."""
+    runs: dict[str, list[dict[str, float]]] = {}
+    for run in json.loads((DOCS / name / "table.json").read_text())["runs"]:
+        model = run.pop("model")
+        runs.setdefault(model, []).append({k: v for k, v in run.items() if k != "seed"})
+    return (DOCS / name / "report.md").read_text(), runs
+
+
+def test_the_published_demo_is_what_its_runs_say():
+    text, runs = published("demo-3-seeds")
+    assert f"**{judge(runs)}**" in text and markdown(on_its_side(table(runs))) in text
+
+
+@pytest.mark.parametrize("name", [path.name for path in DOCS.glob("study-*")])
+def test_a_published_study_is_what_its_runs_say(name):
+    text, runs = published(name)
+    assert markdown(table(runs)) in text
+    assert all(paragraph in text for paragraph in findings(runs))
+
+
+def test_findings_follow_the_rule():
+    """Above or below only by more than the spread; shares of what the teacher is ahead of SFT."""
+    seeds = {
+        TEACHER: [0.9],
+        "SFT, regularised": [0.50, 0.52],
+        "CE + KL": [0.60, 0.64],
+        "KL": [0.63, 0.63],
+        "CE + KL + visual": [0.55, 0.57],
+        "answered: JSD": [0.1, 0.2],
+    }
+    runs = {name: [{"questions": x} for x in values] for name, values in seeds.items()}
+    words, lines, gap = findings(runs)
+    assert words == (
+        "- More than the spread above its control: CE + KL (+11.0 on SFT, regularised).\n"
+        "- More than the spread below its control: CE + KL + visual (-6.0 on CE + KL).\n"
+        "- Within the spread of its control: KL."
+    )
+    assert "| CE + KL | SFT, regularised | +11.0 | 2.8 | above | 2 of 2 | +28% |" in lines
+    assert "| KL | CE + KL | +1.0 | 2.8 | – | 1 of 2 | +3% |" in lines and "JSD" not in lines
+    assert gap == "The gap is what the teacher is ahead of SFT, regularised: 39.0 points."
+    runs = {name: one[:1] for name, one in runs.items() if name != TEACHER}
+    words, lines = findings(runs)
+    assert words.startswith("- A row of one seed has no spread")
+    assert "| CE + KL | SFT, regularised | +10.0 | – | – | 1 of 1 | – |" in lines
 
 
 def studied(config: DemoConfig, names: list[str], jobs: int = 1) -> list[dict[str, Any]]:
@@ -234,8 +288,9 @@ def studied(config: DemoConfig, names: list[str], jobs: int = 1) -> list[dict[st
     flags = [part for item in [*given, *SMALL] for part in ("--set", item)]
     assert main(["study", "--seeds", "1", *flags]) == 0
     runs = json.loads((config.folder / "study" / "table.json").read_text())["runs"]
-    assert sorted(run["model"] for run in runs) == sorted(names)
-    return runs
+    assert runs[0]["model"] == TEACHER
+    assert sorted(run["model"] for run in runs[1:]) == sorted(names)
+    return runs[1:]
 
 
 def test_study_has_a_line_for_each_row_and_trains_none_twice(finished, capsys):
@@ -245,7 +300,7 @@ def test_study_has_a_line_for_each_row_and_trains_none_twice(finished, capsys):
     logs = [log.read_text() for log in (config.folder / "study").glob("*.log")]
     assert 1 <= len(logs) <= 2 and sum(log.count(", seed 0\n") for log in logs) == len(names)
     printed = capsys.readouterr().out
-    assert "CE + KL: " in printed and "points on SFT, regularised" in printed
+    assert "CE + KL" in printed and "SEEDS=3 measures it" in printed
     assert (config.folder / "study" / "accuracy.png").is_file()
     model = config.folder / "seed0" / "ce-kl" / "1-dft" / "model"
     before = model.stat().st_mtime_ns
@@ -273,10 +328,6 @@ def test_study_rows_that_come_after_another_start_from_its_model(finished):
     assert all(e["rejected"] == own[e["id"]] for e in told)
 
 
-def said(entry: dict[str, Any]) -> str:
-    return entry["conversations"][-1]["value"]
-
-
 def test_recomposed_scenes_show_own_labelled_photographs_with_true_answers(finished):
     config, _ = finished
     studied(config, ["SFT, photographs recomposed"])
@@ -284,7 +335,7 @@ def test_recomposed_scenes_show_own_labelled_photographs_with_true_answers(finis
     told = json.loads(config.recomposed.read_text())
     assert len(told) == entries(config.folder / "data" / "student_questions.json")
     names: dict[bytes, set[str]] = {}
-    for photo, name in labelled_photos(LlavaFolder(config.folder / "data")):
+    for photo, name in labelled_photos(config):
         names.setdefault(photo.tobytes(), set()).add(name)
     for entry in told:
         with Image.open(root / entry["image"]) as image:

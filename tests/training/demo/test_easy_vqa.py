@@ -12,9 +12,10 @@ import pytest
 
 from tests.training.llava_files import paint
 from training.data.dataset import LlavaDataset
-from training.demo.easy_vqa import captions, question_kind, write_easy_vqa
-from training.demo.folder import LABELLED
-from training.demo.words import build_processor
+from training.demo.config import DemoConfig
+from training.demo.easy_vqa import captions, easy_vqa, question_kind
+from training.demo.folder import LABELLED, write_folder
+from training.demo.words import build_processor, collect_words
 from training.settings import ConfigError
 
 # (question, answer, image): the published wording of each kind
@@ -43,6 +44,11 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+def write_easy_vqa(out: Path, student_n: int = 1_000) -> Path:
+    write_folder(out, easy_vqa(DemoConfig(data="easy-vqa", student_n=student_n)))
+    return out
+
+
 def read(path: Path) -> list[tuple[str, str, str, str]]:
     """(image, kind, question, answer) of each entry."""
     rows = []
@@ -54,22 +60,22 @@ def read(path: Path) -> list[tuple[str, str, str, str]]:
 
 @pytest.mark.usefixtures("package")
 def test_split_wording_and_answers_are_the_published_ones(tmp_path: Path) -> None:
-    folder = write_easy_vqa(tmp_path / "out", student_n=3, progress=False)
+    folder = write_easy_vqa(tmp_path / "out", student_n=3)
     for split, questions in (("train", TRAIN), ("test", TEST)):
-        rows = read(folder.json(split))
+        rows = read(folder / f"{split}.json")
         assert [(q, a) for _, _, q, a in rows] == [(q, a) for q, a, _ in questions]
         assert [image for image, *_ in rows] == [f"images/{split}/{n}.png" for _, _, n in questions]
         for image, *_ in rows:
             source = tmp_path / split / Path(image).name
-            assert (folder.root / image).read_bytes() == source.read_bytes()
-    kinds = [kind for _, kind, _, _ in read(folder.json("train"))]
+            assert (folder / image).read_bytes() == source.read_bytes()
+    kinds = [kind for _, kind, _, _ in read(folder / "train.json")]
     assert kinds == ["shape", "colour", "negated", "shape", "yesno", "negated"]
 
 
 @pytest.mark.usefixtures("package")
 def test_captions_say_what_the_questions_said(tmp_path: Path) -> None:
-    folder = write_easy_vqa(tmp_path / "out", student_n=6, progress=False)
-    assert [(image, answer) for image, _, _, answer in read(folder.json("pretrain"))] == [
+    folder = write_easy_vqa(tmp_path / "out", student_n=6)
+    assert [(image, answer) for image, _, _, answer in read(folder / "pretrain.json")] == [
         ("images/train/0.png", "blue rectangle"),
         ("images/train/1.png", "circle"),
     ]
@@ -78,31 +84,31 @@ def test_captions_say_what_the_questions_said(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("package")
 def test_student_captions_use_the_student_s_questions_only(tmp_path: Path) -> None:
     seen = set()
-    for seed in range(6):
-        folder = write_easy_vqa(tmp_path / f"{seed}", student_n=2, seed=seed, progress=False)
-        student = json.loads(folder.json("student_train").read_text())
-        assert len(student) == 2
-        assert all(entry in json.loads(folder.json("train").read_text()) for entry in student)
-        file = folder.json("student_pretrain")
+    for n in range(1, 7):
+        folder = write_easy_vqa(tmp_path / f"{n}", student_n=n)
+        student = json.loads((folder / "student_train.json").read_text())
+        assert len(student) == n
+        assert all(entry in json.loads((folder / "train.json").read_text()) for entry in student)
+        file = folder / "student_pretrain.json"
         assert (json.loads(file.read_text()) if file.is_file() else []) == captions(student)
         seen.add(tuple(entry["id"] for entry in student))
-    assert len(seen) > 1
+    assert len(seen) == 6
 
 
 @pytest.mark.usefixtures("package")
 def test_trains_like_anyone_s(tmp_path: Path) -> None:
-    folder = write_easy_vqa(tmp_path / "out", student_n=6, progress=False)
-    processor = build_processor(folder.words(), image_size=16, patch_size=8)
+    folder = write_easy_vqa(tmp_path / "out", student_n=6)
+    words = collect_words(folder / "train.json", folder / "test.json")
+    processor = build_processor(words, image_size=16, patch_size=8)
     for split in LABELLED:
-        data = LlavaDataset(folder.json(split), folder.root, processor)
+        data = LlavaDataset(folder / f"{split}.json", folder, processor)
         assert "pixel_values" in data[0]
 
 
-@pytest.mark.parametrize("student_n", [0, 7])
 @pytest.mark.usefixtures("package")
-def test_bad_student_n(tmp_path: Path, student_n: int) -> None:
-    with pytest.raises(ValueError, match=f"student_n: got {student_n}, expected 1 to 6"):
-        write_easy_vqa(tmp_path / "out", student_n=student_n, progress=False)
+def test_too_large_a_student_n(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="student_n: got 7, expected up to 6"):
+        write_easy_vqa(tmp_path / "out", student_n=7)
     assert not (tmp_path / "out").exists()
 
 
@@ -137,8 +143,8 @@ def test_unknown_question() -> None:
 def test_the_published_package(tmp_path: Path) -> None:
     """Where easy-vqa is installed: its real sizes, and each kind's answers and no others."""
     easy: Any = pytest.importorskip("easy_vqa", reason="easy-vqa is not installed")
-    folder = write_easy_vqa(tmp_path / "out", progress=False)
-    rows = read(folder.json("train")) + read(folder.json("test"))
+    folder = write_easy_vqa(tmp_path / "out")
+    rows = read(folder / "train.json") + read(folder / "test.json")
     assert len(rows) == 38_575 + 9_673
     answers = {kind: {a for _, k, _, a in rows if k == kind} for kind in ("yesno", "negated")}
     assert answers == {"yesno": {"yes", "no"}, "negated": {"yes", "no"}}

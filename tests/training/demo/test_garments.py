@@ -20,7 +20,7 @@ def idx(values: np.ndarray, magic: int | None = None) -> bytes:
     return struct.pack(f">{1 + values.ndim}I", magic, *values.shape) + values.tobytes()
 
 
-def write_photos(folder: Path, packed: bool = True) -> Path:
+def write_photos(folder: Path) -> Path:
     """Five training and three test photos with labels."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -28,22 +28,16 @@ def write_photos(folder: Path, packed: bool = True) -> Path:
         count = 5 if name.startswith("train") else 3
         shape, top = ((count, 28, 28), 256) if "images" in name else ((count,), 10)
         content = idx(rng.integers(0, top, shape).astype(np.uint8))
-        path = folder / (f"{name}.gz" if packed else name)
-        path.write_bytes(gzip.compress(content) if packed else content)
+        (folder / name).write_bytes(gzip.compress(content))
     return folder
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["gz", "plain"])
-def test_reads_a_folder(tmp_path: Path, packed: bool) -> None:
-    photos = photo_arrays(write_photos(tmp_path, packed))
+def test_reads_a_folder(tmp_path: Path) -> None:
+    photos = photo_arrays(write_photos(tmp_path))
     assert [part.shape for part in photos] == [(5, 28, 28), (5,), (3, 28, 28), (3,)]
     rng = np.random.default_rng(0)
     assert (photos.train_images == rng.integers(0, 256, (5, 28, 28))).all()
     assert (photos.train_labels == rng.integers(0, 10, 5)).all()
-
-
-def replace(folder: Path, name: str, content: bytes) -> None:
-    (folder / f"{name}.gz").write_bytes(gzip.compress(content))
 
 
 def test_what_is_fetched_lies_in_the_build_folder_of_the_checkout() -> None:
@@ -51,32 +45,36 @@ def test_what_is_fetched_lies_in_the_build_folder_of_the_checkout() -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    (write_photos(tmp_path) / f"{FILES[1]}.gz").unlink()
-    with pytest.raises(GarmentError, match=r"got no train-labels-idx1-ubyte\.gz"):
+    (write_photos(tmp_path) / FILES[1]).unlink()
+    with pytest.raises(GarmentError, match=r"train-labels-idx1-ubyte\.gz: no such file"):
         photo_arrays(tmp_path)
 
 
 def test_cut_gzip(tmp_path: Path) -> None:
-    path = write_photos(tmp_path) / f"{FILES[0]}.gz"
+    path = write_photos(tmp_path) / FILES[0]
     path.write_bytes(path.read_bytes()[:-400])
-    with pytest.raises(GarmentError, match="expected a whole gzip file"):
+    with pytest.raises(GarmentError, match="expected a whole gzipped idx file of 3 dimensions"):
         photo_arrays(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (FILES[0], b"\0" * 9, "got 9 bytes, expected an idx header of 16"),
-        (FILES[0], idx(np.zeros((5, 28, 28), np.uint8), 0x801), "got magic 0x801, expected 0x803"),
-        (FILES[0], idx(np.zeros((5, 28, 28), np.uint8))[:-1], "got 3919 bytes of data"),
+        (FILES[0], b"\0" * 9, "expected a whole gzipped idx file of 3"),
+        (FILES[0], idx(np.zeros((5, 28, 28), np.uint8), 0x801), "got magic 0x801, expected"),
+        (
+            FILES[0],
+            idx(np.zeros((5, 28, 28), np.uint8))[:-1],
+            "cannot reshape array of size 3919",
+        ),
         (FILES[0], idx(np.zeros((5, 32, 32), np.uint8)), r"got images \(5, 32, 32\)"),
-        (FILES[1], idx(np.zeros(4, np.uint8)), r"labels \(4,\)"),
-        (FILES[3], idx(np.full(3, 10, np.uint8)), "t10k-labels: got label 10, expected at most 9"),
+        (FILES[1], idx(np.zeros(4, np.uint8)), r"\(4,\) labels"),
+        (FILES[3], idx(np.full(3, 10, np.uint8)), "labels up to 10, expected .* below 10"),
     ],
     ids=["header", "magic", "cut", "size", "count", "label"],
 )
 def test_wrong_content(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    replace(write_photos(tmp_path), name, content)
+    (write_photos(tmp_path) / name).write_bytes(gzip.compress(content))
     with pytest.raises(GarmentError, match=message):
         photo_arrays(tmp_path)
 
@@ -96,7 +94,7 @@ def tools(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None
 
 def test_fetch_without_apt_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tools(tmp_path / "bin", monkeypatch)
-    with pytest.raises(GarmentError, match=r"no apt-get\. Install it .*--garments DIR"):
+    with pytest.raises(GarmentError, match=r"(?s)'apt-get'\nInstall it .*--garments DIR"):
         photo_arrays(cache=tmp_path / "cache")
 
 

@@ -16,11 +16,11 @@ from training.cli import main
 from training.data.dataset import LlavaDataset
 from training.data.faults import DataError
 from training.demo import tower
-from training.demo.folder import SPLITS, LlavaFolder
-from training.demo.own import write_own
-from training.demo.recipes import DemoConfig, TowerConfig
+from training.demo.config import DemoConfig, TowerConfig
+from training.demo.folder import SPLITS, write_folder
+from training.demo.own import own as own_data
 from training.demo.run import demo
-from training.demo.words import build_processor
+from training.demo.words import build_processor, collect_words
 
 SHADES = {"black": 0, "grey": 120, "white": 255}
 
@@ -57,8 +57,13 @@ def copied(own: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(own, tmp_path / "own"))
 
 
-def read(folder: LlavaFolder, split: str) -> list[dict[str, Any]]:
-    return json.loads(folder.json(split).read_text())
+def write_own(out: Path, data: Path, student_n: int = 1_000) -> Path:
+    write_folder(out, own_data(DemoConfig(data=str(data), student_n=student_n)))
+    return out
+
+
+def read(folder: Path, split: str) -> list[dict[str, Any]]:
+    return json.loads((folder / f"{split}.json").read_text())
 
 
 def test_demo_of_a_folder_with_two_files(own: Path, tmp_path: Path) -> None:
@@ -94,8 +99,11 @@ def test_what_stands_for_files_that_are_not_there(own: Path, tmp_path: Path) -> 
     assert all(one["conversations"][-1]["from"] == "human" for one in questions)
     assert not ids & {one["id"] for one in questions}
     assert dev and all(one["image"] and not set(one["image"]) & seen for one in dev)
-    assert not folder.json("pretrain").exists() and not folder.json("student_pretrain").exists()
-    assert write_own(tmp_path / "data", own, student_n=12) == folder
+    assert not (folder / "pretrain.json").exists()
+    assert not (folder / "student_pretrain.json").exists()
+    made = (folder / "train.json").stat().st_mtime_ns
+    write_own(tmp_path / "data", own, student_n=12)
+    assert (folder / "train.json").stat().st_mtime_ns == made
     with pytest.raises(FileExistsError, match="student_n = 12, expected 11"):
         write_own(tmp_path / "data", own, student_n=11)
 
@@ -119,7 +127,7 @@ def test_every_file_that_is_there_is_taken_as_it_is(copied: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("no train", r"train\.json.*no such file, expected train\.json and test\.json in"),
+        ("no train", r"train\.json.*no such file, expected train\.json and test\.json"),
         ("no image", r"test\.json.*id 'test0-0'.*pics/test0\.png"),
         ("open", r"train\.json.*1 messages, expected an answer to every question"),
         ("few", r"train\.json.*got 2 entries.*student_n = 12.*a student_train\.json"),
@@ -161,9 +169,10 @@ def test_tower_refuses_questions_in_too_many_words(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_own(tmp_path / "data", own, student_n=12)
-    processor = build_processor(folder.words(), image_size=16, patch_size=8)
+    words = collect_words(folder / "train.json")
+    processor = build_processor(words, image_size=16, patch_size=8)
     monkeypatch.setattr(tower, "PROBED", 2)
-    dataset = LlavaDataset(folder.json("train"), own, processor)
+    dataset = LlavaDataset(folder / "train.json", own, processor)
     expected = (
         "tower: got 1 questions about one image and 3 answers to them, expected up to 2 pairs"
     )

@@ -16,7 +16,8 @@ from PIL import Image
 
 from tests.training.llava_files import pixels
 from training.data.dataset import LlavaDataset
-from training.demo.folder import LABELLED, LlavaFolder, Record, more_questions, record
+from training.demo.config import DemoConfig, TowerConfig
+from training.demo.folder import LABELLED, Record, more_questions, record, write_folder
 from training.demo.garments import (
     CLASSES,
     FILES,
@@ -25,8 +26,10 @@ from training.demo.garments import (
     Photos,
     photo_arrays,
 )
-from training.demo.scenes import KINDS, ask, canvases, write_scenes
-from training.demo.words import build_processor
+from training.demo.scenes import KINDS, canvases, scenes
+from training.demo.tower import photo_tower
+from training.demo.words import build_processor, collect_words
+from training.settings import ConfigError, build
 
 TRAIN_N, TEST_N, STUDENT_N = 1200, 400, 60
 
@@ -40,30 +43,22 @@ def fake_photos() -> Photos:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> LlavaFolder:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("data") / "scenes")
 
 
 def write(
-    out: Path,
-    train_n: int = TRAIN_N,
-    test_n: int = TEST_N,
-    student_n: int = STUDENT_N,
-    seed: int = 3,
-) -> LlavaFolder:
-    return write_scenes(
-        out,
-        train_n=train_n,
-        test_n=test_n,
-        student_n=student_n,
-        seed=seed,
-        progress=False,
-        photos=fake_photos(),
-    )
+    out: Path, train_n: int = TRAIN_N, test_n: int = TEST_N, student_n: int = STUDENT_N
+) -> Path:
+    sizes = {"train_n": train_n, "test_n": test_n, "student_n": student_n}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.demo.scenes.photo_arrays", lambda _: fake_photos())
+        write_folder(out, scenes(build(DemoConfig, sizes)))
+    return out
 
 
-def entries(folder: LlavaFolder, split: str) -> list[dict]:
-    return json.loads(folder.json(split).read_text())
+def entries(folder: Path, split: str) -> list[dict]:
+    return json.loads((folder / f"{split}.json").read_text())
 
 
 def cells(path: Path) -> list[np.ndarray]:
@@ -94,7 +89,7 @@ def true_answer(question: str, names: list[str]) -> str:
 
 @pytest.mark.parametrize("split", LABELLED)
 def test_answers_follow_from_the_labels_of_the_photos_in_the_picture(
-    folder: LlavaFolder, split: str
+    folder: Path, split: str
 ) -> None:
     photos = fake_photos()
     test = split == "test"
@@ -105,13 +100,13 @@ def test_answers_follow_from_the_labels_of_the_photos_in_the_picture(
     assert len(label_of) == len(images)
     for entry in entries(folder, split):
         # A KeyError here is a photo of the other split: none may cross over.
-        names = [label_of[cell.tobytes()] for cell in cells(folder.root / entry["image"])]
+        names = [label_of[cell.tobytes()] for cell in cells(folder / entry["image"])]
         human, gpt = entry["conversations"]
         assert human["value"].startswith("<image>\n")
         assert gpt["value"] == true_answer(human["value"].removeprefix("<image>\n"), names)
 
 
-def test_counts_kinds_and_balance(folder: LlavaFolder) -> None:
+def test_counts_kinds_and_balance(folder: Path) -> None:
     train, test = entries(folder, "train"), entries(folder, "test")
     assert (len(train), len(test)) == (TRAIN_N, TEST_N)
     assert len(entries(folder, "pretrain")) == TRAIN_N // 2
@@ -127,13 +122,13 @@ def test_counts_kinds_and_balance(folder: LlavaFolder) -> None:
         assert set(said) == {"yes", "no"} and 0 <= said["yes"] - said["no"] <= 1
 
 
-def test_two_questions_of_a_scene_differ(folder: LlavaFolder) -> None:
+def test_two_questions_of_a_scene_differ(folder: Path) -> None:
     train = entries(folder, "train")
     for first, second in zip(train[::2], train[1::2], strict=True):
         assert first["image"] == second["image"] and first["kind"] != second["kind"]
 
 
-def test_ids_and_images_are_unique_where_they_should_be(folder: LlavaFolder) -> None:
+def test_ids_and_images_are_unique_where_they_should_be(folder: Path) -> None:
     every = entries(folder, "pretrain") + entries(folder, "train") + entries(folder, "test")
     assert len({entry["id"] for entry in every}) == len(every)
     captions = entries(folder, "pretrain")
@@ -141,7 +136,7 @@ def test_ids_and_images_are_unique_where_they_should_be(folder: LlavaFolder) -> 
     assert {entry["kind"] for entry in captions} == {"caption"}
 
 
-def test_student_sees_a_part_of_the_training_questions(folder: LlavaFolder) -> None:
+def test_student_sees_a_part_of_the_training_questions(folder: Path) -> None:
     student, train = entries(folder, "student_train"), entries(folder, "train")
     assert len(student) == STUDENT_N == len({entry["image"] for entry in student})
     assert all(entry in train for entry in student)
@@ -149,32 +144,29 @@ def test_student_sees_a_part_of_the_training_questions(folder: LlavaFolder) -> N
     assert entries(folder, "student_pretrain") == captions and captions
 
 
-def test_photos_are_used_evenly(folder: LlavaFolder) -> None:
+def test_photos_are_used_evenly(folder: Path) -> None:
     photos = fake_photos()
     for split, images in (("train", photos.train_images), ("test", photos.test_images)):
         scenes = {entry["image"] for entry in entries(folder, split)}
-        use = Counter(cell.tobytes() for name in scenes for cell in cells(folder.root / name))
+        use = Counter(cell.tobytes() for name in scenes for cell in cells(folder / name))
         assert use.keys() == {image.tobytes() for image in images}
         assert max(use.values()) - min(use.values()) <= 1
 
 
-def test_same_seed_same_bytes_other_seed_other_questions(
-    folder: LlavaFolder, tmp_path: Path
-) -> None:
-    again, other = write(tmp_path / "again"), write(tmp_path / "other", seed=4)
-    files = sorted(p.relative_to(folder.root) for p in folder.root.rglob("*") if p.is_file())
-    assert files == sorted(p.relative_to(again.root) for p in again.root.rglob("*") if p.is_file())
+def test_made_again_every_byte_is_the_same(folder: Path, tmp_path: Path) -> None:
+    again = write(tmp_path / "again")
+    files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(again) for p in again.rglob("*") if p.is_file())
     for name in files:
-        assert (again.root / name).read_bytes() == (folder.root / name).read_bytes()
-    assert entries(other, "train") != entries(folder, "train")
-    assert entries(other, "test") != entries(folder, "test")
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_folder_trains_like_anyone_s(folder: LlavaFolder) -> None:
-    processor = build_processor(folder.words(), image_size=64, patch_size=32)
+def test_folder_trains_like_anyone_s(folder: Path) -> None:
+    words = collect_words(folder / "train.json")
+    processor = build_processor(words, image_size=64, patch_size=32)
     for split in LABELLED:
         template = "pretrain" if "pretrain" in split else "chat"
-        data = LlavaDataset(folder.json(split), folder.root, processor, template=template)
+        data = LlavaDataset(folder / f"{split}.json", folder, processor, template=template)
         assert pixels(data[0]).shape == (1, 3, 64, 64)
         unknown = processor.tokenizer.unk_token_id
         assert all(unknown not in data[i]["input_ids"].tolist() for i in range(len(data)))
@@ -183,10 +175,11 @@ def test_folder_trains_like_anyone_s(folder: LlavaFolder) -> None:
 def test_finished_folder_is_reused_and_others_are_refused(tmp_path: Path) -> None:
     small = {"train_n": 8, "test_n": 4, "student_n": 4}
     first = write(tmp_path / "a", **small)
-    stamp = first.json("train").stat().st_mtime_ns
-    assert write(tmp_path / "a", **small).json("train").stat().st_mtime_ns == stamp
-    with pytest.raises(FileExistsError, match="seed = 3, expected 5"):
-        write(tmp_path / "a", **small, seed=5)
+    stamp = (first / "train.json").stat().st_mtime_ns
+    write(tmp_path / "a", **small)
+    assert (first / "train.json").stat().st_mtime_ns == stamp
+    with pytest.raises(FileExistsError, match="test_n = 4, expected 6"):
+        write(tmp_path / "a", **small | {"test_n": 6})
     (tmp_path / "b").mkdir()
     with pytest.raises(FileExistsError, match="not a finished data folder"):
         write(tmp_path / "b", **small)
@@ -208,16 +201,23 @@ def test_interrupted_writing_leaves_no_folder(
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"train_n": 7}, "train_n: got 7, expected a positive multiple of 2"),
+        ({"train_n": 7}, "train_n: got 7, expected a multiple of 2"),
         ({"test_n": 0}, "test_n: got 0"),
-        ({"student_n": 0}, "student_n: got 0"),
-        ({"train_n": 8, "student_n": 5}, "student_n: got 5, expected 1 to train_n / 2 = 4"),
+        ({"train_n": 8, "student_n": 5}, "student_n: got 5, expected up to train_n / 2 = 4"),
     ],
 )
 def test_bad_sizes(tmp_path: Path, sizes: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         write(tmp_path / "a", **sizes)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("sizes", [(96, 24), (64, 64), (128, 32)])
+def test_a_tower_whose_patches_do_not_divide_the_cells(sizes: tuple[int, int]) -> None:
+    config = TowerConfig(image_size=sizes[0], patch_size=sizes[1])
+    message = f"image_size, patch_size: got {sizes[0]} and {sizes[1]}, expected 64 and a divisor"
+    with pytest.raises(ConfigError, match=message):
+        photo_tower(config, fake_photos())
 
 
 def test_layout_is_in_reading_order() -> None:
@@ -229,11 +229,6 @@ def test_layout_is_in_reading_order() -> None:
         30,
         40,
     ]
-
-
-def test_unknown_kind() -> None:
-    with pytest.raises(ValueError, match="kind: got 'why'"):
-        ask(["bag"] * 4, "why", np.random.default_rng(0))
 
 
 def test_real_photographs() -> None:
@@ -254,7 +249,7 @@ def test_real_photographs() -> None:
     assert not any(image.tobytes() in train for image in photos.test_images)
 
 
-def test_more_questions_are_drawn_without_looking_at_labels(folder: LlavaFolder) -> None:
+def test_more_questions_are_drawn_without_looking_at_labels(folder: Path) -> None:
     student, asked = entries(folder, "student_train"), entries(folder, "student_questions")
     images = {entry["image"] for entry in student}
     texts = {entry["conversations"][0]["value"] for entry in student}
@@ -264,7 +259,7 @@ def test_more_questions_are_drawn_without_looking_at_labels(folder: LlavaFolder)
         assert len(own) == len({turns[0]["value"] for turns in own}) == min(8, len(texts))
         assert all(len(turns) == 1 and turns[0]["value"] in texts for turns in own)
     lied = [record(e["id"], e["image"], e["kind"], text_of(e), "a lie") for e in student]
-    assert more_questions(lied, 8, 3) == more_questions(student, 8, 3)
+    assert more_questions(lied, 8) == more_questions(student, 8) == asked
     assert len({entry["id"] for entry in asked}) == len(asked)
 
 
@@ -272,7 +267,7 @@ def text_of(entry: Record) -> str:
     return entry["conversations"][0]["value"].removeprefix("<image>\n")
 
 
-def test_the_development_split_is_of_images_that_students_do_not_see(folder: LlavaFolder) -> None:
+def test_the_development_split_is_of_images_that_students_do_not_see(folder: Path) -> None:
     dev, train = entries(folder, "dev"), entries(folder, "train")
     seen = {entry["image"] for entry in entries(folder, "student_train")}
     assert dev and all(entry in train and entry["image"] not in seen for entry in dev)

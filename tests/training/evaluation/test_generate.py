@@ -106,6 +106,15 @@ def test_held_out_data_for_every_class(root, tmp_path, capsys):
     assert perplexity == pytest.approx(len(load(str(model))[1].tokenizer), rel=0.3)
 
 
+def test_held_out_samples_may_be_as_long_as_a_run_s(root, tmp_path, capsys):
+    talk = tiny.turns("say red", "red " * 2100)
+    (tmp_path / "d.json").write_text(json.dumps([{"id": "long", "conversations": talk}]))
+    typed = ["eval", str(root / "model"), str(tmp_path / "d.json")]
+    assert main(typed) == 2 and "expected at most max_length 2048" in capsys.readouterr().err
+    assert main([*typed, "--max-length", "4096"]) == 0
+    assert "skipped" not in capsys.readouterr().out
+
+
 def test_greedy_whatever_the_generation_config_says(root):
     model, processor = load(str(root / "model"))
     plain = Writer(model, processor, 8).write(prompts(root))

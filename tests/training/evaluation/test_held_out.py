@@ -81,6 +81,13 @@ def test_perplexity_and_kinds(parts):
     assert Scores(**json.loads(json.dumps(asdict(scores)))) == scores
 
 
+def test_perplexity_of_a_model_that_blew_up_is_infinite(parts):
+    model, _, data, collator = parts
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    assert evaluate(model, data, collator).perplexity == math.inf
+
+
 def test_questions_leave_captions_out():
     scores = Scores(
         {"caption": 0.1, "count": 0.5, "where": 1.0}, dict(caption=50, count=30, where=10)
