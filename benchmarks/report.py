@@ -53,5 +53,8 @@ def machine_line(record: dict[str, Any]) -> str:
         text += f"; not installed: {', '.join(missing)}"
     text = f"{text}. Measured {record['date'][:10]}, {record['rounds']} rounds."
     if any(lost := cut(record)):
-        text += " For want of time {} cases are smaller and {} of fewer rounds.".format(*lost)
+        text += (
+            f" For want of time {lost[0]} cases are smaller, N and V halved in turn, and {lost[1]} "
+            "of fewer rounds."
+        )
     return text

@@ -376,7 +376,8 @@ def test_a_record_says_what_there_was_no_time_for(tmp_path: Path) -> None:
             row["case"] = small
     found["speed"][0]["seconds"] = [1.0] * 3
     assert record.cut(found) == (1, 1)
-    assert "1 cases are smaller and 1 of fewer rounds" in report.machine_line(found)
+    lost = "1 cases are smaller, N and V halved in turn, and 1 of fewer rounds"
+    assert lost in report.machine_line(found)
     marks = [target["holds"] for target in targets.judge(found, "mk-eager")]
     assert marks == [True] * 12  # judged all the same
     text = readme.block(record.save(found, tmp_path), tmp_path)
@@ -586,7 +587,7 @@ def test_only_whole_runs_are_published_and_the_newest_by_its_own_date(tmp_path: 
         record.save(whole | {"date": date}, tmp_path)
     part = {name: value for name, value in whole.items() if name != "memory"}
     unjudged = {"targets": [{"holds": None}]}
-    changes = ({"suite": "quick"}, {"only": ["floor"]}, {"rounds": 4}, unjudged)
+    changes = ({"suite": "quick"}, {"only": ["floor"]}, {"rounds": 4}, {"minutes": 9.0}, unjudged)
     for other in (part, *(whole | change for change in changes)):
         record.save(other | {"date": "2026-09-01T00:00:00Z"}, tmp_path)
     found = [path.name[-15:] for _, path in record.published(tmp_path)]
