@@ -6,11 +6,11 @@ blocks are executed, on a tiny pair of models.
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 import tomllib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def test_commands_are_what_their_programs_take(
 ) -> None:
     for module, arguments in programs(name):
         if module not in PARSERS or not arguments:
-            assert importlib.util.find_spec(module) is not None, module
+            assert find_spec(module) is not None, module
             continue
         text = " ".join(arguments).replace("--set ...", "")
         try:

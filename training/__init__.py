@@ -28,4 +28,4 @@ def main(stages: Sequence[Stage] | None = None, arguments: Sequence[str] | None 
     except ModuleNotFoundError as error:
         needs = 'the trainer needs `pip install --no-build-isolation -e ".[train]"`'
         raise SystemExit(f"{error}: {needs}") from None
-    raise SystemExit(cli.main(arguments, stages and tuple(stages)))
+    raise SystemExit(cli.main(arguments, None if stages is None else tuple(stages)))
