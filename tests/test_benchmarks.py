@@ -663,8 +663,8 @@ def test_the_readme_says_who_is_absent_where_the_package_loses_and_what_is_below
 def test_the_readme_names_the_newest_record_of_every_other_machine(tmp_path: Path) -> None:
     path = record.save(_record(), tmp_path)
     for units, date in (("OLD", "2026-01-01"), ("OLD", "2026-01-02"), ("NEW", "2026-02-01")):
-        other = _record(times_eager=7.0) | {"date": f"{date}T00:00:00Z"}
-        other["machine"] = other["machine"] | {"vector_units": units}
+        other: dict[str, Any] = _record(times_eager=7.0) | {"date": f"{date}T00:00:00Z"}
+        other["machine"]["vector_units"] = units
         record.save(other, tmp_path)
     text = readme.block(path, tmp_path)
     assert text.count("faster than PyTorch: fp32 7.00x (N 1,024 V 65,536) and bf16 7.00x") == 2
