@@ -40,6 +40,8 @@ def head(who: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """hidden (N, D), weight (V, D), bias (V,), on one device."""
     floating(f"{who}hidden", hidden, 2)
     floating(f"{who}weight", weight, 2)
+    if not hidden.shape[1]:
+        raise ValueError(f"{who}hidden: expected at least one feature, got {tuple(hidden.shape)}")
     if hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{who}weight: its rows have {weight.shape[1]} entries, "
@@ -262,8 +264,8 @@ def indices(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
 
 
 def weight(name: str, value: float | Tensor) -> None:
-    """What a term of a loss is multiplied by: a number of at least 0."""
-    if not isinstance(value, Real | Tensor):
+    """What a term of a loss is multiplied by: a finite number of at least 0."""
+    if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.ndim == 0):
         raise TypeError(f"{name}: expected a weight >= 0, got {type(value).__name__}")
-    if not value >= 0:
+    if not 0 <= value < math.inf:
         raise ValueError(f"{name}: expected a weight >= 0, got {value}")

@@ -12,8 +12,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from mllmkd_kernels import hardware
+from mllmkd_kernels import checks, hardware
 from mllmkd_kernels.distill import fused_linear_distill
+from mllmkd_kernels.divergence import Divergence
 from mllmkd_kernels.plan import Plan, Shapes, distill_plan
 
 STEPS = 5
@@ -28,7 +29,7 @@ def explain(
     train_hidden: bool = True,
     train_head: bool = True,
     dtype: torch.dtype = torch.float32,
-    divergence: str = "forward_kl",
+    divergence: str | Divergence = "forward_kl",
     device: torch.device | str = "cpu",
     backend: str = "auto",
     workspace_mb: float | None = None,
@@ -43,7 +44,7 @@ def explain(
         rows, vocab, d_s, d_t: N, V and the hidden sizes of student and teacher (0: no teacher).
         train_hidden, train_head: whether the student's hidden states and head require gradients.
         dtype: of the head weights and hidden states.
-        divergence: its name.
+        divergence: a name or a `Divergence`; its parameter changes no cost.
         device, backend, workspace_mb, overlap: as the call will have them. ``device="cuda"`` may be
             asked about on a machine without a GPU: the prediction is then made for `gpu`.
         gpu: "a100", "h100", "h200" or "b200"; default the GPU of `device`, else "h100".
@@ -52,8 +53,8 @@ def explain(
             measured beside what was predicted.
 
     Raises:
-        ValueError, RuntimeError: sizes that are not positive; a backend that is unknown or cannot
-            serve the device; an unknown GPU.
+        TypeError, ValueError, RuntimeError: sizes that are no positive integers; another dtype or
+            divergence; a backend that is unknown or cannot serve the device; an unknown GPU.
     """
     for name, value, least in (
         ("rows", rows, 0),
@@ -61,9 +62,11 @@ def explain(
         ("d_s", d_s, 1),
         ("d_t", d_t, 0),
     ):
-        if value < least:
+        if checks.integer(name, value) < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
-    device = torch.device(device)
+    if dtype not in checks.FLOATS:
+        raise ValueError(f"dtype: got {dtype}, expected one of {checks.FLOATS}")
+    device, divergence = torch.device(device), Divergence.of(divergence).name
     if main_grad not in (None, "backward", "forward") or (main_grad and not train_head):
         raise ValueError(
             "main_grad: expected None, or 'backward' or 'forward' for a trained head, "

@@ -67,7 +67,7 @@ def check_images(student: Tensor, teacher: Tensor) -> None:
 
 
 def check_batch(head: HeadInputs, labels: Tensor, image_mask: Tensor | None, who: str = "") -> None:
-    """Hidden states (B, T, D) with labels (B, T) and a bool mask (B, T)."""
+    """Hidden states (B, T, D) with labels (B, T) int64 and a bool mask (B, T)."""
     if head.hidden.ndim != 3:
         raise ValueError(
             f"{who or 'student.'}hidden: expected (B, T, D), got shape {tuple(head.hidden.shape)}"
@@ -78,6 +78,8 @@ def check_batch(head: HeadInputs, labels: Tensor, image_mask: Tensor | None, who
             f"{who}labels: expected shape {expected} as of the hidden states, "
             f"got {tuple(labels.shape)}"
         )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{who}labels: expected int64, got {labels.dtype}")
     if image_mask is not None and (
         tuple(image_mask.shape) != expected or image_mask.dtype != torch.bool
     ):

@@ -69,7 +69,7 @@ class LlavaKDLoss(nn.Module):
         backend, workspace_mb: as in `fused_linear_distill`.
 
     Raises:
-        ValueError, TypeError: a negative weight, or none; an unknown divergence.
+        ValueError, TypeError: a weight below 0, or none; an unknown divergence; no temperature.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class LlavaKDLoss(nn.Module):
             checks.weight(name, weight)
         self.ce, self.response, self.visual, self.relation = ce, response, visual, relation
         self.temperature, self.divergence = temperature, Divergence.of(divergence)
+        checks.temperature(temperature)
         self.ignore_index, self.vocab_size = ignore_index, vocab_size
         self.response_shift, self.relation_batch = response_shift, relation_batch
         self.diagnostics = diagnostics

@@ -198,6 +198,8 @@ def check_gram(who: str, gram: Tensor | None, weight: Tensor, bias: Tensor | Non
     if gram is None:
         return
     checks.floating(f"{who}gram", gram, 2)
+    if gram.dtype in (torch.bfloat16, torch.float16):  # 1 − cos is a small difference
+        raise TypeError(f"{who}gram: expected float32, as `head_gram` gives it, got {gram.dtype}")
     size = weight.shape[1] + (bias is not None)
     if tuple(gram.shape) != (size, size):
         raise ValueError(f"{who}gram: expected shape ({size}, {size}), got {tuple(gram.shape)}")

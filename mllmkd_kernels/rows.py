@@ -85,13 +85,16 @@ def image_seqlens(image_mask: Tensor, image_lens: Tensor | list[int] | None = No
             is an image.
 
     Raises:
-        ValueError: `image_lens` has a negative entry or does not sum to the number of image
-            positions.
+        ValueError: `image_lens` is no list of whole numbers, has a negative one or does not sum to
+            the number of image positions.
     """
     if image_lens is None:
         lens = _runs(image_mask)
     else:
-        lens = torch.as_tensor(image_lens, dtype=torch.int64, device=image_mask.device)
+        given = torch.as_tensor(image_lens, device=image_mask.device)
+        lens = given.to(torch.int64)
+        if given.ndim != 1 or (lens != given).any():
+            raise ValueError(f"image_lens: expected whole numbers (images,), got {given.tolist()}")
         if (lens < 0).any():
             raise ValueError(f"image_lens: expected lengths of at least 0, got {lens.tolist()}")
         rows = int(image_mask.sum())
@@ -221,7 +224,8 @@ def images(batch: Batch) -> int:
 def entry(batch: Batch, key: str) -> Any:
     """What a batch has under a key; `ValueError` where it has nothing."""
     if batch.get(key) is None:
-        raise ValueError(f"{key}: missing; the batch has {', '.join(sorted(batch))}")
+        there = sorted(name for name, value in batch.items() if value is not None)
+        raise ValueError(f"{key}: missing; the batch has {', '.join(there)}")
     return batch[key]
 
 

@@ -8,6 +8,7 @@ an error.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -175,6 +176,8 @@ class View:
         """
         total: Any = self._total(name)
         total = torch.as_tensor(total, dtype=torch.float32, device=self.student.hidden.device)
+        if total.ndim:
+            raise ValueError(f"counts: got shape {tuple(total.shape)} for {name!r}, expected ()")
         return total.clamp(min=torch.finfo(torch.float32).tiny)
 
     def share(self, name: str) -> Tensor:
@@ -186,7 +189,7 @@ class View:
     def _total(self, name: str) -> int | float | Tensor:
         if self.counts is None:
             return self._local(name)
-        if isinstance(self.counts, int | float | Tensor):
+        if not isinstance(self.counts, Mapping):
             if name == "response":
                 return self.counts
             answered = max(self._local("response"), 1)

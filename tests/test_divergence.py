@@ -136,6 +136,7 @@ def test_of_accepts_a_name_or_itself() -> None:
         ({"name": "jsd", "lam": 0.5}, r"'jsd' has no parameter 'lam'"),
         ({"name": "jsd", "beta": 0.0}, r"beta of 'jsd' must lie in \(0, 1\), got 0.0"),
         ({"name": "jsd", "beta": 1.0}, r"beta of 'jsd' must lie in \(0, 1\), got 1.0"),
+        ({"name": "jsd", "beta": torch.tensor(0.5)}, r"beta of 'jsd' must lie in \(0, 1\)"),
         ({"name": "skew_forward_kl", "lam": float("nan")}, r"lam of .* must lie in .* got nan"),
     ],
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -310,7 +311,7 @@ def test_micro_batches_add_up_to_the_batch(backend: str) -> None:
     torch.testing.assert_close(sum(grads), want, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("kind", [int, torch.tensor])
+@pytest.mark.parametrize("kind", [int, np.int64, torch.tensor])
 def test_a_single_number_counts_response_rows(kind: Any, backend: str) -> None:
     """All that a Trainer hands over: exact for text terms, for visual ones a weighted mean."""
     s, t = heads()
@@ -378,8 +379,8 @@ def test_faults_name_what_was_selected() -> None:
 
 
 @pytest.mark.parametrize("name", ["ce", "response", "visual", "relation"])
-@pytest.mark.parametrize("value", [-1.0, float("nan")])
-def test_a_weight_below_zero(name: str, value: float) -> None:
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_none(name: str, value: float) -> None:
     arguments: dict[str, Any] = {name: value}
     with pytest.raises(ValueError, match=rf"{name}: expected a weight >= 0, got {value}"):
         LlavaKDLoss(**arguments)
@@ -404,3 +405,11 @@ def test_shapes_that_do_not_fit() -> None:
         loss(s, t, labels, mask, image_lens=[4])
     with pytest.raises(ValueError, match="divergence: got 'kl'"):
         mk.LlavaKDLoss(divergence="kl")
+    with pytest.raises(ValueError, match="temperature: expected a positive number, got 0"):
+        mk.LlavaKDLoss(temperature=0)
+    with pytest.raises(TypeError, match=r"labels: expected int64, got torch\.int32"):
+        loss(s, t, labels.int(), mask)
+    with pytest.raises(ValueError, match=r"labels: missing; the batch has image_mask, teacher$"):
+        loss(s, t, None, mask)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"counts: got shape \(1,\) for 'response'"):
+        loss(s, t, labels, mask, num_items_in_batch=torch.tensor([16]))

@@ -109,6 +109,22 @@ def test_row_passes_beside_products_are_planned_where_they_are_asked_for() -> No
         mk.explain(8, 8, 8, backend="eager", overlap=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rows": 8.5}, TypeError, "rows: expected an integer, got float"),
+        ({"dtype": torch.int8}, ValueError, "dtype: got torch.int8, expected one of"),
+        ({"divergence": "kl"}, ValueError, "divergence: got 'kl'"),
+    ],
+)
+def test_no_plan_of_a_call_that_cannot_be(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    sizes: dict[str, Any] = {"rows": 8, "vocab": 8, "d_s": 8, "d_t": 8}
+    with pytest.raises(error, match=message):
+        mk.explain(**sizes | change)
+
+
 @pytest.mark.usefixtures("needs_triton")
 def test_what_a_prediction_assumes_is_printed() -> None:
     text = str(mk.explain(8192, 151_936, 1024, 2560, device="cuda", gpu="h100"))

@@ -75,6 +75,13 @@ def test_lengths_that_do_not_fit() -> None:
         image_seqlens(mask, [2, 2])
 
 
+@pytest.mark.parametrize("lens", [[1.5, 2.0], [[1], [2]]])
+def test_lengths_that_are_no_whole_numbers(lens: list[int]) -> None:
+    """1.5 and 2 would have been 1 and 2."""
+    with pytest.raises(ValueError, match="image_lens: expected whole numbers"):
+        image_seqlens(torch.tensor([[1, 1, 1, 0]]).bool(), lens)
+
+
 def test_a_negative_length() -> None:
     with pytest.raises(ValueError, match=r"image_lens: .*-1"):
         image_seqlens(torch.tensor([[1, 1, 1, 0]]).bool(), [4, -1])

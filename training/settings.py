@@ -36,7 +36,6 @@ from pydantic import (
 )
 
 Location = tuple[int | str, ...]
-SHOWN = 4  # places of a field in a message
 
 
 class ConfigError(ValueError):
@@ -187,8 +186,11 @@ def _worded(cls: type[Section], fault: Any) -> str:
     names = _names(owner)
     if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         name = str(left[0])
-        elsewhere = [path for path in _paths(cls) if path.endswith(f".{name}")][:SHOWN]
-        hint = f"there is {', '.join(elsewhere)}; " if elsewhere else _nearest(name, names)
+        known = (line.strip().partition(" ")[0].rstrip(":") for line in describe(cls))
+        elsewhere = ", ".join([path for path in known if path.endswith(f".{name}")][:4])
+        close = difflib.get_close_matches(name, names, n=1)
+        nearest = f"nearest is {close[0]!r}; " if close else ""
+        hint = f"there is {elsewhere}; " if elsewhere else nearest
         here = f"fields here: {', '.join(names) or 'none'}"
         return f"{_dotted((*where, *left))}: no such field; {hint}{here}"
     if fault["type"] == "value_error":  # raised by our own code, which may name the field
@@ -240,19 +242,6 @@ def section_in(hint: Any) -> type[Section] | None:
         return hint
     found = map(section_in, typing.get_args(hint))
     return next((cls for cls in found if cls is not None), None)
-
-
-def _paths(cls: type[Section], where: str = "") -> Iterator[str]:
-    """The dotted names of all fields below a section."""
-    for name, field in cls.model_fields.items():
-        yield f"{where}{name}"
-        if (inner := section_in(field.annotation)) is not None:
-            yield from _paths(inner, f"{where}{name}.")
-
-
-def _nearest(name: str, valid: list[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1)
-    return f"nearest is {close[0]!r}; " if close else ""
 
 
 # --- YAML ----------------------------------------------------------------------------------------

@@ -187,10 +187,11 @@ def _distill() -> list[Tensor]:
     return [out.loss.detach(), out.ce, out.kd, hs.grad, ws.grad]
 
 
-def _relation() -> list[Tensor]:
+def _relation(softcap: float | None = None) -> list[Tensor]:
     hs, ws = _normal(400, 128).requires_grad_(), _normal(5003, 128).requires_grad_()
     ends = torch.tensor([0, 131, 131, 400], dtype=torch.int32, device="cuda")
-    loss = mk.fused_linear_relation(hs, ws, _normal(400, 192), _normal(5003, 192), ends)
+    heads = hs, ws, _normal(400, 192), _normal(5003, 192)
+    loss = mk.fused_linear_relation(*heads, ends, student_softcap=softcap)
     loss.backward()
     assert hs.grad is not None and ws.grad is not None
     return [loss.detach(), hs.grad, ws.grad]
@@ -204,7 +205,10 @@ def _logprob() -> list[Tensor]:
     return [logp.detach(), h.grad, w.grad]
 
 
-CALLS = {"distill": _distill, "relation": _relation, "logprob": _logprob}
+CALLS = {
+    "distill": _distill, "relation": _relation, "softcapped": lambda: _relation(30.0),
+    "logprob": _logprob,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -103,8 +103,8 @@ def answer_grid(runs: list[Run], source: LlavaSource, path: Path) -> None:
     for at, (axis, sample) in enumerate(zip(axes.flat, chosen, strict=False)):
         axis.imshow(source.images(sample)[0])
         question, truth = sample.turns[0]
-        title = shorten(question.replace(IMAGE_MARK, ""), LONGEST)
-        axis.set(title=title, xticks=[], yticks=[])
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(shorten(question.replace(IMAGE_MARK, ""), LONGEST), fontsize=9)
         lines = [("truth", truth, "black")]
         for run, given in zip(runs, answers, strict=True):
             lines.append((run.name, given[at], "green" if given[at] == truth else "firebrick"))

@@ -144,14 +144,19 @@ def limits(config: DemoConfig) -> str:
     tower = json.loads((config.folder / "tower" / "tower.json").read_text())
     lines = {"scenes": (_SEEN, _TEMPLATES + _PARTS), "easy-vqa": (_SEEN, _TEMPLATES)}
     told = (*lines.get(config.data, (_OWN,)), _RANDOM)
-    return results.listed([line.format(accuracy=tower["accuracy"]) for line in told])
+    held_out = _HELD_OUT[config.held_out]
+    return results.listed([line.format(**tower, held_out=held_out) for line in told])
 
 
 _SEEN = """\
 The vision tower that all models share was trained with the labels of all training images
   (accuracy of its probe {accuracy:.3f}), the students' among them. And the teacher saw the true
   answers about them, so what it says of the students' images is closer to the truth than it would
-  be of images that nobody labelled. The held-out images are new to all."""
+  be of images that nobody labelled.{held_out}"""
+_HELD_OUT = {
+    "test": " The held-out images are new to all.",
+    "dev": " So they did of what is held out here: training questions that no student sees.",
+}
 _TEMPLATES = "Questions are templates, so that more of them can be had for nothing."
 _PARTS = """ Whoever knows that the four
   photographs of a scene are separate things can cut up and recompose the students' own labelled

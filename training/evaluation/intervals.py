@@ -90,7 +90,7 @@ def reported(figures: Figures, questions: Sequence[Question]) -> dict[str, dict[
 
 def wilson(right: int, n: int) -> tuple[float, float]:
     """95% confidence interval of a share, `right` of `n`; all there is where n is 0."""
-    return _wilson(right / n, n, norm.ppf(UPPER)) if n else (0.0, 1.0)
+    return _wilson(right / n, n, float(norm.ppf(UPPER))) if n else (0.0, 1.0)
 
 
 def _wilson(p: float, n: float, z: float) -> tuple[float, float]:
@@ -107,7 +107,7 @@ def _among_images(sums: np.ndarray) -> tuple[float, float]:  # (n, 2)
     p = top / bottom
     spread = n / (n - 1) * ((sums[:, 0] - p * sums[:, 1]) ** 2).sum() / bottom**2
     alike = spread <= 1e-12 * p * (1 - p)  # one answer an image is what it comes to then
-    return _wilson(p, n if alike else p * (1 - p) / spread, t.ppf(UPPER, n - 1))
+    return _wilson(p, n if alike else p * (1 - p) / spread, float(t.ppf(UPPER, n - 1)))
 
 
 def _drawn(sums: np.ndarray, of: Callable[..., np.ndarray]) -> tuple[float, float] | None:
@@ -116,6 +116,6 @@ def _drawn(sums: np.ndarray, of: Callable[..., np.ndarray]) -> tuple[float, floa
     drawn = of(np.stack([sums[rng.integers(n, size=n)].sum(0) for _ in range(DRAWS)]))
     if np.ptp(drawn) <= 1e-12 * np.abs(drawn).max():
         return None
-    below = norm.cdf(-np.sqrt(n / (n - 1)) * t.ppf(UPPER, n - 1))
+    below = norm.cdf(-np.sqrt(n / (n - 1)) * float(t.ppf(UPPER, n - 1)))
     low, high = np.quantile(drawn, (below, 1 - below))
     return float(low), float(high)

@@ -29,6 +29,7 @@ from training.demo.report import (
     TEACHER,
     UNLABELLED,
     judge,
+    limits,
 )
 from training.demo.results import markdown, on_its_side, table
 from training.demo.run import demo
@@ -231,6 +232,22 @@ def test_table_shows_mean_and_deviation():
     assert lines == [["a", "0.500 ± 0.141", "–"]]
 
 
+@pytest.mark.parametrize(
+    ("data", "held_out", "told", "not_told"),
+    [
+        ("scenes", "test", ["recompose", "new to all", "templates"], "train.json"),
+        ("scenes", "dev", ["recompose", "training questions that no student sees"], "new to all"),
+        ("easy-vqa", "test", ["labels of all training images", "templates"], "photographs"),
+        ("a folder", "test", ["learned from train.json (accuracy of the", "0.500"], "templates"),
+    ],
+)
+def test_what_the_comparison_does_not_show_fits_the_data(tmp_path, data, held_out, told, not_told):
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "tower" / "tower.json").write_text('{"accuracy": 0.5}')
+    text = limits(DemoConfig(out=str(tmp_path), data=data, held_out=held_out))
+    assert all(needed in text for needed in [*told, "random weights"]) and not_told not in text
+
+
 DOCS = Path(__file__).parents[3] / "docs"
 
 
@@ -253,6 +270,26 @@ def test_a_published_study_is_what_its_runs_say(name):
     text, runs = published(name)
     assert markdown(table(runs)) in text
     assert all(paragraph in text for paragraph in findings(runs))
+
+
+def test_the_studies_side_by_side_are_what_each_says():
+    studies = [findings(published(name)[1])[1] for name in ("study-scenes", "study-easy-vqa")]
+    scenes, easy = ({line[0]: line for line in map(cells, text.splitlines())} for text in studies)
+    beside = (DOCS / "study.md").read_text().split("| --- |")[-1].split("\n\n")[0]
+    shown = [cells(line) for line in beside.splitlines()[1:]]
+    assert [line[:2] for line in shown] == [line[:2] for line in list(scenes.values())[2:]]
+    for name, _, *points in shown:
+        for cell, study in zip(points, (scenes, easy), strict=True):
+            if name not in study:
+                assert cell == "–"
+                continue
+            _, _, margin, _, beyond, _, share = study[name]
+            assert cell == (f"{margin} ({share})" if beyond == "–" else f"**{margin} ({share})**")
+
+
+def cells(line: str) -> list[str]:
+    """Of a line of a table in Markdown."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_findings_follow_the_rule():
