@@ -85,7 +85,7 @@ def _measuring_options(command: argparse.ArgumentParser) -> None:
     add("--only", type=_keys, default=(), metavar="METHOD,...", help="measure only these methods")
     add("--rounds", type=_positive, metavar="N", help="rounds after warm-up; the suite has its own")
     minutes = "for everything; what does not fit is made smaller, and said (%(default)g)"
-    add("--minutes", type=float, default=10.0, metavar="M", help=minutes)
+    add("--minutes", type=float, default=record.MINUTES, metavar="M", help=minutes)
     add(
         "--out", type=Path, metavar="DIR",
         help="folder of the JSON and the report; by itself a full run of suite cpu or gpu, made in "
@@ -116,6 +116,7 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
     parts = SECTIONS if args.command == "all" else (args.command,)
     judged = methods.ours_by_default(suite.device)
     run |= {"judged_method": judged.key, "judged": judged.label, "targets": []}
+    run["minutes"] = args.minutes
     kept = args.out or Path("runs", "benchmarks")
     for done in _measured(run, parts, session, args.minutes, console):
         run |= {"complete": done, "targets": targets.judge(run, judged.key)}

@@ -137,5 +137,6 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.memory", "benchmarks.step"])
+    # An import that fails is none: `vlm` needs transformers.
+    context.set_forkserver_preload(["benchmarks.memory", "benchmarks.step", "benchmarks.vlm"])
     return context

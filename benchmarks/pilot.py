@@ -97,13 +97,15 @@ def _tensors(case: Case, device: str) -> Problem:
 
 
 def timed(method: Method, problem: Problem) -> float:
-    """Seconds of a step, the faster of two after one of warm-up: others may use the machine too."""
+    """Seconds of a step, the fastest of two or three: the first warms up, and others may use the
+    machine too.
+    """
     step = method.build(problem)
     spent = []
-    while len(spent) < 3 and sum(spent) < 2 * ENOUGH:
+    while len(spent) < 2 or (len(spent) < 3 and sum(spent) < 2 * ENOUGH):
         spent.append(once(step, problem.hs.device.type))
         problem.forget_gradients()
-    return min(spent[1:] or spent)
+    return min(spent)
 
 
 def measured_costs(device: str, children: bool) -> Costs:
@@ -116,13 +118,13 @@ def measured_costs(device: str, children: bool) -> Costs:
     begun.append(time.monotonic())
     vet(EAGER, problem, expected)
     begun.append(time.monotonic())
-    each = [(b - a) / case.elements for a, b in pairwise(begun)]
-    if not children:
-        return Costs(*each)
-    memory.apart(device, dict)  # the first starts the server of the others
-    begun.append(time.monotonic())
-    memory.apart(device, dict)
-    return Costs(*each, time.monotonic() - begun[-1])
+    made, known, compared = ((b - a) / case.elements for a, b in pairwise(begun))
+    child = 0.0
+    for _ in range(2 * children):  # the first starts the server of the others
+        begun.append(time.monotonic())
+        memory.apart(device, dict)
+        child = time.monotonic() - begun[-1]
+    return Costs(made, known, compared, child)
 
 
 @dataclass
@@ -157,7 +159,7 @@ class Pilot:
 
     def choose(self, case: Any) -> Option:
         """What of it there is time for; it does not wait any longer."""
-        slower = max(1.0, (self.clock() - self._begun) / (self._planned or math.inf))
+        slower = max(0.5, (self.clock() - self._begun) / self._planned) if self._planned else 1.0
         left = (self._ends - self.clock()) / slower
         weights = {case: self.session.suite.weights.get(case, 1.0) for case in self._waiting}
         most = level([(weights[case], options) for case, options in self._waiting.items()], left)
@@ -168,7 +170,7 @@ class Pilot:
     def _options(self, case: Any, parts: Sequence[str]) -> list[Option]:
         """From all that was asked for to the least."""
         if isinstance(case, StepCase):  # its rounds and batches end with its seconds
-            return [Option(case, self.session.rounds, STEP_CASE / 2**n) for n in range(4)]
+            return [Option(case, self.session.rounds, STEP_CASE / 2**n) for n in range(2)]
         if isinstance(case, Ladder):
             rates = self._rates_of(self.session.everything(case.case.loss), case.case)
             return [self._ladder(case.halved(times), rates) for times in range(HALVINGS)]

@@ -124,7 +124,7 @@ def _below_the_floor(record: dict[str, Any]) -> Iterator[str]:
         rows = {row["label"]: row for row in _headline_rows(record, dtype)}
         ours, floor = rows.get(record["judged"], {}), rows.get(FLOOR.label)
         if floor and (ours.get("over_floor") or 1) < 1:
-            speeds = f"{ours['gflops']:,.0f} GFLOP/s against {floor['gflops']:,.0f}"
+            speeds = f"{ours['gflops']:.3g} GFLOP/s against {floor['gflops']:.3g}"
             below.append(f"in {dtype} {speeds}, hence {times(ours['over_floor'])}")
     if below:
         yield (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,29 @@ from benchmarks.tables import markdown, tables
 
 
 def show(record: dict[str, Any], console: Console) -> None:
-    """Print the page on a terminal."""
-    console.print(Markdown(_page(record, {})))
+    """Print every table, and last, where it is seen, every promise."""
+    console.print(Markdown("\n\n".join([*_tables(record), *_promises(record)])))
 
 
 def write(record: dict[str, Any], folder: Path) -> Path:
     """Write ``report.md`` and its figures into `folder`; returns the page's path."""
+    figures = [f"![{text}]({name})" for name, text in plots.draw(record, folder).items()]
+    parts = ["# Benchmark report", machine_line(record), *_promises(record), *figures]
     page = folder / "report.md"
-    page.write_text(_page(record, plots.draw(record, folder)), encoding="utf-8")
+    page.write_text("\n\n".join([*parts, *_tables(record)]) + "\n", encoding="utf-8")
     return page
 
 
-def _page(record: dict[str, Any], figures: dict[str, str]) -> str:
-    """Machine, promises, figures (file name → caption) and every table."""
-    marks = {True: "pass", False: "**fail**", None: "–"}
-    promises = [f"- {marks[t['holds']]}: {t['promise']}: {t['found']}" for t in record["targets"]]
-    parts = ["# Benchmark report", machine_line(record), f"Promises, for {record['judged']}:"]
-    parts += ["\n".join(promises), *(f"![{text}]({name})" for name, text in figures.items())]
+def _tables(record: dict[str, Any]) -> Iterator[str]:
     for table in tables(record):
-        parts += [f"## {table.title}", table.note, markdown(table)]
-    return "\n\n".join(parts) + "\n"
+        yield from (f"## {table.title}", table.note, markdown(table))
+
+
+def _promises(record: dict[str, Any]) -> tuple[str, str]:
+    """Whether each holds, and what was found."""
+    marks = {True: "pass", False: "**fail**", None: "–"}
+    lines = [f"- {marks[t['holds']]}: {t['promise']}: {t['found']}" for t in record["targets"]]
+    return f"Promises, for {record['judged']}:", "\n".join(lines)
 
 
 def machine_line(record: dict[str, Any]) -> str:
@@ -53,5 +57,8 @@ def machine_line(record: dict[str, Any]) -> str:
         text += f"; not installed: {', '.join(missing)}"
     text = f"{text}. Measured {record['date'][:10]}, {record['rounds']} rounds."
     if any(lost := cut(record)):
-        text += " For want of time {} cases are smaller and {} of fewer rounds.".format(*lost)
+        text += (
+            f" For want of time {lost[0]} cases are smaller, N and V halved in turn, and {lost[1]} "
+            "of fewer rounds."
+        )
     return text

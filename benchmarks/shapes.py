@@ -28,7 +28,6 @@ PROMISED = ("fp32", "bf16")
 #: are the point of some: the tail of the larger head is padding.
 PAIRS = {
     "qwen1.5-4b-0.5b": (2560, 1024, 151936, 151936),  # LLaVA-KD-1B, the paper's main pair
-    "qwen1.5-4b-1.8b": (2560, 2048, 151936, 151936),  # LLaVA-KD-2B
     "qwen2.5-3b-0.5b": (2048, 896, 151936, 151936),  # LLaVA-KD's released scripts
     "qwen2.5-7b-1.5b": (3584, 1536, 152064, 151936),
     "qwen2-7b-0.5b": (3584, 896, 152064, 151936),  # LLaVA-MoD

@@ -118,9 +118,12 @@ def _cpu_suite() -> Suite:
         every_backend=(*cross_entropy, *fallbacks),
         step=step,
         weights=dict(zip(big, (20.0, 10.0), strict=True))
-        | dict.fromkeys(step, 8.0)
+        | dict.fromkeys(step, 15.0)
         | dict.fromkeys((*_LADDERS, *relation, images, *answers), 4.0)
-        | dict.fromkeys((*fallbacks, *sweep, *threads), 4.0),
+        | dict.fromkeys(
+            (point, *sweep, *threads), 8.0
+        )  # a line through points of other sizes is none
+        | {fallbacks[1]: 4.0},
     )
 
 
