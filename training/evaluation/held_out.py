@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,11 +31,12 @@ from training.bar import track
 from training.data.collate import Collator
 from training.data.dataset import SampleDataset
 from training.data.item import IGNORE
-from training.evaluation.intervals import wilson
+from training.evaluation.intervals import numbered, share, wilson
 
 ROW_BLOCK = 1024  # logits of this many answer rows at a time
 NO_KIND = "all"
 CAPTION = "caption"
+QUESTIONS = ""  # all kinds but captions, among the intervals
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Scores:
     counts: dict[str, int] = field(default_factory=dict)
     perplexity: float = math.nan
     tokens: int = 0
+    intervals: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def questions(self) -> float:
@@ -55,7 +57,11 @@ class Scores:
 
     def interval(self, kind: str | None = None) -> tuple[float, float]:
         """95% confidence interval of the accuracy of one kind, or of `questions`: what other
-        samples from where these come from would give (Wilson's, for a share of n)."""
+        images from where these come from would give (`evaluation.intervals`); Wilson's of as many
+        samples where it is not known which of them share an image.
+        """
+        if known := self.intervals.get(QUESTIONS if kind is None else kind):
+            return known[0], known[1]
         asked = [k for k in self.counts if (k != CAPTION if kind is None else k == kind)]
         n = sum(self.counts[k] for k in asked)
         right = sum(round(self.kinds[k] * self.counts[k]) for k in asked)
@@ -79,21 +85,27 @@ def evaluate(
     title: str = "held-out",
 ) -> Scores:
     """Score `model` on every sample of `dataset`, which must be encoded with the chat template."""
-    right: dict[str, int] = defaultdict(int)
-    counts: dict[str, int] = defaultdict(int)
-    nll, tokens, at = 0.0, 0, 0
+    hits: list[bool] = []
+    nll, tokens = 0.0, 0
     for exact, row_nll in answers(model, dataset, collator, batch_size, title):
-        for sample, hit in zip(dataset.samples[at : at + len(exact)], exact.tolist(), strict=True):
-            kind = sample.kind or NO_KIND
-            counts[kind] += 1
-            right[kind] += hit
-        at += len(exact)
+        hits += exact.tolist()
         nll += float(row_nll.double().sum())
         tokens += len(row_nll)
-    kinds = {kind: right[kind] / counts[kind] for kind in sorted(counts)}
-    ordered = {kind: counts[kind] for kind in kinds}
+    kinds: dict[str, list[int]] = defaultdict(list)  # the places of its samples
+    for i, sample in enumerate(dataset.samples):
+        kinds[sample.kind or NO_KIND].append(i)
+    right = {kind: sum(hits[i] for i in kinds[kind]) / len(kinds[kind]) for kind in sorted(kinds)}
+    parts = kinds | {QUESTIONS: [i for kind in kinds if kind != CAPTION for i in kinds[kind]]}
+    intervals = {kind: _interval(dataset, hits, part) for kind, part in parts.items() if part}
     mean = torch.tensor(nll / max(tokens, 1), dtype=torch.float64)
-    return Scores(kinds, ordered, mean.exp().item(), tokens)  # inf where math.exp overflows
+    perplexity = mean.exp().item()  # inf where math.exp overflows
+    return Scores(right, {kind: len(kinds[kind]) for kind in right}, perplexity, tokens, intervals)
+
+
+def _interval(dataset: SampleDataset, hits: Sequence[bool], part: Sequence[int]) -> list[float]:
+    found = share(hits[i] for i in part).interval(numbered(dataset.samples[i].images for i in part))
+    assert found is not None, "a share has an interval"
+    return list(found)
 
 
 @torch.no_grad()

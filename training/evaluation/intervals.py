@@ -79,13 +79,18 @@ def share(tops: Iterable[Any], bottoms: Iterable[Any] | None = None) -> Figure:
 
 def reported(figures: Figures, questions: Sequence[Question]) -> dict[str, dict[str, Any]]:
     """`scores`, the numbers of a scorer's by name, and `intervals`, low and high of its figures."""
-    places: dict[Any, int] = {}
-    units = [places.setdefault(q.images or i, len(places)) for i, q in enumerate(questions)]
+    units = numbered(q.images for q in questions)
     made = {name: x for name, x in figures.items() if isinstance(x, Figure)}
     return {
         "scores": {n: x.value if isinstance(x, Figure) else x for n, x in figures.items()},
         "intervals": {name: figure.interval(units) for name, figure in made.items() if units},
     }
+
+
+def numbered(images: Iterable[Any]) -> list[int]:
+    """Which of the images, counted from 0, each question is about; one without any stands alone."""
+    places: dict[Any, int] = {}
+    return [places.setdefault(image or i, len(places)) for i, image in enumerate(images)]
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:

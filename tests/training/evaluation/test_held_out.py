@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from tests.training import tiny
 from training.anatomy import freeze
 from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
+from training.evaluation import held_out
 from training.evaluation.held_out import Scores, answers, evaluate
+from training.evaluation.intervals import wilson
 from training.generate import Asked, Writer
 from training.models import build_model
 
@@ -79,6 +82,24 @@ def test_perplexity_and_kinds(parts):
     assert scores.tokens == int(rows.sum())
     assert scores.counts == {"colour": 12, "pair": 4, "text": 4}
     assert Scores(**json.loads(json.dumps(asdict(scores)))) == scores
+
+
+def test_questions_about_one_image_count_as_few(parts, monkeypatch):
+    model, _, data, collator = parts
+    right = torch.arange(20) // 4 % 2 == 0  # alike where four in a row share an image
+    monkeypatch.setattr(held_out, "answers", lambda *_: [(right, torch.zeros(1))])
+    few, many = (
+        evaluate(model, SimpleNamespace(samples=about(data, images)), collator).interval()
+        for images in ([i // 4 for i in range(20)], range(20))
+    )
+    assert many == wilson(12, 20)
+    assert few[0] < many[0] - 0.1 and few[1] > many[1] + 0.05
+
+
+def about(data, images):
+    """The samples of `data`, all questions, about these images."""
+    pairs = zip(data.samples, images, strict=True)
+    return [replace(sample, images=(f"{image}.png",), kind="count") for sample, image in pairs]
 
 
 def test_perplexity_of_a_model_that_blew_up_is_infinite(parts):
