@@ -260,8 +260,9 @@ def published(name: str) -> tuple[str, dict[str, list[dict[str, float]]]]:
     return (DOCS / name / "report.md").read_text(), runs
 
 
-def test_the_published_demo_is_what_its_runs_say():
-    text, runs = published("demo-3-seeds")
+@pytest.mark.parametrize("name", [path.name for path in DOCS.glob("demo-*")])
+def test_a_published_demo_is_what_its_runs_say(name):
+    text, runs = published(name)
     assert f"**{judge(runs)}**" in text and markdown(on_its_side(table(runs))) in text
 
 
