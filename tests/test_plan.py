@@ -175,7 +175,11 @@ def test_a_head_gradient_that_is_added_elsewhere_is_not_counted(backend: str) ->
     assert "dw is added to main_grad in forward" in str(plans[2])
     few = mk.explain(n, v, 2 * n, dtype=torch.bfloat16, backend="eager", main_grad="forward")
     assert few.saved_bytes == 4 * 2 * n * n  # nor its factors
-    for given in ({"main_grad": "now"}, {"main_grad": "forward", "train_head": False}):
+    refused: list[dict[str, Any]] = [
+        {"main_grad": "now"},
+        {"main_grad": "forward", "train_head": False},
+    ]
+    for given in refused:
         with pytest.raises(ValueError, match="main_grad: expected None, or 'backward' or 'forwa"):
             mk.explain(n, v, d, **given)
 

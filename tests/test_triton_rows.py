@@ -114,7 +114,7 @@ def test_rows_may_be_folded_several_chunks_at_a_time(
     """
     p, empty, folded = problem("ragged", dtype), torch.empty, []
 
-    def add(grads: products.Gradients, rows: slice, dz: Tensor, **dead: Tensor) -> None:
+    def add(grads: products.Gradients, rows: slice, dz: Tensor, **dead: Any) -> None:
         folded.append(rows.stop - rows.start)
         real(grads, rows, dz, **dead)
 
