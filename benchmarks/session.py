@@ -64,7 +64,8 @@ class Session:
 
     def methods(self, case: Case) -> list[Method]:
         """Those that a case is measured with."""
-        return select(case.loss, self.only, case in self.suite.every_backend, self.suite.device)
+        every = any(case.made_of(asked) for asked in self.suite.every_backend)
+        return select(case.loss, self.only, every, self.suite.device)
 
     def everything(self, loss: str) -> list[Method]:
         """Those that a loss is compared with where all backends are."""

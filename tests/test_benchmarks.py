@@ -366,6 +366,9 @@ def test_a_smaller_case_is_of_the_one_that_was_asked_for(loss: str) -> None:
     assert not small.made_of(replace(asked, dtype="fp32")) and not asked.made_of(small)
     found = [{"method": "x", "case": asdict(small), "over_floor": 1.0}]
     assert targets._row(found, "x", asked) == found[0]
+    session = Session(SUITES["cpu"])
+    for asked in session.suite.every_backend:
+        assert session.methods(asked.halved(3)) == session.methods(asked)
 
 
 def test_a_record_says_what_there_was_no_time_for(tmp_path: Path) -> None:
