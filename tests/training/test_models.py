@@ -49,9 +49,10 @@ def read_rows(name):
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """Paths that are asked of a hub that has nothing."""
+def hub(monkeypatch, tmp_path):
+    """Paths that are asked of a hub that has nothing, in a folder that has nothing either."""
     asked = []
+    monkeypatch.chdir(tmp_path)
 
     class Nothing(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
