@@ -113,24 +113,16 @@ def _cpu_suite() -> Suite:
             *(*big, *relation, images, *answers, *fallbacks, *sweep, *threads),
             *(frozen, *cross_entropy, *real),
         ),
-        memory=(
-            *big,
-            *relation,
-            *answers,
-            *fallbacks,
-            *sweep,
-            fewer,
-        ),  # where there is least to save
+        # Of `fewer` rows there is least to save.
+        memory=(*big, *relation, *answers, *fallbacks, *sweep, fewer),
         accuracy=_LADDERS,
         every_backend=(*cross_entropy, *fallbacks),
         step=step,
         weights=dict(zip(big, (20.0, 10.0), strict=True))
         | dict.fromkeys(step, 15.0)
         | dict.fromkeys((*_LADDERS, *relation, images, *answers), 4.0)
-        | dict.fromkeys(
-            (point, *sweep, *threads), 8.0
-        )  # a line through points of other sizes is none
-        | {fallbacks[1]: 4.0},
+        # Points of other sizes make no line, and of a small size no promise about memory.
+        | dict.fromkeys((*fallbacks, *sweep, *threads), 8.0),
     )
 
 
