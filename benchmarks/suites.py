@@ -122,7 +122,8 @@ def _cpu_suite() -> Suite:
         | dict.fromkeys(step, 15.0)
         | dict.fromkeys((*_LADDERS, *relation, images, *answers), 4.0)
         # Points of other sizes make no line, and of a small size no promise about memory.
-        | dict.fromkeys((*fallbacks, *sweep, *threads), 8.0),
+        | dict.fromkeys((point, *sweep, *threads), 8.0)
+        | {fallbacks[1]: 12.0},
     )
 
 
