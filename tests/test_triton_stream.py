@@ -52,8 +52,13 @@ class Out(NamedTuple):
 
 @pytest.fixture(params=["pointers", "descriptors"])
 def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of loading a tile. Descriptors want rows of whole 16-byte units."""
+    """Both ways of loading a tile, whose sums are of several segments where blocks are tiny.
+    Descriptors want rows of whole 16-byte units.
+    """
     from mllmkd_kernels.backends.triton import heads
+
+    if heads.INTERPRETED.value:
+        monkeypatch.setattr(heads, "SEGMENT", heads.tl.constexpr(16))
 
     monkeypatch.setattr(heads, "tma", lambda head: request.param == "descriptors")
     return request.param

@@ -5,6 +5,11 @@ Operands are loaded by pointers, or by tensor descriptors (TMA) where the machin
 are of whole 16-byte units. Operands of unequal dtypes are widened to fp32 in registers, tile by
 tile. A product is one matrix instruction's worth of fp32 numbers, far more than what follows it can
 hold temporaries for: bias, soft-cap and everything else are done part by part.
+
+Tensor cores add in fp32 and cut off what does not fit, toward zero, so that a long sum is too small
+by an amount that grows with its length. It cancels between two models of one width and not between
+two of unequal ones. So the hidden size is summed in segments, whose sums are added by ordinary fp32
+additions, which round to nearest (see `SEGMENT`).
 """
 
 from __future__ import annotations
@@ -25,11 +30,26 @@ from mllmkd_kernels.backends.triton.tiles import softcap
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
+#: Columns of the longest segment.
+SEGMENT = tl.constexpr(512)
+
+
+@triton.constexpr_function
+def segment_of(d, block, most):
+    """Columns of each segment of `d`, whole blocks: `d` itself if it is few, else the longest, from
+    `most` down to half of it, with the fewest columns beyond `d` in the last one.
+    """
+    longest, step = max(most, block), max(most // 8, block)
+    if d <= longest:
+        return d
+    return min(range(longest, longest // 2 - 1, -step), key=lambda length: -d % length)
+
+
 @triton.jit
-def _operand(x, first, k, count, D: tl.constexpr, TMA: tl.constexpr, ROWS: tl.constexpr,
-             COLUMNS: tl.constexpr):  # fmt: skip
-    """Rows first … of x (count, D), columns k …: (ROWS, COLUMNS), 0 beyond D. Rows beyond `count`
-    hold something harmless: nobody keeps what comes of them.
+def _operand(x, first, k, count, D: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr,
+             ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Rows first … of x (count, D), columns k …: (ROWS, COLUMNS), 0 beyond D, where no tile is
+    if WHOLE. Rows beyond `count` hold something harmless: nobody keeps what comes of them.
     """
     if TMA:
         tile = x.load([first, k])
@@ -38,7 +58,7 @@ def _operand(x, first, k, count, D: tl.constexpr, TMA: tl.constexpr, ROWS: tl.co
         rows = tl.minimum(tl.arange(0, ROWS), count - 1 - first)
         columns = tl.arange(0, COLUMNS)
         places = x + tl.cast(first, tl.int64) * D + k + (rows[:, None] * D + columns[None, :])
-        if D % COLUMNS == 0:
+        if WHOLE:
             tile = tl.load(places)
         else:
             tile = tl.load(places, mask=(columns < D - k)[None, :], other=0.0)
@@ -46,16 +66,34 @@ def _operand(x, first, k, count, D: tl.constexpr, TMA: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
+def _added(z, h, w, row, column, k, n, vocab, D: tl.constexpr, WHOLE: tl.constexpr,
+           TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+           BLOCK_D: tl.constexpr):  # fmt: skip
+    """z + the product of columns k … of both operands."""
+    x = _operand(h, row, k, n, D, WHOLE, TMA, BLOCK_N, BLOCK_D)
+    y = _operand(w, column, k, vocab, D, WHOLE, TMA, BLOCK_V, BLOCK_D)
+    if INTERPRETED or x.dtype != y.dtype:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y.T, z, input_precision="ieee")
+
+
+@triton.jit
 def product_tile(h, w, row, column, n, vocab, D: tl.constexpr, TMA: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """h Wᵀ of rows row … and tokens column …, (BLOCK_N, BLOCK_V) fp32."""
+    LENGTH: tl.constexpr = segment_of(D, BLOCK_D, SEGMENT)
     z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    for k in range(0, D, BLOCK_D):
-        x = _operand(h, row, k, n, D, TMA, BLOCK_N, BLOCK_D)
-        y = _operand(w, column, k, vocab, D, TMA, BLOCK_V, BLOCK_D)
-        if INTERPRETED or x.dtype != y.dtype:
-            x, y = x.to(tl.float32), y.to(tl.float32)
-        z = tl.dot(x, y.T, z, input_precision="ieee")
+    if LENGTH == D:
+        for k in range(0, D, BLOCK_D):
+            z = _added(z, h, w, row, column, k, n, vocab, D, D % BLOCK_D == 0, TMA,
+                       BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
+    else:  # flattened into one loop, whose loads run on from one segment into the next
+        for first in tl.range(0, D, LENGTH, flatten=True):
+            part = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+            for k in range(0, LENGTH, BLOCK_D):
+                part = _added(part, h, w, row, column, first + k, n, vocab, D, D % LENGTH == 0,
+                              TMA, BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
+            z += part
     return z
 
 
