@@ -44,9 +44,13 @@ def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return request.param
 
 
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(seed)
+
+
 def _normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
     """Logits of two of these, over D, have a standard deviation of 2."""
-    rng = torch.Generator("cuda").manual_seed(seed + len(shape) + shape[0])
+    rng = _generator(seed + len(shape) + shape[0])
     x = torch.randn(shape, generator=rng, device="cuda", dtype=torch.float32)
     return x.mul_((4 / shape[-1]) ** 0.25).to(dtype)
 
@@ -69,17 +73,23 @@ def test_the_ladder_with_a_real_vocabulary(
         assert error <= ladder_bound(dtype, eps), f"{name}: {error:.2e}"
 
 
+@pytest.mark.parametrize("copies", [2, 4])
 @pytest.mark.parametrize("eps", [0.1, 0.003])
-def test_logits_do_not_drift_with_the_hidden_size(eps: float, algorithm: str) -> None:
-    """h_t = [h, h] and W_t = [W/2, W/2] plus noise: the same logits at twice the K. An accumulator
-    that truncates is then off by more for the teacher than for the student, where near convergence
-    equal errors would cancel.
+def test_logits_do_not_drift_with_the_hidden_size(eps: float, copies: int, algorithm: str) -> None:
+    """A student of D 1,024 and a teacher whose hidden states are `copies` of the student's side by
+    side, and whose weights add up to the student's but for a few: nearly the same logits at several
+    times the K. An accumulator that truncates is then off by more for the teacher than for the
+    student, where near convergence equal errors would cancel.
     """
     n, v, d = 64, VOCAB, 1024
-    hs, ws = _normal(n, d), _normal(v, d)
-    noise = _normal(v, 2 * d, dtype=torch.float32, seed=3) * eps
-    wt = (torch.cat([ws, ws], 1).float() / 2 + noise / 2).bfloat16()
-    ht = torch.cat([hs, hs], 1)
+    hs, ws, noise = (
+        _normal(n, d),
+        _normal(v, d),
+        _normal(v, copies * d, dtype=torch.float32, seed=3),
+    )
+    few = torch.rand(noise.shape, device="cuda", generator=_generator(copies)) < 0.05
+    ht, wt = hs.repeat(1, copies), ws.repeat(1, copies) / copies
+    wt += (noise * few * (4 * eps / copies)).bfloat16()
     h = hs.clone().requires_grad_()
     mk.fused_linear_distill(h, ws, ht, wt, kd_weight=1000.0, backend="triton").loss.backward()
     exact = hs.double().requires_grad_()

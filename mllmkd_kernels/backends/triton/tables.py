@@ -60,10 +60,8 @@ def _row(block: int, warps: int) -> dict[str, int]:
 # spills there, and `values` does for one divergence (255, two spills), so they take 128 × 64.
 # `rows` takes 2,048 columns: 64 registers for forward KL, so that four blocks share a
 # multiprocessor, and two where a divergence needs 104.
-# Hopper's tensor cores truncate as they add. Their sum could go into an fp32 one every 256 of the
-# hidden size, and does not: within the loop it makes `gradient` with JSD spill (255, 32 spills, a
-# loop of 308 instructions for 89); a loop for each 256 spills nothing (226), but drains the
-# pipeline each time and issues 60% more. Compiled, not timed; the drift has a test for GPUs.
+# A second sum (`heads.SEGMENT`) takes 69 registers more of `statistics` (165), so that now one block
+# has a multiprocessor to itself, as with `gradient`; the others take no more than without.
 _HOPPER: Table = {
     "rows": {"single": _row(2048, 8)},
     "statistics": {
@@ -81,18 +79,12 @@ _HOPPER: Table = {
     "relation_grad": {"single": _relation(64, 16, 4, 8, 3) | {"block_d": 64}},
 }
 
-# Compiled, not timed. 163 KB of shared memory hold the same tiles. `values` with JSD and votes, and
-# the relation, spill unless less of an operand is held at once.
+# Compiled, not timed. 163 KB of shared memory hold the same tiles. `values` with JSD, and the
+# relation, spill unless less is held at once.
 _AMPERE: Table = _HOPPER | {
-    "values": _HOPPER["values"] | {"half": _matrix(128, 64, 32, 8, 4)},
+    "values": _HOPPER["values"] | {"half": _matrix(64, 64, 32, 8, 4)},
     "relation_stats": {"single": _relation(64, 16, 4, 8, 3)},
     "relation_grad": {"single": _relation(64, 16, 4, 8, 3) | {"block_d": 32}},
-}
-
-# Compiled, not timed. Accumulators are in tensor memory and leave registers free: `values` takes
-# 128 × 128 too (96 registers).
-_BLACKWELL: Table = _HOPPER | {
-    "values": _HOPPER["values"] | {"half-tma": _matrix(128, 128, 64, 8, 3)},
 }
 
 # Compiled, not timed, for sm_120: 99 KB of shared memory, and no fp64 units to speak of, whose
@@ -103,11 +95,11 @@ _CONSUMER: Table = _HOPPER | {
 }
 
 # Compiled, not timed, for gfx942 and gfx950: wavefronts of 64 lanes, 64 KiB of local memory, no
-# descriptors. With 8 warps `gradient` and `values` spill on gfx950.
+# descriptors. On gfx950 `gradient` spills with 8 warps, `values` with 128 × 64 too.
 _CDNA: Table = {
     "rows": {"single": _row(2048, 8)},
     "statistics": {"half": _matrix(128, 64, 64, 8, 2), "single": _matrix(64, 64, 32, 8, 2)},
-    "values": {"half": _matrix(128, 64, 64, 4, 2), "single": _matrix(64, 64, 32, 8, 2)},
+    "values": {"half": _matrix(64, 64, 64, 4, 2), "single": _matrix(64, 64, 32, 8, 2)},
     "gradient": {"half": _matrix(128, 64, 64, 4, 2), "single": _matrix(64, 64, 32, 8, 2)},
     "relation_stats": {"single": _relation(64, 32, 4, 8, 2)},
     "relation_grad": {"single": _relation(64, 16, 4, 8, 2) | {"block_d": 64}},
@@ -115,7 +107,7 @@ _CDNA: Table = {
 
 HIP = "hip"
 TABLES: dict[int | str, Table] = {
-    80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 120: _CONSUMER, HIP: _CDNA,
+    80: _AMPERE, 90: _HOPPER, 100: _HOPPER, 120: _CONSUMER, HIP: _CDNA,
 }  # fmt: skip
 
 #: Under Triton's interpreter a block is an array of NumPy and a test has a few dozen rows: blocks
