@@ -56,12 +56,12 @@ def _row(block: int, warps: int) -> dict[str, int]:
 
 # Compiled, not timed: no spills for sm_90 (`make gpu-offline` prints the registers). A thread has
 # 255 registers. `values` and `gradient` hold a tile of both models and the terms of a divergence on
-# top. `gradient` with descriptors takes 128 × 128 (213 to 246 registers); loaded by pointers it
+# top. `gradient` with descriptors takes 128 × 128 (144 to 255 registers); loaded by pointers it
 # spills there, and `values` does for one divergence (255, two spills), so they take 128 × 64.
 # `rows` takes 2,048 columns: 64 registers for forward KL, so that four blocks share a
 # multiprocessor, and two where a divergence needs 104.
-# A second sum (`heads.SEGMENT`) takes 69 registers more of `statistics` (165), so that now one block
-# has a multiprocessor to itself, as with `gradient`; the others take no more than without.
+# A second sum (`heads.SEGMENT`) makes 165 registers of 96 for `statistics`, so that one block has a
+# multiprocessor to itself, as with `gradient`; the others take no more than without.
 _HOPPER: Table = {
     "rows": {"single": _row(2048, 8)},
     "statistics": {
