@@ -33,7 +33,7 @@ from torch import Tensor
 
 from mllmkd_kernels.backends.triton import tables
 from mllmkd_kernels.backends.triton.diagnostics import entropy, fold_entropy, lowered, weighted
-from mllmkd_kernels.backends.triton.divergence import NEEDS_MEAN, gradient, terms, times
+from mllmkd_kernels.backends.triton.divergence import NEEDS_MEAN, constants_of, gradient, terms
 from mllmkd_kernels.backends.triton.heads import rounded
 from mllmkd_kernels.backends.triton.scores import (
     along,
@@ -212,7 +212,7 @@ def whole_row_kernel(
             tl.store(seen + row * 3 + 2, tl.max(tl.where(both, 1.0, 0.0), 0))
         value, slope = terms(log_p, log_q, param, NAME)
         tl.store(kd + row, tl.sum(value, 0))
-        mean = tl.sum(times(exp(log_q), slope), 0)
+        mean = tl.sum(exp(log_q) * slope, 0)
         if SCORED:
             forth, centre = along(log_p, log_q, slope, offset, NAME)
             pull = pull_of(through, tl.sum(forth, 0), mean, tl.sum(centre, 0))
@@ -296,7 +296,7 @@ def long_row_kernel(
             if TEACHER:
                 f, slope = terms(log_p, log_q, param, NAME)
                 value += f
-                mean += times(exp(log_q), slope)
+                mean += exp(log_q) * slope
                 if SCORED:
                     ahead, aside = along(log_p, log_q, slope, offset, NAME)
                     forth, centre = forth + ahead, centre + aside
@@ -376,7 +376,8 @@ def row_losses(
         settings["MEAN_FIRST"] = name in NEEDS_MEAN or settings["SCORED"]
     kernel[(rows,)](
         z_s, z_t, b_s, b_t, labels, ce_weight, kd_weight, ce, kd, seen, dz, vocab, stride,
-        0 if dz is None else dz.stride(0), ignore_index, param, 1.0 / temperature, **settings,
+        0 if dz is None else dz.stride(0), ignore_index, constants_of(name, param),
+        1.0 / temperature, **settings,
     )  # fmt: skip
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from mllmkd_kernels.backends.calls import Head
 from mllmkd_kernels.backends.triton import heads
 from mllmkd_kernels.backends.triton.diagnostics import counted, entropy, lowered, vote, weighted
+from mllmkd_kernels.backends.triton.divergence import constants_of, terms
 from mllmkd_kernels.backends.triton.divergence import gradient as divergence_gradient
-from mllmkd_kernels.backends.triton.divergence import terms, times
 from mllmkd_kernels.backends.triton.heads import (
     logits,
     part_columns,
@@ -204,7 +204,7 @@ def values_kernel(
             log_p = _log_probability(z_t, facts, TOP_T, LOG_T, n, rows, scale)
             f, slope = terms(log_p, log_q, param, NAME)
             value += tl.sum(f, 1)
-            mean += tl.sum(times(exp(log_q), slope), 1)
+            mean += tl.sum(exp(log_q) * slope, 1)
             if votes is not None:
                 best_s, best_t, agree = vote(best_s, best_t, agree, z_s, z_t)
     mine = partial + split.to(tl.int64) * 2 * n + rows
@@ -338,7 +338,8 @@ def values(
     votes = facts.new_empty(splits, 3, n) if want_votes else None
     arguments: list[Any] = [*heads.operands(student, tma, use), student.b]
     arguments += [*heads.operands(teacher, tma, use), teacher.b]
-    arguments += [facts, partial, votes, n, vocab, tiles, scale, param, divergence]
+    arguments += [facts, partial, votes, n, vocab, tiles, scale]
+    arguments += [constants_of(divergence, param), divergence]
     constants = {**_widths(student, teacher), "TMA": tma, "GROUP": GROUP_BLOCKS}
     constants["PARTS"] = parts("values", use)
     values_kernel[(triton.cdiv(n, use["BLOCK_N"]) * splits,)](*arguments, **(constants | use))
@@ -375,7 +376,7 @@ def gradient(
     arguments: list[Any] = [*heads.operands(student, tma, use), student.b]
     arguments += [None] * 3 if teacher is None else [*heads.operands(teacher, tma, use), teacher.b]
     arguments += [labels, facts, dz, partial, votes, n, columns.start, columns.stop, dz.stride(0)]
-    arguments += [scale, param, divergence]
+    arguments += [scale, constants_of(divergence, param), divergence]
     constants = {**_widths(student, teacher), "TMA": tma, "GROUP": GROUP_BLOCKS}
     constants["PARTS"] = parts("gradient with votes" if want_votes else "gradient", use)
     constants["TWO_SCALES"] = two_scales
