@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
 def _measure(args: argparse.Namespace, console: Console) -> int:
     suite = _suite(args.suite, args.device)
     session = Session(suite, args.only, args.rounds or suite.rounds)
-    methods.select("ce+kl", args.only)  # an unknown key is an error before anything is measured
+    methods.select(suite.speed[0], args.only)  # an unknown key is an error before any measurement
     run = record.new(session)
     console.print(report.machine_line(run), highlight=False, markup=False)
     if (load := run["machine"]["load_at_start"]) > 0.5 * run["machine"]["cores"]:

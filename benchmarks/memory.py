@@ -60,20 +60,18 @@ def measure(session: Session, case: Case) -> list[Figures]:
 
 def predicted(method: Method, case: Case, device: str = "cpu") -> int | None:
     """What `mllmkd_kernels.explain` says of our methods; None for what it does not plan."""
-    unfit = not method.key.startswith("mk-") or method.why_not(torch.device(device))
-    if unfit or case.loss not in ROWWISE:
+    unfit = case.loss not in ROWWISE or method.why_not(torch.device(device))
+    if method.plan is None or unfit:
         return None
-    backend, _, budget = method.key[3:].partition("-")
     return mk.explain(
         case.rows, case.vocab, case.d_s, 0 if case.loss == "ce" else case.d_t,
         train_head=case.train_head, dtype=DTYPES[case.dtype], divergence=case.divergence,
-        device=device, backend=backend,
-        workspace_mb=float(budget.removesuffix("mb")) if budget else None,
+        device=device, **method.plan,
     ).peak_bytes  # fmt: skip
 
 
 def _extra(key: str, case: Case, device: str) -> Figures:
-    """Bytes that one step needs beyond inputs and gradients."""
+    """Bytes that one step needs beyond inputs, gradients and what a trainer has once per run."""
     method = BY_KEY[key]
     small = replace(case, rows=min(case.rows, 16), vocab_s=512, vocab_t=512)
     # Libraries take their workspaces once; what is compiled runs when it is built.

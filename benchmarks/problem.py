@@ -24,7 +24,9 @@ Run = Callable[[], Tensor | None]  # and its backward: gradients are left; the f
 
 @dataclass
 class Problem:
-    """Inputs of a case; heads and hidden states are leaves, gradients land in their ``.grad``."""
+    """Inputs of a case; heads and hidden states are leaves, gradients land in their ``.grad``, or
+    that of the head in what a method has made `main_grad`.
+    """
 
     case: Case
     hs: Tensor  # (N, D_s), requires grad
@@ -32,6 +34,7 @@ class Problem:
     ht: Tensor | None  # (N, D_t); None for "ce"
     wt: Tensor | None  # (V_t, D_t)
     labels: Tensor  # (N,) int64
+    main_grad: Tensor | None = None  # (V_s, D_s) fp32
 
     def __post_init__(self) -> None:
         self.hs.requires_grad_(True)
@@ -54,9 +57,17 @@ class Problem:
         chosen, rejected = logp.view(-1, self.case.rows).sum(1).chunk(2)
         return chosen, rejected
 
+    @property
+    def dw(self) -> Tensor | None:
+        """The head's gradient, None where there is none."""
+        return self.ws.grad if self.main_grad is None else self.main_grad
+
     def forget_gradients(self) -> None:
-        """As ``zero_grad(set_to_none=True)`` between steps."""
+        """As ``zero_grad(set_to_none=True)`` between steps; who owns an accumulator zeroes it."""
         self.hs.grad = self.ws.grad = None
+        if self.main_grad is not None:
+            self.main_grad.zero_()
+            self.main_grad = None
 
 
 def with_backward(forward: Forward) -> Run:

@@ -64,7 +64,7 @@ def _raises(*_: Any) -> Any:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The JSON of `all` on the tiny suite: every sub-command once, children included."""
     out = tmp_path_factory.mktemp("bench")
-    only = f"floor,torch-eager,{OURS.key}"
+    only = f"floor,torch-eager,{OURS.key},{methods.MAIN_GRAD[OURS.key].key}"
     assert main(["all", "--suite", "tiny", "--only", only, "--out", str(out)]) == 0
     (path,) = out.glob("*.json")
     return path
@@ -78,7 +78,9 @@ def test_every_section_has_a_figure_for_every_method(run: Path) -> None:
     found = record.load(run)
     for section in record.SECTIONS:
         floor = {"floor"} if section == "speed" else set()
-        assert {row["method"] for row in found[section]} == {"torch-eager", OURS.key} | floor
+        added = {methods.MAIN_GRAD[OURS.key].key} if section in ("speed", "memory") else set()
+        expected = {"torch-eager", OURS.key} | floor | added
+        assert {row["method"] for row in found[section]} == expected
         assert {row["status"] for row in found[section]} == {"ok"}, section
     for row in found["speed"]:
         assert len(row["seconds"]) == TINY.rounds
@@ -831,16 +833,53 @@ def test_a_run_that_is_stopped_keeps_every_case_that_was_measured(
     assert found["targets"] and not record.publishable(found)
 
 
-def test_a_gpu_has_targets_of_its_own() -> None:
-    cases = gpu_headline()
-    figures = {"over_floor": 1.29, "times_eager": 20.5, "extra_bytes": 1.7 * 2**30}
-    rows = [{"method": "mk-triton", "case": asdict(case), **figures} for case in cases]
-    rows[2]["over_floor"] = 1.49
-    found = {"machine": {"gpu": "one"}, "suite": "headline", "speed": rows, "memory": rows}
-    marks = [target["holds"] for target in targets.judge(found, "mk-triton")]
-    assert marks == [True] * 5 + [None] * 2
-    for row in rows:
-        row |= {"over_floor": 1.31, "times_eager": 19.0, "extra_bytes": 2 * 2**30}
-    rows[2]["over_floor"] = 1.51
-    marks = [target["holds"] for target in targets.judge(found, "mk-triton")]
-    assert marks == [False] * 5 + [None] * 2
+def _on_a_gpu(over: float, over_more: float, gib: tuple[float, float], times: float) -> list[Any]:
+    """What is found of the backend "auto" takes, and of another that was measured on one case."""
+    trained, frozen, jsd, relation = map(asdict, gpu_headline())
+    added, extra = methods.MAIN_GRAD["mk-triton"].key, [2**30 * size for size in gib]
+    rows = [{"method": "mk-triton", "case": case, "over_floor": over, "times_eager": times,
+             "extra_bytes": extra[0]} for case in (trained, frozen, relation)]  # fmt: skip
+    rows += [{"method": method, "case": case, "over_floor": over_more, "extra_bytes": extra[1]}
+             for method, case in (("mk-triton", jsd), (added, trained))]  # fmt: skip
+    rows += [{"method": "mk-cuda", "case": trained, "over_floor": over, "extra_bytes": extra[0]}]
+    record = {"machine": {"gpu": "one"}, "suite": "headline", "speed": rows, "memory": rows}
+    return targets.judge(record, "mk-triton")
+
+
+def test_a_gpu_has_targets_of_its_own_and_every_backend_that_was_measured_is_judged() -> None:
+    within = _on_a_gpu(1.29, 1.49, (1.7, 0.59), 20.5)
+    beyond = _on_a_gpu(1.31, 1.51, (1.8, 0.61), 19.0)
+    for found, holds in ((within, True), (beyond, False)):
+        assert [target["holds"] for target in found] == [holds] * 7 + [None] * 2 + [holds] * 2
+        other = ["cuda backend, trained head" in target["promise"] for target in found]
+        assert other == [False] * 9 + [True] * 2
+
+
+@pytest.mark.slow
+def test_a_run_measures_what_a_gpu_is_judged_by(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, frozen, relation, _ = TINY.speed
+    monkeypatch.setattr(targets, "gpu_headline", lambda: (trained, frozen, trained, relation))
+    found = record.load(run)
+    found["machine"]["gpu"] = "pretended"
+    # Of the others there is the accuracy of those that the run was asked for, which are none.
+    marks = [target["holds"] for target in targets.judge(found, OURS.key)]
+    assert len(marks) == 9 and None not in marks
+
+
+def test_what_is_added_to_an_accumulator_is_the_gradient_of_the_head() -> None:
+    method, problem = methods.MAIN_GRAD["mk-eager"], make(CASE)
+    step = method.build(problem)
+    for _ in range(2):  # zeroed between steps, as a gradient is dropped
+        step()
+        assert problem.ws.grad is None and problem.dw is problem.main_grad
+        assert problem.dw is not None and problem.dw.any()
+        first = problem.dw.clone()
+        problem.forget_gradients()
+        assert problem.dw is None
+    assert method.plan is not None
+    right = truth.truth(problem).dw
+    assert right is not None and truth.relative(first, right) < 1e-5
+    assert method.computes(CASE) and not method.computes(replace(CASE, train_head=False))
+    without = memory.predicted(methods.BY_KEY["mk-eager"], headline("bf16"))
+    sums, found = 4 * 65536 * 896, memory.predicted(method, headline("bf16"))
+    assert found and without and found < without - sums / 4

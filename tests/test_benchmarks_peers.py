@@ -262,7 +262,7 @@ def test_peers_that_are_installed_compute_the_loss(
 
 def test_a_cpu_compiles_only_where_every_backend_is_compared() -> None:
     def keys(**how: Any) -> set[str]:
-        return {method.key for method in methods.select("ce+kl", **how)}
+        return {method.key for method in methods.select(CASE, **how)}
 
     compiled = methods.COMPILED.key
     assert compiled in keys(every_backend=True)
