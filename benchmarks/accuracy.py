@@ -34,9 +34,8 @@ def measure(session: Session, ladder: Ladder) -> list[dict[str, Any]]:
             session.tell(f"{case.title}, ε {epsilon}: {method.label}")
             row = method.row(case) | {"epsilon": epsilon, "contract": contract(case.dtype, epsilon)}
             verdict = vet(method, problem, expected)
-            if (found := verdict.errors) is None:
-                row |= {"status": verdict.status, "reason": verdict.reason}
-            else:
+            row |= {"status": verdict.status, "reason": verdict.reason}
+            if found := verdict.errors:
                 row |= {"status": "ok", "reason": "", "gradient": found.gradient, **asdict(found)}
             rows.append(row)
     return rows

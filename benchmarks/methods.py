@@ -43,7 +43,6 @@ class Method:
         losses: which of `shapes.LOSSES` it computes.
         build: prepares a problem and returns one forward and backward.
         why_not: why it cannot run on a device, "" if it can.
-        version: of the project it comes from.
         plan: arguments of `mk.explain`, of what it plans: ours.
     """
 
@@ -52,7 +51,6 @@ class Method:
     losses: frozenset[str]
     build: Callable[[Problem], Run]
     why_not: Callable[[torch.device], str] = lambda device: ""
-    version: Callable[[], str] = lambda: f"torch {torch.__version__}"
     plan: Mapping[str, Any] | None = None
 
     def computes(self, case: Case) -> bool:
@@ -62,10 +60,7 @@ class Method:
 
     def row(self, case: Case | StepCase) -> dict[str, Any]:
         """What each of its figures begins with in a record."""
-        return {
-            "case": asdict(case), "method": self.key, "label": self.label,
-            "version": self.version(),
-        }  # fmt: skip
+        return {"case": asdict(case), "method": self.key, "label": self.label}
 
 
 def _ours(backend: str, workspace_mb: float | None = None, main_grad: bool = False) -> Method:
@@ -73,10 +68,10 @@ def _ours(backend: str, workspace_mb: float | None = None, main_grad: bool = Fal
 
     def build(problem: Problem) -> Run:
         if problem.case.loss == "relation":
-            return with_backward(_our_relation(problem, backend))
+            return with_backward(relation(problem, backend))
         if problem.case.loss in PREFERENCES:
-            return with_backward(_our_preference(problem, how))
-        return with_backward((_our_added_distill if main_grad else _our_distill)(problem, **how))
+            return with_backward(_preference(problem, how))
+        return with_backward((_distill_into if main_grad else distill)(problem, **how))
 
     def why_not(device: torch.device) -> str:
         try:
@@ -92,25 +87,25 @@ def _ours(backend: str, workspace_mb: float | None = None, main_grad: bool = Fal
     if main_grad:
         key, label, losses = f"{key}-main-grad", f"{label}, dw into main_grad", BOTH
     plan = how | {"main_grad": "forward" if main_grad else None}
-    version = f"mllmkd_kernels {mk.__version__}"
-    return Method(key, label, losses, build, why_not, lambda: version, plan)
+    return Method(key, label, losses, build, why_not, plan)
 
 
-def _our_distill(problem: Problem, **how: Any) -> Forward:
+def distill(problem: Problem, backend: str, **how: Any) -> Forward:
+    """CE, a divergence, or both, as the case has it."""
     mean = 1 / problem.case.rows
     ce_weight = 0.0 if problem.case.loss == "kl" else mean
     return lambda: (
         mk.fused_linear_distill(
             problem.hs, problem.ws, problem.ht, problem.wt, problem.labels, ce_weight=ce_weight,
-            kd_weight=mean, divergence=problem.case.divergence, **how,
+            kd_weight=mean, divergence=problem.case.divergence, backend=backend, **how,
         ).loss
     )  # fmt: skip
 
 
-def _our_added_distill(problem: Problem, **how: Any) -> Forward:
+def _distill_into(problem: Problem, **how: Any) -> Forward:
     """The head's gradient goes straight into an accumulator that the trainer keeps, in forward."""
     sums = torch.zeros_like(problem.ws, dtype=torch.float32)
-    forward = _our_distill(problem, main_grad=sums, loss_gradient=1.0, **how)
+    forward = distill(problem, main_grad=sums, loss_gradient=1.0, **how)
 
     def added() -> Tensor:
         problem.main_grad = sums
@@ -119,7 +114,8 @@ def _our_added_distill(problem: Problem, **how: Any) -> Forward:
     return added
 
 
-def _our_relation(problem: Problem, backend: str) -> Forward:
+def relation(problem: Problem, backend: str) -> Forward:
+    """The Gram matrix of a head that is trained is made every time, of others once."""
     ht, wt = problem.teacher()
     vocab, ends = problem.case.vocab, problem.ends
     gram_t = mk.head_gram(wt, vocab_size=vocab)
@@ -131,7 +127,7 @@ def _our_relation(problem: Problem, backend: str) -> Forward:
     )  # fmt: skip
 
 
-def _our_preference(problem: Problem, how: dict[str, Any]) -> Forward:
+def _preference(problem: Problem, how: dict[str, Any]) -> Forward:
     ht, wt = problem.teacher()
     logprob = partial(mk.fused_linear_logprob, vocab_size=problem.case.vocab, **how)
 
@@ -208,7 +204,7 @@ _BY_DEVICE = {
 
 
 def _peer(peer: peers.Peer) -> Method:
-    return Method(peer.key, peer.label, peer.losses, peer.build, peer.why_not, peer.version)
+    return Method(peer.key, peer.label, peer.losses, peer.build, peer.why_not)
 
 
 METHODS = (

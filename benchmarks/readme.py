@@ -1,7 +1,7 @@
 """Where do the README's figures come from? From the newest record, between two markers.
 
-``python -m benchmarks readme`` rewrites the block, ``--check`` only says whether it is current. So
-no figure in the README is typed by hand, and a test notices one that is.
+``python -m benchmarks readme`` rewrites the block. So no figure in the README is typed by hand, and
+a test notices one that is.
 """
 
 from __future__ import annotations
