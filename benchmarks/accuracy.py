@@ -26,7 +26,7 @@ def contract(dtype: str, epsilon: float) -> float:
 def measure(session: Session, ladder: Ladder) -> list[dict[str, Any]]:
     """One row per ε and method."""
     case, rows = ladder.case, []
-    methods = [method for method in session.everything(case) if method.key != FLOOR.key]
+    methods = [method for method in session.methods(case, True) if method.key != FLOOR.key]
     for epsilon in ladder.epsilons:
         problem = make_near(case, epsilon, device=session.suite.device)
         expected = truth.truth(problem)

@@ -156,8 +156,7 @@ def _elsewhere(path: Path, root: Path) -> Iterator[str]:
 
 def _link(path: Path, root: Path) -> str:
     """The folder of a record, from the root."""
-    folder = path.with_suffix("")
-    return folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.name
+    return path.with_suffix("").relative_to(root).as_posix()
 
 
 def _losses(record: dict[str, Any]) -> Iterator[str]:
