@@ -182,14 +182,14 @@ def _bf16_parts(x: Tensor, count: int = 3) -> list[Tensor]:
     return parts
 
 
+def on_tensor_cores(x: Tensor) -> bool:
+    """Does the library multiply matrices like this one as they are into fp32?"""
+    return x.device.type == "cuda" and x.dtype in _HALVES
+
+
 def _gemm_widens(a: Tensor, b: Tensor, out: Tensor) -> bool:
     """Can the library multiply these as they are into an fp32 `out`?"""
-    return (
-        a.device.type == "cuda"
-        and a.dtype == b.dtype
-        and a.dtype in _HALVES
-        and out.dtype == torch.float32
-    )
+    return on_tensor_cores(a) and a.dtype == b.dtype and out.dtype == torch.float32
 
 
 def _fold(out: Tensor, a: Tensor, b: Tensor, write: bool, factor: float = 1.0) -> None:
