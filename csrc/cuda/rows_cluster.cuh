@@ -281,8 +281,8 @@ class Row {
       Floats da, q, qg;
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        const Token token = make_token(
-            (y.at[i] - top_t_) * (scale_t() * kLog2e) - rest_t_, log2_q(x.at[i]));
+        const Token token =
+            make_token((y.at[i] - top_t_) * (scale_t() * kLog2e) - rest_t_, log2_q(x.at[i]));
         const Terms term = terms<D>(token, job_.param, job_.series);
         totals[0] += term.value;
         q.at[i] = token.q;
