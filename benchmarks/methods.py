@@ -236,11 +236,7 @@ def select(
     wanted = set(only or known)
     if not only:
         ours = {method.key for method in METHODS if method.plan}
-        kept = _BY_DEVICE[device] if every_backend else {ours_by_default(device).key}
-        wanted -= ours - kept
-        if device == "cpu" and not every_backend:
-            # Two shapes of each case are compiled, the few rows that are checked and the measured
-            # ones, 5 to 10 s each on two cores: a quarter of an hour for the whole suite, which
-            # promises ten minutes. A GPU's suite has it everywhere.
+        wanted -= ours - (_BY_DEVICE[device] if every_backend else {ours_by_default(device).key})
+        if device == "cpu" and not every_backend:  # two shapes of each case, 5 to 10 s each
             wanted.discard(COMPILED.key)
     return [method for method in METHODS if method.computes(case) and method.key in wanted]

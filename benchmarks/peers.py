@@ -8,9 +8,8 @@ columns, as its users would have to do. Uncut, some read beyond the smaller head
 ends every later measurement.
 
 Left out: functions of whole logits (torchtune, DistillKit, Model-Optimizer), which are "PyTorch,
-whole logits" in other words; and unsloth_zoo's chunked JSD (2026.10.9), which imports only after
-unsloth, and that changes settings of the allocator and of Triton, and patches PyTorch, for every
-other method of the process.
+whole logits" in other words; and unsloth_zoo's chunked JSD, which patches PyTorch for every other
+method of the process.
 """
 
 from __future__ import annotations

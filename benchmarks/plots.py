@@ -25,18 +25,18 @@ from benchmarks.shapes import DTYPES, Case
 _PALETTE = (
     "#7f7f7f", "#d55e00", "#8c510a", "#56b4e9", "#0072b2", "#cc79a7", "#e69f00", "#009e73",
     "#000000", "#5e3c99", "#b2abd2", "#66a61e", "#a6761d", "#e7298a", "#1b9e77", "#7570b3",
-    "#e6ab02", "#b15928", "#fb9a99", "#33a02c",
+    "#e6ab02", "#b15928", "#fb9a99", "#33a02c", "#6a3d9a", "#1f78b4", "#ff7f00", "#a6cee3",
+    "#b2df8a",
 )  # fmt: skip
 _MARKS = "osD^vP*<>hXpd"
 STYLES = {
     method.key: {"color": _PALETTE[i % len(_PALETTE)], "marker": _MARKS[i % len(_MARKS)]}
     for i, method in enumerate(METHODS)
 }
-_V = {"vocab_s": 0, "vocab_t": 0}
 #: What is swept in a panel: the property of a case, and the fields it depends on.
 AXES = {
     "rows N": ("all_rows", {"rows": 0}),
-    "vocabulary V": ("vocab", _V),
+    "vocabulary V": ("vocab", {"vocab_s": 0, "vocab_t": 0}),
     "threads": ("threads", {"threads": 0}),
 }
 
