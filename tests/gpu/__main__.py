@@ -51,9 +51,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 RUNS = ROOT / "runs" / "benchmarks"
 LOGS = ROOT / "runs" / "gpu"
 
-#: Methods that are timed: those that the targets are about. `torch.compile` alone would take all
+#: Methods that are timed: those that the targets are about, and the algorithm for the least memory,
+#: of which the plan only assumes how fast it is. `torch.compile` alone would take all
 #: of the time; ``python -m benchmarks all`` has everything.
-METHODS = "floor,torch-eager,mk-triton,mk-cuda,mk-triton-600mb-main-grad,mk-cuda-600mb-main-grad"
+METHODS = (
+    "floor,torch-eager,mk-triton,mk-cuda,mk-auto-64mb,"
+    "mk-triton-600mb-main-grad,mk-cuda-600mb-main-grad"
+)
 REHEARSED = "floor,mk-eager,mk-eager-600mb-main-grad"
 
 #: Seconds between two copies of what there is.
