@@ -147,7 +147,7 @@ def jobs(quick: bool = False) -> list[Job]:
     }  # fmt: skip
     for name, options in asked.items():
         for kind, dtype in (("half", half), ("single", single)):
-            candidates = tuple(_matrix_candidates(kind, two_heads=name != "statistics"))
+            candidates = tuple(_matrix_candidates(kind))
             prepare = functools.partial(_distill, name, "stream", dtype, **options)
             found.append(Job(name, kind, dtype, prepare, candidates))
     for name in ("relation_stats", "relation_grad"):
@@ -164,11 +164,9 @@ def _row_candidates() -> Iterator[Launch]:
         yield {"BLOCK": block, "num_warps": warps, "num_stages": 1}
 
 
-def _matrix_candidates(kind: str, two_heads: bool) -> Iterator[Launch]:
+def _matrix_candidates(kind: str) -> Iterator[Launch]:
     tiles = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 8, 3), (64, 128, 64, 8, 3)]
     tiles += [(128, 64, 64, 4, 3), (64, 128, 64, 4, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4)]
-    if not two_heads:  # one accumulator: room for a larger tile
-        tiles += [(128, 256, 64, 8, 3), (256, 128, 64, 8, 3)]
     if kind == "single":
         tiles = [(64, 64, 32, 8, 2), (64, 64, 32, 4, 2), (64, 32, 32, 4, 2), (32, 64, 32, 4, 2),
                  (32, 32, 32, 4, 3), (64, 64, 16, 8, 3)]  # fmt: skip

@@ -70,6 +70,7 @@ def _distill(algorithm: str) -> list[Call]:
             f"{algorithm} {name}", lambda: distill(algorithm, shape, **options), needs, quick
         )
 
+    odd = Shape(1001, 50257, 897, 2049)
     calls = [call(name, divergence=name) for name in PARAMETERS]
     if algorithm == "chunk":  # σ is of a whole row
         calls += [
@@ -77,6 +78,8 @@ def _distill(algorithm: str) -> list[Call]:
             call("z-scored jsd", standardize=True, divergence="jsd"),
             call("z-scored, tiny vocabulary", standardize=True, shape=Shape(vocab=2048)),
         ]
+    else:  # `values` loaded by pointers
+        calls += [call("odd sizes, jsd", NOTHING, divergence="jsd", diagnostics=True, shape=odd)]
     calls += [
         call("without labels", labels=False),
         call("without teacher", teacher=False),
@@ -98,7 +101,7 @@ def _distill(algorithm: str) -> list[Call]:
         call("fp32", NOTHING, shape=Shape(dtype=torch.float32)),
         call("fp32 jsd", NOTHING, divergence="jsd", shape=Shape(dtype=torch.float32)),
         call("mixed dtypes", NOTHING, shape=Shape(head_dtype=torch.float32)),
-        call("odd sizes", NOTHING, shape=Shape(1001, 50257, 897, 2049)),
+        call("odd sizes", NOTHING, shape=odd),
         call("small vocabulary", shape=Shape(vocab=4096)),
         # Rows that the row kernel keeps in registers: the longest, by either table.
         call("small vocabulary, skewed", divergence="skew_reverse_kl", shape=Shape(vocab=4096)),

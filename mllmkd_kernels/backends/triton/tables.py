@@ -56,35 +56,48 @@ def _row(block: int, warps: int) -> dict[str, int]:
 
 # Compiled, not timed: no spills for sm_90 (`make gpu-offline` prints the registers). A thread has
 # 255 registers. `values` and `gradient` hold a tile of both models and the terms of a divergence on
-# top. `gradient` with descriptors takes 128 × 128 (144 to 255 registers); loaded by pointers it
-# spills there, and `values` does for one divergence (255, two spills), so they take 128 × 64.
+# top, and all a second sum in the loop (`heads.SEGMENT`), for which `statistics` takes 165 where 96
+# would do: one block has a multiprocessor to itself, as with `gradient`. Loaded by pointers,
+# operands may pass through registers (rows of an odd size do): tiles are smaller.
 # `rows` takes 2,048 columns: 64 registers for forward KL, so that four blocks share a
 # multiprocessor, and two where a divergence needs 104.
-# A second sum (`heads.SEGMENT`) makes 165 registers of 96 for `statistics`, so that one block has a
-# multiprocessor to itself, as with `gradient`; the others take no more than without.
 _HOPPER: Table = {
     "rows": {"single": _row(2048, 8)},
     "statistics": {
         "half-tma": _matrix(128, 128, 64, 8, 3),
-        "half": _matrix(128, 64, 64, 8, 3),
+        "half": _matrix(128, 64, 32, 8, 3),
         "single": _matrix(64, 64, 32, 8, 2),
     },
-    "values": {"half": _matrix(128, 64, 64, 8, 3), "single": _matrix(64, 64, 32, 8, 2)},
+    "values": {
+        "half-tma": _matrix(128, 64, 64, 8, 3),
+        "half": _matrix(64, 64, 32, 8, 3),
+        "single": _matrix(64, 64, 32, 8, 2),
+    },
     "gradient": {
         "half-tma": _matrix(128, 128, 64, 8, 3),
-        "half": _matrix(128, 64, 64, 8, 3),
+        "half": _matrix(128, 64, 32, 8, 3),
         "single": _matrix(64, 64, 32, 8, 2),
     },
     "relation_stats": {"single": _relation(64, 32, 4, 8, 3)},
     "relation_grad": {"single": _relation(64, 16, 4, 8, 3) | {"block_d": 64}},
 }
 
-# Compiled, not timed. 163 KB of shared memory hold the same tiles. `values` with JSD, and the
-# relation, spill unless less is held at once.
+# Compiled, not timed. What comes through pointers goes past registers here, unless the size is odd.
+# `values` with JSD and votes, `gradient` of an odd size, and the relation spill unless less of an
+# operand is held at once.
 _AMPERE: Table = _HOPPER | {
-    "values": _HOPPER["values"] | {"half": _matrix(64, 64, 32, 8, 4)},
+    "statistics": _HOPPER["statistics"] | {"half": _matrix(128, 64, 64, 8, 3)},
+    "values": _HOPPER["values"] | {"half": _matrix(128, 64, 32, 8, 4)},
+    "gradient": _HOPPER["gradient"] | {"half": _matrix(128, 64, 32, 8, 4)},
     "relation_stats": {"single": _relation(64, 16, 4, 8, 3)},
     "relation_grad": {"single": _relation(64, 16, 4, 8, 3) | {"block_d": 32}},
+}
+
+# Compiled, not timed. Accumulators are in tensor memory and leave registers free: `values` takes
+# 128 × 128 too. What comes through pointers passes through more registers.
+_BLACKWELL: Table = _HOPPER | {
+    "values": _HOPPER["values"] | {"half-tma": _matrix(128, 128, 64, 8, 3)},
+    "gradient": _HOPPER["gradient"] | {"half": _matrix(64, 64, 32, 8, 3)},
 }
 
 # Compiled, not timed, for sm_120: 99 KB of shared memory, and no fp64 units to speak of, whose
@@ -95,7 +108,7 @@ _CONSUMER: Table = _HOPPER | {
 }
 
 # Compiled, not timed, for gfx942 and gfx950: wavefronts of 64 lanes, 64 KiB of local memory, no
-# descriptors. On gfx950 `gradient` spills with 8 warps, `values` with 128 × 64 too.
+# descriptors. On gfx950 `gradient` spills with 8 warps, `values` with 128 × 64 as well.
 _CDNA: Table = {
     "rows": {"single": _row(2048, 8)},
     "statistics": {"half": _matrix(128, 64, 64, 8, 2), "single": _matrix(64, 64, 32, 8, 2)},
@@ -107,7 +120,7 @@ _CDNA: Table = {
 
 HIP = "hip"
 TABLES: dict[int | str, Table] = {
-    80: _AMPERE, 90: _HOPPER, 100: _HOPPER, 120: _CONSUMER, HIP: _CDNA,
+    80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 120: _CONSUMER, HIP: _CDNA,
 }  # fmt: skip
 
 #: Under Triton's interpreter a block is an array of NumPy and a test has a few dozen rows: blocks
