@@ -85,14 +85,15 @@ def _added(z, h, w, row, column, k, n, vocab, D: tl.constexpr, WHOLE: tl.constex
 def product_tile(h, w, row, column, n, vocab, D: tl.constexpr, TMA: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """h Wᵀ of rows row … and tokens column …, (BLOCK_N, BLOCK_V) fp32."""
-    LENGTH: tl.constexpr = segment_of(D, BLOCK_D, SEGMENT)
+    LENGTH: tl.constexpr = segment_of(D, BLOCK_D, SEGMENT)  # pyright: ignore[reportAssignmentType]
     z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if LENGTH == D:
         for k in range(0, D, BLOCK_D):
             z = _added(z, h, w, row, column, k, n, vocab, D, D % BLOCK_D == 0, TMA,
                        BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
-    else:  # flattened into one loop, whose loads run on from one segment into the next
-        for first in tl.range(0, D, LENGTH, flatten=True):
+    else:
+        # flattened into one loop, whose loads run on from one segment into the next
+        for first in tl.range(0, D, LENGTH, flatten=True):  # pyright: ignore
             part = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
             for k in range(0, LENGTH, BLOCK_D):
                 part = _added(part, h, w, row, column, first + k, n, vocab, D, D % LENGTH == 0,
