@@ -143,8 +143,8 @@ def middle(p, q, u, param):
 
 @triton.jit
 def terms(log_p, log_q, param, NAME: tl.constexpr):
-    """(value, slope) of every token, from normalised log-probabilities; `param` from `constants_of`.
-    A slope is finite where q is 0: their mean is Σ q·slope.
+    """(value, slope) of every token, from normalised log-probabilities and `constants_of`, for
+    `param`. A slope is finite where q is 0: their mean is Σ q·slope.
     """
     p, q, u = exp(log_p), exp(log_q), log_ratio(log_p, log_q)
     near, finite = tl.abs(u) < 0.5, finite_ratio(log_p, log_q)
