@@ -65,7 +65,7 @@ def test_the_model_counts_what_moves_and_what_is_computed() -> None:
 
     assert seconds() < 0.9 * seconds(fold=512)  # dw is read and written a quarter as often
     assert seconds() < 0.9 * seconds(c=128)  # so are the heads
-    assert seconds(replace(s, divergence="jsd")) > 1.2 * seconds()
+    assert seconds(replace(s, divergence="jsd")) > 1.1 * seconds()
     assert seconds(replace(s, dtype=torch.float16)) > 1.3 * seconds()
     assert seconds(of=replace(gpu, clock=gpu.clock / 4)) > 1.1 * seconds()
     floor = s.floor_flops / gpu.half_flops
