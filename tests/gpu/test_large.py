@@ -73,21 +73,21 @@ def test_the_ladder_with_a_real_vocabulary(
         assert error <= ladder_bound(dtype, eps), f"{name}: {error:.2e}"
 
 
-@pytest.mark.parametrize("copies", [2, 4])
 @pytest.mark.parametrize("eps", [0.1, 0.003])
-def test_logits_do_not_drift_with_the_hidden_size(eps: float, copies: int, algorithm: str) -> None:
-    """A student of D 1,024 and a teacher whose hidden states are `copies` of the student's side by
-    side, and whose weights add up to the student's but for a few: nearly the same logits at several
+def test_logits_do_not_drift_with_the_hidden_size(eps: float, algorithm: str) -> None:
+    """A student of D 1,024 and a teacher whose hidden states are copies of the student's side by
+    side, and whose weights add up to the student's but for a few: nearly the same logits at four
     times the K. An accumulator that truncates is then off by more for the teacher than for the
-    student, where near convergence equal errors would cancel.
+    student, where near convergence equal errors would cancel: emulated, by 0.9% of dh with half
+    this vocabulary, and 0.02% in segments of 512.
     """
-    n, v, d = 64, VOCAB, 1024
+    n, v, d, copies = 64, VOCAB, 1024, 4
     hs, ws, noise = (
         _normal(n, d),
         _normal(v, d),
         _normal(v, copies * d, dtype=torch.float32, seed=3),
     )
-    few = torch.rand(noise.shape, device="cuda", generator=_generator(copies)) < 0.05
+    few = torch.rand(noise.shape, device="cuda", generator=_generator(4)) < 0.05
     ht, wt = hs.repeat(1, copies), ws.repeat(1, copies) / copies
     wt += (noise * few * (4 * eps / copies)).bfloat16()
     h = hs.clone().requires_grad_()

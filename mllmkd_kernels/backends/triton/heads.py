@@ -32,8 +32,8 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 #: Columns of the longest segment. Known, from models of the hardware that agree with it bit by bit
 #: (arXiv 2511.10909, 2512.07004): NVIDIA's tensor cores cut fp32 sums off toward zero, of 8 columns
 #: at a time (sm_80 to sm_89) or of 16 (sm_90, sm_100, sm_120); CDNA3 rounds what it adds down, of 8
-#: columns. Assumed: later ones do likewise. Emulated, error of dh where ε = 0.003, before any other
-#: rounding, V 151,936, D 1,024 and 2,560: in one sum 0.19%, 0.36% (8 columns) and 0.18% (CDNA3); in
+#: columns. Assumed: later ones do likewise. Emulated error of dh, V 151,936, D 1,024 and 2,560,
+#: logits 0.0055 apart, no other rounding: in one sum 0.19%, 0.36% (8 columns), 0.18% (CDNA3); in
 #: segments of 1,024 0.03%, of 512 0.013 to 0.019%, of 256 no less; rounded to nearest 0.03%.
 SEGMENT = tl.constexpr(512)
 
