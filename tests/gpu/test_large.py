@@ -82,11 +82,8 @@ def test_logits_do_not_drift_with_the_hidden_size(eps: float, algorithm: str) ->
     this vocabulary, and 0.02% in segments of 512.
     """
     n, v, d, copies = 64, VOCAB, 1024, 4
-    hs, ws, noise = (
-        _normal(n, d),
-        _normal(v, d),
-        _normal(v, copies * d, dtype=torch.float32, seed=3),
-    )
+    hs, ws = _normal(n, d), _normal(v, d)
+    noise = _normal(v, copies * d, dtype=torch.float32, seed=3)
     few = torch.rand(noise.shape, device="cuda", generator=_generator(4)) < 0.05
     ht, wt = hs.repeat(1, copies), ws.repeat(1, copies) / copies
     wt += (noise * few * (4 * eps / copies)).bfloat16()
