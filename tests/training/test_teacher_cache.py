@@ -313,6 +313,7 @@ def test_samples_that_were_not_stored(data, rows):
         {"labels": labels},
         {"image_lens": torch.tensor([2, 2])},
         {"pixel_values": item["pixel_values"].flip(1)},
+        {"image_grid_thw": torch.tensor([[1, 2, 4]])},  # one colour, wide in place of tall
     ):
         name = changes.get("sample_id", "s0")
         with pytest.raises(DataError, match=f"sample {name!r} is not among the 14 stored ones, or"):
@@ -334,6 +335,9 @@ def test_other_data_and_settings_are_found_before_the_first_step(root, data, row
     unshifted = reading(rows.folder.parent, loss={"shift": False})
     with pytest.raises(ConfigError, match="response_kl reads response:unshifted rows of the teach"):
         use.open_rows(unshifted, "dft")
+    moved = root / "moved"
+    shutil.copytree(root / "teacher", moved)
+    use.open_rows(settings.changed(config, teacher=str(moved)), "dft")
     other = settings.changed(config, teacher=str(root / "tower"))
     with pytest.raises(ConfigError, match=r"teacher: got .*tower, but .*dft is of .*teacher; name"):
         use.open_rows(other, "dft")

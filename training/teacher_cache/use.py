@@ -20,6 +20,7 @@ import mllmkd_kernels as mk
 from mllmkd_kernels.rows import kind_of
 from training.config import Config, require
 from training.data.item import apart
+from training.models import marks_of
 from training.settings import ConfigError
 from training.teacher_cache.store import TeacherRows, mark_of, read_head
 
@@ -102,7 +103,8 @@ def open_rows(config: Config, stage: str) -> TeacherRows:
     """
     path = require(config.teacher_cache.path, "teacher_cache.path", "the stored rows")
     rows = TeacherRows(Path(path) / stage)
-    if config.teacher is not None and place(config.teacher) != rows.manifest.name:
+    named, known = config.teacher, rows.manifest
+    if named is not None and place(named) != known.name and marks_of(named) != known.teacher:
         raise ConfigError(
             f"teacher: got {config.teacher}, but {rows.folder} is of {rows.manifest.name}; name "
             "that one, or none (teacher=null)"
