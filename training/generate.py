@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig
 
-from mllmkd_kernels.batch import BESIDES
+from mllmkd_kernels.batch import BESIDES, in_eval
 from mllmkd_kernels.own_answers import seeded
 from training.anatomy import positions
 from training.data.collate import Collator
@@ -131,7 +131,7 @@ class Writer:
     def _written(self, items: Sequence[Item], seed: int) -> list[Answer]:
         inputs = self.inputs(items)
         drawn = seeded(seed, self.model.device) if self.config.do_sample else nullcontext()
-        with self._ready(), drawn:
+        with in_eval(self.model), self._configured(), drawn:
             ids = self.model.generate(**inputs)
         written = ids[:, inputs["input_ids"].shape[1] :].tolist()  # (B, new)
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
@@ -139,17 +139,13 @@ class Writer:
         return [Answer(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
 
     @contextmanager
-    def _ready(self) -> Iterator[None]:
-        """The model with our generation config, which it would fill up from its own, and without
-        dropout."""
-        own, was_training = self.model.generation_config, self.model.training
-        self.model.generation_config = self.config
-        self.model.eval()
+    def _configured(self) -> Iterator[None]:
+        """The model with our generation config, which it would fill up from its own."""
+        own, self.model.generation_config = self.model.generation_config, self.config
         try:
             yield
         finally:
             self.model.generation_config = own
-            self.model.train(was_training)
 
     def _stops(self) -> set[int]:
         """Ids that end an answer: the template's, the tokenizer's, the model's own."""
