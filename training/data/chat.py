@@ -26,7 +26,6 @@ from PIL import Image
 from mllmkd_kernels.models import TOKEN_TYPES
 from training.data.controls import Controls, special_tokens
 from training.data.item import IGNORE, Item, Seen, build_item
-from training.data.pieces import Pieces
 from training.data.records import IMAGE_MARK, Sample, fault
 from training.data.template import (
     CHAT_TEMPLATE,
@@ -41,6 +40,7 @@ from training.settings import ConfigError
 # Stands for answer i while the template is rendered; no template changes it, no text contains it.
 MARK = "\ue000answer{}\ue001"
 PER_TOKEN = ("input_ids", "attention_mask", *TOKEN_TYPES)
+REMEMBERED = 1 << 16  # pieces of text whose ids are kept: templated questions repeat
 
 
 class ChatEncoder:
@@ -77,7 +77,7 @@ class ChatEncoder:
         self.template, self.system = template, system
         self.image_token: str = processor.image_token
         self.image_id = row_id(processor)
-        self._text, self._controls = Pieces(self.tokenizer), Controls(processor)
+        self._controls, self._known = Controls(processor), dict[str, tuple[int, ...]]()
         self._specials = special_tokens(self.tokenizer)
         self.tokens_per_image = image_tokens(processor) if self.llava else None
         self._learn()
@@ -149,7 +149,7 @@ class ChatEncoder:
                     labels += [IGNORE] * len(seen.ids[image])
                     for name, row in extras.items():
                         row += seen.extras[name][image]
-                tokens = self._text.ids(part)
+                tokens = self._ids(part)
                 ids += tokens
                 labels += tokens if said else [IGNORE] * len(tokens)
                 for row in extras.values():
@@ -158,6 +158,17 @@ class ChatEncoder:
         ids, labels = [*start, *ids], [IGNORE] * len(start) + labels
         padded = {name: [0] * len(start) + row for name, row in extras.items()}
         return build_item(sample, ids, labels, seen, padded)
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        """Of a piece of text, without anything before or after it; `UnicodeEncodeError` at half a
+        character."""
+        ids = self._known.get(text)
+        if ids is None:
+            text.encode()  # a tokenizer calls a lone surrogate a wrong type
+            ids = tuple(self.tokenizer(text, add_special_tokens=False).input_ids) if text else ()
+            if len(self._known) < REMEMBERED:
+                self._known[text] = ids
+        return ids
 
     def length(self, sample: Sample, seen: Seen | None) -> int:
         """Tokens of the item; `seen` may be None where there are `tokens_per_image`."""
@@ -230,7 +241,7 @@ class ChatEncoder:
     def _answer(self, sample: Sample, i: int, text: str) -> str:
         """The text of answer i; what is learned must be words that the model could say."""
         unknown = self.tokenizer.unk_token_id
-        if unknown != self.tokenizer.eos_token_id and unknown in self._text.ids(text):
+        if unknown != self.tokenizer.eos_token_id and unknown in self._ids(text):
             field = sample.field_of(2 * i + 1)
             raise fault(sample.place, field, repr(text), "only words the tokenizer knows")
         return text

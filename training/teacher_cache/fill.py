@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
+from rich.filesize import decimal as size
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import AutoConfig
@@ -33,12 +33,14 @@ import mllmkd_kernels as mk
 from mllmkd_kernels.batch import ask
 from mllmkd_kernels.methods import Stage
 from training.anatomy import image_token_id
-from training.bar import Bar, size, track
+from training.bar import Bar, track
 from training.config import Config, require
+from training.data.check import spread
 from training.data.collate import Collator
 from training.data.item import apart
 from training.data.records import DataError
 from training.fingerprint import digest
+from training.journal import free_bytes
 from training.lock import held
 from training.loop import load_data, on_main, processes
 from training.models import DTYPES as MODEL_DTYPES
@@ -57,7 +59,7 @@ from training.teacher_cache.store import (
     write_head,
     write_shard,
 )
-from training.teacher_cache.use import check_needs, place, spread, stored_stages
+from training.teacher_cache.use import check_needs, place, stored_stages
 
 COUNTED = 512  # samples whose rows tell the cost
 SHARD = 512 << 20  # bytes; one is in memory while it is made
@@ -98,7 +100,7 @@ def _make(config: Config, path: Path, dry_run: bool, say: Say) -> None:
     jobs = [_job(config, stage, (processor, own), path, teacher) for stage in stages]
     for job in jobs:
         say(job.told)
-    need, free = sum(job.bytes for job in jobs), shutil.disk_usage(_existing(path)).free
+    need, free = sum(job.bytes for job in jobs), free_bytes(path)
     on_main(lambda: _check_disk(need, free))
     if dry_run:
         return
@@ -183,7 +185,7 @@ def _job(config: Config, stage: Stage, processors: tuple[Any, Any], path: Path, 
     told = (
         f"{folder}: {samples:,} samples of {response:.1f} response + {visual:.1f} visual rows"
         f"{about}, a row {width} x {options.dtype}: {size(total)}, {size(stored)} of it stored; "
-        f"{size(shutil.disk_usage(_existing(path)).free)} are free"
+        f"{size(free_bytes(path))} are free"
     )
     return Job(dataset, manifest, max(0, total - stored), told)
 
@@ -208,11 +210,6 @@ def _sizes(teacher: str) -> tuple[int, int]:
     text = config.get_text_config()
     stored = getattr(config, "dtype", None)
     return text.hidden_size, text.hidden_size * text.vocab_size * (stored.itemsize if stored else 4)
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the part of its path that is there."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def _summary(folder: Path) -> str:

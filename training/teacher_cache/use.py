@@ -19,6 +19,7 @@ import torch
 import mllmkd_kernels as mk
 from mllmkd_kernels.rows import kind_of
 from training.config import Config, require
+from training.data.check import spread
 from training.data.item import apart
 from training.models import marks_of
 from training.settings import ConfigError
@@ -147,9 +148,3 @@ def check_needs(config: Config, stage: str, visual: bool, holds: str) -> None:
                 "term with 0, store visual rows (teacher_cache.visual=true), or run the teacher "
                 "online (teacher_cache.path=null, or teacher_cache.stages without this one)"
             )
-
-
-def spread(total: int, most: int) -> list[int]:
-    """At most `most` indices below `total`, evenly spread, the first and the last among them."""
-    count = min(total, most)
-    return sorted({round(i * (total - 1) / max(1, count - 1)) for i in range(count)})
