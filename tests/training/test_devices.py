@@ -244,6 +244,19 @@ def test_loss_and_gradients_are_those_of_one_process(ranks, root: Path, case: An
             assert its[term] == pytest.approx(entry[term], rel=1e-6, abs=1e-9), term
 
 
+@pytest.mark.parametrize("stage", ["sft", "dft"])
+def test_accumulated_gradients_are_those_of_one_batch(root: Path, stage: str) -> None:
+    """Of uneven micro-batches, the first without an image."""
+    want, history, _ = one_step(root, root / "out", "none", stage, "uneven", 1)
+    for parts in (4, 8):
+        got, its, _ = one_step(root, root / "out", "none", stage, "uneven", parts)
+        assert got.keys() == want.keys()
+        for name in want:
+            assert relative_error(got[name], want[name]) <= FP32_WEIGHTS, name
+        for term in ("loss", *STAGES[stage].objective().names):
+            assert its[0][term] == pytest.approx(history[0][term], rel=1e-6, abs=1e-9), term
+
+
 def test_a_stopped_fsdp2_run_goes_on_and_leaves_ordinary_folders(ranks, root: Path) -> None:
     (said, files, curves), (quiet, _, same) = (rank["run"] for rank in ranks)
     # FSDP's own form of the optimizer's state, and no second copy of the weights beside it
