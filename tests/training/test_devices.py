@@ -32,7 +32,7 @@ from tests.tolerances import relative_error
 from tests.training import tiny
 from training import settings, sharding
 from training.anatomy import Anatomy, freeze
-from training.config import Config, class_for, load
+from training.config import Config, load
 from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.loop import run
@@ -156,11 +156,8 @@ def features_config(root: Path, out: Path) -> Config:
 
 def config_of(root: Path, out: Path, method: str, stage: str, more: dict[str, Any]) -> Config:
     """One stage of another method, otherwise as `run_config`."""
-    like = settings.to_dict(run_config(root, out, ("dft",)))
-    kept = ("out", "teacher", "model", "data", "log_steps", "save_steps", "threads")
-    plan = {k: like["stage"]["dft"][k] for k in ("steps", "batch_size", "micro_batch", "lr")}
-    values = {"method": method, "stages": [stage], "stage": {stage: plan | more}}
-    return settings.build(class_for(values), {**values, **{name: like[name] for name in kept}})
+    stages = {stage: {"steps": 4, "micro_batch": 1, **more}}
+    return tiny.method_config(root, out, method, stages, save_steps=2)
 
 
 def someone_elses(out: Path, resume: str | None) -> Any:

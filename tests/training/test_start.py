@@ -21,9 +21,6 @@ def root(tmp_path_factory):
 
 def write(root, out, *changes):
     """A configuration file of the run over `root`."""
-    if not (root / "tower").exists():
-        tiny.write_tower(root / "tower")
-        tiny.write_teacher(root / "teacher", root / "tower")
     config = tiny.run_config(root, out)
     file = out.with_suffix(".yaml")
     file.write_text(settings.dump(settings.load(type(config), None, changes, config)))

@@ -42,11 +42,7 @@ def items(root, processor, template: Any = "chat", teacher: Any = None):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cache")
-    tiny.write_data(path)
-    tiny.write_tower(path / "tower")
-    tiny.write_teacher(path / "teacher", path / "tower")
-    return path
+    return tiny.write_parts(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
