@@ -27,7 +27,8 @@ from training.anatomy import positions
 from training.data.collate import Collator
 from training.data.encoding import Encoding, Images
 from training.data.item import Item
-from training.data.records import DataError, Sample
+from training.data.records import DataError
+from training.data.sample import Sample
 from training.models import load_vlm
 from training.settings import ConfigError
 

@@ -8,7 +8,7 @@ from tests.training import tiny
 from training import settings
 from training.cli import main
 from training.data.faults import Place
-from training.data.records import Sample
+from training.data.sample import Sample
 from training.evaluation.chance import verdicts
 from training.evaluation.held_out import Scores
 from training.loop import run

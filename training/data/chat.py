@@ -26,7 +26,8 @@ from PIL import Image
 from mllmkd_kernels.models import TOKEN_TYPES
 from training.data.controls import Controls, special_tokens
 from training.data.item import IGNORE, Item, Seen, build_item
-from training.data.records import IMAGE_MARK, Sample, fault
+from training.data.records import fault
+from training.data.sample import IMAGE_MARK, Sample
 from training.data.template import (
     CHAT_TEMPLATE,
     TemplateName,

@@ -19,7 +19,8 @@ from training.bar import track
 from training.data.encoding import Encoding
 from training.data.images import conversions
 from training.data.item import IGNORE, Item, apart
-from training.data.records import DataError, Sample
+from training.data.records import DataError
+from training.data.sample import Sample
 from training.data.sources import Source
 
 EXAMPLES = 3  # of each reason

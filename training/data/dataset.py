@@ -24,7 +24,8 @@ from training.data.chat import ChatEncoder
 from training.data.encoding import Encoding
 from training.data.images import WHOLE_IMAGE
 from training.data.item import Item
-from training.data.records import DataError, Sample, fault
+from training.data.records import DataError, fault
+from training.data.sample import Sample
 from training.data.sampler import ModalitySampler
 from training.data.sources import LlavaSource, Source
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from training.data.chat import ChatEncoder
 from training.data.faults import fault, named, shown
 from training.data.item import IGNORE, Item, Seen, own_bytes
-from training.data.records import Sample
+from training.data.sample import Sample
 from training.data.template import TemplateName
 
 TYPICAL_IMAGE = (448, 448)  # what an image counts as in an estimate of lengths

@@ -14,7 +14,8 @@ from typing import Any
 from PIL import Image
 
 from training.data.item import IGNORE
-from training.data.records import IMAGE_MARK, DataError, Place, Sample
+from training.data.records import DataError, Place
+from training.data.sample import IMAGE_MARK, Sample
 
 
 def check_template(encoder: Any) -> None:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from training.data.records import (
-    IMAGE_MARK,
     DataError,
     Place,
     fault,
@@ -31,6 +30,7 @@ from training.data.records import (
     read_text,
     shown,
 )
+from training.data.sample import IMAGE_MARK
 
 T = TypeVar("T")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

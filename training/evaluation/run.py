@@ -26,7 +26,8 @@ from rich.table import Table
 
 from training.bar import Bar
 from training.data.images import open_image
-from training.data.records import IMAGE_MARK, Place, Sample, fault
+from training.data.records import Place, fault
+from training.data.sample import IMAGE_MARK, Sample
 from training.evaluation.benchmarks import BENCHMARKS, Benchmark, ask
 from training.evaluation.captions import TokenizerName, caption_scores
 from training.evaluation.chair import Objects, chair

@@ -18,7 +18,8 @@ from tests.training.llava_files import TOKENS, entry, processor
 from tests.training.tiny_processors import UNENDED, llava
 from training.data.chat import ChatEncoder
 from training.data.item import IGNORE
-from training.data.records import Place, Sample, parse_sample
+from training.data.records import Place, parse_sample
+from training.data.sample import Sample
 from training.models import CHAT_TEMPLATE
 
 RED = Image.new("RGB", (20, 30), (200, 0, 0))

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, LlavaProcessor
 
 from tests.training.llava_files import TOKENS, WORDS, entry, processor
 from training.data.chat import ChatEncoder
-from training.data.records import DataError, Place, Sample, parse_sample
+from training.data.records import DataError, Place, parse_sample
+from training.data.sample import Sample
 from training.demo.words import build_processor
 from training.models import CHAT_TEMPLATE
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from tests.training import tiny, tiny_pairs
 from training.cli import main
 from training.data.images import open_image
-from training.data.records import IMAGE_MARK, DataError, Place, Sample
+from training.data.records import DataError, Place
+from training.data.sample import IMAGE_MARK, Sample
 from training.evaluation.questions import Files
 from training.evaluation.run import Options, run_benchmark
 from training.generate import Answer, Asked, Writer, load
