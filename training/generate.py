@@ -22,7 +22,7 @@ import torch
 from transformers import GenerationConfig
 
 from mllmkd_kernels.batch import BESIDES, in_eval
-from mllmkd_kernels.own_answers import seeded
+from mllmkd_kernels.own_answers import end_ids, seeded
 from training.anatomy import positions
 from training.data.collate import Collator
 from training.data.encoding import Encoding, Images
@@ -151,11 +151,8 @@ class Writer:
     def _stops(self) -> set[int]:
         """Ids that end an answer: the template's, the tokenizer's, the model's own."""
         ending = self.encoding.encoders[0].ending
-        found = {self.tokenizer(ending, add_special_tokens=False).input_ids[-1]}
-        for ids in (self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id):
-            if ids is not None:
-                found.update([ids] if isinstance(ids, int) else ids)
-        return found
+        own = {self.tokenizer(ending, add_special_tokens=False).input_ids[-1]}
+        return own | end_ids(self.tokenizer, self.model.generation_config)
 
 
 def load(path: str) -> tuple[Any, Any]:

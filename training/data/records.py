@@ -39,6 +39,7 @@ from training.data.sample import (
     unread_fields,
 )
 
+FILE = "a LLaVA json file"
 READ = frozenset({"id", "kind", "image", "images", "system", LLAVA.messages})
 
 
@@ -60,7 +61,7 @@ def read_entries(path: str | Path) -> Iterator[tuple[Place, Any] | DataError]:
     if path.suffix not in (".json", ".jsonl"):
         raise fault(Place(path), "file name", repr(path.suffix), "a .json or .jsonl file")
     if not path.is_file():
-        raise fault(Place(path), "file", "no such file", "a LLaVA json file")
+        raise fault(Place(path), "file", "no such file", FILE)
     empty = True
     for entry in _read_lines(path) if path.suffix == ".jsonl" else _read_list(path):
         empty = False
@@ -70,7 +71,7 @@ def read_entries(path: str | Path) -> Iterator[tuple[Place, Any] | DataError]:
 
 
 def _read_list(path: Path) -> Iterator[tuple[Place, Any]]:
-    entries = parse_json(read_text(path), Place(path))
+    entries = parse_json(read_text(path, FILE), Place(path))
     if not isinstance(entries, list):
         raise fault(Place(path), "file", shown(entries), "a list of entries")
     for index, raw in enumerate(entries):
@@ -93,8 +94,11 @@ def _read_lines(path: Path) -> Iterator[tuple[Place, Any] | DataError]:
                 yield error
 
 
-def read_text(path: Path) -> str:
-    """The text of a file, without a byte order mark; `DataError` if it is not UTF-8."""
+def read_text(path: Path, expected: str) -> str:
+    """The text of a file, without a byte order mark; `DataError` if it is not there, saying what is
+    expected, or not UTF-8."""
+    if not path.is_file():
+        raise fault(Place(path), "file", "no such file", expected)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
