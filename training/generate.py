@@ -65,8 +65,8 @@ class Writer:
         top_p: of the tokens to choose from, when sampling.
 
     Raises:
-        ConfigError: the model cannot generate, or the processor cannot be asked with
-            (`training.data.chat.ChatEncoder`, `training.data.collate.Collator`).
+        ConfigError: answers may be longer than the model's positions, or the processor cannot be
+            asked with (`training.data.chat.ChatEncoder`, `training.data.collate.Collator`).
     """
 
     def __init__(
@@ -78,9 +78,6 @@ class Writer:
         temperature: float = 0.0,
         top_p: float = 1.0,
     ) -> None:
-        if not model.can_generate():
-            kind = type(model).__name__
-            raise ConfigError(f"model: got a {kind}, expected one that can generate text")
         self.model, self.processor = model, processor
         self.tokenizer = processor.tokenizer
         longest = (positions(model.config) or ENDLESS) - max_new_tokens

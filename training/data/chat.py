@@ -53,7 +53,6 @@ class ChatEncoder:
             template borders them, then the caption and a line break; question and system message
             are discarded. The published recipe ends a caption without an end of sequence, so a
             model trained with this alone does not learn to stop: that is learned from ``chat``.
-        system: a system message for samples that have none of their own.
 
     Attributes:
         note: how the template's history differs from its prompts, or which template of the user's
@@ -66,7 +65,7 @@ class ChatEncoder:
         ValueError: an unknown `template`, or a LLaVA's images are not all of one size.
     """
 
-    def __init__(self, processor: Any, template: TemplateName = "chat", system: str = "") -> None:
+    def __init__(self, processor: Any, template: TemplateName = "chat") -> None:
         if template not in ("chat", "pretrain"):
             raise ValueError(f"template: got {template!r}, expected 'chat' or 'pretrain'")
         self.llava = speaks_llava(processor)
@@ -75,7 +74,7 @@ class ChatEncoder:
         self.processor, self.tokenizer = processor, processor.tokenizer
         if self.tokenizer.eos_token is None:
             raise ConfigError(f"{_name(processor)}: its tokenizer has no eos_token")
-        self.template, self.system = template, system
+        self.template = template
         self.image_token: str = processor.image_token
         self.image_id = row_id(processor)
         self._controls, self._known = Controls(processor), dict[str, tuple[int, ...]]()
@@ -173,16 +172,13 @@ class ChatEncoder:
 
     def length(self, sample: Sample, seen: Seen | None) -> int:
         """Tokens of the item; `seen` may be None where there are `tokens_per_image`."""
-        if seen is None and self.tokens_per_image is None:
-            raise ValueError("seen: got None, expected the images: their size decides the tokens")
         if seen is None:
             seen = Seen([[self.image_id] * (self.tokens_per_image or 0)] * len(sample.images))
         return len(self.item(sample, seen)["input_ids"])
 
     def messages(self, sample: Sample, answers: Sequence[str]) -> list[dict[str, Any]]:
         """The conversation as templates want it, in parts; LLaVA's gets its questions whole."""
-        system = sample.system if sample.system is not None else self.system or None
-        talk = [] if system is None else [_message("system", system)]
+        talk = [] if sample.system is None else [_message("system", sample.system)]
         for (human, _), answer in zip(sample.turns, answers, strict=False):
             if self.llava:
                 content: Any = _image_first(human).replace(IMAGE_MARK, self.image_token)

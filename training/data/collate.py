@@ -64,11 +64,9 @@ class Collator:
         """One batch of at least one item, in their order.
 
         Raises:
-            ValueError: no items, images of sizes that do not go together, or an entry that some
+            ValueError: images of sizes that do not go together, or an entry that some
                 items with images lack.
         """
-        if not items:
-            raise ValueError("items: got none, expected at least one")
         own = {}
         if self.teacher is not None:
             own["teacher"] = self.teacher([item["teacher"] for item in items])  # pyright: ignore[reportTypedDictNotRequiredAccess]
