@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -271,7 +272,7 @@ class Pass:
             self.dataset,
             batch_sampler=[batch for _, batch in plan],
             num_workers=self.workers,
-            collate_fn=_Marked(self.collator),
+            collate_fn=partial(_marked, self.collator),
         )
         total = sum(len(manifest.block(s)) for s in shards)
         done = total - sum(len(batch) for _, batch in plan)
@@ -322,14 +323,9 @@ def selected(
     return hidden.flatten(0, 1)[rows], list(zip(*counts, strict=True))
 
 
-class _Marked:
-    """A collator that also gives the marks of its items, made where the items are made."""
-
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
-
-    def __call__(self, items: Sequence[Any]) -> tuple[list[Mark], Any]:
-        return marks_of_items(items), self.collator(items)
+def _marked(collator: Any, items: Sequence[Any]) -> tuple[list[Mark], Any]:
+    """A batch and the marks of its items, made where the items are made."""
+    return marks_of_items(items), collator(items)
 
 
 def _check_rows(
