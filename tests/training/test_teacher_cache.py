@@ -66,7 +66,7 @@ def a_pass(root, folder, data, *, dtype="fp32", teacher=None, marks=None, **mani
     )
     return fill.Pass(
         folder=folder,
-        teacher=model,
+        teacher=lambda: model,
         dataset=data,
         collator=Collator(tiny.processor()),
         manifest=store.Manifest(**fields | manifest),

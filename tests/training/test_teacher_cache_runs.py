@@ -49,7 +49,7 @@ def caching(root, path, **options):
     return settings.changed(config, stage=stage, data={"held_out": None}, teacher_cache=cache)
 
 
-def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, capsys):
+def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, capsys, monkeypatch):
     config = caching(root, tmp_path)
     online = settings.changed(
         config, out=str(tmp_path / "online"), teacher_cache={"path": None, "dtype": "bf16"}
@@ -62,6 +62,9 @@ def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, capsys):
     assert main(["cache", "--config", str(file)]) == 0
     printed = capsys.readouterr().out
     assert "dpt: 14 samples of " in printed and "dft: whole: 14 samples, " in printed
+    with monkeypatch.context() as patch:  # nothing is left to run it on
+        patch.setattr(fill, "load_vlm", None)
+        assert main(["cache", "--config", str(file)]) == 0
     alone = settings.changed(config, teacher=None, data={"workers": 1})
     whole = curves(run(alone, say=quiet))
     for ours, theirs in zip(whole, expected, strict=True):

@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -105,7 +105,7 @@ def _make(config: Config, path: Path, dry_run: bool, say: Say) -> None:
     on_main(lambda: _check_disk(need, free))
     if dry_run:
         return
-    model, _ = load_vlm(teacher, dtype=MODEL_DTYPES[config.teacher_dtype])
+    model = cache(lambda: load_vlm(teacher, dtype=MODEL_DTYPES[config.teacher_dtype])[0])
     for job in jobs:
         work = Pass(
             folder=path / job.manifest.stage,
@@ -230,7 +230,7 @@ class Pass:
     """One stage's pass.
 
     Attributes:
-        teacher: a model in memory.
+        teacher: gives the model, where there is anything left to run it on.
         dataset: the stage's data, map-style.
         collator: makes its batches, with a view of the teacher's own where it needs one.
         manifest: what the cache will hold.
@@ -239,7 +239,7 @@ class Pass:
     """
 
     folder: Path
-    teacher: Any
+    teacher: Callable[[], Any]
     dataset: Any
     collator: Any
     manifest: Manifest
@@ -292,7 +292,7 @@ class Pass:
         hidden, found = [], []
         for marks, batch in batches:
             own = batch.get("teacher") or batch
-            visual = (own["input_ids"] == image_token_id(self.teacher)) & self.manifest.visual
+            visual = (own["input_ids"] == image_token_id(self.teacher())) & self.manifest.visual
             rows, counts = selected(self._run(batch).hidden, own["labels"], visual)
             _check_rows(marks, batch, own, counts, self.manifest.visual)
             hidden.append(_stored(rows, DTYPES[self.manifest.dtype], marks, counts))
@@ -305,7 +305,7 @@ class Pass:
         device: Any = PartialState().device
         half = self.manifest.precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            return ask(self.teacher.to(device), send_to_device(batch, device))
+            return ask(self.teacher().to(device), send_to_device(batch, device))
 
 
 def selected(
