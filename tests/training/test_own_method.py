@@ -34,7 +34,6 @@ from training.models import build_model, load_vlm
 ROOT = Path(training.__file__).parents[1]
 SAMPLES = 14  # one step sees all of them
 WEIGHTS = {"ce": 1.0, "answers": 0.7, "images": 0.1, "sureness": 0.3}
-NAMES = ("loss", *WEIGHTS)
 
 
 @pytest.fixture(scope="module")
