@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from training.data.faults import Place, fault, shown
-from training.data.fields import MESSAGE, PART, is_empty, not_read
+from training.data.fields import ASIS, MESSAGE, PART, is_empty
 from training.data.preferences import Form, Told
 
 IMAGE_MARK = "<image>"  # LLaVA's mark for "an image goes here", whatever the tokenizer calls it
@@ -230,7 +230,9 @@ def unread_fields(
     names: list[str] = []
     if fields.keys() <= read:  # as most are
         return names
-    for name, value in not_read(fields, read):
+    for name, value in fields.items():
+        if name in read or is_empty(value) or (name in ASIS and value == 1):
+            continue
         if name in refused:
             raise fault(place, f"{where}{name}", shown(value), refused[name])
         names.append(f"{_NUMBER.sub('[]', where)}{name}" if where else name)

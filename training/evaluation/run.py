@@ -58,9 +58,6 @@ class Options:
     tokenizer: TokenizerName = "words"  # of captions
 
     def __post_init__(self) -> None:
-        if self.benchmark not in BENCHMARKS:
-            names = ", ".join(BENCHMARKS)
-            raise ConfigError(f"benchmark: got {self.benchmark!r}, expected one of {names}")
         for name in ("batch_size", "max_new_tokens", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
