@@ -334,9 +334,13 @@ def test_other_data_and_settings_are_found_before_the_first_step(root, data, row
     moved = root / "moved"
     shutil.copytree(root / "teacher", moved)
     use.open_rows(settings.changed(config, teacher=str(moved)), "dft")
-    other = settings.changed(config, teacher=str(root / "tower"))
-    with pytest.raises(ConfigError, match=r"teacher: got .*tower, but .*dft is of .*teacher; name"):
-        use.open_rows(other, "dft")
+    (moved / "generation_config.json").write_text("{}")  # another model now
+    for other in (moved, root / "tower"):
+        named = settings.changed(config, teacher=str(other))
+        with pytest.raises(
+            ConfigError, match=rf"teacher: got .*{other.name}, but .*dft is of .*te"
+        ):
+            use.open_rows(named, "dft")
 
 
 def test_response_rows_alone(root, data, tmp_path):

@@ -105,10 +105,12 @@ def open_rows(config: Config, stage: str) -> TeacherRows:
     path = require(config.teacher_cache.path, "teacher_cache.path", "the stored rows")
     rows = TeacherRows(Path(path) / stage)
     named, known = config.teacher, rows.manifest
-    if named is not None and place(named) != known.name and marks_of(named) != known.teacher:
+    if named is not None and (
+        marks_of(named) != known.teacher if Path(named).is_dir() else named != known.name
+    ):
         raise ConfigError(
-            f"teacher: got {config.teacher}, but {rows.folder} is of {rows.manifest.name}; name "
-            "that one, or none (teacher=null)"
+            f"teacher: got {named}, but {rows.folder} is of {known.name} as it was then; name that "
+            "one, or none (teacher=null)"
         )
     check_needs(config, stage, rows.manifest.visual, f"but {rows.folder} holds")
     return rows
