@@ -93,11 +93,10 @@ _AMPERE: Table = _HOPPER | {
     "relation_grad": {"single": _relation(64, 16, 4, 8, 3) | {"block_d": 32}},
 }
 
-# Compiled, not timed. Accumulators are in tensor memory and leave registers free: `values` takes
-# 128 × 128 too. What comes through pointers passes through more registers.
+# Compiled, not timed. The accumulator is in tensor memory, the sum of segments is not. What comes
+# through pointers passes through more registers.
 _BLACKWELL: Table = _HOPPER | {
     "statistics": _HOPPER["statistics"] | {"half": _matrix(64, 64, 32, 8, 3)},
-    "values": _HOPPER["values"] | {"half-tma": _matrix(128, 128, 64, 8, 3)},
     "gradient": _HOPPER["gradient"] | {"half": _matrix(64, 64, 32, 8, 3)},
 }
 
