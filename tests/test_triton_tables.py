@@ -112,7 +112,7 @@ def test_amds_gpus_have_a_table_of_their_own_and_no_descriptors(
     ("capability", "dtype", "bound"),
     [
         (90, torch.float32, True), (90, torch.bfloat16, False), (80, torch.float16, False),
-        (100, torch.bfloat16, False), (120, torch.bfloat16, True), (121, torch.float16, True),
+        (103, torch.bfloat16, True), (120, torch.bfloat16, True), (121, torch.float16, True),
     ],
 )  # fmt: skip
 def test_registers_are_bounded_where_fewer_gain_nothing(

@@ -34,8 +34,9 @@ COUNTS = ("num_stages", "splits")
 #: 32-bit registers of a multiprocessor, on every architecture of the tables.
 REGISTERS = 65536
 
-#: The architecture whose shared memory holds one block of a 16-bit kernel, not two.
-ONE_BLOCK = 120
+#: Architectures with one block of a 16-bit kernel on a multiprocessor, not two: there is too little
+#: shared memory (120), or the sums of segments take the registers that accumulators do not (100).
+ONE_BLOCK = (100, 120)
 
 #: Changes when a reader of older files would misread newer ones.
 SCHEMA = 1
@@ -164,7 +165,7 @@ def bounded(
     """
     if device.type != "cuda" or torch.version.hip:
         return dict(parameters)
-    if dtype.itemsize == 2 and architecture(_gpu(device)[1]) != ONE_BLOCK:
+    if dtype.itemsize == 2 and architecture(_gpu(device)[1]) not in ONE_BLOCK:
         return dict(parameters)
     return {**parameters, "maxnreg": min(255, REGISTERS // (32 * parameters["num_warps"]))}
 
