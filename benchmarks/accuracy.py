@@ -26,7 +26,7 @@ def contract(dtype: str, epsilon: float) -> float:
 def measure(session: Session, ladder: Ladder) -> list[dict[str, Any]]:
     """One row per ε and method."""
     case, rows = ladder.case, []
-    methods = [method for method in session.everything(case.loss) if method.key != FLOOR.key]
+    methods = [method for method in session.methods(case, True) if method.key != FLOOR.key]
     for epsilon in ladder.epsilons:
         problem = make_near(case, epsilon, device=session.suite.device)
         expected = truth.truth(problem)
@@ -34,9 +34,8 @@ def measure(session: Session, ladder: Ladder) -> list[dict[str, Any]]:
             session.tell(f"{case.title}, ε {epsilon}: {method.label}")
             row = method.row(case) | {"epsilon": epsilon, "contract": contract(case.dtype, epsilon)}
             verdict = vet(method, problem, expected)
-            if (found := verdict.errors) is None:
-                row |= {"status": verdict.status, "reason": verdict.reason}
-            else:
+            row |= {"status": verdict.status, "reason": verdict.reason}
+            if found := verdict.errors:
                 row |= {"status": "ok", "reason": "", "gradient": found.gradient, **asdict(found)}
             rows.append(row)
     return rows

@@ -41,18 +41,15 @@ SECTIONS: dict[str, tuple[Any, str]] = {
 
 DESCRIPTION = """\
 Measures the losses of mllmkd_kernels against plain PyTorch, the matrix products alone and other
-projects where they are installed, and whole training steps with either. Every method's loss and
-gradients are compared with fp64 before it is measured. Prints tables and which promises hold,
-writes JSON and a report page with plots."""
+projects where they are installed (pip install --no-build-isolation -e '.[peers]'), and whole
+training steps. Every method's loss and gradients are compared with fp64 before it is measured.
+Prints tables and which promises hold, writes JSON and a report page with plots."""
 
 EPILOG = """\
 examples:
-  python -m benchmarks all                 everything: minutes on two cores (what `make bench` does)
-  python -m benchmarks speed --quick       does it run here, under a minute
+  python -m benchmarks all                    everything, as `make bench` does
+  python -m benchmarks speed --suite quick    does it run here, under a minute
   python -m benchmarks speed --only floor,torch-eager,mk-cpu --rounds 9
-  python -m benchmarks all --device cuda   a GPU's shapes, where there is one (the default there)
-  python -m benchmarks readme              put the newest full run into README.md
-  pip install --no-build-isolation -e '.[peers]'   adds other projects to the comparison
 
 methods: """ + ", ".join(method.key for method in methods.METHODS)
 
@@ -68,10 +65,7 @@ def parser() -> argparse.ArgumentParser:
     for name, text in (texts | {"all": "speed, memory, accuracy and step"}).items():
         _measuring_options(commands.add_parser(name, help=text, description=text))
     text = "rewrite the generated block of README.md from the newest full run"
-    command = commands.add_parser("readme", help=text, description=text)
-    command.add_argument("--json", type=Path, help="the record to use instead of the newest")
-    command.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
-    command.add_argument("--check", action="store_true", help="only say whether it is current")
+    commands.add_parser("readme", help=text, description=text)
     return top
 
 
@@ -81,7 +75,6 @@ def _measuring_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
     add("--suite", choices=tuple(SUITES), help=f"default: that of the device; {suites}")
-    add("--quick", action="store_const", const="quick", dest="suite", help="same as --suite quick")
     add("--only", type=_keys, default=(), metavar="METHOD,...", help="measure only these methods")
     add("--rounds", type=_positive, metavar="N", help="rounds after warm-up; the suite has its own")
     minutes = "for everything; what does not fit is made smaller, and said (%(default)g)"
@@ -98,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     console = Console()
     try:
-        return (_readme if args.command == "readme" else _measure)(args, console)
+        return _readme(console) if args.command == "readme" else _measure(args, console)
     except ValueError as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2
@@ -107,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 def _measure(args: argparse.Namespace, console: Console) -> int:
     suite = _suite(args.suite, args.device)
     session = Session(suite, args.only, args.rounds or suite.rounds)
-    methods.select("ce+kl", args.only)  # an unknown key is an error before anything is measured
+    methods.select(suite.speed[0], args.only)  # an unknown key is an error before any measurement
     run = record.new(session)
     console.print(report.machine_line(run), highlight=False, markup=False)
     if (load := run["machine"]["load_at_start"]) > 0.5 * run["machine"]["cores"]:
@@ -185,19 +178,14 @@ def _measured(
     yield True
 
 
-def _readme(args: argparse.Namespace, console: Console) -> int:
+def _readme(console: Console) -> int:
     published = record.published(record.RESULTS)
-    if not (args.json or published):
+    if not published:
         raise ValueError("readme: no full run yet in benchmarks/results: python -m benchmarks all")
-    path = args.json or published[-1][1]
-    text = args.readme.read_text(encoding="utf-8")
-    fresh = readme.rewritten(text, readme.block(path.resolve(), ROOT))
-    if args.check:
-        state = "current" if fresh == text else "stale: run python -m benchmarks readme"
-        console.print(f"{args.readme.name} is {state}", highlight=False)
-        return int(fresh != text)
-    args.readme.write_text(fresh, encoding="utf-8")
-    console.print(f"{args.readme.name} rewritten from {path.name}", highlight=False)
+    path, page = published[-1][1], ROOT / "README.md"
+    fresh = readme.rewritten(page.read_text(encoding="utf-8"), readme.block(path, ROOT))
+    page.write_text(fresh, encoding="utf-8")
+    console.print(f"{page.name} rewritten from {path.name}", highlight=False)
     return 0
 
 

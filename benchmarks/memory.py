@@ -1,18 +1,15 @@
 """How much memory does a step need beyond its inputs and gradients? Measured by the kernel.
 
-Each figure comes from a fresh child process, because a used heap hides what an allocation costs.
-Children are forked from a server that has imported everything and done nothing: importing PyTorch
-anew for each would be half of a run, and no thread pool exists yet when they are forked. A child
-builds the inputs, warms up on a tiny problem (thread pools and vendor libraries allocate once,
-whatever the size), returns free memory to the system, and runs one forward and backward. Then
+Each figure comes from a fresh child process, because a used heap hides what an allocation costs,
+forked from a server that has imported everything and done nothing: importing PyTorch anew would be
+half of a run, and no thread pool exists yet. A child warms up on a tiny problem (thread pools and
+vendor libraries allocate once, whatever the size), returns free memory to the system, and runs one
+forward and backward. Then
 
     extra = VmHWM after − VmRSS before − bytes of the gradients that the step returns.
 
-The kernel keeps the high-water mark of resident memory (``VmHWM``, reset before through
-``/proc/self/clear_refs``) at every page fault, so nothing is sampled and no peak is missed. Linux
-only; elsewhere a row says so. On a GPU the allocator keeps its own, so no child is needed:
-
-    extra = max_memory_allocated − memory_allocated before − bytes of the gradients.
+The kernel keeps that high-water mark at every page fault, so nothing is sampled and no peak is
+missed. Linux only; elsewhere a row says so. On a GPU the allocator keeps one, without a child.
 """
 
 from __future__ import annotations
@@ -60,20 +57,18 @@ def measure(session: Session, case: Case) -> list[Figures]:
 
 def predicted(method: Method, case: Case, device: str = "cpu") -> int | None:
     """What `mllmkd_kernels.explain` says of our methods; None for what it does not plan."""
-    unfit = not method.key.startswith("mk-") or method.why_not(torch.device(device))
-    if unfit or case.loss not in ROWWISE:
+    unfit = case.loss not in ROWWISE or method.why_not(torch.device(device))
+    if method.plan is None or unfit:
         return None
-    backend, _, budget = method.key[3:].partition("-")
     return mk.explain(
         case.rows, case.vocab, case.d_s, 0 if case.loss == "ce" else case.d_t,
         train_head=case.train_head, dtype=DTYPES[case.dtype], divergence=case.divergence,
-        device=device, backend=backend,
-        workspace_mb=float(budget.removesuffix("mb")) if budget else None,
+        device=device, **method.plan,
     ).peak_bytes  # fmt: skip
 
 
 def _extra(key: str, case: Case, device: str) -> Figures:
-    """Bytes that one step needs beyond inputs and gradients."""
+    """Bytes that one step needs beyond inputs, gradients and what a trainer has once per run."""
     method = BY_KEY[key]
     small = replace(case, rows=min(case.rows, 16), vocab_s=512, vocab_t=512)
     # Libraries take their workspaces once; what is compiled runs when it is built.
@@ -134,8 +129,6 @@ def _attempt(threads: int, function: Callable[..., Figures], *arguments: Any) ->
 
 @lru_cache(maxsize=1)
 def _context() -> Any:
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
     context: Any = multiprocessing.get_context("forkserver")
     # An import that fails is none: `vlm` needs transformers.
     context.set_forkserver_preload(["benchmarks.memory", "benchmarks.step", "benchmarks.vlm"])

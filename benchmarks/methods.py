@@ -2,8 +2,8 @@
 
 ``build(problem)`` does what a trainer does once per run (buffers, the cached Gram matrix of a
 frozen head) and returns ``run``; each ``run()`` is one forward and backward: it leaves gradients in
-``problem.hs.grad`` and ``problem.ws.grad`` and returns the detached loss. All of them compute the
-same loss, a mean over the N rows:
+``problem.hs.grad`` and ``problem.dw`` and returns the detached loss. All of them compute the same
+loss, a mean over the N rows:
 
     ce+kl      mean CE(z_s, labels) + mean KL(p_t ‖ p_s)
     ce+jsd     the same with the Jensen-Shannon divergence, β = 0.5
@@ -17,7 +17,7 @@ in `naive`, methods of other projects are in `peers`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -43,7 +43,7 @@ class Method:
         losses: which of `shapes.LOSSES` it computes.
         build: prepares a problem and returns one forward and backward.
         why_not: why it cannot run on a device, "" if it can.
-        version: of the project it comes from.
+        plan: arguments of `mk.explain`, of what it plans: ours.
     """
 
     key: str
@@ -51,23 +51,27 @@ class Method:
     losses: frozenset[str]
     build: Callable[[Problem], Run]
     why_not: Callable[[torch.device], str] = lambda device: ""
-    version: Callable[[], str] = lambda: f"torch {torch.__version__}"
+    plan: Mapping[str, Any] | None = None
+
+    def computes(self, case: Case) -> bool:
+        """Whether it is a method for it: one that adds to a `main_grad` trains the head."""
+        adds = self.plan is not None and self.plan["main_grad"] is not None
+        return case.loss in self.losses and (case.train_head or not adds)
 
     def row(self, case: Case | StepCase) -> dict[str, Any]:
         """What each of its figures begins with in a record."""
-        return {
-            "case": asdict(case), "method": self.key, "label": self.label,
-            "version": self.version(),
-        }  # fmt: skip
+        return {"case": asdict(case), "method": self.key, "label": self.label}
 
 
-def _ours(backend: str, workspace_mb: float | None = None) -> Method:
+def _ours(backend: str, workspace_mb: float | None = None, main_grad: bool = False) -> Method:
+    how = {"backend": backend, "workspace_mb": workspace_mb}
+
     def build(problem: Problem) -> Run:
         if problem.case.loss == "relation":
-            return with_backward(_our_relation(problem, backend))
+            return with_backward(relation(problem, backend))
         if problem.case.loss in PREFERENCES:
-            return with_backward(_our_preference(problem, backend, workspace_mb))
-        return with_backward(_our_distill(problem, backend, workspace_mb))
+            return with_backward(_preference(problem, how))
+        return with_backward((_distill_into if main_grad else distill)(problem, **how))
 
     def why_not(device: torch.device) -> str:
         try:
@@ -80,23 +84,38 @@ def _ours(backend: str, workspace_mb: float | None = None) -> Method:
     if workspace_mb is not None:
         key, label = f"{key}-{workspace_mb:g}mb", f"{label}, {workspace_mb:g} MiB of workspace"
         losses = LOGITS  # the relation has no workspace
-    version = f"mllmkd_kernels {mk.__version__}"
-    return Method(key, label, losses, build, why_not, lambda: version)
+    if main_grad:
+        key, label, losses = f"{key}-main-grad", f"{label}, dw into main_grad", BOTH
+    plan = how | {"main_grad": "forward" if main_grad else None}
+    return Method(key, label, losses, build, why_not, plan)
 
 
-def _our_distill(problem: Problem, backend: str, workspace_mb: float | None) -> Forward:
+def distill(problem: Problem, backend: str, **how: Any) -> Forward:
+    """CE, a divergence, or both, as the case has it."""
     mean = 1 / problem.case.rows
     ce_weight = 0.0 if problem.case.loss == "kl" else mean
     return lambda: (
         mk.fused_linear_distill(
             problem.hs, problem.ws, problem.ht, problem.wt, problem.labels, ce_weight=ce_weight,
-            kd_weight=mean, divergence=problem.case.divergence, backend=backend,
-            workspace_mb=workspace_mb,
+            kd_weight=mean, divergence=problem.case.divergence, backend=backend, **how,
         ).loss
     )  # fmt: skip
 
 
-def _our_relation(problem: Problem, backend: str) -> Forward:
+def _distill_into(problem: Problem, **how: Any) -> Forward:
+    """The head's gradient goes straight into an accumulator that the trainer keeps, in forward."""
+    sums = torch.zeros_like(problem.ws, dtype=torch.float32)
+    forward = distill(problem, main_grad=sums, loss_gradient=1.0, **how)
+
+    def added() -> Tensor:
+        problem.main_grad = sums
+        return forward()
+
+    return added
+
+
+def relation(problem: Problem, backend: str) -> Forward:
+    """The Gram matrix of a head that is trained is made every time, of others once."""
     ht, wt = problem.teacher()
     vocab, ends = problem.case.vocab, problem.ends
     gram_t = mk.head_gram(wt, vocab_size=vocab)
@@ -108,12 +127,12 @@ def _our_relation(problem: Problem, backend: str) -> Forward:
     )  # fmt: skip
 
 
-def _our_preference(problem: Problem, backend: str, workspace_mb: float | None) -> Forward:
+def _preference(problem: Problem, how: dict[str, Any]) -> Forward:
     ht, wt = problem.teacher()
-    how = {"vocab_size": problem.case.vocab, "backend": backend, "workspace_mb": workspace_mb}
+    logprob = partial(mk.fused_linear_logprob, vocab_size=problem.case.vocab, **how)
 
     def answers(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        return problem.answers(mk.fused_linear_logprob(h, w, problem.labels, **how))
+        return problem.answers(logprob(h, w, problem.labels))
 
     return lambda: mk.preference_loss(
         *answers(problem.hs, problem.ws), *answers(ht, wt),
@@ -164,7 +183,8 @@ def _floor(problem: Problem) -> Run:
     return run
 
 
-ROWWISE = frozenset({"ce+kl", "ce+jsd", "ce", "kl"})
+BOTH = frozenset({"ce+kl"})
+ROWWISE = BOTH | {"ce+jsd", "ce", "kl"}
 LOGITS = ROWWISE | set(PREFERENCES)  # those that need all V·N of them
 ALL = LOGITS | {"relation"}
 FLOOR = Method("floor", "matrix products alone (floor)", LOGITS, _floor)
@@ -173,18 +193,24 @@ COMPILED = Method("torch-compile", "PyTorch, torch.compile", ROWWISE, _compiled)
 OURS = tuple(_ours(backend) for backend in reversed(choose.BACKENDS))
 #: The same within a tenth of the memory, for GPUs: it must still work.
 TIGHT = _ours("auto", 64)
+#: The same within half of it and no gradient of the head beside the trainer's own, by backend.
+MAIN_GRAD = {f"mk-{backend}": _ours(backend, 600, main_grad=True) for backend in choose.BACKENDS}
 #: Which methods of ours a device is asked about, if not by name.
 _BY_DEVICE = {
     "cpu": {"mk-cpu", "mk-eager"},
-    "cuda": {"mk-triton", "mk-cuda", "mk-eager", TIGHT.key},
+    "cuda": {"mk-triton", "mk-cuda", "mk-eager", TIGHT.key}
+    | {MAIN_GRAD[key].key for key in ("mk-triton", "mk-cuda")},
 }
 
 
 def _peer(peer: peers.Peer) -> Method:
-    return Method(peer.key, peer.label, peer.losses, peer.build, peer.why_not, peer.version)
+    return Method(peer.key, peer.label, peer.losses, peer.build, peer.why_not)
 
 
-METHODS = (FLOOR, EAGER, COMPILED, *OURS, TIGHT, *(_peer(peer) for peer in peers.PEERS))
+METHODS = (
+    FLOOR, EAGER, COMPILED, *OURS, TIGHT, *(_peer(peer) for peer in peers.PEERS),
+    *MAIN_GRAD.values(),
+)  # fmt: skip
 BY_KEY = {method.key: method for method in METHODS}
 
 
@@ -194,9 +220,9 @@ def ours_by_default(device: str = "cpu") -> Method:
 
 
 def select(
-    loss: str, only: tuple[str, ...] = (), every_backend: bool = True, device: str = "cpu"
+    case: Case, only: tuple[str, ...] = (), every_backend: bool = True, device: str = "cpu"
 ) -> list[Method]:
-    """The methods that compute `loss`: those named by the keys `only` if any are, else all that
+    """The methods that compute a case: those named by the keys `only` if any are, else all that
     are made for `device`, or all but the backends of ours that ``backend="auto"`` would not choose
     and, on a CPU, but ``torch.compile``.
 
@@ -209,12 +235,8 @@ def select(
         raise ValueError(f"only: got {', '.join(unknown)}, expected some of {', '.join(known)}")
     wanted = set(only or known)
     if not only:
-        ours = {method.key for method in (*OURS, TIGHT)}
-        kept = _BY_DEVICE[device] if every_backend else {ours_by_default(device).key}
-        wanted -= ours - kept
-        if device == "cpu" and not every_backend:
-            # Two shapes of each case are compiled, the few rows that are checked and the measured
-            # ones, 5 to 10 s each on two cores: a quarter of an hour for the whole suite, which
-            # promises ten minutes. A GPU's suite has it everywhere.
+        ours = {method.key for method in METHODS if method.plan}
+        wanted -= ours - (_BY_DEVICE[device] if every_backend else {ours_by_default(device).key})
+        if device == "cpu" and not every_backend:  # two shapes of each case, 5 to 10 s each
             wanted.discard(COMPILED.key)
-    return [method for method in METHODS if loss in method.losses and method.key in wanted]
+    return [method for method in METHODS if method.computes(case) and method.key in wanted]

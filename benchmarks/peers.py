@@ -1,18 +1,15 @@
 """What do other projects have? Their functions, called as their documentation says, if installed.
 
-``pip install -e '.[peers]'`` brings them (``peers-cuda``: quack); one that is missing, or that
-cannot run on the device, is a row that says so. Each is asked for exactly the loss of the case:
-both weights 1, no temperature, a mean over rows; a more accurate way rather than a faster one, if
-its project offers both. None but Liger has one call for both terms: two calls and a sum, then.
-
-All of them want one vocabulary. Where the heads differ in rows, both are cut to the shared columns
-before a peer sees them, as its users would have to do: uncut, most give a wrong number and some
-read beyond the smaller head, which on a GPU ends every later measurement.
+``pip install -e '.[peers]'`` brings them (``peers-cuda``: quack). Each is asked for exactly the
+loss of the case: both weights 1, no temperature, a mean over rows; a more accurate way rather than
+a faster one, if its project offers both. None but Liger has one call for both terms: two calls and
+a sum, then. All want one vocabulary: where the heads differ in rows, both are cut to the shared
+columns, as its users would have to do. Uncut, some read beyond the smaller head, which on a GPU
+ends every later measurement.
 
 Left out: functions of whole logits (torchtune, DistillKit, Model-Optimizer), which are "PyTorch,
-whole logits" in other words; and unsloth_zoo's chunked JSD (2026.10.9), which imports only after
-unsloth, and that changes settings of the allocator and of Triton, and patches PyTorch, for every
-other method of the process.
+whole logits" in other words; and unsloth_zoo's chunked JSD, which patches PyTorch for every other
+method of the process.
 """
 
 from __future__ import annotations
@@ -33,9 +30,6 @@ from benchmarks import naive
 from benchmarks.machine import version
 from benchmarks.problem import BETA, Forward, Problem, Run, with_backward
 from benchmarks.shapes import PREFERENCES
-
-CUDA_ONLY = frozenset({"cuda"})
-EVERYWHERE = frozenset({"cpu", "cuda"})
 
 
 @dataclass(frozen=True)
@@ -65,7 +59,7 @@ class Peer:
     Attributes:
         key, label, losses: as in `methods.Method`.
         calls: their sum is the loss.
-        devices: types of device it runs on.
+        on_gpu: whether it runs nowhere else.
         capability: least compute capability of a GPU.
     """
 
@@ -73,13 +67,8 @@ class Peer:
     label: str
     losses: frozenset[str]
     calls: tuple[Call, ...]
-    devices: frozenset[str] = EVERYWHERE
+    on_gpu: bool = False
     capability: tuple[int, int] = (0, 0)
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """Its distributions."""
-        return tuple(dict.fromkeys(call.package for call in self.calls))
 
     def why_not(self, device: torch.device) -> str:
         """Why it cannot run on `device`, "" if it can."""
@@ -92,19 +81,14 @@ class Peer:
 
     def unfit(self, device: torch.device) -> str:
         """Why it is not for `device`, "" if it is."""
-        if device.type not in self.devices:
-            return f"needs {' or '.join(sorted(self.devices))}, got {device.type}"
+        if self.on_gpu and device.type != "cuda":
+            return f"needs cuda, got {device.type}"
         if device.type == "cuda":
             pairs = self.capability, torch.cuda.get_device_capability(device)
             if pairs[0] > pairs[1]:
                 least, has = (".".join(map(str, pair)) for pair in pairs)
                 return f"needs compute capability {least}, this GPU has {has}"
         return ""
-
-    def version(self) -> str:
-        """Names and versions of the distributions."""
-        found = [(package, version(package)) for package in self.packages]
-        return ", ".join(f"{name} {v}" if v else f"{name}, not installed" for name, v in found)
 
     def build(self, problem: Problem) -> Run:
         """One forward and backward, as `methods` wants it."""
@@ -129,7 +113,7 @@ def _why_not_importable(module: str, function: str) -> str:
 
 def versions() -> dict[str, str | None]:
     """distribution → version of every peer, None where it is not installed."""
-    names = {name for peer in PEERS for name in peer.packages if name != "torch"}
+    names = {call.package for peer in PEERS for call in peer.calls} - {"torch"}
     return {name: version(name) for name in sorted(names)}
 
 
@@ -274,14 +258,14 @@ CHUNKED = Call("torch", "torch.nn", "LinearCrossEntropyOptions", _torch_chunked)
 _BOTH, _CE, _KL = frozenset({"ce+kl"}), frozenset({"ce"}), frozenset({"kl"})
 PEERS = (
     Peer("liger", "Liger chunked", _BOTH | _KL, (LIGER,)),
-    Peer("liger-jsd", "Liger Triton JSD", _KL, (LIGER_JSD,), CUDA_ONLY),
-    Peer("liger-both", "Liger Triton CE + JSD", _BOTH, (LIGER_JSD, LIGER_CE), CUDA_ONLY),
+    Peer("liger-jsd", "Liger Triton JSD", _KL, (LIGER_JSD,), True),
+    Peer("liger-both", "Liger Triton CE + JSD", _BOTH, (LIGER_JSD, LIGER_CE), True),
     Peer("trl", "TRL chunked divergence", _KL, (TRL,)),
-    Peer("trl-both", "Liger CE + TRL divergence", _BOTH, (TRL, LIGER_CE), CUDA_ONLY),
-    Peer("fla", "fla FusedKLDivLoss", _KL, (FLA,), CUDA_ONLY),
-    Peer("liger-ce", "Liger fused-linear CE", _CE, (LIGER_CE,), CUDA_ONLY),
-    Peer("cce", "cut-cross-entropy", _CE, (CCE,), CUDA_ONLY),
-    Peer("quack", "quack chunked CE", _CE, (QUACK,), CUDA_ONLY, (9, 0)),
+    Peer("trl-both", "Liger CE + TRL divergence", _BOTH, (TRL, LIGER_CE), True),
+    Peer("fla", "fla FusedKLDivLoss", _KL, (FLA,), True),
+    Peer("liger-ce", "Liger fused-linear CE", _CE, (LIGER_CE,), True),
+    Peer("cce", "cut-cross-entropy", _CE, (CCE,), True),
+    Peer("quack", "quack chunked CE", _CE, (QUACK,), True, (9, 0)),
     Peer("liger-dpo", "Liger chunked DPO", frozenset({"dpo"}), (LIGER_DPO,)),
     Peer("liger-kto", "Liger chunked KTO", frozenset({"kto"}), (LIGER_KTO,)),
     Peer("trl-logprob", "TRL chunked log-probabilities", frozenset(PREFERENCES), (TRL_LOGPROB,)),

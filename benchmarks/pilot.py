@@ -172,7 +172,7 @@ class Pilot:
         if isinstance(case, StepCase):  # its rounds and batches end with its seconds
             return [Option(case, self.session.rounds, STEP_CASE / 2**n) for n in range(2)]
         if isinstance(case, Ladder):
-            rates = self._rates_of(self.session.everything(case.case.loss), case.case)
+            rates = self._rates_of(self.session.methods(case.case, True), case.case)
             return [self._ladder(case.halved(times), rates) for times in range(HALVINGS)]
         rates, most = self._rates_of(self.session.methods(case), case), self.session.rounds
         return [

@@ -1,5 +1,5 @@
-"""What does it look like? Figures from a record: time over the floor; time and memory against N and
-V, time against threads; and the accuracy ladder.
+"""What does it look like? Figures from a record: time and memory against N and V, time against
+threads; and the accuracy ladder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
-from benchmarks.methods import FLOOR, METHODS
+from benchmarks.methods import METHODS
 from benchmarks.shapes import DTYPES, Case
 
 #: One colour and marker a method, in every figure; the first colours are those that colour-blind
@@ -25,57 +25,20 @@ from benchmarks.shapes import DTYPES, Case
 _PALETTE = (
     "#7f7f7f", "#d55e00", "#8c510a", "#56b4e9", "#0072b2", "#cc79a7", "#e69f00", "#009e73",
     "#000000", "#5e3c99", "#b2abd2", "#66a61e", "#a6761d", "#e7298a", "#1b9e77", "#7570b3",
-    "#e6ab02", "#b15928", "#fb9a99", "#33a02c",
+    "#e6ab02", "#b15928", "#fb9a99", "#33a02c", "#6a3d9a", "#1f78b4", "#ff7f00", "#a6cee3",
+    "#b2df8a",
 )  # fmt: skip
 _MARKS = "osD^vP*<>hXpd"
 STYLES = {
     method.key: {"color": _PALETTE[i % len(_PALETTE)], "marker": _MARKS[i % len(_MARKS)]}
     for i, method in enumerate(METHODS)
 }
-_V = {"vocab_s": 0, "vocab_t": 0}
 #: What is swept in a panel: the property of a case, and the fields it depends on.
 AXES = {
     "rows N": ("all_rows", {"rows": 0}),
-    "vocabulary V": ("vocab", _V),
+    "vocabulary V": ("vocab", {"vocab_s": 0, "vocab_t": 0}),
     "threads": ("threads", {"threads": 0}),
 }
-
-
-def time_over_floor(record: dict[str, Any]) -> Figure | None:
-    """Bars: time of every method over the matrix products alone, case by case. The axis is
-    logarithmic and bars begin at 1, so that a method of a hundred times the floor leaves the others
-    legible.
-    """
-    rows = [r for r in record.get("speed", []) if r.get("over_floor") and r["method"] != FLOOR.key]
-    if not rows:
-        return None
-    cases = list(dict.fromkeys(Case(**row["case"]) for row in rows))
-    size = (9, 1.6 + 0.17 * len(rows) + 0.2 * len(cases))
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
-    place, middles = 0.0, []
-    for case in cases:
-        mine = [row for row in rows if Case(**row["case"]) == case]
-        for n, row in enumerate(mine):
-            value, colour = row["over_floor"], STYLES[row["method"]]["color"]
-            axes.barh(place + n, value - 1, 0.85, left=1, color=colour, label=row["label"])
-            beside = {"xytext": (3 if value >= 1 else -3, 0), "textcoords": "offset points"}
-            axes.annotate(f"{value:.2f}", (value, place + n), va="center", fontsize=7,
-                          ha="left" if value >= 1 else "right", **beside)  # fmt: skip
-        middles.append(place + (len(mine) - 1) / 2)
-        place += len(mine) + 1.2
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_xscale("log")
-    axes.margins(x=0.1, y=0.02)
-    low, high = axes.get_xlim()
-    places = [n * ten for ten in (0.01, 0.1, 1, 10, 100) for n in (1, 2, 5)]
-    _ticks(axes, [place for place in places if low <= place <= high])
-    axes.set_yticks(middles, [_label(case) for case in cases], fontsize=8)
-    axes.invert_yaxis()
-    title = "One step's loss, forward and backward"
-    _finish(axes, title, "time / time of the matrix products alone")
-    _legend(figure, [axes], columns=3)
-    axes.grid(False, axis="y")
-    return figure
 
 
 def time_against_size(record: dict[str, Any]) -> Figure | None:
@@ -115,7 +78,7 @@ def _against_size(rows: list[dict[str, Any]], what: str, unit: str) -> Figure | 
         fixed = ", ".join(size for of, size in sizes.items() if of != axis)
         dotted = " (dotted: explain())" if _size_panel(axes, axis, swept) else ""
         _finish(axes, f"{what}, {case.dtype}, {fixed}{dotted}", axis, unit)
-    _legend(figure, panels, columns=3)
+    _legend(figure, panels)
     return figure
 
 
@@ -154,7 +117,7 @@ def accuracy_ladder(record: dict[str, Any]) -> Figure | None:
         _ticks(axes, [e for e, _ in limits])
         noise = "ε: teacher = student + ε·noise (towards convergence →)"
         _finish(axes, f"{dtype} inputs", noise, "relative error of the gradient")
-    _legend(figure, panels, columns=3)
+    _legend(figure, panels)
     return figure
 
 
@@ -194,23 +157,17 @@ def _ticks(axes: Axes, places: Sequence[float], form: str = "g") -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _label(case: Case) -> str:
-    head = "trained" if case.train_head else "frozen"
-    threads = f", threads: {case.threads}" if case.threads else ""
-    return f"{case.loss} {case.dtype}, head {head}\n{case.pair}, {case.size}{threads}"
-
-
-def _legend(figure: Figure, panels: Iterable[Axes], columns: int) -> None:
+def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
     """One for all panels, each label once, below them."""
     found: dict[str, Any] = {}
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         found = dict(zip(labels, handles, strict=True)) | found
     where = "outside lower center"
-    figure.legend(list(found.values()), list(found), loc=where, ncols=columns, fontsize=8)
+    figure.legend(list(found.values()), list(found), loc=where, ncols=3, fontsize=8)
 
 
-def _finish(axes: Axes, title: str, x: str = "", y: str = "") -> None:
+def _finish(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -221,7 +178,6 @@ def _finish(axes: Axes, title: str, x: str = "", y: str = "") -> None:
 
 #: Name of a file, what draws it, and what it shows.
 FIGURES: dict[str, tuple[Callable[[dict[str, Any]], Figure | None], str]] = {
-    "time_over_floor": (time_over_floor, "Time over the matrix products alone."),
     "time_against_size": (
         time_against_size,
         "Time of a step against rows, vocabulary and threads.",

@@ -24,7 +24,9 @@ Run = Callable[[], Tensor | None]  # and its backward: gradients are left; the f
 
 @dataclass
 class Problem:
-    """Inputs of a case; heads and hidden states are leaves, gradients land in their ``.grad``."""
+    """Inputs of a case; heads and hidden states are leaves, gradients land in their ``.grad``, or
+    that of the head in what a method has made `main_grad`.
+    """
 
     case: Case
     hs: Tensor  # (N, D_s), requires grad
@@ -32,6 +34,7 @@ class Problem:
     ht: Tensor | None  # (N, D_t); None for "ce"
     wt: Tensor | None  # (V_t, D_t)
     labels: Tensor  # (N,) int64
+    main_grad: Tensor | None = None  # (V_s, D_s) fp32
 
     def __post_init__(self) -> None:
         self.hs.requires_grad_(True)
@@ -54,9 +57,17 @@ class Problem:
         chosen, rejected = logp.view(-1, self.case.rows).sum(1).chunk(2)
         return chosen, rejected
 
+    @property
+    def dw(self) -> Tensor | None:
+        """The head's gradient, None where there is none."""
+        return self.ws.grad if self.main_grad is None else self.main_grad
+
     def forget_gradients(self) -> None:
-        """As ``zero_grad(set_to_none=True)`` between steps."""
+        """As ``zero_grad(set_to_none=True)`` between steps; who owns an accumulator zeroes it."""
         self.hs.grad = self.ws.grad = None
+        if self.main_grad is not None:
+            self.main_grad.zero_()
+            self.main_grad = None
 
 
 def with_backward(forward: Forward) -> Run:
@@ -70,9 +81,9 @@ def with_backward(forward: Forward) -> Run:
     return run
 
 
-def make(case: Case, seed: int = 0, device: str = "cpu") -> Problem:
+def make(case: Case, device: str = "cpu") -> Problem:
     """The tensors of `case`: teacher and student independent, far from convergence."""
-    rng = torch.Generator(device).manual_seed(seed)
+    rng = torch.Generator(device).manual_seed(0)
     dtype, rows = DTYPES[case.dtype], case.all_rows
     hs, ws = _hidden(rows, case.d_s, dtype, rng), _head(case.vocab_s, case.d_s, dtype, rng)
     ht = wt = None
@@ -82,12 +93,9 @@ def make(case: Case, seed: int = 0, device: str = "cpu") -> Problem:
     return Problem(case, hs, ws, ht, wt, labels)
 
 
-def make_near(case: Case, epsilon: float, seed: int = 0, device: str = "cpu") -> Problem:
+def make_near(case: Case, epsilon: float, device: str = "cpu") -> Problem:
     """A rung of the ladder: both models share a head, ``h_t = h_s + ε·noise``."""
-    if case.d_s != case.d_t or case.vocab_s != case.vocab_t:
-        found = f"D {case.d_s} and {case.d_t}, V {case.vocab_s} and {case.vocab_t}"
-        raise ValueError(f"case: a ladder compares equal shapes, got {found}")
-    rng = torch.Generator(device).manual_seed(seed)
+    rng = torch.Generator(device).manual_seed(0)
     dtype = DTYPES[case.dtype]
     h, noise = (_hidden(case.rows, case.d_s, torch.float32, rng) for _ in range(2))
     ws = _head(case.vocab_s, case.d_s, dtype, rng)

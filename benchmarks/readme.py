@@ -1,7 +1,7 @@
 """Where do the README's figures come from? From the newest record, between two markers.
 
-``python -m benchmarks readme`` rewrites the block, ``--check`` only says whether it is current. So
-no figure in the README is typed by hand, and a test notices one that is.
+``python -m benchmarks readme`` rewrites the block. So no figure in the README is typed by hand, and
+a test notices one that is.
 """
 
 from __future__ import annotations
@@ -156,8 +156,7 @@ def _elsewhere(path: Path, root: Path) -> Iterator[str]:
 
 def _link(path: Path, root: Path) -> str:
     """The folder of a record, from the root."""
-    folder = path.with_suffix("")
-    return folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.name
+    return path.with_suffix("").relative_to(root).as_posix()
 
 
 def _losses(record: dict[str, Any]) -> Iterator[str]:

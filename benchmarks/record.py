@@ -41,12 +41,10 @@ def file_name(record: dict[str, Any]) -> str:
     slug = re.sub(r"[^a-z0-9]+", "-", machine.get("gpu", machine["cpu"]).lower()).strip("-")
     cores = [] if "gpu" in machine else [f"{machine['cores']}-cores"]
     parts = [slug, *cores, record["date"][:10]]
-    if not record.get("complete", True):
-        parts += [record["suite"], *record["only"], "unfinished"]
-    elif not publishable(record):
+    if not publishable(record):
         measured = [name for name in SECTIONS if name in record]
         parts += [record["suite"], *(measured if len(measured) < len(SECTIONS) else ())]
-        parts += record["only"]
+        parts += [*record["only"], *([] if record.get("complete", True) else ["unfinished"])]
     return "-".join(parts) + ".json"
 
 

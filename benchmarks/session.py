@@ -62,14 +62,10 @@ class Session:
     tell: Callable[[str], None] = lambda what: None
     _verdicts: dict[tuple[str, Case], Verdict] = field(default_factory=dict)
 
-    def methods(self, case: Case) -> list[Method]:
+    def methods(self, case: Case, every_backend: bool = False) -> list[Method]:
         """Those that a case is measured with."""
-        every = any(case.made_of(asked) for asked in self.suite.every_backend)
-        return select(case.loss, self.only, every, self.suite.device)
-
-    def everything(self, loss: str) -> list[Method]:
-        """Those that a loss is compared with where all backends are."""
-        return select(loss, self.only, device=self.suite.device)
+        every = every_backend or any(case.made_of(asked) for asked in self.suite.every_backend)
+        return select(case, self.only, every, self.suite.device)
 
     def verdicts(self, methods: Sequence[Method], case: Case) -> dict[str, Verdict]:
         """key → verdict for this shape and dtype, whatever its rows and threads: a sweep over N

@@ -112,17 +112,6 @@ class Case:
         return teacher + (self.all_rows + self.vocab_s) * self.d_s
 
     @property
-    def input_bytes(self) -> int:
-        """Hidden states and heads."""
-        return self.elements * DTYPES[self.dtype].itemsize
-
-    @property
-    def gradient_bytes(self) -> int:
-        """dh, and dw where the head is trained."""
-        rows = self.all_rows + (self.vocab_s if self.train_head else 0)
-        return rows * self.d_s * DTYPES[self.dtype].itemsize
-
-    @property
     def size(self) -> str:
         """Rows and vocabulary."""
         images = f"{self.images} x " if self.images > 1 else ""

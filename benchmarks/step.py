@@ -1,18 +1,12 @@
 """How much faster, and how much smaller, is a whole training step?
 
 One optimiser step of LLaVA-KD's distilled stages with models of a real class (`vlm`): the frozen
-teacher and the student forward, losses, backward, AdamW. Only the losses differ: plain PyTorch on
-whole logits, as a trainer writes them (`naive`), or `mk.LlavaKDLoss`. The student's layers are
-checkpointed, as the published scripts have it.
-
-* **Same loss.** Before anything is timed, loss and gradients of every trained parameter are
-  compared on one sample with the same weights.
-* **Tokens a second** at one batch: rounds interleaved, ratios formed within a round, as in `speed`.
-  Tokens are those of the sequence, visual rows included.
-* **Peak** beyond weights and optimiser state, so gradients count, as in `memory`: on a CPU the
-  kernel's high-water mark of a child process of its own, on a GPU the allocator's.
-* **Largest batch** within a stated budget for that peak: one that was run (`largest`), not an
-  extrapolation. On a GPU a step that runs out of memory does not fit.
+teacher and the student forward, losses, backward, AdamW, the student's layers checkpointed as the
+published scripts have it. Only the losses differ: plain PyTorch on whole logits, as a trainer
+writes them (`naive`), or `mk.LlavaKDLoss`. Both are first compared on one sample: loss and
+gradients of every trained parameter. Tokens are those of the sequence, visual rows included; the
+peak is beyond weights and optimiser state, so gradients count, measured as in `memory`; the largest
+batch within a budget for that peak is one that was run, not an extrapolation.
 """
 
 from __future__ import annotations
@@ -162,30 +156,23 @@ def largest(
     first: tuple[int, int],
     more_time: Callable[[], bool] = lambda: True,
 ) -> tuple[int, dict[int, float]]:
-    """The largest batch whose measured `peak` is within `budget`, and every peak measured.
-
-    The two batches of `first` are measured, then what the line through the two latest proposes,
-    between the largest that fits and the smallest that does not, until these are neighbours (or
-    within a twentieth) or the line expects them to be; or until `TRIES` are used up.
+    """The largest batch whose measured `peak` is within `budget`, and every peak measured: of both
+    batches of `first`, then between the largest that fits and the smallest that does not, where a
+    line through two peaks proposes, until these are neighbours or within a twentieth, or `TRIES`
+    are used up.
     """
     peaks = {batch: peak(batch) for batch in first}
-    a, b = first
-    for turn in range(TRIES):
+    for _ in range(TRIES):
         fits = max((n for n, found in peaks.items() if found <= budget), default=0)
         beyond = min((n for n, found in peaks.items() if found > budget), default=math.inf)
-        more = fits + max(1, fits // 20)
-        if more >= beyond or not more_time():
+        if fits + max(1, fits // 20) >= beyond or not more_time():
             break
-        slope = (peaks[b] - peaks[a]) / (b - a)
-        guess = math.inf
-        if 0 < slope < math.inf:
-            guess = b + (budget - peaks[b]) / slope
-            if turn and peaks[b] <= budget and b == fits and guess < more:
-                break
-        if beyond < math.inf and peaks[int(beyond)] == math.inf:  # no line leads to that
-            guess = min(guess, (fits + beyond) / 2)
+        guess, known = math.inf, sorted(n for n, found in peaks.items() if found < math.inf)[-2:]
+        if len(known) == 2 and (rise := peaks[known[1]] - peaks[known[0]]) > 0:
+            guess = known[1] + (budget - peaks[known[1]]) * (known[1] - known[0]) / rise
+        if guess >= beyond:  # also where that ran out of memory, to which no line leads
+            guess = (fits + beyond) / 2
         # at most 8 times the last that fits: a line may be flat by chance
         n = int(max(fits + 1, min(guess, beyond - 1, 8 * max(fits, 1))))
         peaks[n] = peak(n)
-        a, b = (b, n) if peaks[n] < math.inf else (a, b)
     return max((n for n, found in peaks.items() if found <= budget), default=0), peaks

@@ -137,7 +137,6 @@ def _headline_suite() -> Suite:
         accuracy=_LADDERS,
         every_backend=cases,
         rounds=10,
-        device="cuda",
     )
 
 
@@ -175,7 +174,6 @@ def _gpu_suite() -> Suite:
         accuracy=(*_LADDERS, Ladder(wide)),
         every_backend=both,
         rounds=10,
-        device="cuda",
         step=_stages(StepCase(_REAL, "dft", 256, 128, 4, 16384)),
     )
 

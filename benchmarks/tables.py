@@ -131,13 +131,11 @@ def _speed(rows: list[Row]) -> Table:
         "over floor": lambda row: times(row["over_floor"]),
         "faster than PyTorch": lambda row: times(row["times_eager"]),
         "GFLOP/s": lambda row: f"{row['gflops']:,.0f}",
-        "inputs GB/s": lambda row: f"{case.input_bytes / row['median_s'] / 1e9:.2f}",
         "gradient (loss) error": worst,
     }
     return Table(
         case.title,
-        f"{case.floor_flops / 1e9:,.0f} GFLOP at least through the logits, "
-        f"{mebibytes(case.input_bytes)} of inputs, {mebibytes(case.gradient_bytes)} of gradients. "
+        f"{case.floor_flops / 1e9:,.0f} GFLOP at least through the logits. "
         f"Medians of {_rounds(rows)}.",
         ("method", *columns),
         lines(rows, columns),

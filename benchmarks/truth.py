@@ -85,7 +85,7 @@ def errors(method: Method, problem: Problem, expected: Truth) -> Errors:
     """
     problem.forget_gradients()
     loss = method.build(problem)()
-    dh, dw = problem.hs.grad, problem.ws.grad
+    dh, dw = problem.hs.grad, problem.dw
     if loss is None or dh is None or (dw is None) != (expected.dw is None):
         raise RuntimeError(f"{method.label}: a loss or a gradient is missing, or one too many")
     off = None if dw is None or expected.dw is None else relative(dw, expected.dw)

@@ -181,16 +181,22 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 def _stops(moment: Moment) -> list[int]:
     """Ids that end an answer."""
     tokenizer = getattr(moment.processor, "tokenizer", moment.processor)
-    found: set[int] = set()
-    for known in (getattr(moment.student, "generation_config", None), tokenizer):
-        ids = getattr(known, "eos_token_id", None)
-        found.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
+    found = end_ids(getattr(moment.student, "generation_config", None), tokenizer)
     if not found:
         raise ValueError(
             "student: neither its generation_config nor the processing_class has an eos_token_id, "
             "which ends an answer"
         )
     return sorted(found)
+
+
+def end_ids(*known: Any) -> set[int]:
+    """The end tokens of generation configs and tokenizers."""
+    found: set[int] = set()
+    for one in known:
+        ids = getattr(one, "eos_token_id", None)
+        found.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
+    return found
 
 
 def _special(student: Any) -> dict[str, int]:

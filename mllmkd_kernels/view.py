@@ -45,7 +45,7 @@ class Settings:
         functions: with which heads are computed.
 
     Raises:
-        ValueError: a backend of another name, no columns, or no workspace.
+        TypeError, ValueError: a backend of another name, no columns, or no workspace.
     """
 
     vocab_size: int | None = None
@@ -58,10 +58,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_name(self.backend)
-        if self.vocab_size is not None and self.vocab_size < 1:
+        checks.workspace(self.workspace_mb)
+        if self.vocab_size is not None and checks.integer("vocab_size", self.vocab_size) < 1:
             raise ValueError(f"vocab_size: got {self.vocab_size}, expected 1 or more")
-        if self.workspace_mb is not None and not self.workspace_mb > 0:
-            raise ValueError(f"workspace_mb: got {self.workspace_mb}, expected more than 0")
 
 
 class View:

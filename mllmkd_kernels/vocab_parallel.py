@@ -118,13 +118,11 @@ def vocab_parallel_distill(
     options = Options(held.vocab, chunk, want_dh, want_dw, want_db, into=added)
     teacher_head = None if ht is None else Head(ht, wt, bt, cap_t)
     call = sharded.Call(teacher_head, targets, options, held, group)
+    leaves = hs, ws, bs, ce_rows, kd_rows
     if known is not None:
-        loss, ce, kd, *_ = _distill_added(hs, ws, bs, cap_s, call, known)
+        loss, ce, kd, *_ = _distill_added(*leaves, cap_s, call, known)
     else:
-        loss, ce, kd = _Distill.apply(hs, ws, bs, cap_s, call, main_grad)
-    for weights, values in ((ce_rows, ce), (kd_rows, kd)):
-        if weights is not None and weights.requires_grad:  # what it gives is 0 and its gradient
-            loss = loss + ((weights - weights.detach()) * values).sum()
+        loss, ce, kd = _Distill.apply(*leaves, cap_s, call, main_grad)
     return DistillOutput(loss, ce, kd)
 
 
@@ -191,32 +189,31 @@ def vocab_parallel_gram(
 
 
 def _distill(
-    hs: Tensor, ws: Tensor, bs: Tensor | None, cap: float, call: sharded.Call, gradient: float
+    hs: Tensor,
+    ws: Tensor,
+    bs: Tensor | None,
+    ce_rows: Tensor | None,  # the weights of `call` again, as inputs that may want a gradient
+    kd_rows: Tensor | None,
+    cap: float,
+    call: sharded.Call,
+    gradient: float | None = None,
 ) -> tuple[Tensor, ...]:
     with torch.no_grad(), computing(hs.device):
         return sharded.distill_rows(Head(hs, ws, bs, cap), call)
 
 
-_distill_added = head_added_in_forward(_distill, {0: 3, 1: 4, 2: 5})
+_GRADIENT_OF = {0: 3, 1: 4, 2: 5, 3: 1, 4: 2}
+_distill_added = head_added_in_forward(_distill, _GRADIENT_OF)
 
 
 class _Distill(torch.autograd.Function):
     """The loss with its gradients formed in forward; backward scales them."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hs: Tensor,
-        ws: Tensor,
-        bs: Tensor | None,
-        cap: float,
-        call: sharded.Call,
-        main_grad: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.main_grad = main_grad
-        with computing(hs.device):
-            loss, ce, kd, *gradients = sharded.distill_rows(Head(hs, ws, bs, cap), call)
-        ctx.save_for_backward(hs, ws, bs, *gradients)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *leaves, cap, call, ctx.main_grad = arguments
+        loss, ce, kd, *_ = found = _distill(*leaves, cap, call)
+        ctx.save_for_backward(*leaves, *(found[o] for o in _GRADIENT_OF.values()))
         ctx.mark_non_differentiable(ce, kd)
         ctx.set_materialize_grads(False)
         return loss, ce, kd
@@ -225,13 +222,15 @@ class _Distill(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, *_ = grad_outputs
         saved = ctx.saved_tensors  # read once, as checkpointing allows
-        scaled: list[Tensor | None] = [None, None, None]
-        for i, needed in enumerate(ctx.needs_input_grad[:3]):
-            if i == 1 and needed and grad is not None and ctx.main_grad is not None:
-                add_to(ctx.main_grad, saved[4], None, grad, 0)
-            elif needed and grad is not None:
-                like = saved[i]
-                scaled[i] = _Once.apply(like, scale_gradient(saved[3 + i], grad, like.dtype))
+        scaled: list[Tensor | None] = [None] * len(_GRADIENT_OF)
+        for i, needed in enumerate(ctx.needs_input_grad[: len(scaled)]):
+            if not needed or grad is None:
+                continue
+            like, formed = saved[i], saved[len(scaled) + i]
+            if i == 1 and ctx.main_grad is not None:
+                add_to(ctx.main_grad, formed, None, grad, 0)
+            else:
+                scaled[i] = _Once.apply(like, scale_gradient(formed, grad, like.dtype))
         return *scaled, None, None, None
 
 

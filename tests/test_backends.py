@@ -5,6 +5,9 @@ work for what nobody wants, no large tensor and no look at the data?
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -163,6 +166,24 @@ def test_the_eager_backend_never_holds_the_logits() -> None:
     with Watch() as watch:
         _distill_rows(p, "jsd", (True, True, False))
     assert watch.tally.largest == 8 * 2048
+
+
+def test_little_is_kept_of_what_widening_frees() -> None:
+    """Of bf16 heads by the eager backend, in a process that has freed large tensors before, of
+    which malloc learns to keep what is freed.
+    """
+    code = """
+import torch
+from benchmarks import memory
+from benchmarks.shapes import fallback
+torch.set_num_threads(2)
+case = fallback("bf16").halved(2)
+print(memory._extra("mk-eager", case, "cpu")["extra_bytes"] / 2**20)
+"""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**25), "OMP_NUM_THREADS": "2"}
+    child = [sys.executable, "-c", code]
+    done = subprocess.run(child, env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 32  # the largest slice in fp32, of 2,048 rows, was 16 MiB of 62
 
 
 def _both_forms(

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("triton")
+from benchmarks.methods import BY_KEY
 from tests.gpu import __main__ as command
 from tests.gpu import baseline, calls, offline, resources
 from tests.gpu.resources import Row
@@ -266,15 +267,20 @@ def test_a_rehearsal_measures_judges_and_sums_up(
     folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Tests that need a GPU are skipped; the rest of the stage is what a GPU sees."""
-    status = command.main(["--rehearse", "--stages", "build,headline,large"])
+    status = command.main(["--rehearse", "--stages", "build,headline,large,sanitizer"])
     text = capsys.readouterr().out
     assert status == 0, text[-4000:]
     outcomes = re.findall(r"^  (\w+) +(passed|skipped|failed|stopped) ", text, re.MULTILINE)
-    assert outcomes == [("build", "skipped"), ("headline", "passed"), ("large", "passed")]
+    ran = ["headline", "large", "sanitizer"]
+    assert outcomes == [("build", "skipped"), *((stage, "passed") for stage in ran)]
     assert "targets, suite tiny" in text and "gradient error" in text
     (path,) = (folders / "runs").glob("*.json")
-    assert json.loads(path.read_text())["complete"] is True
+    record = json.loads(path.read_text())
+    assert record["complete"] is True
+    added = {row["status"] for row in record["speed"] if row["method"].endswith("-main-grad")}
+    assert added == {"ok"} and set(command.METHODS.split(",")) <= set(BY_KEY)
     assert "skipped" in (folders / "logs" / "large.log").read_text()
+    assert "triton main_grad" in (folders / "logs" / "sanitizer.log").read_text()
 
 
 def test_every_stage_is_rehearsed() -> None:

@@ -288,3 +288,30 @@ def test_a_product_of_parts_is_as_exact_as_one_in_fp32(
     naive = relative_error(a.float() @ b.float(), want)
     assert relative_error(got, want) <= 2 * naive + TOLERANCES["fp32 weights"].floor
     assert torch.equal(products.product_split(a.mT.contiguous().mT, b), got)
+
+
+@pytest.mark.parametrize("bias", [None, torch.bfloat16, torch.float32], ids=str)
+def test_a_gram_and_its_gradient_on_tensor_cores_are_those_in_fp32(
+    bias: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of 16-bit heads on a GPU, its products made by a processor."""
+    split, product_split = [], products.product_split
+    monkeypatch.setattr(gram, "on_tensor_cores", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(
+        products, "product_split", lambda a, b: split.append(a.dtype) or product_split(a, b)
+    )
+    w, vocab = (torch.randn(5000, 33) / 6).bfloat16(), 4900
+    b = None if bias is None else torch.randn(5000).to(bias)
+    wide = w.double() if b is None else torch.cat((w.double(), b.double()[:, None]), 1)
+    used, fp32 = wide[:vocab], wide[:vocab].float()
+    g = gram.gram(w, b, vocab)
+    check(g, used.mT @ used, "fp32 weights", fp32.mT @ fp32)
+    dg = torch.randn_like(g)
+    dw, db = gram.gram_backward(dg, w, b, vocab)
+    want = used @ (dg + dg.mT).double()
+    check(dw[:vocab], want[:, :33], "16-bit gradient")
+    assert not dw[vocab:].any() and not db[vocab:].any()
+    if b is not None:
+        check(db[:vocab], want[:, 33], "16-bit gradient")
+    # a bias that is no bf16 number is a column of an fp32 matrix
+    assert set(split) == (set() if bias == torch.float32 else {torch.bfloat16})

@@ -145,15 +145,24 @@ def no_gradient_and_rows() -> dict[str, Any]:
     ce = mk.vocab_parallel_distill(hs, head["ws"], labels=p.labels, ce_weight=1.0)
     with torch.autocast("cpu", torch.bfloat16):
         cast = mk.vocab_parallel_distill(hs, head["ws"], p.ht, head["wt"])
-    weights = [torch.ones(len(p.labels), requires_grad=True) for _ in range(2)]
-    weighed = mk.vocab_parallel_distill(
-        p.hs, head["ws"], p.ht, head["wt"], p.labels, ce_weight=weights[0], kd_weight=weights[1]
-    )
-    (3 * weighed.loss).backward()
+    pairs, trained = [], head["ws"].clone().requires_grad_()
+    for options in ({}, {"main_grad": torch.zeros(trained.shape), "loss_gradient": 3.0}):
+        weights = [torch.ones(len(p.labels), requires_grad=True) for _ in range(2)]
+        weighed = mk.vocab_parallel_distill(
+            p.hs, trained, p.ht, head["wt"], p.labels, ce_weight=weights[0], kd_weight=weights[1],
+            **options,
+        )  # fmt: skip
+        (3 * weighed.loss).backward()
+        pairs += [(w.grad, 3 * x) for w, x in zip(weights, (weighed.ce, weighed.kd), strict=True)]
+    masked = torch.full((len(head["wt"]),), -torch.inf)
+    masked[1:] = 0
+    infinite = mk.vocab_parallel_distill(
+        p.hs, trained, p.ht, head["wt"], kd_weight=weights[1], divergence="reverse_kl",
+        teacher_bias=masked,
+    )  # fmt: skip
     return {
-        "weights": [
-            (w.grad, 3 * x) for w, x in zip(weights, (weighed.ce, weighed.kd), strict=True)
-        ],
+        "weights": pairs,
+        "infinite": infinite.loss.detach(),
         "dh": hs.grad,
         "loss": plain.loss,
         "ce": ce.ce.detach(),
@@ -331,6 +340,7 @@ def test_frozen_heads_no_gradient_and_no_teacher(ranks) -> None:
         torch.testing.assert_close(rank["ce"], ce)
         for gradient, rows in rank["weights"]:
             torch.testing.assert_close(gradient, rows)
+        assert rank["infinite"] == torch.inf  # not NaN, although the weights want a gradient
         assert rank["autocast"].dtype == torch.float32
         assert relative_error(rank["autocast"], whole.loss) < 0.1
         assert not torch.equal(rank["autocast"], rank["loss"])

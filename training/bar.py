@@ -80,7 +80,7 @@ class Bar(AbstractContextManager[Any]):
             return
         self._said = time.perf_counter()
         each = (self._said - self._start) / max(self.done - self._first, 1)
-        left = f"{clock(each * (self.total - self.done))} left"
+        left = f"{tqdm.format_interval(each * (self.total - self.done))} left"
         parts = [f"{self.done:,} of {self.total:,} {self.unit}", left, self.note]
         print(f"{self.title}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
 
@@ -91,20 +91,3 @@ def track(items: SizedIterable[T], title: str, unit: str) -> Iterator[T]:
         for item in items:
             yield item
             bar.advance()
-
-
-def clock(seconds: float) -> str:
-    """``h:mm:ss``, with days where there are any."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return f"{f'{days} d ' if days else ''}{hour}:{minute:02}:{second:02}"
-
-
-def size(count: float) -> str:
-    """Bytes as a reader takes them: 512 B, 3.9 MB, 2.17 TB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -33,7 +33,7 @@ def publish(staged: Path, target: Path, keep: int) -> None:
 def not_written(staged: Path, target: Path, error: BaseException) -> str:
     """Remove what there is of a checkpoint that could not be written, to free its space; say what
     is left to continue from."""
-    free = shutil.disk_usage(staged.parent.parent).free
+    free = journal.free_bytes(target)
     shutil.rmtree(staged.parent, ignore_errors=True)
     last, _ = newest(target.parent)
     left = f"{last.name} is whole" if last is not None else "there is no earlier one"

@@ -23,7 +23,6 @@ from typing import Any
 
 from training import checkpoint, fingerprint, settings
 from training.config import OWN, Config, DataConfig
-from training.data.load import has_data
 from training.journal import write_whole
 from training.lock import held
 from training.models import marks_of
@@ -104,8 +103,7 @@ class Claim:
         """Take away what a try wrote that left nothing to go on from."""
         if self.begun():
             return
-        for number, name in enumerate(self.config.stages, 1):
-            folder = self.out / f"{number}-{name}"
+        for folder in self.config.folders:
             if not any(path.is_file() and path.stat().st_size for path in folder.rglob("*")):
                 shutil.rmtree(folder, ignore_errors=True)
         if not any(path.is_dir() for path in self.out.iterdir()):
@@ -132,20 +130,25 @@ class Claim:
             )
 
     def _method(self) -> Marks:
-        """The files of a method of the user's own: what a term computes is no setting."""
+        """The files of a method of the user's own, wherever they lie: what a term computes is no
+        setting."""
         if self.config.method != OWN:
             return {}
         objectives = [stage.objective for stage in self.config.table.values()]
         made = [inspect.getsourcefile(getattr(o, "func", o)) for o in objectives]  # of a partial
-        return {"method": fingerprint.of_files({name: Path(name) for name in made if name})}
+        files = [Path(name) for name in dict.fromkeys(made) if name]
+        marks = sorted((file.name, fingerprint.of_file(file)) for file in files)
+        found = {name: [mark for other, mark in marks if other == name] for name, _ in marks}
+        return {"files of the method": {name: ", ".join(many) for name, many in found.items()}}
 
     def _models(self) -> Marks:
         """The student or its parts, the teacher if it is to run, what is stored of one that is
         not."""
-        config, stored = self.config, stored_stages(self.config)
+        config, left = self.config, self.config.left
+        stored = [name for name in stored_stages(config) if name in left]
         parts = ("path", "processor") if config.model.path else ("vision", "language", "processor")
         names = {f"model.{part}": getattr(config.model, part) for part in parts}
-        if any(config.compares(name) and name not in stored for name in config.stages):
+        if any(config.compares(name) and name not in stored for name in left):
             names["teacher"] = config.teacher
         found = {field: marks_of(name) for field, name in names.items() if name is not None}
         for name in stored:
@@ -157,12 +160,10 @@ class Claim:
     def _data(self) -> Marks:
         """The data of all that is not done yet."""
         found: Marks = {}
-        for number, name in enumerate(self.config.stages, 1):
-            folder = self.out / f"{number}-{name}"
-            if not (folder / "model").is_dir():
-                found |= _data(self.config.data, self.config.table[name].data)
-            if has_data(self.config.data, "held_out") and not (folder / "scores.json").is_file():
-                found |= _data(self.config.data, "held_out")
+        for name in self.config.left:
+            found |= _data(self.config.data, self.config.table[name].data)
+        if not all((folder / "scores.json").is_file() for folder in self.config.folders):
+            found |= _data(self.config.data, "held_out")
         return found
 
 

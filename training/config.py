@@ -231,6 +231,17 @@ class Config(Section):
             raise ValueError("stages: got [], expected at least one")
         return self
 
+    @property
+    def folders(self) -> list[Path]:
+        """Where each stage goes, in order."""
+        return [Path(self.out) / f"{number}-{name}" for number, name in enumerate(self.stages, 1)]
+
+    @property
+    def left(self) -> list[str]:
+        """The stages that are not done, whose folders have no finished `model`."""
+        pairs = zip(self.stages, self.folders, strict=True)
+        return [name for name, folder in pairs if not (folder / "model").is_dir()]
+
     def of_stage(self, name: str) -> StageConfig:
         """The settings of one stage."""
         return getattr(self.stage, name)

@@ -5,16 +5,16 @@ Bytes of a checkpoint are an estimate: weights, and the two moments of AdamW for
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal as size
 from transformers import TrainingArguments
 
 from training.anatomy import anatomy
-from training.bar import size
+from training.journal import free_bytes
 
 MOMENTS = 2  # AdamW keeps as many numbers as there are trained parameters, twice
 
@@ -39,8 +39,7 @@ def forecast(student: torch.nn.Module, args: TrainingArguments, dataset: Any) ->
         p.numel() * p.element_size() * (1 + MOMENTS * p.requires_grad) for p in named.values()
     )
     kept = (args.save_total_limit or 1) + 1  # one more while the newest is written
-    folder = Path(args.output_dir or ".").absolute()
-    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    free = free_bytes(Path(args.output_dir or "."))
     yield (
         f"a checkpoint takes about {size(one)}, {kept} of them {size(kept * one)}; {size(free)} "
         f"are free{'' if free > kept * one else '; TOO LITTLE: free some, or keep fewer'}"

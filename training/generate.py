@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig
 
-from mllmkd_kernels.batch import BESIDES
-from mllmkd_kernels.own_answers import seeded
+from mllmkd_kernels.batch import BESIDES, in_eval
+from mllmkd_kernels.own_answers import end_ids, seeded
 from training.anatomy import positions
 from training.data.collate import Collator
 from training.data.encoding import Encoding, Images
 from training.data.item import Item
-from training.data.records import DataError, Sample
+from training.data.records import DataError
+from training.data.sample import Sample
 from training.models import load_vlm
 from training.settings import ConfigError
 
@@ -64,8 +65,8 @@ class Writer:
         top_p: of the tokens to choose from, when sampling.
 
     Raises:
-        ConfigError: the model cannot generate, or the processor cannot be asked with
-            (`training.data.chat.ChatEncoder`, `training.data.collate.Collator`).
+        ConfigError: answers may be longer than the model's positions, or the processor cannot be
+            asked with (`training.data.chat.ChatEncoder`, `training.data.collate.Collator`).
     """
 
     def __init__(
@@ -77,9 +78,6 @@ class Writer:
         temperature: float = 0.0,
         top_p: float = 1.0,
     ) -> None:
-        if not model.can_generate():
-            kind = type(model).__name__
-            raise ConfigError(f"model: got a {kind}, expected one that can generate text")
         self.model, self.processor = model, processor
         self.tokenizer = processor.tokenizer
         longest = (positions(model.config) or ENDLESS) - max_new_tokens
@@ -131,7 +129,7 @@ class Writer:
     def _written(self, items: Sequence[Item], seed: int) -> list[Answer]:
         inputs = self.inputs(items)
         drawn = seeded(seed, self.model.device) if self.config.do_sample else nullcontext()
-        with self._ready(), drawn:
+        with in_eval(self.model), self._configured(), drawn:
             ids = self.model.generate(**inputs)
         written = ids[:, inputs["input_ids"].shape[1] :].tolist()  # (B, new)
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
@@ -139,26 +137,19 @@ class Writer:
         return [Answer(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
 
     @contextmanager
-    def _ready(self) -> Iterator[None]:
-        """The model with our generation config, which it would fill up from its own, and without
-        dropout."""
-        own, was_training = self.model.generation_config, self.model.training
-        self.model.generation_config = self.config
-        self.model.eval()
+    def _configured(self) -> Iterator[None]:
+        """The model with our generation config, which it would fill up from its own."""
+        own, self.model.generation_config = self.model.generation_config, self.config
         try:
             yield
         finally:
             self.model.generation_config = own
-            self.model.train(was_training)
 
     def _stops(self) -> set[int]:
         """Ids that end an answer: the template's, the tokenizer's, the model's own."""
         ending = self.encoding.encoders[0].ending
-        found = {self.tokenizer(ending, add_special_tokens=False).input_ids[-1]}
-        for ids in (self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id):
-            if ids is not None:
-                found.update([ids] if isinstance(ids, int) else ids)
-        return found
+        own = {self.tokenizer(ending, add_special_tokens=False).input_ids[-1]}
+        return own | end_ids(self.tokenizer, self.model.generation_config)
 
 
 def load(path: str) -> tuple[Any, Any]:

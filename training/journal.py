@@ -90,6 +90,12 @@ def publish(staged: Path, target: Path) -> None:
         remove(old)
 
 
+def free_bytes(path: Path) -> int:
+    """Room on the disk of a path, which need not be there yet."""
+    there = (path.absolute(), *path.absolute().parents)
+    return shutil.disk_usage(next(part for part in there if part.exists())).free
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder, if it is there."""
     if path.is_dir():

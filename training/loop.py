@@ -87,11 +87,10 @@ def run(config: Config, say: Say = print) -> list[StageResult]:
 def _run(config: Config, claim: Claim | None, say: Say) -> list[StageResult]:
     """`run`, with the claim on its folder in the first process."""
     processes().wait_for_everyone()  # the claim is checked
-    out = Path(config.out)
-    model, processor, teacher = start(config, say)
+    left = config.left
+    model, processor, teacher = start(config, left, say)
     results = []
-    for number, name in enumerate(config.stages, 1):
-        folder = out / f"{number}-{name}"
+    for number, (name, folder) in enumerate(zip(config.stages, config.folders, strict=True)):
         trained = None
         if (folder / "model").is_dir():
             on_main(lambda folder=folder: _remove_checkpoints(folder))  # a kill may have left some
@@ -100,7 +99,8 @@ def _run(config: Config, claim: Claim | None, say: Say) -> list[StageResult]:
             if (made := config.table[name].student) is not None:
                 model = made(model, **settings.arguments(config.of_stage(name).student))
             trained = _train(config, claim, number, model, processor, teacher, say)
-        model = trained or load_vlm(folder / "model", dtype=torch.float32)[0]
+        if left or _unscored(config, folder):
+            model = trained or load_vlm(folder / "model", dtype=torch.float32)[0]
         results.append(_result(config, claim, name, model, processor, folder, say))
     return results
 
@@ -121,8 +121,7 @@ def _train(
 ) -> Vlm | None:
     """One stage, from the start or from its newest checkpoint, to its folder's `model`; the trained
     model, or None where no process has its weights whole."""
-    stage = config.table[config.stages[number - 1]]
-    folder = Path(config.out) / f"{number}-{stage.name}"
+    stage, folder = config.table[config.stages[number]], config.folders[number]
     options, objective = config.of_stage(stage.name), config.objective(stage.name)
     freeze(model, *stage.trains)
     if config.grad_checkpointing:
@@ -312,7 +311,7 @@ def _result(
         file = folder / SCORES
 
         def score() -> None:
-            if file.is_file():
+            if not _unscored(config, folder):
                 return
             held_out: Any = open_data(config.data, processor, "held_out", "chat", seed=config.seed)
             if claim is not None:
@@ -327,6 +326,10 @@ def _result(
         say(f"{folder}: {scores}")
     history, summary = Journal(folder / LOG).read(), _read(folder / "summary.json")
     return StageResult(name, folder / "model", history, summary, scores)
+
+
+def _unscored(config: Config, folder: Path) -> bool:
+    return has_data(config.data, "held_out") and not (folder / SCORES).is_file()
 
 
 def _write(path: Path, value: Any) -> None:

@@ -82,7 +82,9 @@ def build_model(config: ModelConfig, seed: int) -> tuple[Vlm, Processor]:
         feature_layer=config.feature_layer,
         feature_strategy=config.feature_strategy,
     )
-    _grow_vocabulary(model, processor)
+    # a row for every token, `<image>` included; it may have more (padding)
+    if model.lm_head.weight.shape[0] < len(processor.tokenizer):
+        model.resize_token_embeddings(len(processor.tokenizer))
     return model, processor
 
 
@@ -257,14 +259,6 @@ def _language_model(config: ModelConfig, processor: LlavaProcessor) -> Any:
         pad_token_id=processor.tokenizer.pad_token_id,
     )
     return AutoModelForCausalLM.from_config(sizes)
-
-
-def _grow_vocabulary(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
-    """Give the LM a row for every token, `<image>` included; it may have more rows than tokens
-    (padding)."""
-    tokens = len(processor.tokenizer)
-    if model.lm_head.weight.shape[0] < tokens:
-        model.resize_token_embeddings(tokens)
 
 
 def _read(auto: Any, path: str | Path, what: str, **options: Any) -> Any:

@@ -23,7 +23,8 @@ from PIL import Image
 from training.anatomy import image_token_id
 from training.data.chat import ChatEncoder, row_id
 from training.data.item import IGNORE, Item, Seen
-from training.data.records import IMAGE_MARK, DataError, Place, Sample
+from training.data.records import DataError, Place
+from training.data.sample import IMAGE_MARK, Sample
 from training.data.trial import first_difference
 from training.models import CheckpointError
 

@@ -50,8 +50,5 @@ def configured(options: argparse.Namespace) -> Config:
 def summaries() -> list[str]:
     """One line a recipe for `--help`: its name and its first comment line."""
     width = max(map(len, names()))
-    return [f"  {name:<{width}}  {_first_comment(FOLDER / f'{name}.yaml')}" for name in names()]
-
-
-def _first_comment(path: Path) -> str:
-    return path.read_text().partition("\n")[0].removeprefix("#").strip()
+    first = {name: (FOLDER / f"{name}.yaml").read_text().partition("\n")[0] for name in names()}
+    return [f"  {name:<{width}}  {line.removeprefix('# ')}" for name, line in first.items()]

@@ -4,7 +4,7 @@ stage is better known now than after hours of an earlier one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from training.config import Config, require
 from training.data.load import require_data
 from training.data.records import DataError
 from training.evaluation.chance import against_chance
-from training.models import DTYPES, Processor, Vlm, build_model, load_vlm
+from training.models import DTYPES, Processor, Vlm, build_model, build_processor, load_vlm
 from training.pairs import check_pair
 from training.teacher_cache.use import open_rows, stored_stages
 
@@ -33,28 +33,31 @@ class Teacher:
     processor: Processor | None
 
 
-def start(config: Config, say: Say) -> tuple[Vlm, Processor, Teacher | None]:
-    """The student with its processor, and the teacher that a stage of the run needs, checked
-    against each other and against what the stages ask.
+def start(config: Config, stages: Sequence[str], say: Say) -> tuple[Vlm, Processor, Teacher | None]:
+    """The student with its processor, and the teacher that one of these stages of the run needs,
+    checked against each other and against what the stages ask. Where no stage is left, the
+    processor alone.
 
     Raises:
         ConfigError: a stage has no data, or cannot make of the student what it asks.
         CheckpointError: a model is not there, or the two do not fit.
     """
-    for name in config.stages:
+    if not stages:
+        return None, build_processor(config.model), None
+    for name in stages:
         require_data(config.data, config.table[name].data)
     for note in _idle(config):
         say(note)
     model, processor = build_model(config.model, config.seed)
     _check_students(config, model)
-    return model, processor, _teacher(config, model, processor, say)
+    return model, processor, _teacher(config, stages, model, processor, say)
 
 
 def check(config: Config, say: Say = print, ask: int | None = None) -> None:
     """What `run` looks at before its first step, and, asked so many samples, whether the teacher
     has anything to give (`training.evaluation.chance`).
     """
-    _, processor, teacher = start(config, say)
+    _, processor, teacher = start(config, config.stages, say)
     if ask is not None:
         path = require(config.teacher, "teacher", "--ask asks one")
         asked = teacher or Teacher(*load_vlm(path, dtype=DTYPES[config.teacher_dtype]))
@@ -78,12 +81,14 @@ def _idle(config: Config) -> Iterator[str]:
         )
 
 
-def _teacher(config: Config, model: Vlm, processor: Processor, say: Say) -> Teacher | None:
-    """The teacher that a stage of the run needs, checked against the student."""
-    stored = stored_stages(config)
+def _teacher(
+    config: Config, stages: Sequence[str], model: Vlm, processor: Processor, say: Say
+) -> Teacher | None:
+    """The teacher that one of the stages needs, checked against the student."""
+    stored = [name for name in stored_stages(config) if name in stages]
     for name in stored:
         open_rows(config, name)
-    needs = {n: config.objective(n).needs for n in config.stages if n not in stored}
+    needs = {name: config.objective(name).needs for name in stages if name not in stored}
     needs = {name: need for name, need in needs.items() if need.teacher}
     if not needs:
         return None

@@ -8,6 +8,9 @@
 //   dD/da = q·(g − Σ q g), or q − p directly.
 // Near (|u| < 1/2) the terms come from series; far they are in p and q, because p·expm1(u) may
 // overflow. Both are formed and one is chosen: lanes of a warp would wait for each other anyway.
+//
+// Logarithms come to the base 2, as the hardware takes them. Of a token that both models mask
+// (-inf minus -inf) u is NaN, hence far: without mass it contributes 0 to whatever is asked.
 #pragma once
 
 #include <cmath>
@@ -17,7 +20,7 @@
 
 namespace mllmkd::cuda {
 
-constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 MLLMKD_DEVICE float exp2_of(float x) {
 #ifdef __CUDA_ARCH__
@@ -77,30 +80,33 @@ MLLMKD_DEVICE float log_defect(float x, float l) {
 // p·x with 0·inf = 0: a token without mass contributes nothing.
 MLLMKD_DEVICE float times(float p, float x) { return p == 0.0f ? 0.0f : p * x; }
 
+// What u is cut to where p·u must be 0 for p = 0: one instruction less than `times`.
+constexpr float kFinite = 1e30f;
+
 struct Token {
-  float p, q, log_q;
+  float p, q;
+  float log2_q;
+  float log2_u;  // log2 q − log2 p
   float u;       // log q − log p
   bool near;     // |u| < 1/2
-  float u_near;  // u where near, else 0
-  float bend;    // eᵘ − 1 − u of u_near
+  float bend;    // eᵘ − 1 − u where near, else anything
 };
 
-MLLMKD_DEVICE Token make_token(float log_p, float log_q) {
+MLLMKD_DEVICE Token make_token(float log2_p, float log2_q) {
   Token t;
-  t.p = exp_of(log_p);
-  t.q = exp_of(log_q);
-  t.log_q = log_q;
-  // both masked: -inf minus -inf says nothing about the token, it has no mass in either model
-  t.u = log_p == log_q ? 0.0f : log_q - log_p;
+  t.p = exp2_of(log2_p);
+  t.q = exp2_of(log2_q);
+  t.log2_q = log2_q;
+  t.log2_u = log2_q - log2_p;
+  t.u = t.log2_u * kLn2;
   t.near = fabsf(t.u) < 0.5f;
-  t.u_near = t.near ? t.u : 0.0f;
-  t.bend = exp_minus_line(t.u_near);
+  t.bend = exp_minus_line(t.u);
   return t;
 }
 
 // q − p, as p·expm1(u) where the two are close.
 MLLMKD_DEVICE float difference(const Token& t) {
-  return t.near ? t.p * (t.bend + t.u_near) : t.q - t.p;
+  return t.near ? fmaf(t.p, t.u, t.p * t.bend) : t.q - t.p;
 }
 
 struct Mixture {
@@ -109,8 +115,8 @@ struct Mixture {
   float share;  // x/(1+x) = 1 − 1/((1−w) + w eᵘ)
 };
 
-MLLMKD_DEVICE Mixture mixture(float p, float q, float u, float u_near, bool near, float w) {
-  const float x = w * (exp_minus_line(u_near) + u_near);
+MLLMKD_DEVICE Mixture mixture(float p, float q, float u, bool near, float w) {
+  const float x = w * (exp_minus_line(u) + u);
   // far from u = 0 only expm1(−|u|) is formed: log((1−w) + w eᵘ) = u + log1p((1−w) expm1(−u)) for
   // u > 0
   const bool up = u > 0.0f;
@@ -140,34 +146,35 @@ MLLMKD_DEVICE Terms middle(const Token& t, float w, const Series& series) {
   // far from u = 0 only exp(−|u|) is formed: 1 − s + s·exp(−|u|) is m/q where u > 0, else m/p
   const bool up = t.u > 0.0f;
   const float share = up ? 1.0f - w : w;
-  const float l = log_of(1.0f + share * (exp_of(-fabsf(t.u)) - 1.0f));
+  const float l = log_of(1.0f + share * (exp2_of(-fabsf(t.log2_u)) - 1.0f));
   const float log_p = up ? l + t.u : l, log_q = up ? l : l - t.u;
   const float far = (w - 1.0f) * times(t.p, log_p) - w * times(t.q, log_q);
-  const float near = t.p * (t.u_near * t.u_near * sum_of(series.value, t.u_near));
-  const float log = t.near ? t.u_near * sum_of(series.log, t.u_near) : log_q;
+  const float near = t.p * (t.u * t.u * sum_of(series.value, t.u));
+  const float log = t.near ? t.u * sum_of(series.log, t.u) : log_q;
   return {t.near ? near : far, -w * log};
 }
 
 template <Divergence D>
 MLLMKD_DEVICE Terms terms(const Token& t, float param, const Series& series) {
   if constexpr (D == Divergence::forward_kl) {
-    const float far = t.q - t.p - times(t.p, t.u);
+    const float far = fmaf(-t.p, fminf(t.u, kFinite), t.q - t.p);
     return {t.near ? t.p * t.bend : far, 0.0f};
   } else if constexpr (D == Divergence::reverse_kl) {
-    return {t.near ? t.q * exp_minus_line(-t.u_near) : t.p - t.q + times(t.q, t.u), t.u};
+    const float far = fmaf(t.q, fmaxf(t.u, -kFinite), t.p - t.q);
+    return {t.near ? t.q * exp_minus_line(-t.u) : far, t.u};
   } else if constexpr (D == Divergence::soft_cross_entropy) {
-    return {-times(t.p, t.log_q), 0.0f};
+    return {-times(t.p, t.log2_q * kLn2), 0.0f};
   } else if constexpr (D == Divergence::total_variation) {
     const float d = difference(t);
     const float sign = d > 0.0f ? 0.5f : (d < 0.0f ? -0.5f : 0.0f);
     return {0.5f * fabsf(d), sign + (d - d)};  // the sign of NaN is NaN
   } else if constexpr (D == Divergence::skew_forward_kl) {
     const float w = 1.0f - param;
-    const Mixture m = mixture(t.p, t.q, t.u, t.u_near, t.near, w);
+    const Mixture m = mixture(t.p, t.q, t.u, t.near, w);
     return {m.value, w * m.share};
   } else if constexpr (D == Divergence::skew_reverse_kl) {
     const float w = 1.0f - param;
-    const Mixture m = mixture(t.q, t.p, -t.u, -t.u_near, t.near, w);
+    const Mixture m = mixture(t.q, t.p, -t.u, t.near, w);
     return {m.value, param * m.share - m.log};
   } else if constexpr (D == Divergence::jsd) {
     return middle(t, 1.0f - param, series);

@@ -243,7 +243,7 @@ class Row {
   }
 
   // The log-sum-exps, in two parts each: log q = (z − top)/T − rest, since a sum of 60 would round
-  // log q by 4e-6.
+  // log q by 4e-6. To the base 2, but for the cross-entropy's own.
   MLLMKD_DEVICE void sums() {
     float sum[3] = {0.0f, 0.0f, 0.0f};  // student at T, student at 1, teacher at T
     for (int k = block_.thread * W; k < count_; k += block_.threads * W) {
@@ -256,8 +256,8 @@ class Row {
       if (own_softmax()) sum[1] += sum_exp(x, top_s_, 1.0f);
     }
     cluster_reduce<Sum>(block_, memory_, 1, true, sum);
-    rest_s_ = logf(sum[0]), rest_t_ = logf(sum[2]);
-    rest_plain_ = own_softmax() ? logf(sum[1]) : rest_s_;
+    rest_s_ = log2f(sum[0]), rest_t_ = log2f(sum[2]);
+    rest_plain_ = logf(own_softmax() ? sum[1] : sum[0]);
   }
 
   static MLLMKD_DEVICE float sum_exp(const Floats& x, float top, float scale) {
@@ -281,7 +281,8 @@ class Row {
       Floats da, q, qg;
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        const Token token = make_token((y.at[i] - top_t_) * scale_t() - rest_t_, log_q(x.at[i]));
+        const Token token =
+            make_token((y.at[i] - top_t_) * (scale_t() * kLog2e) - rest_t_, log2_q(x.at[i]));
         const Terms term = terms<D>(token, job_.param, job_.series);
         totals[0] += term.value;
         q.at[i] = token.q;
@@ -310,7 +311,7 @@ class Row {
         const Floats qg = *reinterpret_cast<const Floats*>(z_t_ + k);
 #pragma unroll
         for (int i = 0; i < W; ++i) {
-          q.at[i] = exp_of(log_q(x.at[i]));
+          q.at[i] = exp2_of(log2_q(x.at[i]));
           da.at[i] = needs_mean(D) ? qg.at[i] - q.at[i] * mean : qg.at[i];
           if constexpr (Scored) da.at[i] -= score(x.at[i]) * pull_;
         }
@@ -323,7 +324,9 @@ class Row {
   MLLMKD_DEVICE float scale_s() const { return Scored ? scale_s_ : job_.scale; }
   MLLMKD_DEVICE float scale_t() const { return Scored ? scale_t_ : job_.scale; }
 
-  MLLMKD_DEVICE float log_q(float z) const { return (z - top_s_) * scale_s() - rest_s_; }
+  MLLMKD_DEVICE float log2_q(float z) const {
+    return (z - top_s_) * (scale_s() * kLog2e) - rest_s_;
+  }
 
   // The student's z-score divided by T; 0 past the end of the row.
   MLLMKD_DEVICE float score(float z) const {
@@ -344,10 +347,12 @@ class Row {
 #pragma unroll
         for (int i = 0; i < W; ++i) q.at[i] = exp_of((z.at[i] - top_s_) - rest_plain_);
       }
+      if (0 <= hot && hot < W) [[unlikely]] {
 #pragma unroll
-      for (int i = 0; i < W; ++i) {
-        dz.at[i] += ce_weight_ * (i == hot ? q.at[i] - 1.0f : q.at[i]);
+        for (int i = 0; i < W; ++i) q.at[i] -= i == hot;
       }
+#pragma unroll
+      for (int i = 0; i < W; ++i) dz.at[i] += ce_weight_ * q.at[i];
     }
     if (job_.cap_s != 0.0f) {
       const float inverse_cap = 1.0f / job_.cap_s;
@@ -365,9 +370,9 @@ class Row {
       Pack<c10::BFloat16, W> half;
 #pragma unroll
       for (int i = 0; i < W; ++i) half.at[i] = c10::BFloat16(dz.at[i]);
-      reinterpret_cast<Pack<c10::BFloat16, W>*>(dz_)[k / W] = half;
+      *reinterpret_cast<Pack<c10::BFloat16, W>*>(dz_ + sizeof(c10::BFloat16) * k) = half;
     } else {
-      reinterpret_cast<Floats*>(dz_)[k / W] = dz;
+      *reinterpret_cast<Floats*>(dz_ + sizeof(float) * k) = dz;
     }
   }
 

@@ -11,7 +11,8 @@ none falls with another, and the first two run side by side:
 
     build      compile the extension in place; where that fails the CUDA kernel is left out
     compile    the kernels of the headline shapes, on all processors, into build/triton-cache
-    headline   the targets: trained, frozen, JSD and relation at real shapes, time, memory, ladder
+    headline   the targets: trained, frozen, JSD and relation at real shapes, time, memory, ladder,
+               of both backends, and of either with a `main_grad`
     tests      every test of the Triton and CUDA kernels, on the GPU
     large      real vocabularies, blocks past 2^31 elements, memory, determinism, host waits
     sanitizer  every kernel on small shapes under compute-sanitizer
@@ -50,9 +51,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 RUNS = ROOT / "runs" / "benchmarks"
 LOGS = ROOT / "runs" / "gpu"
 
-#: Methods that are timed: those that the targets are about. `torch.compile` alone would take all
+#: Methods that are timed: those that the targets are about, and the algorithm for the least memory,
+#: of which the plan only assumes how fast it is. `torch.compile` alone would take all
 #: of the time; ``python -m benchmarks all`` has everything.
-METHODS = "floor,torch-eager,mk-triton,mk-cuda"
+METHODS = (
+    "floor,torch-eager,mk-triton,mk-cuda,mk-auto-64mb,"
+    "mk-triton-600mb-main-grad,mk-cuda-600mb-main-grad"
+)
+REHEARSED = "floor,mk-eager,mk-eager-600mb-main-grad"
 
 #: Seconds between two copies of what there is.
 OFTEN = 10.0
@@ -106,7 +112,7 @@ def stages(quick: bool, rehearse: bool = False) -> list[Stage]:
     device = ("--device", "cpu" if rehearse else "cuda")
     out = ("--out", str(RUNS if quick or rehearse else RESULTS))
     bench = (python, "-m", "benchmarks", "all", *device, *out)
-    bench = (*bench, "--only", "floor,mk-eager" if rehearse else METHODS)
+    bench = (*bench, "--only", REHEARSED if rehearse else METHODS)
     suites = ("tiny", "tiny") if rehearse else ("headline", "quick" if quick else "gpu")
     minutes = ("60", "60") if rehearse else ("1.1", "1.7")
     if rehearse:  # the same programs: one kernel, a few tests, small tensors

@@ -14,9 +14,18 @@ import torch
 import mllmkd_kernels as mk
 from mllmkd_kernels import plan
 from mllmkd_kernels.backends import cuda
-from tests.problems import problem, run
+from tests.problems import Problem, problem, run
 
 DIVERGENCES = ("forward_kl", "jsd")  # in one sweep and in two
+
+
+def added(p: Problem, backend: str) -> None:
+    """The head's gradient into an accumulator, in forward."""
+    w, sums = p.ws.clone().requires_grad_(), torch.zeros_like(p.ws, dtype=torch.float32)
+    mk.fused_linear_distill(
+        p.hs, w, p.ht, p.wt, backend=backend, main_grad=sums, loss_gradient=1.0
+    ).loss.backward()
+    print(f"{backend} main_grad", flush=True)
 
 
 def main(device: str = "cuda") -> int:
@@ -34,11 +43,13 @@ def main(device: str = "cuda") -> int:
                 for divergence in DIVERGENCES:
                     run(problem(name, dtype).on(device), "triton", divergence)
                     print(f"{algorithm} {name} {dtype} {divergence}", flush=True)
+        added(problem(names[0]).on(device), "triton")
     plan.distill_plan = decide
     if device == "cuda" and cuda.available():
         for divergence in DIVERGENCES:
             run(problem("ragged").on(device), "cuda", divergence)
             print(f"cuda ragged {divergence}", flush=True)
+        added(problem("ragged").on(device), "cuda")
     p = problem(names[0]).on(device)
     h, w = p.hs.clone().requires_grad_(), p.ws.clone().requires_grad_()
     mk.fused_linear_logprob(h, w, p.labels, backend="triton").sum().backward()

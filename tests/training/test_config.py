@@ -88,7 +88,7 @@ FAULTS = [
     ("teacher_cache.stages=dtf", "teacher_cache.stages[0]: got 'dtf', expected 'pt', 'dpt', 'sft'"),
     # known before the first stage, not at the first step of the last
     ("stage.dft.loss.backend=gpu", "stage.dft.loss.backend: got 'gpu', expected one of 'auto', "),
-    ("stage.dft.loss.workspace_mb=0", "stage.dft.loss.workspace_mb: got 0"),
+    ("stage.dft.loss.workspace_mb=0", "stage.dft.loss.workspace_mb: expected None or a positive"),
     ("stage.sft.loss.vocab_size=0", "stage.sft.loss.vocab_size: got 0, expected 1 or more"),
     ("stage.sft.lr=-1", "stage.sft.lr: got -1, expected greater than 0"),
     ("stage.sft.lr=fast", "stage.sft.lr: got 'fast', expected a valid number"),

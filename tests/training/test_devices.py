@@ -32,7 +32,7 @@ from tests.tolerances import relative_error
 from tests.training import tiny
 from training import settings, sharding
 from training.anatomy import Anatomy, freeze
-from training.config import Config, class_for, load
+from training.config import Config, load
 from training.data.collate import Collator
 from training.data.dataset import LlavaDataset
 from training.loop import run
@@ -156,11 +156,8 @@ def features_config(root: Path, out: Path) -> Config:
 
 def config_of(root: Path, out: Path, method: str, stage: str, more: dict[str, Any]) -> Config:
     """One stage of another method, otherwise as `run_config`."""
-    like = settings.to_dict(run_config(root, out, ("dft",)))
-    kept = ("out", "teacher", "model", "data", "log_steps", "save_steps", "threads")
-    plan = {k: like["stage"]["dft"][k] for k in ("steps", "batch_size", "micro_batch", "lr")}
-    values = {"method": method, "stages": [stage], "stage": {stage: plan | more}}
-    return settings.build(class_for(values), {**values, **{name: like[name] for name in kept}})
+    stages = {stage: {"steps": 4, "micro_batch": 1, **more}}
+    return tiny.method_config(root, out, method, stages, save_steps=2)
 
 
 def someone_elses(out: Path, resume: str | None) -> Any:
@@ -242,6 +239,19 @@ def test_loss_and_gradients_are_those_of_one_process(ranks, root: Path, case: An
     for entry, its in zip(history[:2], ranks[0][case][1], strict=False):
         for term in ("loss", "grad_norm", *STAGES[stage].objective().names):
             assert its[term] == pytest.approx(entry[term], rel=1e-6, abs=1e-9), term
+
+
+@pytest.mark.parametrize("stage", ["sft", "dft"])
+def test_accumulated_gradients_are_those_of_one_batch(root: Path, stage: str) -> None:
+    """Of uneven micro-batches, the first without an image."""
+    want, history, _ = one_step(root, root / "out", "none", stage, "uneven", 1)
+    for parts in (4, 8):
+        got, its, _ = one_step(root, root / "out", "none", stage, "uneven", parts)
+        assert got.keys() == want.keys()
+        for name in want:
+            assert relative_error(got[name], want[name]) <= FP32_WEIGHTS, name
+        for term in ("loss", *STAGES[stage].objective().names):
+            assert its[0][term] == pytest.approx(history[0][term], rel=1e-6, abs=1e-9), term
 
 
 def test_a_stopped_fsdp2_run_goes_on_and_leaves_ordinary_folders(ranks, root: Path) -> None:

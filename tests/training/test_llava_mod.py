@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllmkd_kernels.upcycle import upcycle
@@ -23,38 +22,12 @@ from training.models import build_model
 LOADS = [f"load/{layer}/{expert}" for layer in (0, 2) for expert in range(4)]
 
 
+STAGES = {"llava-mod": ("init", "d2d", "d2s"), "moe-llava": ("pt", "sft", "moe")}
+
+
 def write_config(root: Path, out: Path, method: str = "llava-mod", **more: Any) -> Path:
-    if not (root / "teacher").is_dir():
-        tiny.write_data(root)
-        tiny.write_tower(root / "tower")
-        tiny.write_teacher(root / "teacher", root / "tower")
-    stage = {
-        "steps": 2,
-        "batch_size": 4,
-        "micro_batch": 2,
-        "lr": 1e-2,
-        "loss": {"backend": "eager"},
-    }
-    names = {"llava-mod": ("init", "d2d", "d2s"), "moe-llava": ("pt", "sft", "moe")}[method]
-    values = {
-        "method": method,
-        "out": str(out),
-        "teacher": str(root / "teacher"),
-        "stage": dict.fromkeys(names, stage),
-        "model": tiny.model_config(root / "tower", layers=3).model_dump(),
-        "data": {
-            "captions": str(root / "captions.json"),
-            "conversations": str(root / "data.json"),
-            "preferences": str(root / "data.json"),  # which nobody reads
-            "image_root": str(root),
-        },
-        "log_steps": 1,
-        "save_steps": 1,
-        "threads": 1,
-    }
-    file = root / f"{method}.yaml"
-    file.write_text(yaml.safe_dump(values | more))
-    return file
+    stages = {key: {"loss": {"backend": "eager"}} for key in STAGES[method]}
+    return tiny.write_run(root, out, method, stages, layers=3, **more)
 
 
 @pytest.mark.parametrize("method", ["llava-mod", "moe-llava"])

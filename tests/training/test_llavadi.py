@@ -4,14 +4,11 @@ of the student?
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -23,34 +20,13 @@ from training.loop import run
 
 
 def write_config(root: Path, out: Path, **kd: object) -> Path:
-    tiny.write_data(root)
-    tiny.write_tower(root / "tower")
-    tiny.write_teacher(root / "teacher", root / "tower")
-    stage = {"steps": 2, "batch_size": 4, "micro_batch": 2, "lr": 1e-2}
     loss = {"backend": "eager", "affinity": 0.5, "logit_mse": 0.1, "rows": "valid", **kd}
-    values = {
-        "method": "llavadi",
-        "out": str(out),
-        "teacher": str(root / "teacher"),
-        "stage": {"pt": stage, "kd": {**stage, "loss": loss}},
-        "model": tiny.model_config(root / "tower").model_dump(),
-        "data": {
-            "captions": str(root / "captions.json"),
-            "conversations": str(root / "data.json"),
-            "image_root": str(root),
-        },
-        "log_steps": 1,
-        "save_steps": 1,
-        "threads": 1,
-    }
-    file = root / "llavadi.yaml"
-    file.write_text(yaml.safe_dump(values))
-    return file
+    return tiny.write_run(root, out, "llavadi", {"pt": {}, "kd": {"loss": loss}})
 
 
 def test_a_run_of_all_stages_and_its_student(tmp_path: Path) -> None:
     config = load(write_config(tmp_path, tmp_path / "out", standardize=True))
-    assert config.stages == ("pt", "kd") and config.of_stage("kd").loss.features == 1.0
+    assert config.of_stage("kd").loss.features == 1.0
     pt, kd = run(config, say=lambda _: None)
     assert set(pt.history[0]) & {"response_kl", "features"} == set()
     for name in ("ce", "response_kl", "features", "affinity", "logit_mse"):
@@ -64,20 +40,11 @@ def test_a_run_of_all_stages_and_its_student(tmp_path: Path) -> None:
     assert student.generate(**text, max_new_tokens=2).shape[0] == 1
 
 
-def on_a_rank(file: Path, out: Path) -> Any:
-    """The loss curve of a run over two processes."""
-    rank = str(dist.get_rank())
-    os.environ.update(
-        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost"
-    )
-    config = load(file, ["stages=[kd]", "stage.kd.micro_batch=1", f"out={out}"])
-    return run(config, say=lambda _: None)[0].history
-
-
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     file = write_config(tmp_path, tmp_path / "one")
     expected = run(load(file, ["stages=[kd]"]), say=lambda _: None)[0].history
-    for curve in on_ranks(2, on_a_rank, tmp_path, file, tmp_path / "two"):
+    more = ["stages=[kd]", "stage.kd.micro_batch=1", f"out={tmp_path / 'two'}"]
+    for curve in on_ranks(2, tiny.on_a_rank, tmp_path, file, *more):
         for ours, theirs in zip(curve, expected, strict=True):
             for name in ("loss", "ce", "response_kl", "features", "affinity", "logit_mse"):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name

@@ -29,7 +29,8 @@ from training.config import ModelConfig, SourceConfig
 from training.data.chat import ChatEncoder
 from training.data.encoding import Encoding
 from training.data.item import IGNORE
-from training.data.records import Place, Sample
+from training.data.records import Place
+from training.data.sample import Sample
 from training.data.sources import load_rows
 from training.models import (
     CheckpointError,

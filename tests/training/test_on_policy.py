@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -27,37 +26,11 @@ OWN = ("own_answers", "own_cut", "own_empty")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("root")
-    tiny.write_data(root)
-    tiny.write_tower(root / "tower")
-    tiny.write_teacher(root / "teacher", root / "tower")
-    return root
+    return tmp_path_factory.mktemp("root")
 
 
-def config_of(root: Path, out: Path, method: str, stages: dict[str, Any], **more: Any) -> Any:
-    """A run of two steps a stage, four samples a step."""
-    plan = {"steps": 2, "batch_size": 4, "micro_batch": 2, "lr": 1e-2}
-    values = {
-        "method": method,
-        "stages": list(stages),
-        "out": str(out),
-        "teacher": str(root / "teacher"),
-        "stage": {name: {**plan, **given} for name, given in stages.items()},
-        "model": tiny.model_config(root / "tower").model_dump(),
-        "data": {
-            "captions": str(root / "captions.json"),
-            "conversations": str(root / "data.json"),
-            "image_root": str(root),
-            **more.pop("data", {}),
-        },
-        "log_steps": 1,
-        "save_steps": 1,
-        "threads": 1,
-        **more,
-    }
-    file = out.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(values))
-    return load(file)
+def config_of(root: Path, out: Path, method: str, stages: Any, *options: str) -> Any:
+    return load(tiny.write_run(root, out, method, stages), options)
 
 
 LOSS = {"backend": "eager"}
@@ -84,8 +57,10 @@ def test_a_run_whose_student_answers_itself(
 def test_a_stopped_run_writes_the_same_answers(root: Path, tmp_path: Path) -> None:
     """The counts of an unfinished entry of the log come through the checkpoint as well."""
     half = {"gkd": {"steps": 4, "loss": {**LOSS, "ce": 0.5}, "view": {"max_new_tokens": 4}}}
-    whole = run(config_of(root, tmp_path / "whole", "on-policy", half, log_steps=2), lambda _: None)
-    cut = config_of(root, tmp_path / "cut", "on-policy", half, log_steps=2)
+    whole = run(
+        config_of(root, tmp_path / "whole", "on-policy", half, "log_steps=2"), lambda _: None
+    )
+    cut = config_of(root, tmp_path / "cut", "on-policy", half, "log_steps=2")
     tiny.killed(cut, 3)
     torch.manual_seed(99)
     again = run(cut, say=lambda _: None)
@@ -116,14 +91,14 @@ def test_more_processes_go_on_with_one_set_of_notes(tmp_path: Path) -> None:
 
 
 def test_what_does_not_go_with_own_answers_is_refused(root: Path, tmp_path: Path) -> None:
-    stored = {"teacher_cache": {"path": str(tmp_path / "cache")}}
-    make(config_of(root, tmp_path / "given", "llavadi", {"kd": {"loss": LOSS}}, **stored))
-    config = config_of(root, tmp_path / "own", "llavadi", LLAVADI, **stored)
+    stored = f"teacher_cache.path={tmp_path / 'cache'}"
+    make(config_of(root, tmp_path / "given", "llavadi", {"kd": {"loss": LOSS}}, stored))
+    config = config_of(root, tmp_path / "own", "llavadi", LLAVADI, stored)
     for command in (make, run):
         with pytest.raises(ConfigError, match=r"stage\.kd\.view: makes other batches in each step"):
             command(config)
     packed = config_of(
-        root, tmp_path / "packed", "on-policy", {"gkd": GKD["gkd"]}, data={"packing": True}
+        root, tmp_path / "packed", "on-policy", {"gkd": GKD["gkd"]}, "data.packing=true"
     )
     with pytest.raises(ConfigError, match=r"^view: position_ids: on_policy got packed rows"):
         run(packed, say=lambda _: None)

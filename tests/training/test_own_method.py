@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -33,7 +34,6 @@ from training.models import build_model, load_vlm
 ROOT = Path(training.__file__).parents[1]
 SAMPLES = 14  # one step sees all of them
 WEIGHTS = {"ce": 1.0, "answers": 0.7, "images": 0.1, "sureness": 0.3}
-NAMES = ("loss", *WEIGHTS)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,32 @@ def test_its_objective_may_be_a_partial(root: Path, tmp_path: Path) -> None:
     config = configuration.load(run_file(root), [f"out={tmp_path / 'out'}"], stages=stages)
     with claimed(config):
         noted = json.loads((tmp_path / "out" / "inputs.json").read_text())
-    assert [Path(file) for file in noted["method"]] == [Path(own_method.__file__)]
+    assert list(noted["files of the method"]) == ["own_method.py"]
+
+
+def test_its_file_may_move_and_may_not_change(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out" / "1-align" / "model").mkdir(parents=True)  # a stage is done
+
+    def begin(folder: str, text: str) -> None:
+        file = tmp_path / folder / "press.py"
+        file.parent.mkdir()
+        file.write_text(text)
+        monkeypatch.syspath_prepend(str(file.parent))
+        stages = importlib.import_module("press").STAGES
+        del sys.modules["press"]
+        config = configuration.load(run_file(root), [f"out={tmp_path / 'out'}"], stages=stages)
+        with claimed(config):
+            pass
+
+    text = Path(own_method.__file__).read_text()
+    begin("here", text)
+    begin("elsewhere", text)
+    with pytest.raises(
+        settings.ConfigError, match=r"^files of the method: has changed .*press\.py"
+    ):
+        begin("changed", f"{text}# more\n")
 
 
 def test_its_loss_is_named_nowhere_else() -> None:

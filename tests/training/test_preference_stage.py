@@ -5,13 +5,11 @@ cannot do?
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers as tf
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
@@ -22,7 +20,7 @@ from mllmkd_kernels.terms.preference import REPORTED
 from mllmkd_kernels.upcycle import upcycle
 from tests.gloo import on_ranks
 from tests.training import tiny
-from tests.training.test_llava_mod import LOADS, write_config
+from tests.training.test_llava_mod import LOADS
 from tests.training.test_teacher_cache_runs import same_with_and_without_the_teacher
 from training import settings
 from training.anatomy import anatomy, freeze
@@ -37,9 +35,8 @@ from training.settings import ConfigError
 
 def write_pairs(root: Path, *stages: str, **more: Any) -> Path:
     """A run of these stages; the answers of `data.json`, and beside each one that is wrong."""
-    stage = {"steps": 2, "batch_size": 4, "micro_batch": 2, "lr": 1e-2}
-    both = {name: {**stage, "loss": {"backend": "eager"}} for name in ("d2s", "preference")}
-    file = write_config(root, root / "out", stages=list(stages), stage=both, **more)
+    both = {key: {"loss": {"backend": "eager"}} for key in stages}
+    file = tiny.write_run(root, root / "out", "llava-mod", both, layers=3, **more)
     samples = json.loads((root / "data.json").read_text())
     for sample in samples:
         answer = sample["conversations"][-1]["value"]
@@ -118,15 +115,6 @@ def test_stored_rows_of_pairs_train_as_the_teacher_does(visual: bool, tmp_path: 
         run(other, say=lambda _: None)
 
 
-def on_a_rank(file: Path, *options: str) -> Any:
-    """The loss curve of a run over two processes."""
-    rank = str(dist.get_rank())
-    os.environ.update(
-        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost"
-    )
-    return run(load(file, options), say=lambda _: None)[0].history
-
-
 def test_two_processes_prefer_what_one_does(tmp_path: Path) -> None:
     """Pairs with an image, with two and with none are dealt to them as they come."""
     file = write_pairs(tmp_path, "preference")
@@ -135,7 +123,7 @@ def test_two_processes_prefer_what_one_does(tmp_path: Path) -> None:
     options += ["stage.preference.steps=1"]
     expected = run(load(file, options), say=lambda _: None)[0].history
     options += ["stage.preference.micro_batch=1", f"out={tmp_path / 'two'}"]
-    for curve in on_ranks(2, on_a_rank, tmp_path, file, *options):
+    for curve in on_ranks(2, tiny.on_a_rank, tmp_path, file, *options):
         for ours, theirs in zip(curve, expected, strict=True):
             for name in ("loss", "preference", *REPORTED):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name

@@ -16,9 +16,7 @@ from training.cli import main
 from training.loop import run
 from training.models import save_model
 
-LINE = re.compile(
-    r"[\w ./-]+: [\d,]+ of [\d,]+ (samples|batches|questions|steps), \d:\d\d:\d\d left"
-)
+LINE = re.compile(r"[\w ./-]+: [\d,]+ of [\d,]+ (samples|batches|questions|steps), \d\d:\d\d left")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +79,7 @@ def test_slow_steps_tell_a_line_between_two_log_entries(root, tmp_path, monkeypa
     config = tiny.run_config(root, tmp_path / "out", stages=("pt",))
     run(settings.changed(config, data={"held_out": None}, log_steps=100), say=lambda _: None)
     told = capfd.readouterr().err.splitlines()
-    lines = [line for line in told if re.match(r"1-pt: \d of 6 steps, \d:\d\d:\d\d left", line)]
+    lines = [line for line in told if re.match(r"1-pt: \d of 6 steps, \d\d:\d\d left", line)]
     assert [line.split()[1] for line in lines[:6]] == list("123456")
     assert re.search(r"left, loss \d\.\d{3} ce .* tok/s \d.* GiB$", lines[-1])
 

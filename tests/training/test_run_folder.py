@@ -112,12 +112,20 @@ def test_what_was_accepted_by_hand_goes_on(root):
     run(resumed(root), say=quiet)
 
 
-def test_what_only_finished_stages_read_may_be_gone(tmp_path):
-    config = tiny.run_config(tmp_path, tmp_path / "out", stages=("pt", "sft"))
+@pytest.mark.parametrize("stored", [False, True], ids=["teacher", "stored rows"])
+def test_what_only_finished_stages_read_may_be_gone(stored, tmp_path, monkeypatch):
+    config = tiny.run_config(tmp_path, tmp_path / "out", stages=("dpt", "sft"))
+    if stored:
+        config = settings.changed(config, teacher_cache={"path": str(tmp_path / "rows")})
+        fill.make(config, say=quiet)
     run(config, say=quiet)
     shutil.rmtree(tmp_path / "out" / "2-sft" / "model")
     (tmp_path / "captions.json").unlink()
-    run(config, say=quiet)
+    shutil.rmtree(tmp_path / ("rows" if stored else "teacher"))
+    whole = run(config, say=quiet)
+    for loads in ("loop.load_vlm", "start.load_vlm", "start.build_model"):
+        monkeypatch.setattr(f"training.{loads}", None)
+    assert run(config, say=quiet) == whole, "a finished run needs no model"
 
 
 def test_files_of_a_source_are_known_too(tmp_path):
@@ -145,7 +153,7 @@ def test_another_cache_under_the_same_path_is_named(begun, tmp_path):
     cached = {"path": str(tmp_path / "rows"), "batch_size": 4}
     config = settings.changed(config, teacher_cache=cached)
     fill.make(config, say=quiet)
-    run(config, say=quiet)
+    killed(config, 3)
     shutil.rmtree(tmp_path / "rows")
     edit_weights(tmp_path / "teacher", "projector")
     fill.make(config, say=quiet)
@@ -197,6 +205,7 @@ def test_a_second_process_is_told_whose_the_folder_is(what, other, tmp_path, cap
         typed = ["eval", str(tmp_path / "teacher"), "--benchmark", "pope"]
         typed += ["--questions", "q", "--images", "i", "--out", str(tmp_path / "out")]
     before = sorted(tmp_path.glob("out/*"))
+    capsys.readouterr()  # bars of what was written here
     assert main(typed) == 2
     told = capsys.readouterr().err
     assert f"is in use by process {other.pid} on {socket.gethostname()} since 20" in told

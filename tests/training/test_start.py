@@ -8,7 +8,7 @@ from tests.training import tiny
 from training import settings
 from training.cli import main
 from training.data.faults import Place
-from training.data.records import Sample
+from training.data.sample import Sample
 from training.evaluation.chance import verdicts
 from training.evaluation.held_out import Scores
 from training.loop import run
@@ -21,9 +21,6 @@ def root(tmp_path_factory):
 
 def write(root, out, *changes):
     """A configuration file of the run over `root`."""
-    if not (root / "tower").exists():
-        tiny.write_tower(root / "tower")
-        tiny.write_teacher(root / "teacher", root / "tower")
     config = tiny.run_config(root, out)
     file = out.with_suffix(".yaml")
     file.write_text(settings.dump(settings.load(type(config), None, changes, config)))

@@ -42,11 +42,7 @@ def items(root, processor, template: Any = "chat", teacher: Any = None):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cache")
-    tiny.write_data(path)
-    tiny.write_tower(path / "tower")
-    tiny.write_teacher(path / "teacher", path / "tower")
-    return path
+    return tiny.write_parts(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +66,7 @@ def a_pass(root, folder, data, *, dtype="fp32", teacher=None, marks=None, **mani
     )
     return fill.Pass(
         folder=folder,
-        teacher=model,
+        teacher=lambda: model,
         dataset=data,
         collator=Collator(tiny.processor()),
         manifest=store.Manifest(**fields | manifest),
@@ -313,6 +309,7 @@ def test_samples_that_were_not_stored(data, rows):
         {"labels": labels},
         {"image_lens": torch.tensor([2, 2])},
         {"pixel_values": item["pixel_values"].flip(1)},
+        {"image_grid_thw": torch.tensor([[1, 2, 4]])},  # one colour, wide in place of tall
     ):
         name = changes.get("sample_id", "s0")
         with pytest.raises(DataError, match=f"sample {name!r} is not among the 14 stored ones, or"):
@@ -334,9 +331,16 @@ def test_other_data_and_settings_are_found_before_the_first_step(root, data, row
     unshifted = reading(rows.folder.parent, loss={"shift": False})
     with pytest.raises(ConfigError, match="response_kl reads response:unshifted rows of the teach"):
         use.open_rows(unshifted, "dft")
-    other = settings.changed(config, teacher=str(root / "tower"))
-    with pytest.raises(ConfigError, match=r"teacher: got .*tower, but .*dft is of .*teacher; name"):
-        use.open_rows(other, "dft")
+    moved = root / "moved"
+    shutil.copytree(root / "teacher", moved)
+    use.open_rows(settings.changed(config, teacher=str(moved)), "dft")
+    (moved / "generation_config.json").write_text("{}")  # another model now
+    for other in (moved, root / "tower"):
+        named = settings.changed(config, teacher=str(other))
+        with pytest.raises(
+            ConfigError, match=rf"teacher: got .*{other.name}, but .*dft is of .*te"
+        ):
+            use.open_rows(named, "dft")
 
 
 def test_response_rows_alone(root, data, tmp_path):

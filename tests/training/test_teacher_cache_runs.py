@@ -8,6 +8,7 @@ import shutil
 from collections import namedtuple
 
 import pytest
+from rich.filesize import decimal as size
 from safetensors import safe_open
 
 from mllmkd_kernels.llava_kd import TERMS
@@ -16,7 +17,6 @@ from tests.training.test_recipes import root as recipes_root
 from tests.training.test_recipes import shrunk
 from tests.training.tiny import killed, quiet
 from training import settings
-from training.bar import size
 from training.cli import main
 from training.config import Config
 from training.data.dataset import LlavaDataset
@@ -49,7 +49,7 @@ def caching(root, path, **options):
     return settings.changed(config, stage=stage, data={"held_out": None}, teacher_cache=cache)
 
 
-def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, capsys):
+def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, capsys, monkeypatch):
     config = caching(root, tmp_path)
     online = settings.changed(
         config, out=str(tmp_path / "online"), teacher_cache={"path": None, "dtype": "bf16"}
@@ -62,6 +62,9 @@ def test_a_run_needs_no_teacher_and_survives_a_kill(root, tmp_path, capsys):
     assert main(["cache", "--config", str(file)]) == 0
     printed = capsys.readouterr().out
     assert "dpt: 14 samples of " in printed and "dft: whole: 14 samples, " in printed
+    with monkeypatch.context() as patch:  # nothing is left to run it on
+        patch.setattr(fill, "load_vlm", None)
+        assert main(["cache", "--config", str(file)]) == 0
     alone = settings.changed(config, teacher=None, data={"workers": 1})
     whole = curves(run(alone, say=quiet))
     for ours, theirs in zip(whole, expected, strict=True):
@@ -129,13 +132,13 @@ def test_the_cost_is_known_before(root, tmp_path, monkeypatch):
         with safe_open(file, framework="pt") as opened:
             written += sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118
     assert written == rows * 24 * 4 + 14 * store.INDEX + head
-    assert f"a row 24 x fp32: {size(written)}, 0 B of it stored" in told[1]
+    assert f"a row 24 x fp32: {size(written)}, 0 bytes of it stored" in told[1]
     monkeypatch.setattr(fill, "COUNTED", 5)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 1000))
     again = settings.changed(
         caching(root, tmp_path), teacher_cache={"path": str(tmp_path / "new" / "rows")}
     )
-    with pytest.raises(ConfigError, match=r"kB are needed, 1 kB are free there"):
+    with pytest.raises(ConfigError, match=r"kB are needed, 1.0 kB are free there"):
         fill.make(again, dry_run=True, say=told.append)
     assert "rows (counted in 5), a row" in told[-1] and not (tmp_path / "new").exists()

@@ -13,7 +13,6 @@ import torch
 import mllmkd_kernels as mk
 from tests.training import tiny
 from training import settings
-from training.bar import clock
 from training.cli import main
 from training.interrupt import Interrupted
 from training.journal import Journal
@@ -97,10 +96,6 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr("training.loop.run", interrupted)
     assert main(["run", "--set", f"out={tmp_path}"]) == 130
     assert capsys.readouterr().err == "SIGINT: saved; the same command continues there\n"
-
-
-def test_a_day_has_its_own_word():
-    assert clock(90_061) == "1 d 1:01:01"
 
 
 def test_a_journal_reads_whole_lines(tmp_path):

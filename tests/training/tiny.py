@@ -7,16 +7,19 @@ text alone, one has two images and two turns, so that every batch is uneven.
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from transformers import LlavaProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from training import settings
-from training.config import Config, ModelConfig, load
+from training.config import Config, ModelConfig, class_for, load
 from training.demo.words import build_processor
 from training.loop import run
 from training.models import build_model, save_model
@@ -107,10 +110,7 @@ def run_config(
     root: Path, out: Path, *, stages: tuple[str, ...] = ("dpt", "sft", "dft"), samples: int = 14
 ) -> Config:
     """A run over the data, tower and teacher below `root` (written if they are not there)."""
-    if not (root / "data.json").is_file():
-        write_data(root, samples)
-        write_tower(root / "tower")
-        write_teacher(root / "teacher", root / "tower")
+    write_parts(root, samples)
     stage = {"steps": 6, "batch_size": 4, "lr": 1e-2, "loss": {"backend": "eager"}}
     values = {
         "out": str(out),
@@ -129,6 +129,58 @@ def run_config(
         "threads": 1,
     }
     return settings.build(type(load()), values)
+
+
+def write_parts(root: Path, samples: int = 14) -> Path:
+    """Data, tower and teacher, as far as they are not there."""
+    if not (root / "data.json").is_file():
+        write_data(root, samples)
+    if not (root / "teacher").is_dir():
+        write_teacher(root / "teacher", write_tower(root / "tower"))
+    return root
+
+
+def method_config(
+    root: Path, out: Path, method: str, stages: Mapping[str, Any], *, layers: int = 1, **more: Any
+) -> Config:
+    """A run of any method over them: two steps of four samples in each of the stages, which are
+    given with what they have of their own."""
+    write_parts(root)
+    plan = {"steps": 2, "batch_size": 4, "micro_batch": 2, "lr": 1e-2}
+    values = {
+        "method": method,
+        "stages": list(stages),
+        "out": str(out),
+        "teacher": str(root / "teacher"),
+        "stage": {name: {**plan, **own} for name, own in stages.items()},
+        "model": model_config(root / "tower", layers=layers).model_dump(),
+        "data": {
+            "captions": str(root / "captions.json"),
+            "conversations": str(root / "data.json"),
+            "preferences": str(root / "data.json"),  # which has no pairs
+            "image_root": str(root),
+        },
+        "log_steps": 1,
+        "save_steps": 1,
+        "threads": 1,
+    }
+    return settings.build(class_for(values), values | more)
+
+
+def write_run(root: Path, out: Path, *args: Any, **kwargs: Any) -> Path:
+    """The file of a `method_config`."""
+    file = out.with_suffix(".yaml")
+    file.write_text(settings.dump(method_config(root, out, *args, **kwargs)))
+    return file
+
+
+def on_a_rank(file: Path, *options: str) -> list[dict[str, float]]:
+    """The loss curve of one of two processes of a run of one stage."""
+    rank = str(dist.get_rank())
+    os.environ.update(
+        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost"
+    )
+    return run(load(file, options), say=quiet)[0].history
 
 
 class Killed(BaseException):

@@ -30,8 +30,9 @@ from training.bar import Bar
 from training.data.check import reason_of
 from training.data.controls import Controls
 from training.data.dataset import present
-from training.data.records import IMAGE_MARK, DataError, Place, Sample, fault, shown
+from training.data.records import DataError, Place, fault, shown
 from training.data.rewrite import open_entries
+from training.data.sample import IMAGE_MARK, Sample
 from training.fingerprint import digest, of_file, of_files, of_folder, same_request
 from training.generate import Answer, Asked, Writer, load
 from training.journal import Journal, write_whole

@@ -26,8 +26,8 @@ from PIL import Image
 from mllmkd_kernels.models import TOKEN_TYPES
 from training.data.controls import Controls, special_tokens
 from training.data.item import IGNORE, Item, Seen, build_item
-from training.data.pieces import Pieces
-from training.data.records import IMAGE_MARK, Sample, fault
+from training.data.records import fault
+from training.data.sample import IMAGE_MARK, Sample
 from training.data.template import (
     CHAT_TEMPLATE,
     TemplateName,
@@ -41,6 +41,7 @@ from training.settings import ConfigError
 # Stands for answer i while the template is rendered; no template changes it, no text contains it.
 MARK = "\ue000answer{}\ue001"
 PER_TOKEN = ("input_ids", "attention_mask", *TOKEN_TYPES)
+REMEMBERED = 1 << 16  # pieces of text whose ids are kept: templated questions repeat
 
 
 class ChatEncoder:
@@ -52,7 +53,6 @@ class ChatEncoder:
             template borders them, then the caption and a line break; question and system message
             are discarded. The published recipe ends a caption without an end of sequence, so a
             model trained with this alone does not learn to stop: that is learned from ``chat``.
-        system: a system message for samples that have none of their own.
 
     Attributes:
         note: how the template's history differs from its prompts, or which template of the user's
@@ -65,7 +65,7 @@ class ChatEncoder:
         ValueError: an unknown `template`, or a LLaVA's images are not all of one size.
     """
 
-    def __init__(self, processor: Any, template: TemplateName = "chat", system: str = "") -> None:
+    def __init__(self, processor: Any, template: TemplateName = "chat") -> None:
         if template not in ("chat", "pretrain"):
             raise ValueError(f"template: got {template!r}, expected 'chat' or 'pretrain'")
         self.llava = speaks_llava(processor)
@@ -74,10 +74,10 @@ class ChatEncoder:
         self.processor, self.tokenizer = processor, processor.tokenizer
         if self.tokenizer.eos_token is None:
             raise ConfigError(f"{_name(processor)}: its tokenizer has no eos_token")
-        self.template, self.system = template, system
+        self.template = template
         self.image_token: str = processor.image_token
         self.image_id = row_id(processor)
-        self._text, self._controls = Pieces(self.tokenizer), Controls(processor)
+        self._controls, self._known = Controls(processor), dict[str, tuple[int, ...]]()
         self._specials = special_tokens(self.tokenizer)
         self.tokens_per_image = image_tokens(processor) if self.llava else None
         self._learn()
@@ -149,7 +149,7 @@ class ChatEncoder:
                     labels += [IGNORE] * len(seen.ids[image])
                     for name, row in extras.items():
                         row += seen.extras[name][image]
-                tokens = self._text.ids(part)
+                tokens = self._ids(part)
                 ids += tokens
                 labels += tokens if said else [IGNORE] * len(tokens)
                 for row in extras.values():
@@ -159,18 +159,26 @@ class ChatEncoder:
         padded = {name: [0] * len(start) + row for name, row in extras.items()}
         return build_item(sample, ids, labels, seen, padded)
 
+    def _ids(self, text: str) -> tuple[int, ...]:
+        """Of a piece of text, without anything before or after it; `UnicodeEncodeError` at half a
+        character."""
+        ids = self._known.get(text)
+        if ids is None:
+            text.encode()  # a tokenizer calls a lone surrogate a wrong type
+            ids = tuple(self.tokenizer(text, add_special_tokens=False).input_ids) if text else ()
+            if len(self._known) < REMEMBERED:
+                self._known[text] = ids
+        return ids
+
     def length(self, sample: Sample, seen: Seen | None) -> int:
         """Tokens of the item; `seen` may be None where there are `tokens_per_image`."""
-        if seen is None and self.tokens_per_image is None:
-            raise ValueError("seen: got None, expected the images: their size decides the tokens")
         if seen is None:
             seen = Seen([[self.image_id] * (self.tokens_per_image or 0)] * len(sample.images))
         return len(self.item(sample, seen)["input_ids"])
 
     def messages(self, sample: Sample, answers: Sequence[str]) -> list[dict[str, Any]]:
         """The conversation as templates want it, in parts; LLaVA's gets its questions whole."""
-        system = sample.system if sample.system is not None else self.system or None
-        talk = [] if system is None else [_message("system", system)]
+        talk = [] if sample.system is None else [_message("system", sample.system)]
         for (human, _), answer in zip(sample.turns, answers, strict=False):
             if self.llava:
                 content: Any = _image_first(human).replace(IMAGE_MARK, self.image_token)
@@ -230,7 +238,7 @@ class ChatEncoder:
     def _answer(self, sample: Sample, i: int, text: str) -> str:
         """The text of answer i; what is learned must be words that the model could say."""
         unknown = self.tokenizer.unk_token_id
-        if unknown != self.tokenizer.eos_token_id and unknown in self._text.ids(text):
+        if unknown != self.tokenizer.eos_token_id and unknown in self._ids(text):
             field = sample.field_of(2 * i + 1)
             raise fault(sample.place, field, repr(text), "only words the tokenizer knows")
         return text

@@ -19,7 +19,8 @@ from training.bar import track
 from training.data.encoding import Encoding
 from training.data.images import conversions
 from training.data.item import IGNORE, Item, apart
-from training.data.records import DataError, Sample
+from training.data.records import DataError
+from training.data.sample import Sample
 from training.data.sources import Source
 
 EXAMPLES = 3  # of each reason
@@ -99,7 +100,7 @@ def read_data(
     report = Report([source.name for source in sources], notes=encoding.notes)
     for source in sources:
         entries = list(source.samples())[:limit]
-        wanted = _spread(len(entries), -(-show // len(sources)))
+        wanted = spread(len(entries), -(-show // len(sources)))
         before, due = len(report.shown), 0
         for i, entry in enumerate(track(entries, f"reading {source.name}", "samples")):
             report.read += 1
@@ -150,6 +151,7 @@ def reason_of(message: str) -> str:
     return f"{name}: {kind + ', ' if kind else ''}expected {found['expected']}"
 
 
-def _spread(total: int, most: int) -> set[int]:
-    """At most `most` of the first `total` numbers, evenly."""
-    return {i * total // most for i in range(most)} if total > most else set(range(total))
+def spread(total: int, most: int) -> list[int]:
+    """At most `most` indices below `total`, evenly spread, the first and the last among them."""
+    count = min(total, most)
+    return sorted({round(i * (total - 1) / max(1, count - 1)) for i in range(count)})

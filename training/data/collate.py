@@ -56,7 +56,9 @@ class Collator:
     """
 
     def __init__(self, processor: Any, teacher: Any = None, side: str = "right") -> None:
-        self.pad_id = _pad_id(processor)
+        self.pad_id = processor.tokenizer.pad_token_id
+        if self.pad_id is None:
+            raise ConfigError("processor: its tokenizer has no pad_token, which fills samples")
         self._padded = partial(pad_sequence, batch_first=True, padding_side=side)
         self.teacher = Collator(teacher) if teacher is not None else None
 
@@ -64,11 +66,9 @@ class Collator:
         """One batch of at least one item, in their order.
 
         Raises:
-            ValueError: no items, images of sizes that do not go together, or an entry that some
+            ValueError: images of sizes that do not go together, or an entry that some
                 items with images lack.
         """
-        if not items:
-            raise ValueError("items: got none, expected at least one")
         own = {}
         if self.teacher is not None:
             own["teacher"] = self.teacher([item["teacher"] for item in items])  # pyright: ignore[reportTypedDictNotRequiredAccess]
@@ -120,10 +120,3 @@ def _grown(tensor: Tensor, sizes: list[int]) -> Tensor:
     """The tensor with axes 1 and later filled up to `sizes` at their ends."""
     missing = [most - size for most, size in zip(sizes, tensor.shape[1:], strict=True)]
     return pad(tensor, [n for size in reversed(missing) for n in (0, size)])
-
-
-def _pad_id(processor: Any) -> int:
-    pad_id = processor.tokenizer.pad_token_id
-    if pad_id is None:
-        raise ConfigError("processor: its tokenizer has no pad_token, which fills short samples")
-    return pad_id

@@ -14,7 +14,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from training.data.records import IMAGE_MARK, Sample, fault, shown
+from training.data.records import fault, shown
+from training.data.sample import IMAGE_MARK, Sample
 
 _REGIONS = ("box", "quad", "ref", "|box_{}|", "|quad_{}|", "|object_ref_{}|")
 GROUNDING = frozenset(

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset
 
 from training.bar import track
-from training.data.chat import ChatEncoder
 from training.data.encoding import Encoding
 from training.data.images import WHOLE_IMAGE
 from training.data.item import Item
-from training.data.records import DataError, Sample, fault
+from training.data.records import DataError, fault
+from training.data.sample import Sample
 from training.data.sampler import ModalitySampler
 from training.data.sources import LlavaSource, Source
 
@@ -71,11 +71,6 @@ class SampleDataset(Dataset[Item]):
                 f"{names}: all of its {len(self.skipped)} entries are faulty; the first: "
                 f"{self.skipped[0].reason}"
             )
-
-    @property
-    def encoder(self) -> ChatEncoder:
-        """The student's encoder."""
-        return self.encoding.encoders[0]
 
     def __len__(self) -> int:
         """How many entries are sound."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from training.data.chat import ChatEncoder
 from training.data.faults import fault, named, shown
 from training.data.item import IGNORE, Item, Seen, own_bytes
-from training.data.records import Sample
+from training.data.sample import Sample
 from training.data.template import TemplateName
 
 TYPICAL_IMAGE = (448, 448)  # what an image counts as in an estimate of lengths
@@ -35,7 +35,6 @@ class Encoding:
         teacher: the teacher's processor, if it differs: each item then has a ``teacher`` item,
             made by it of the same sample.
         template: ``chat`` or ``pretrain`` (`training.data.template`, `training.data.chat`).
-        system: a system line or message for samples without one of their own.
         max_length: most tokens a sample may have, image tokens included. A longer one is a
             fault: cutting it could cut an image or the answer.
         cache_mb: keep processed images and the items made of them in memory up to this size, per
@@ -44,8 +43,8 @@ class Encoding:
             one, and in it as ``rejected`` one of the worse. Without, samples have one answer.
 
     Raises:
-        ValueError: a bad max_length, cache_mb, template or processor (a `ConfigError` where
-            the processor's chat template cannot be trained with).
+        ValueError: a bad template or processor (a `ConfigError` where the processor's chat
+            template cannot be trained with).
     """
 
     def __init__(
@@ -54,18 +53,13 @@ class Encoding:
         *,
         teacher: Any = None,
         template: TemplateName = "chat",
-        system: str = "",
         max_length: int = 2048,
         cache_mb: int = 0,
         pairs: bool = False,
     ) -> None:
-        if max_length < 1:
-            raise ValueError(f"max_length: got {max_length}, expected at least 1")
-        if cache_mb < 0:
-            raise ValueError(f"cache_mb: got {cache_mb}, expected 0 or more")
         self.max_length, self.pairs = max_length, pairs
         both = [processor] if teacher is None else [processor, teacher]
-        self.encoders: list[ChatEncoder] = [ChatEncoder(one, template, system) for one in both]
+        self.encoders: list[ChatEncoder] = [ChatEncoder(one, template) for one in both]
         # for each encoder, by where the images come from and their names there
         self.cache: list[dict[Hashable, Seen]] = [{} for _ in both]
         self.items: dict[Hashable, Item] = {}

@@ -2,14 +2,11 @@
 
 Most fields that a data set has besides (a source, a licence, a width) only describe, and are left
 alone: `data check` lists them. These decide what a model learns. Training without them would be
-training on something else, so an entry that has one is refused by its name (`training.data.records`
+training on something else, so an entry that has one is refused by its name (`training.data.sample`
 asks). Empty, as tables fill it in where a row has none, a field means nothing.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator, Mapping, Set
-from typing import Any
 
 _EMPTY = ("", "[]", "{}", [], (), {})
 _WRITTEN = "no such field: what the model is to write belongs in the answer's text"
@@ -19,7 +16,7 @@ _PAIRS = "no such field: pairs of answers are told by the entry"
 _PLACED = "images named by the entry or by parts of the text"
 _SIZE = "no such field: the processor decides the size"
 _WEIGHT = "1, or no such field: every answer counts alike (a source can have a weight)"
-_ASIS = ("weight", "loss", "loss_scale", "train")  # where 1 or true is what is done anyway
+ASIS = ("weight", "loss", "loss_scale", "train")  # where 1 or true is what is done anyway
 
 _ANYWHERE = {"video": _MEDIA, "videos": _MEDIA, "audio": _MEDIA, "audios": _MEDIA}
 # By where a field stands: the entry, one of its messages, one part of a message.
@@ -40,18 +37,11 @@ MESSAGE = _ANYWHERE | {
     "image": _PLACED,
     "images": _PLACED,
     "rejected": _PAIRS,
-    **dict.fromkeys(_ASIS, _WEIGHT),
+    **dict.fromkeys(ASIS, _WEIGHT),
 }
 PART = _ANYWHERE | dict.fromkeys(
     ("min_pixels", "max_pixels", "resized_height", "resized_width", "detail"), _SIZE
 )
-
-
-def not_read(fields: Mapping[str, Any], read: Set[str]) -> Iterator[tuple[str, Any]]:
-    """The fields that are neither read nor empty, with their values."""
-    for name, value in fields.items():
-        if name not in read and not is_empty(value) and not (name in _ASIS and value == 1):
-            yield name, value
 
 
 def is_empty(value: object) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mllmkd_kernels.models import TOKEN_TYPES
-from training.data.records import Sample
+from training.data.sample import Sample
 
 IGNORE = -100
 PER_ITEM = {"input_ids", "labels", "image_lens", *TOKEN_TYPES}

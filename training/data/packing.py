@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import mllmkd_kernels as mk
+from mllmkd_kernels.batch import in_eval
 from mllmkd_kernels.models import TOKEN_TYPES
 from training.data.collate import Batch, Collator
 from training.data.item import IGNORE, Item
@@ -65,14 +66,10 @@ def check_packable(model: Any) -> None:
     texts = [torch.randint(3, most, (1, n), generator=generator).to(device) for n in PROBE]
     image = getattr(model.config, "image_token_id", None)
     texts = [torch.where(text == image, 3 if image != 3 else 4, text) for text in texts]
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval(model):
         apart = [mk.head_inputs(model, input_ids=text).hidden for text in texts]
         positions = torch.cat([torch.arange(n, device=device) for n in PROBE]).unsqueeze(0)
         packed = mk.head_inputs(model, input_ids=torch.cat(texts, 1), position_ids=positions).hidden
-    finally:
-        model.train(was_training)
     whole = torch.cat(apart, 1).float()
     error = float((packed.float() - whole).abs().max() / whole.abs().max())
     limit = TOLERANCE.get(packed.dtype, TOLERANCE[torch.float32])

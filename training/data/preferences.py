@@ -29,12 +29,14 @@ FIELDS = frozenset({*REJECTED, *PROMPT, *NUMBERED, "chosen"})
 
 
 class Form(NamedTuple):
-    """What a format calls its messages, their two fields, and the two who speak."""
+    """What a format calls its messages, their two fields, and the two who speak; whether a text may
+    be a list of parts."""
 
     messages: str
     role: str
     text: str
     roles: tuple[str, str]
+    parts: bool = False
 
 
 class Told(NamedTuple):

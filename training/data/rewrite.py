@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from training.config import SourceConfig
-from training.data.messages import CHAT
 from training.data.preferences import Form
-from training.data.records import LLAVA, DataError, Sample, checked, read_entries
+from training.data.records import DataError, checked, read_entries
+from training.data.sample import CHAT, LLAVA, Sample
 from training.data.sources import LlavaSource, MessagesSource, Source, open_source
 from training.journal import whole, write_whole
 from training.settings import ConfigError

@@ -1,8 +1,18 @@
 """Where do samples come from? LLaVA json files, and data sets of HF `datasets`, local or streamed.
 
 A source names its samples (`samples`, cheap: no image is opened) and opens their images
-(`images`, `missing`). How a row is read is `training.data.records`' and `training.data.messages`'
-business; which sources there are is the configuration's (`open_source`).
+(`images`, `missing`). Which sources there are is the configuration's business (`open_source`), how
+a LLaVA file is read `training.data.records`'. Rows of the others are as most chat data sets have
+them, with the names of the columns free::
+
+    {"messages": [{"role": "user", "content": "what is it"},              # a string, or parts:
+                  {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]},
+                  {"role": "assistant", "content": "a coat"}, ...],
+     "images": [PIL image, bytes, or path, ...]}                          # or one; may be absent
+
+Images stand where their parts do, or where a string says ``<image>``. If no message says where,
+they come first, as is the custom. A part may also name its image itself ({"type": "image", "image":
+"a.png"}); then there is no column. A system message comes first and once, or is a column `system`.
 """
 
 from __future__ import annotations
@@ -19,9 +29,18 @@ from training.config import SourceConfig, require
 from training.data.faults import DataError, Place, fault, named
 from training.data.fields import ENTRY
 from training.data.images import PICTURE_DEPTH, flat, not_there, open_image
-from training.data.messages import CHAT, parse_messages
 from training.data.preferences import FIELDS, told
-from training.data.records import LLAVA, Sample, read_samples, same, system_of, unread_fields
+from training.data.records import read_samples
+from training.data.sample import (
+    CHAT,
+    LLAVA,
+    Sample,
+    placed,
+    same,
+    sample_of,
+    system_of,
+    unread_fields,
+)
 from training.models import is_missing_folder
 from training.settings import ConfigError
 
@@ -71,7 +90,7 @@ class LlavaSource:
 
 
 class MessagesSource:
-    """A map-style HF data set with messages (`training.data.messages`) and images.
+    """A map-style HF data set with messages and images.
 
     Raises:
         ConfigError: it has no column of messages.
@@ -151,19 +170,16 @@ def row_sample(
             read = {"id", "kind", "system", config.messages, image_column(list(row), config) or ""}
             talk = told(place, row, CHAT, config.messages)
             unread = unread_fields(place, "", row, read | talk.read, ENTRY)
-            sample, paths = parse_messages(place, talk, n_images, system_of(place, row))
+            sample, paths = sample_of(place, talk, CHAT, system_of(place, row))
         if paths and n_images not in (0, len(paths)):
             got = f"{n_images} image(s) in the column and {len(paths)} named in messages"
             raise fault(place, config.images, got, "as many, or no column")
+        numbered = tuple(f"{config.path} {where} image {j}" for j in range(n_images))
+        sample = placed(sample, numbered or tuple(paths), anywhere=True)
     except DataError as error:
         return error
-    numbered = tuple(f"{config.path} {where} image {j}" for j in range(len(sample.images)))
-    return replace(
-        sample,
-        images=numbered if n_images else tuple(paths),
-        kind=None if kind is None else str(kind),
-        unread=same((*unread, *sample.unread)),
-    )
+    kind = None if kind is None else str(kind)
+    return replace(sample, kind=kind, unread=same((*unread, *sample.unread)))
 
 
 def undecoded(rows: Any) -> Any:

@@ -52,7 +52,6 @@ class StreamDataset(IterableDataset[Item]):
         buffer: rows that a source is shuffled among.
         skip_bad: leave faulty rows out instead of raising.
         rank, world: which of how many processes with such a data set this is.
-        where: the sources' dotted path in messages.
 
     Raises:
         ConfigError: a source that cannot be streamed.
@@ -69,13 +68,12 @@ class StreamDataset(IterableDataset[Item]):
         skip_bad: bool = False,
         rank: int = 0,
         world: int = 1,
-        where: str = "data.sources",
     ) -> None:
         self.sources, self.image_root, self.encoding = list(sources), image_root, encoding
         self.seed, self.buffer, self.skip_bad = seed, buffer, skip_bad
         self.rank, self.world = rank, world
         self._skipped: Any = multiprocessing.Value("q")  # data-loading processes count, too
-        loaded = [load_rows(one, f"{where}[{i}]") for i, one in enumerate(self.sources)]
+        loaded = [load_rows(one, f"data.sources[{i}]") for i, one in enumerate(self.sources)]
         self.rows = [_checked(*pair) for pair in zip(loaded, self.sources, strict=True)]
 
     @property

@@ -14,7 +14,8 @@ from typing import Any
 from PIL import Image
 
 from training.data.item import IGNORE
-from training.data.records import IMAGE_MARK, DataError, Place, Sample
+from training.data.records import DataError, Place
+from training.data.sample import IMAGE_MARK, Sample
 
 
 def check_template(encoder: Any) -> None:
@@ -53,7 +54,8 @@ def _compare(encoder: Any, sample: Sample, images: list[Image.Image]) -> None:
     whole = partial(
         encoder.processor.apply_chat_template, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    starts = [i for i in range(1, len(item["labels"])) if _opens(item["labels"], i)]
+    labels = item["labels"].tolist()
+    starts = [i for i in range(1, len(labels)) if labels[i] != IGNORE == labels[i - 1]]
     ends = [(talk[:-1], starts[1]), (talk[:-3], starts[0])]
     if encoder.note:  # its history differs from its prompts: only the first prompt can agree
         ends = ends[1:]
@@ -80,10 +82,6 @@ def _same(encoder: Any, item: dict[str, Any], made: Any, length: int, what: str)
             decode = encoder.tokenizer.decode
             where = first_difference(ours, theirs, decode if name == "input_ids" else str)
             raise encoder.refusal(f"in {what}, {name}: {where}", "pieces that make up the whole")
-
-
-def _opens(labels: Any, i: int) -> bool:
-    return bool(labels[i] != IGNORE and labels[i - 1] == IGNORE)
 
 
 def first_difference(ours: Any, theirs: Any, show: Any = str) -> str:

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from training.data.records import IMAGE_MARK
+from training.data.sample import IMAGE_MARK
 
 Record = dict[str, Any]
 LABELLED = ("pretrain", "train", "student_pretrain", "student_train", "test")

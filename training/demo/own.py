@@ -24,8 +24,9 @@ import numpy as np
 
 from training.data.dataset import present
 from training.data.faults import Place, fault
-from training.data.records import LLAVA, DataError, Sample
+from training.data.records import DataError
 from training.data.rewrite import LlavaEntries
+from training.data.sample import LLAVA, Sample
 from training.data.sources import LlavaSource
 from training.demo.config import MADE, DemoConfig
 from training.demo.folder import SPLITS, Record, Source, images_of, unseen

@@ -18,7 +18,7 @@ matplotlib.use("Agg")  # files only: no display is needed
 from matplotlib import pyplot as plt
 
 from mllmkd_kernels.llava_kd import TERMS
-from training.data.records import IMAGE_MARK, Sample
+from training.data.sample import IMAGE_MARK, Sample
 from training.data.sources import LlavaSource
 from training.demo.results import TITLES, Run
 from training.generate import Asked, Writer, load

@@ -18,7 +18,8 @@ from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from training.data.records import IMAGE_MARK, DataError, read_samples
+from training.data.records import DataError, read_samples
+from training.data.sample import IMAGE_MARK
 from training.models import CHAT_TEMPLATE
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"

@@ -124,8 +124,6 @@ def plural(word: str) -> str:
 
 
 def _lines(path: Path) -> Iterable[tuple[Place, list[str]]]:
-    if not path.is_file():
-        raise fault(Place(path), "file", "no such file", "a file of synonyms")
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path, "a file of synonyms").splitlines(), 1):
         if words := [word.strip() for word in line.split(",") if _words(word)]:
             yield Place(path, f"line {number}"), words

@@ -18,7 +18,7 @@ import torch
 from training.config import Config
 from training.data.collate import Collator
 from training.data.load import has_data, open_data
-from training.data.records import Sample
+from training.data.sample import Sample
 from training.evaluation.held_out import NO_KIND, Scores, evaluate
 from training.settings import ConfigError
 

@@ -15,6 +15,7 @@ from training.evaluation.export import export_model
 from training.settings import ConfigError
 
 MAX_LENGTH = DataConfig().max_length
+PATHS = ("questions", "images", "annotations", "synonyms")  # of a benchmark
 EVAL = """With a LLaVA json: exact match and perplexity in one pass over the data. With --benchmark:
 the model writes answers to the benchmark's own files; they are kept in a folder, scored there, and
 the same command continues what was cut short. Faulty entries, and questions that cannot be asked,
@@ -65,8 +66,7 @@ def evaluate(options: argparse.Namespace) -> None:
 def _held_out(options: argparse.Namespace) -> None:
     if options.json is None:
         raise ConfigError("eval: got no data, expected a LLaVA json file or --benchmark")
-    benchmark_only = ("questions", "annotations", "synonyms", "images", "split", "out")
-    for name in (*benchmark_only, "max_new_tokens", "limit"):
+    for name in (*PATHS, "split", "out", "max_new_tokens", "limit"):
         if getattr(options, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')}: expected it only with --benchmark")
     size = 256 if options.batch_size is None else options.batch_size
@@ -101,22 +101,13 @@ def _benchmark(options: argparse.Namespace) -> None:
         raise ConfigError(f"json: got {options.json!r}, expected nothing with --benchmark")
     model = Path(options.model)
     beside = model.parent if model.is_dir() else Path()
+    paths = {name: getattr(options, name) for name in PATHS}
+    same = ("model", "benchmark", "max_new_tokens", "instruction", "limit", "tokenizer")
     asked = Options(
-        model=options.model,
-        benchmark=options.benchmark,
-        files=Files(
-            Path(options.questions),
-            Path(options.images),
-            Path(options.annotations) if options.annotations else None,
-            options.split,
-            Path(options.synonyms) if options.synonyms else None,
-        ),
+        files=Files(split=options.split, **{n: Path(path) for n, path in paths.items() if path}),
         out=Path(options.out) if options.out else beside / f"eval-{options.benchmark}",
         batch_size=16 if options.batch_size is None else options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-        instruction=options.instruction,
-        limit=options.limit,
-        tokenizer=options.tokenizer,
+        **{name: getattr(options, name) for name in same},
     )
     with held(asked.out, "--out"):
         run_benchmark(asked, load)

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 import mllmkd_kernels as mk
 from mllmkd_kernels import reference
-from mllmkd_kernels.batch import run_to_head
+from mllmkd_kernels.batch import in_eval, run_to_head
 from training.bar import track
 from training.data.collate import Collator
 from training.data.dataset import SampleDataset
@@ -117,19 +117,17 @@ def answers(
     title: str,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """For each batch of `dataset`, in order: exact (B,) bool, and NLL of its answer tokens (N,)."""
-    was_training = model.training
-    model.eval()
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)  # pyright: ignore[reportArgumentType]
     for batch in track(loader, title, "batches"):
         batch = send_to_device(batch, model.device)
         labels = batch["labels"][:, 1:]
-        inputs = run_to_head(model, batch)
+        with in_eval(model):
+            inputs = run_to_head(model, batch)
         rows = labels != IGNORE
         best, nll = _score(inputs, inputs.hidden[:, :-1][rows], labels[rows])
         correct = torch.ones_like(rows)
         correct[rows] = best == labels[rows]
         yield correct.all(dim=1), nll
-    model.train(was_training)
 
 
 def _score(

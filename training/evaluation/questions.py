@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from training.data.records import (
-    IMAGE_MARK,
     DataError,
     Place,
     fault,
@@ -31,9 +30,11 @@ from training.data.records import (
     read_text,
     shown,
 )
+from training.data.sample import IMAGE_MARK
 
 T = TypeVar("T")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+FILE = "the benchmark's own json file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def read_gqa(files: Files) -> list[Question]:
 def read_pope(files: Files) -> list[Question]:
     """POPE's yes-no questions about what is in a picture, one a line."""
     found = []
-    for at, line in enumerate(_text(files.questions).split("\n"), 1):
+    for at, line in enumerate(read_text(files.questions, FILE).split("\n"), 1):
         if not line.strip():
             continue
         place = Place(files.questions, f"line {at}")
@@ -250,7 +251,7 @@ class _Entry:
     @classmethod
     def of(cls, path: Path) -> _Entry:
         """The object that a file holds."""
-        return cls(Place(path), parse_json(_text(path), Place(path)), "file")
+        return cls(Place(path), parse_json(read_text(path, FILE), Place(path)), "file")
 
     def take(self, name: str, kind: type[T]) -> T:
         """The field of that name, which must be of that type."""
@@ -285,12 +286,6 @@ def _captions(top: _Entry) -> dict[int, list[str]]:
     for entry in top.entries("annotations"):
         found.setdefault(entry.take("image_id", int), []).append(entry.take("caption", str))
     return found
-
-
-def _text(path: Path) -> str:
-    if not path.is_file():
-        raise fault(Place(path), "file", "no such file", "the benchmark's own json file")
-    return read_text(path)
 
 
 def _expect(value: Any, kind: type[T], name: str, place: Place) -> T:

@@ -26,7 +26,8 @@ from rich.table import Table
 
 from training.bar import Bar
 from training.data.images import open_image
-from training.data.records import IMAGE_MARK, Place, Sample, fault
+from training.data.records import Place, fault
+from training.data.sample import IMAGE_MARK, Sample
 from training.evaluation.benchmarks import BENCHMARKS, Benchmark, ask
 from training.evaluation.captions import TokenizerName, caption_scores
 from training.evaluation.chair import Objects, chair
@@ -57,9 +58,6 @@ class Options:
     tokenizer: TokenizerName = "words"  # of captions
 
     def __post_init__(self) -> None:
-        if self.benchmark not in BENCHMARKS:
-            names = ", ".join(BENCHMARKS)
-            raise ConfigError(f"benchmark: got {self.benchmark!r}, expected one of {names}")
         for name in ("batch_size", "max_new_tokens", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:

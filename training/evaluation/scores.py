@@ -48,7 +48,7 @@ def yes_no(questions: Sequence[Question], answers: Sequence[str]) -> Figures:
     say neither yes nor no are `undecided`, and count as the rule has them.
     """
     truth = [question.answers[0] == "yes" for question in questions]
-    said = [_says_yes(answer) for answer in answers]
+    said = [not {"no", "not"} & _first_words(answer) for answer in answers]
     both = list(zip(truth, said, strict=True))
     hits = [a and b for a, b in both]
     return {
@@ -82,10 +82,6 @@ def _pairs(questions: Sequence[Question], answers: Sequence[str]) -> Sequence[tu
 
 def _first_words(answer: str) -> set[str]:
     return {word.lower() for word in _WORDS.findall(answer.split(".")[0])}
-
-
-def _says_yes(answer: str) -> bool:
-    return not {"no", "not"} & _first_words(answer)
 
 
 def _letter(answer: str) -> str | None:

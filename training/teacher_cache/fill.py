@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
+from rich.filesize import decimal as size
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import AutoConfig
@@ -33,12 +34,14 @@ import mllmkd_kernels as mk
 from mllmkd_kernels.batch import ask
 from mllmkd_kernels.methods import Stage
 from training.anatomy import image_token_id
-from training.bar import Bar, size, track
+from training.bar import Bar, track
 from training.config import Config, require
+from training.data.check import spread
 from training.data.collate import Collator
 from training.data.item import apart
 from training.data.records import DataError
 from training.fingerprint import digest
+from training.journal import free_bytes
 from training.lock import held
 from training.loop import load_data, on_main, processes
 from training.models import DTYPES as MODEL_DTYPES
@@ -57,7 +60,7 @@ from training.teacher_cache.store import (
     write_head,
     write_shard,
 )
-from training.teacher_cache.use import check_needs, place, spread, stored_stages
+from training.teacher_cache.use import check_needs, place, stored_stages
 
 COUNTED = 512  # samples whose rows tell the cost
 SHARD = 512 << 20  # bytes; one is in memory while it is made
@@ -98,11 +101,11 @@ def _make(config: Config, path: Path, dry_run: bool, say: Say) -> None:
     jobs = [_job(config, stage, (processor, own), path, teacher) for stage in stages]
     for job in jobs:
         say(job.told)
-    need, free = sum(job.bytes for job in jobs), shutil.disk_usage(_existing(path)).free
+    need, free = sum(job.bytes for job in jobs), free_bytes(path)
     on_main(lambda: _check_disk(need, free))
     if dry_run:
         return
-    model, _ = load_vlm(teacher, dtype=MODEL_DTYPES[config.teacher_dtype])
+    model = cache(lambda: load_vlm(teacher, dtype=MODEL_DTYPES[config.teacher_dtype])[0])
     for job in jobs:
         work = Pass(
             folder=path / job.manifest.stage,
@@ -183,7 +186,7 @@ def _job(config: Config, stage: Stage, processors: tuple[Any, Any], path: Path, 
     told = (
         f"{folder}: {samples:,} samples of {response:.1f} response + {visual:.1f} visual rows"
         f"{about}, a row {width} x {options.dtype}: {size(total)}, {size(stored)} of it stored; "
-        f"{size(shutil.disk_usage(_existing(path)).free)} are free"
+        f"{size(free_bytes(path))} are free"
     )
     return Job(dataset, manifest, max(0, total - stored), told)
 
@@ -210,11 +213,6 @@ def _sizes(teacher: str) -> tuple[int, int]:
     return text.hidden_size, text.hidden_size * text.vocab_size * (stored.itemsize if stored else 4)
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the part of its path that is there."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-
-
 def _summary(folder: Path) -> str:
     """What is there now; opening it checks that it is whole."""
     rows = TeacherRows(folder)
@@ -232,7 +230,7 @@ class Pass:
     """One stage's pass.
 
     Attributes:
-        teacher: a model in memory.
+        teacher: gives the model, where there is anything left to run it on.
         dataset: the stage's data, map-style.
         collator: makes its batches, with a view of the teacher's own where it needs one.
         manifest: what the cache will hold.
@@ -241,7 +239,7 @@ class Pass:
     """
 
     folder: Path
-    teacher: Any
+    teacher: Callable[[], Any]
     dataset: Any
     collator: Any
     manifest: Manifest
@@ -274,7 +272,7 @@ class Pass:
             self.dataset,
             batch_sampler=[batch for _, batch in plan],
             num_workers=self.workers,
-            collate_fn=_Marked(self.collator),
+            collate_fn=partial(_marked, self.collator),
         )
         total = sum(len(manifest.block(s)) for s in shards)
         done = total - sum(len(batch) for _, batch in plan)
@@ -294,7 +292,7 @@ class Pass:
         hidden, found = [], []
         for marks, batch in batches:
             own = batch.get("teacher") or batch
-            visual = (own["input_ids"] == image_token_id(self.teacher)) & self.manifest.visual
+            visual = (own["input_ids"] == image_token_id(self.teacher())) & self.manifest.visual
             rows, counts = selected(self._run(batch).hidden, own["labels"], visual)
             _check_rows(marks, batch, own, counts, self.manifest.visual)
             hidden.append(_stored(rows, DTYPES[self.manifest.dtype], marks, counts))
@@ -307,7 +305,7 @@ class Pass:
         device: Any = PartialState().device
         half = self.manifest.precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            return ask(self.teacher.to(device), send_to_device(batch, device))
+            return ask(self.teacher().to(device), send_to_device(batch, device))
 
 
 def selected(
@@ -325,14 +323,9 @@ def selected(
     return hidden.flatten(0, 1)[rows], list(zip(*counts, strict=True))
 
 
-class _Marked:
-    """A collator that also gives the marks of its items, made where the items are made."""
-
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
-
-    def __call__(self, items: Sequence[Any]) -> tuple[list[Mark], Any]:
-        return marks_of_items(items), self.collator(items)
+def _marked(collator: Any, items: Sequence[Any]) -> tuple[list[Mark], Any]:
+    """A batch and the marks of its items, made where the items are made."""
+    return marks_of_items(items), collator(items)
 
 
 def _check_rows(

@@ -6,7 +6,8 @@
 
 A shard has `hidden` (R, D), of each sample its response rows and then its visual rows, and its own
 index: `keys` (n,) int64 and `counts` (n, 2) int64. A sample is known by its key, a hash of id,
-tokens, labels, rows per image and pixels: stored rows are only right for what the teacher saw.
+tokens, labels, rows per image and all that came of images: stored rows are only right for what the
+teacher saw.
 
 No other file lists the shards, so that several processes can write at the same time, and a kill at
 any moment leaves whole shards and nothing to repair: a file is written under another name, synced,
@@ -29,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import mllmkd_kernels as mk
+from training.data.collate import NOT_VISUAL
 from training.data.item import IGNORE
 from training.data.records import DataError
 from training.journal import whole, write_whole
@@ -50,13 +52,13 @@ class Mark(NamedTuple):
 
 
 def mark_of(item: Mapping[str, Any]) -> Mark:
-    """The mark of one item: input_ids (T,), labels (T,), image_lens (images,), sample_id."""
+    """The mark of one item: input_ids (T,), labels (T,), image_lens (images,), sample_id, and
+    whatever came of images, pixels and the shapes that they are laid out in."""
     found = blake2b(str(item["sample_id"]).encode(), digest_size=8)
-    for name in ("input_ids", "labels", "image_lens", "pixel_values"):
-        if name in item:
-            part = item[name].contiguous()
-            found.update(f"{name} {tuple(part.shape)}".encode())
-            found.update(part.flatten().view(torch.uint8).numpy())
+    for name in ("input_ids", "labels", "image_lens", *sorted(item.keys() - NOT_VISUAL)):
+        part = item[name].contiguous()
+        found.update(f"{name} {tuple(part.shape)}".encode())
+        found.update(part.flatten().view(torch.uint8).numpy())
     return Mark(
         id=str(item["sample_id"]),
         key=int.from_bytes(found.digest(), "little", signed=True),

@@ -19,7 +19,9 @@ import torch
 import mllmkd_kernels as mk
 from mllmkd_kernels.rows import kind_of
 from training.config import Config, require
+from training.data.check import spread
 from training.data.item import apart
+from training.models import marks_of
 from training.settings import ConfigError
 from training.teacher_cache.store import TeacherRows, mark_of, read_head
 
@@ -102,10 +104,13 @@ def open_rows(config: Config, stage: str) -> TeacherRows:
     """
     path = require(config.teacher_cache.path, "teacher_cache.path", "the stored rows")
     rows = TeacherRows(Path(path) / stage)
-    if config.teacher is not None and place(config.teacher) != rows.manifest.name:
+    named, known = config.teacher, rows.manifest
+    if named is not None and (
+        marks_of(named) != known.teacher if Path(named).is_dir() else named != known.name
+    ):
         raise ConfigError(
-            f"teacher: got {config.teacher}, but {rows.folder} is of {rows.manifest.name}; name "
-            "that one, or none (teacher=null)"
+            f"teacher: got {named}, but {rows.folder} is of {known.name} as it was then; name that "
+            "one, or none (teacher=null)"
         )
     check_needs(config, stage, rows.manifest.visual, f"but {rows.folder} holds")
     return rows
@@ -145,9 +150,3 @@ def check_needs(config: Config, stage: str, visual: bool, holds: str) -> None:
                 "term with 0, store visual rows (teacher_cache.visual=true), or run the teacher "
                 "online (teacher_cache.path=null, or teacher_cache.stages without this one)"
             )
-
-
-def spread(total: int, most: int) -> list[int]:
-    """At most `most` indices below `total`, evenly spread, the first and the last among them."""
-    count = min(total, most)
-    return sorted({round(i * (total - 1) / max(1, count - 1)) for i in range(count)})

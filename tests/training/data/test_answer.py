@@ -17,7 +17,8 @@ from training import loop, settings
 from training.cli import main
 from training.config import SourceConfig
 from training.data.answer import Request, answer
-from training.data.records import IMAGE_MARK, DataError
+from training.data.records import DataError
+from training.data.sample import IMAGE_MARK
 from training.data.sources import open_source
 from training.generate import load
 from training.settings import ConfigError

@@ -25,7 +25,8 @@ from tests.training.tiny_processors import (
 from training.data.chat import PER_TOKEN, ChatEncoder
 from training.data.collate import Collator
 from training.data.item import IGNORE, Item
-from training.data.records import DataError, Place, Sample
+from training.data.records import DataError, Place
+from training.data.sample import Sample
 from training.models import CHAT_TEMPLATE
 from training.settings import ConfigError
 

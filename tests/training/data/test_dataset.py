@@ -73,9 +73,10 @@ def test_ids_and_labels_are_the_encoder_s(root: Path) -> None:
     ids, labels = data[0]["input_ids"], data[0]["labels"]
     assert ids.dtype == labels.dtype == torch.int64
     image = data.sources[0].images(data.samples[0])
-    again = data.encoder.item(data.samples[0], data.encoder.see(image))
+    encoder = data.encoding.encoders[0]
+    again = encoder.item(data.samples[0], encoder.see(image))
     assert torch.equal(ids, again["input_ids"]) and torch.equal(labels, again["labels"])
-    assert (ids == data.encoder.image_id).sum() == TOKENS
+    assert (ids == encoder.image_id).sum() == TOKENS
 
 
 def test_first_fault_raises_by_default(root: Path) -> None:
@@ -188,12 +189,6 @@ def test_what_is_kept_is_the_same_and_within_its_budget(root: Path) -> None:
     assert len(encoding.cache[0]) == len(encoding.items) == 2
     assert encoding.cache_left == tokens > 0
     assert not plain.encoding.cache[0] and not plain.encoding.items
-
-
-@pytest.mark.parametrize("name", ["max_length", "cache_mb"])
-def test_bad_sizes(root: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}: got -1, expected"):
-        dataset(root, [question()], **{name: -1})
 
 
 def test_worker_processes_deliver_items_and_faults(root: Path) -> None:

@@ -50,7 +50,7 @@ def test_every_step_from_record_to_item(
     def fails(*_: Any) -> Any:
         raise error
 
-    owner: Any = data.sources[0] if step == "images" else data.encoder
+    owner: Any = data.sources[0] if step == "images" else data.encoding.encoders[0]
     monkeypatch.setattr(owner, step, fails)
     expected = rf"d\.json, index 0 \(id 'one'\): field .*: got .*{type(error).__name__}: "
     with pytest.raises(DataError, match=expected):

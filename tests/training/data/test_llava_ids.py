@@ -18,7 +18,8 @@ from tests.training.llava_files import TOKENS, entry, processor
 from tests.training.tiny_processors import UNENDED, llava
 from training.data.chat import ChatEncoder
 from training.data.item import IGNORE
-from training.data.records import Place, Sample, parse_sample
+from training.data.records import Place, parse_sample
+from training.data.sample import Sample
 from training.models import CHAT_TEMPLATE
 
 RED = Image.new("RGB", (20, 30), (200, 0, 0))
@@ -63,8 +64,8 @@ def samples(count: int) -> list[Sample]:
     return made
 
 
-def expected(whole: Any, sample: Sample, line: str) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation after a system line."""
+def expected(whole: Any, sample: Sample) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation."""
     tokenizer = whole.tokenizer
 
     def ids(text: str) -> list[int]:
@@ -72,8 +73,7 @@ def expected(whole: Any, sample: Sample, line: str) -> tuple[list[int], list[int
 
     made = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     labels = [IGNORE] * len(made)
-    system = line if sample.system is None else sample.system
-    before = f"{system} " if system else ""
+    before = f"{sample.system} " if sample.system else ""
     for human, answer in sample.turns:
         if human.count("<image>") == 1:
             human = f"<image>\n{human.replace('<image>', '').strip()}"
@@ -87,16 +87,15 @@ def expected(whole: Any, sample: Sample, line: str) -> tuple[list[int], list[int
     return made, labels
 
 
-@pytest.mark.parametrize("line", ["", "be it a coat"])
 @pytest.mark.parametrize("template", [None, CHAT_TEMPLATE, UNENDED], ids=["none", "ours", "1.5"])
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_ids_and_labels(tmp_path: Path, name: str, template: str | None, line: str) -> None:
+def test_ids_and_labels(tmp_path: Path, name: str, template: str | None) -> None:
     whole = PROCESSORS[name](tmp_path)
     whole.chat_template = template
-    encoder = ChatEncoder(whole, system=line)
+    encoder = ChatEncoder(whole)
     for sample in samples(60):
         item = encoder.item(sample, encoder.see([RED] * len(sample.images)))
-        ids, labels = expected(whole, sample, line)
+        ids, labels = expected(whole, sample)
         assert item["input_ids"].tolist() == ids, sample
         assert item["labels"].tolist() == labels, sample
         assert item["image_lens"].tolist() == [TOKENS] * len(sample.images)
@@ -106,7 +105,7 @@ def test_ids_and_labels(tmp_path: Path, name: str, template: str | None, line: s
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_captions(tmp_path: Path, name: str) -> None:
     whole = PROCESSORS[name](tmp_path)
-    encoder = ChatEncoder(whole, "pretrain", "be it a coat")
+    encoder = ChatEncoder(whole, "pretrain")
     for sample in samples(60):
         if sample.images and len(sample.turns) == 1:
             item = encoder.item(sample, encoder.see([RED] * len(sample.images)))

@@ -22,7 +22,8 @@ from training.data.dataset import SampleDataset
 from training.data.encoding import Encoding
 from training.data.item import IGNORE
 from training.data.load import open_data
-from training.data.records import DataError, Sample, read_samples
+from training.data.records import DataError, read_samples
+from training.data.sample import Sample
 from training.data.sources import LlavaSource, open_source
 from training.data.stream import StreamDataset
 from training.watch import sizes_of

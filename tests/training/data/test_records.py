@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.training.llava_files import entry, write
-from training.data.records import DataError, Sample, read_samples
+from training.data.records import DataError, read_samples
+from training.data.sample import Sample
 
 GOOD = entry("<image>\nwhat is this", "a coat", image="a.png")
 
