@@ -59,6 +59,8 @@ def _elementary(x, out, n: tl.constexpr, FUNCTION: tl.constexpr):
     y = tl.load(x + i)
     if FUNCTION == "log1p":
         y = tiles.log1p(y)
+    elif FUNCTION == "log2":
+        y = tiles.log2(y)
     elif FUNCTION == "tanh":
         y = tiles.tanh(y)
     else:
@@ -85,6 +87,14 @@ def test_elementary_functions(function: str, x: Tensor, want, device: torch.devi
     _elementary[(1,)](x, out, n=x.numel(), FUNCTION=function)
     exact = want(x.double())
     assert ((out - exact) / exact).abs().max() < 4e-7
+
+
+def test_a_logarithm_is_as_near_as_its_argument_is_known(device: torch.device) -> None:
+    x = torch.cat((spread(1e-36, 1e36).abs(), 1 + spread(1e-6, 0.4))).to(device)
+    out = torch.empty_like(x)
+    _elementary[(1,)](x, out, n=x.numel(), FUNCTION="log2")
+    exact = torch.log2(x.double())
+    assert ((out - exact).abs() <= 4e-7 * exact.abs().clamp(min=1)).all()
 
 
 def test_elementary_functions_keep_nan_and_ends(device: torch.device) -> None:

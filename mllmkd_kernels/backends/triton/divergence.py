@@ -11,6 +11,9 @@ overflow, and as exact as the larger of the two is. Both are formed and one is c
 both models mask (log p = log q = −inf, padding too) contributes 0 to everything.
 """
 
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+# (A number is no `tl.constexpr` to it, and what `tl.exp2` gives may be a tuple.)
+
 import functools
 import math
 
@@ -117,9 +120,9 @@ def mixture(p, q, u, lam):
     """Of m = λp + (1−λ)q, with x = m/p − 1 = (1−λ) expm1(u), u finite: value p·(x − log1p x), a
     term of KL(p ‖ m); log m/p; share 1 − p/m.
     """
-    w, e = 1.0 - lam, exp(u)
-    x = w * tl.where(tl.abs(u) < 0.5, expm1_near(u), e - 1.0)
-    log2_mix = log2(lam + w * e)
+    w = 1.0 - lam
+    x = w * tl.where(tl.abs(u) < 0.5, expm1_near(u), exp(u) - 1.0)
+    log2_mix = log2(lam + w * exp(u))
     log_mix, inverse = LN2 * log2_mix, tl.exp2(-log2_mix)
     small, defect = tl.abs(x) < 0.25, log_defect(x)
     value = tl.where(small, p * defect, w * difference(p, q, u) - p * log_mix)

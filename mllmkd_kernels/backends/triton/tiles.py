@@ -2,8 +2,7 @@
 where a running log-sum-exp starts.
 
 Triton's libdevice exists on NVIDIA only and not in the interpreter, so expm1, log1p and tanh are
-made from `tl.exp2` and polynomials. All of it is fp32;
-NaN stays NaN.
+made from `tl.exp2` and polynomials. All of it is fp32; NaN stays NaN.
 
 A running log-sum-exp is a pair: log Σ exp(x) = top + log total. Starting at (`LOWEST`, 0) instead
 of (−inf, 0) it never forms inf − inf before it has seen anything, and a +inf still makes the total
