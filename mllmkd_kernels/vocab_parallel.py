@@ -211,8 +211,9 @@ class _Distill(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *leaves, cap, call, ctx.main_grad = arguments
-        loss, ce, kd, *_ = found = _distill(*leaves, cap, call)
+        *operands, ctx.main_grad = arguments
+        loss, ce, kd, *_ = found = _distill(*operands)
+        leaves = operands[: len(_GRADIENT_OF)]
         ctx.save_for_backward(*leaves, *(found[o] for o in _GRADIENT_OF.values()))
         ctx.mark_non_differentiable(ce, kd)
         ctx.set_materialize_grads(False)
