@@ -61,7 +61,7 @@ def _row(block: int, warps: int) -> dict[str, int]:
 # would do: one block has a multiprocessor to itself, as with `gradient`. Loaded by pointers,
 # operands may pass through registers (rows of an odd size do): tiles are smaller.
 # `rows` takes 2,048 columns: 64 registers for forward KL, so that four blocks share a
-# multiprocessor, and two where a divergence needs 104.
+# multiprocessor, and two where a divergence needs 87.
 _HOPPER: Table = {
     "rows": {"single": _row(2048, 8)},
     "statistics": {
